@@ -1,0 +1,116 @@
+// mesa-bench: storage policies side by side on one training step. Parses, measures, reports.
+#include <unistd.h>
+
+#include <CLI/CLI.hpp>
+#include <cstdio>
+#include <iostream>
+#include <optional>
+
+#include "mesa/train/benchmark.h"
+#include "mesa/train/files.h"
+#include "mesa/train/plan.h"
+#include "mesa/train/version.h"
+
+namespace {
+
+struct Arguments {
+  std::string config, json, device;
+  std::vector<std::string> storage, overrides;
+  int64_t steps = 10, warmup = 2;
+  std::optional<int64_t> threads;
+  bool phases = false;
+};
+
+constexpr const char* kFooter =
+    "Every policy trains a model of its own, from the same weights on the same random batch; their steps take turns, so that\n"
+    "whatever else the machine does falls on all of them alike. Shown are medians; the JSON has minimum and maximum of each.\n"
+    "  speed           relative to the first policy, each step against the one beside it\n"
+    "  kept/image      bytes of activations that wait for the backward pass, right after the forward pass\n"
+    "  peak            bytes in use at the worst moment of a step: weights, gradients, moments, activations, scratch\n"
+    "  gradient error  |g - g_exact| / |g_exact| over all parameters, on equal weights after a few training steps\n"
+    "\n"
+    "Examples:\n"
+    "  mesa-bench --config bench/deit_tiny.yaml --storage exact,int8,int4\n"
+    "  mesa-bench --config bench/deit_tiny.yaml --storage int8,./mine.yaml --set train.precision=bf16 --json bench.json\n"
+    "\n"
+    "Exit codes: 0 done, 1 failed, 2 wrong usage or config.";
+
+void add_options(CLI::App& app, Arguments& args) {
+  app.set_version_flag("--version", mesa::version_text());
+  app.add_option("--config", args.config, "Config file, or the name of a shipped one")->required()->type_name("FILE");
+  app.add_option("--storage", args.storage, "Storage policies, separated by commas: shipped ones, or paths (default: the config's)")
+      ->delimiter(',')
+      ->type_name("NAME,...");
+  app.add_option("--steps", args.steps, "Measured steps of each policy")->capture_default_str()->type_name("N");
+  app.add_option("--warmup", args.warmup, "Steps of each policy before them")->capture_default_str()->type_name("N");
+  app.add_option("--json", args.json, "Write every number, also by site, to this file")->type_name("FILE");
+  app.add_option("--set", args.overrides, "Override values of the config")->type_name("KEY=VALUE");
+  app.add_option("--device", args.device, "auto, cpu or cuda (default: the config's)")->type_name("DEVICE");
+  app.add_option("--threads", args.threads, "OpenMP threads, 0 for all cores (default: the config's)")->type_name("N");
+  app.add_flag("--phases", args.phases, "Print first what each policy keeps at each site");
+}
+
+/// One line that is redrawn, only where somebody is watching, and gone in the end.
+struct LiveLine {
+  void show(const std::string& what) const {
+    if (isatty(STDERR_FILENO) != 0) std::fprintf(stderr, "\r\033[K%s", what.c_str());
+  }
+  ~LiveLine() { show(""); }
+};
+
+mesa::BenchmarkResult measure(const mesa::RunConfig& config, mesa::BenchmarkOptions options) {
+  const LiveLine line;
+  options.progress = [&](const std::string& what) { line.show(what); };
+  return mesa::run_benchmark(config, options);
+}
+
+void print_plans(const mesa::RunConfig& config, const std::vector<mesa::StorageConfig>& policies) {
+  const mesa::VitConfig model = mesa::model_config(config, mesa::known_classes(config));
+  for (const mesa::StorageConfig& storage : policies) {
+    mesa::RunConfig one = config;
+    one.storage = storage;
+    const mesa::Plan plan = mesa::plan_run(one, model);
+    std::cout << "storage           " << storage.name << "\n" << mesa::format_plan(plan, config.train.batch_size) << "\n";
+  }
+}
+
+void run(const Arguments& args) {
+  std::vector<std::string> overrides = args.overrides;
+  if (!args.device.empty()) overrides.push_back("device=" + args.device);
+  if (args.threads) overrides.push_back(mesa::concat("train.threads=", *args.threads));
+  const mesa::RunConfig config = mesa::load_config(args.config, overrides);
+  mesa::BenchmarkOptions options;
+  for (const std::string& name : args.storage) options.policies.push_back(mesa::load_storage(name));
+  if (options.policies.empty()) options.policies.push_back(config.storage);
+  options.steps = args.steps;
+  options.warmup = args.warmup;
+  if (args.phases) print_plans(config, options.policies);
+  const mesa::BenchmarkResult result = measure(config, options);
+  std::cout << mesa::format_benchmark(result) << std::flush;
+  if (!args.json.empty()) mesa::write_file_atomically(args.json, mesa::benchmark_json(result));
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  CLI::App app("Compares storage policies on one training step: speed, bytes kept, and error of the gradients.", "mesa-bench");
+  app.footer(kFooter);
+  try {
+    Arguments args;
+    add_options(app, args);
+    app.parse(argc, argv);
+    run(args);
+    return 0;
+  } catch (const CLI::Success& e) {
+    return app.exit(e);
+  } catch (const CLI::ParseError& e) {
+    std::cerr << "mesa-bench: " << e.what() << "\nRun mesa-bench --help for more information.\n";
+    return 2;
+  } catch (const mesa::UsageError& e) {
+    std::cerr << "mesa-bench: " << e.what() << "\n";
+    return 2;
+  } catch (const std::exception& e) {
+    std::cerr << "mesa-bench: " << e.what() << "\n";
+    return 1;
+  }
+}

@@ -1,0 +1,113 @@
+// Reverse-mode differentiation: ops record how to go back, backward() walks the record and destroys it step by step.
+#pragma once
+#include <functional>
+#include <optional>
+#include <unordered_map>
+
+#include "mesa/autograd/var.h"
+#include "mesa/storage/policy.h"
+
+namespace mesa {
+
+/// One gradient for each input of an op, in order; undefined where none is needed or where Target wrote it in place.
+using Grads = std::vector<Tensor>;
+using Backward = std::function<Grads(const std::vector<Tensor>& dy)>;
+
+/// RAII: the current tape of this thread. It holds gradient slots and Saved, never a Var: a tape of Vars would pin every exact activation.
+class Tape {
+ public:
+  /// Random numbers of dropout, drop path and stochastic rounding come from (seed, step) and the site.
+  explicit Tape(StoragePolicy& policy, uint64_t seed = 0, uint64_t step = 0);
+  ~Tape();
+  Tape(const Tape&) = delete;
+  Tape& operator=(const Tape&) = delete;
+
+  static Tape* current();
+
+  /// Gradients of `loss` (one element) into every trainable parameter. `ready` is called once for each parameter, as soon as nothing more
+  /// will be added to its gradient. `scale` multiplies the loss (1 / accumulated steps).
+  void backward(const Var& loss, const std::function<void(Param&)>& ready = {}, double scale = 1.0);
+  /// The same from given gradients of several outputs (Jacobian-vector product).
+  void backward(const std::vector<Var>& outputs, const std::vector<Tensor>& gradients, const std::function<void(Param&)>& ready = {});
+
+  StoragePolicy& policy() { return policy_; }
+  RandomKey random(const std::string& stream) const { return RandomKey::of(seed_, stream, step_); }
+  int64_t steps() const { return static_cast<int64_t>(steps_.size()); }
+  /// Bytes of gradients waiting in slots.
+  int64_t gradient_bytes() const;
+
+  /// Checks every op's result and gradient for NaN and infinity; the first bad one is named by first_bad(). Slow: for finding a culprit.
+  void check_finite(bool on) { check_finite_ = on; }
+  const std::string& first_bad() const { return first_bad_; }
+
+ private:
+  friend class Op;
+  struct Step {
+    std::string path;  // scope and op, for errors
+    std::vector<int> outputs;
+    std::vector<int> inputs;  // -1: no gradient wanted
+    std::vector<Param*> params;  // same length; null where the input is no parameter
+    Backward backward;
+  };
+
+  void run(const std::function<void(Param&)>& ready);
+  void accumulate(int slot, Tensor gradient);
+  void inspect(const Tensor& t, const std::string& what);
+
+  StoragePolicy& policy_;
+  uint64_t seed_, step_;
+  std::vector<Step> steps_;
+  std::vector<Tensor> gradients_;  // by slot
+  std::unordered_map<Param*, int> uses_;
+  bool check_finite_ = false;
+  std::string first_bad_;
+  Tape* previous_;
+};
+
+/// Where the gradient of one input goes: straight into a parameter's gradient, or into a fresh tensor.
+class Target {
+ public:
+  Target() = default;
+  /// Calls write(destination, accumulate) and returns what belongs in Grads. Does nothing if the input wants no gradient.
+  Tensor into(const std::function<void(const Tensor& out, bool accumulate)>& write) const;
+  bool wanted() const { return wanted_; }
+
+ private:
+  friend class Op;
+  bool wanted_ = false;
+  Param* param_ = nullptr;
+  Shape shape_;
+  DType dtype_ = DType::f32;
+  Device device_;
+};
+
+/// One differentiable operation while it is being recorded.
+class Op {
+ public:
+  Op(const char* name, std::vector<Var> inputs);
+
+  /// False in evaluation, or if no input wants a gradient: then nothing is kept.
+  bool recording() const { return tape_ != nullptr; }
+  /// Keeps a value for the backward pass as the storage policy says; the site is the scope path, or the path and `owner` when the op is no
+  /// layer of its own. Undefined when not recording.
+  Saved save(const char* slot, const Var& x) const;
+  Saved save(const char* slot, const Tensor& x) const;
+  /// Keeps a small exact statistic (rstd, log-sum-exp); returns it.
+  Tensor keep(const char* slot, const Tensor& statistic) const;
+  Target gradient(const Var& input) const;
+  /// Numbers for this op at this step.
+  RandomKey random(const char* stream) const;
+  bool wants(const Var& x) const { return recording() && x.requires_grad(); }
+
+  Var record(const Tensor& y, std::function<Grads(const Tensor& dy)> backward) const;
+  std::vector<Var> record(const std::vector<Tensor>& ys, Backward backward) const;
+
+ private:
+  Site site(const char* slot) const;
+
+  const char* name_;
+  std::vector<Var> inputs_;
+  Tape* tape_;
+};
+
+}  // namespace mesa

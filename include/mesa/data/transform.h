@@ -1,0 +1,50 @@
+// From a decoded picture to the bytes that the model sees: random crops, flips and colours to train, resize and centre crop to evaluate.
+#pragma once
+#include <array>
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "mesa/base/random.h"
+#include "mesa/data/resize.h"
+
+namespace mesa {
+
+/// How training crops: `none` as evaluation does; `pad` shifts the picture by up to crop_padding pixels over black (CIFAR);
+/// `resized` takes a random part of random area and shape (ImageNet).
+enum class Crop : uint8_t { none, pad, resized };
+/// "none", "pad" or "resized"; anything else throws Error naming `key`.
+Crop parse_crop(const std::string& text, const std::string& key);
+
+struct TransformOptions {
+  int64_t image_size = 32;  ///< pixels of the square output
+  int64_t channels = 3;     ///< of the output: 1 (gray) or 3
+  Crop crop = Crop::none;
+  int64_t crop_padding = 4;                       ///< pixels, for Crop::pad
+  std::array<double, 2> scale{0.08, 1.0};         ///< share of the area, for Crop::resized
+  std::array<double, 2> ratio{3.0 / 4, 4.0 / 3};  ///< width / height, log-uniform, for Crop::resized
+  double flip = 0.5;                              ///< probability of a mirror image in training
+  double color_jitter = 0;                        ///< brightness, contrast, saturation by factors in [max(0, 1 - j), 1 + j]
+  Interpolation interpolation = Interpolation::bicubic;
+  double crop_pct = 1.0;  ///< evaluation: the shorter side becomes floor(image_size / crop_pct), then the centre is cut out
+  /// Of the pixels as they stand in [0, 1], one value a channel. Kept here with the rest of the preprocessing; a kernel applies them.
+  std::vector<float> mean{0.5f, 0.5f, 0.5f}, std{0.5f, 0.5f, 0.5f};
+
+  /// Throws Error naming the field that is out of range.
+  void validate() const;
+  /// Bytes of one output picture.
+  int64_t bytes() const { return image_size * image_size * channels; }
+};
+
+/// The random numbers of one picture in one epoch: they depend on these three alone, never on threads or batches.
+RandomStream augmentation_stream(uint64_t seed, int64_t epoch, int64_t index);
+
+/// The random picture for training; writes options.bytes() bytes, [image_size, image_size, channels], to `out`.
+/// The random resized crop, its ten tries and its fallback are timm's (RandomResizedCropAndInterpolation); colours as Pillow's
+/// ImageEnhance.
+void transform_for_training(const Image& image, const TransformOptions& options, RandomStream& random, uint8_t* out);
+
+/// The same picture every time: resize of the shorter side, centre crop.
+void transform_for_evaluation(const Image& image, const TransformOptions& options, uint8_t* out);
+
+}  // namespace mesa

@@ -1,0 +1,45 @@
+// Affine quantization to 8, 4 or 2 bits, really packed: q = clamp(floor((x - offset) / step + u), 0, 2^bits - 1).
+#pragma once
+#include "mesa/base/random.h"
+#include "mesa/kernels/kernel.h"
+
+namespace mesa::kernels {
+
+/// How a tensor's elements fall into groups that share (step, offset). x is read in logical order as [outer, groups, inner].
+struct GroupLayout {
+  int64_t outer = 1, groups = 1, inner = 1;
+  bool consecutive = false;  ///< groups are runs of `inner` consecutive elements (outer 1); the last may be short
+};
+
+/// What the range reduction found, added to what is there; one in host memory per call.
+struct RangeCheck {
+  int64_t saturated = 0;   ///< finite elements outside the range: x - offset < -step/1000 or > (2^bits - 1 + 1/1000) step, in f32
+  int64_t nonfinite = 0;   ///< NaN or infinite elements
+};
+
+/// lo[g], hi[g] (f32) <- minimum and maximum of each group over finite elements (0, 0 if there is none). x uniform rows, f32|bf16|f64.
+MESA_KERNEL(group_range, const Tensor& x, GroupLayout layout, const Tensor& lo, const Tensor& hi, RangeCheck* check);
+
+/// Packs x (uniform rows) into codes [ceil(numel bits / 8)] u8 with given step[g] > 0 or = 0 (a constant group: code 0), offset[g] (f32).
+/// Element e (logical order) lies in bits (e mod (8/bits)) * bits of byte e / (8/bits), low bits first.
+/// u is 1/2 for nearest; for stochastic rounding the 16-bit dither h(e) + 1/2 over 65,536, where h(e) is the low (e even) or high (e odd)
+/// half of word (e % 8) / 2 of philox(e / 8, key.step, key.key).
+/// v = fma(x - offset, 1/step, u) in f32 with 1/step rounded once: the same on every device. NaN gets code 0, infinities an end; both are
+/// counted. f64 is rounded to f32 first. A group whose 1/step is not finite counts as constant.
+/// lo/hi, if defined, receive the groups' minimum and maximum as group_range gives them, in the same pass.
+MESA_KERNEL(quantize, const Tensor& x, GroupLayout layout, int bits, bool stochastic, RandomKey key, const Tensor& step,
+            const Tensor& offset, const Tensor& codes, const Tensor& lo, const Tensor& hi, RangeCheck* check);
+/// The range of each group and its codes (one visit if the groups are consecutive and short, otherwise two passes): offset = min,
+/// step = (max - min) / (2^bits - 1), or 0 where that is too small to divide by; both are written. Nothing finite saturates.
+MESA_KERNEL(quantize_current, const Tensor& x, GroupLayout layout, int bits, bool stochastic, RandomKey key, const Tensor& step,
+            const Tensor& offset, const Tensor& codes, RangeCheck* check);
+/// y <- fma(code, step[g], offset[g]), contiguous, f32|bf16|f64.
+MESA_KERNEL(dequantize, const Tensor& codes, GroupLayout layout, int bits, const Tensor& step, const Tensor& offset, const Tensor& y);
+
+/// Running estimates (Pan et al. 2021): with r = hi - lo and m = lo of the tensor just seen, alpha <- decay alpha + (1 - decay) r and
+/// beta <- decay beta + (1 - decay) m; decay 0 calibrates. All [groups] f32.
+MESA_KERNEL(update_range, const Tensor& alpha, const Tensor& beta, const Tensor& lo, const Tensor& hi, double decay);
+/// step[g] <- alpha[g] / (2^bits - 1), offset[g] <- beta[g]: the scale that codes are packed with, a copy that later updates leave alone.
+MESA_KERNEL(freeze_range, const Tensor& alpha, const Tensor& beta, int bits, const Tensor& step, const Tensor& offset);
+
+}  // namespace mesa::kernels

@@ -1,0 +1,42 @@
+// Pointwise arithmetic and its gradients. Floating dtypes; results are rounded to the output's dtype, sums run in fp32 (fp64 for fp64).
+#pragma once
+#include "mesa/base/random.h"
+#include "mesa/kernels/kernel.h"
+
+namespace mesa::kernels {
+
+// Unless said otherwise tensors are contiguous and of one shape; an output may be the same tensor as an input.
+
+/// y <- value.
+MESA_KERNEL(fill, const Tensor& y, double value);
+/// y <- x with conversion between floating dtypes; x and y may have any strides.
+MESA_KERNEL(copy, const Tensor& x, const Tensor& y);
+/// y <- a + b. The three dtypes may differ (f32 residual + bf16 branch).
+MESA_KERNEL(add, const Tensor& a, const Tensor& b, const Tensor& y);
+MESA_KERNEL(mul, const Tensor& a, const Tensor& b, const Tensor& y);
+/// y <- s x.
+MESA_KERNEL(scale, const Tensor& x, double s, const Tensor& y);
+/// y[m, n] <- a[m, n] + b[n], where n runs over b's elements and m over the rest (bias, position embedding). a, y one shape; b's numel divides it.
+MESA_KERNEL(add_rows, const Tensor& a, const Tensor& b, const Tensor& y);
+/// db[n] <- (accumulate ? db[n] : 0) + sum_m dy[m, n], in a fixed order (deterministic for a given thread count is not enough: the same
+/// for every thread count). db is f32 or f64.
+MESA_KERNEL(sum_rows, const Tensor& dy, const Tensor& db, bool accumulate);
+
+/// y <- max(x, 0); dx <- x > 0 ? dy : 0.
+MESA_KERNEL(relu, const Tensor& x, const Tensor& y);
+MESA_KERNEL(relu_grad, const Tensor& dy, const Tensor& x, const Tensor& dx);
+/// y <- x Phi(x), exact erf form (Hendrycks and Gimpel, 2016); dx <- dy (Phi(x) + x phi(x)).
+MESA_KERNEL(gelu, const Tensor& x, const Tensor& y);
+MESA_KERNEL(gelu_grad, const Tensor& dy, const Tensor& x, const Tensor& dx);
+
+/// y[i] <- keep_i ? x[i] / (1 - p) : 0 with keep_i = uniform(random_word(key, i)) >= p. The gradient is the same call on dy.
+MESA_KERNEL(dropout, const Tensor& x, const Tensor& y, double p, RandomKey key);
+/// One decision for each index of axis 0 (element = that index): stochastic depth (Huang et al., 2016), scaled by 1 / (1 - p).
+MESA_KERNEL(drop_path, const Tensor& x, const Tensor& y, double p, RandomKey key);
+
+/// *result (host memory) <- sum of squares, in double, in a fixed order.
+MESA_KERNEL(sum_squares, const Tensor& x, double* result);
+/// *result <- index of the first NaN or infinity, or -1.
+MESA_KERNEL(first_nonfinite, const Tensor& x, int64_t* result);
+
+}  // namespace mesa::kernels

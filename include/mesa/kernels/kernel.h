@@ -1,0 +1,53 @@
+// How one kernel name stands for its implementations: one for each CPU instruction set and one for CUDA.
+// A missing backend is a missing source file: the weak symbols below are then null and the call says so.
+#pragma once
+#include <type_traits>
+
+#include "mesa/tensor/tensor.h"
+
+namespace mesa::kernels {
+
+template <class Signature>
+struct Kernel {
+  const char* name;
+  Signature* plain;
+  Signature* avx2;
+  Signature* avx512;
+  Signature* cuda;
+
+  /// Runs where the first tensor argument lives; on meta tensors nothing needs to be done.
+  template <class... Args>
+  void operator()(const Args&... args) const {
+    const DeviceKind device = first_device(args...);
+    if (device == DeviceKind::meta) return;
+    Signature* chosen = cuda;
+    if (device == DeviceKind::cpu) chosen = cpu_isa() == Isa::avx512 ? avx512 : cpu_isa() == Isa::avx2 ? avx2 : plain;
+    check(chosen != nullptr, "this build has no ", to_string(device), " kernel ", name);
+    chosen(args...);
+  }
+
+ private:
+  template <class First, class... Rest>
+  static DeviceKind first_device(const First& first, const Rest&... rest) {
+    if constexpr (std::is_same_v<First, Tensor>) return first.device().kind;
+    else return first_device(rest...);
+  }
+};
+
+}  // namespace mesa::kernels
+
+/// MESA_KERNEL(gelu, const Tensor& x, const Tensor& y) declares the implementations and the callable mesa::kernels::gelu.
+#define MESA_KERNEL(name, ...)                                  \
+  namespace plain {                                             \
+  [[gnu::weak]] void name(__VA_ARGS__);                         \
+  }                                                             \
+  namespace avx2 {                                              \
+  [[gnu::weak]] void name(__VA_ARGS__);                         \
+  }                                                             \
+  namespace avx512 {                                            \
+  [[gnu::weak]] void name(__VA_ARGS__);                         \
+  }                                                             \
+  namespace cuda {                                              \
+  [[gnu::weak]] void name(__VA_ARGS__);                         \
+  }                                                             \
+  inline const Kernel<void(__VA_ARGS__)> name { #name, &plain::name, &avx2::name, &avx512::name, &cuda::name }

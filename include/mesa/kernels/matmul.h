@@ -1,0 +1,17 @@
+// Matrix products through oneDNN (fp32, bf16 with fp32 accumulation), and a plain path for fp64 and for CPUs that oneDNN does not serve.
+#pragma once
+#include "mesa/kernels/kernel.h"
+
+namespace mesa::kernels {
+
+/// c <- a b (+ c if accumulate) (+ bias). a [.., M, K], b [.., K, N], c [.., M, N] of equal rank 2 to 4 and equal leading extents; any strides with
+/// unit stride in one of the last two axes (so a transpose is a view). dtypes: all f64; all f32; a, b bf16 with c bf16 or f32.
+/// bias [N] f32 (f64 for f64), optional.
+void matmul(const Tensor& a, const Tensor& b, const Tensor& c, const Tensor& bias = {}, bool accumulate = false);
+
+/// True if bf16 products run natively here; otherwise they are computed after widening to fp32 (right, slow).
+bool native_bf16();
+/// "oneDNN 2.6.3", for --version.
+std::string matmul_backend();
+
+}  // namespace mesa::kernels

@@ -1,0 +1,45 @@
+// Layer normalization over the last axis (Ba et al., 2016), and softmax.
+#pragma once
+#include "mesa/kernels/kernel.h"
+
+namespace mesa::kernels {
+
+/// x [.., C] -> xhat = (x - mean) rstd [.., C], y = gamma xhat + beta [.., C], rstd [rows] (f32, or f64 for f64).
+/// x f32|bf16|f64; y and xhat share a dtype (x's, or bf16 for f32 x); gamma, beta [C] f32 (f64 for f64). Variance is biased, two-pass.
+/// An undefined xhat or rstd is not written.
+MESA_KERNEL(layer_norm, const Tensor& x, const Tensor& gamma, const Tensor& beta, double eps, const Tensor& y, const Tensor& xhat,
+            const Tensor& rstd);
+/// y[.., c] <- gamma[c] xhat[.., c] + beta[c], bit for bit what layer_norm wrote for f32 and f64.
+MESA_KERNEL(affine, const Tensor& xhat, const Tensor& gamma, const Tensor& beta, const Tensor& y);
+/// dx <- rstd (g - mean(g) - xhat mean(g xhat)) with g = gamma dy; dgamma[c] += sum dy xhat, dbeta[c] += sum dy (= when not accumulate).
+/// dx has x's dtype. An undefined dgamma or dbeta is not computed. Sums are in an order that does not depend on the thread count.
+MESA_KERNEL(layer_norm_grad, const Tensor& dy, const Tensor& xhat, const Tensor& rstd, const Tensor& gamma, const Tensor& dx,
+            const Tensor& dgamma, const Tensor& dbeta, bool accumulate_gamma, bool accumulate_beta);
+
+/// y[.., j] <- exp(x_j - max) / sum, over the last axis.
+MESA_KERNEL(softmax, const Tensor& x, const Tensor& y);
+/// dx <- y (dy - sum_j y_j dy_j).
+MESA_KERNEL(softmax_grad, const Tensor& dy, const Tensor& y, const Tensor& dx);
+
+/// Rows of attention scores s [rows, N] (f32|f64, raw q.k): p <- softmax(scale s) in p's dtype, lse[row] <- log sum_j exp(scale s_j).
+/// p may be s itself when the dtypes agree. lse is contiguous.
+MESA_KERNEL(attention_softmax, const Tensor& s, double scale, const Tensor& p, const Tensor& lse);
+/// p <- exp(scale s - lse[row]): the probabilities again from a saved log-sum-exp.
+MESA_KERNEL(attention_probabilities, const Tensor& s, double scale, const Tensor& lse, const Tensor& p);
+/// ds <- scale p (dp - delta[row]) in ds's dtype. An undefined delta means sum_j p_j dp_j, computed here. p, dp f32|f64.
+MESA_KERNEL(attention_softmax_grad, const Tensor& dp, const Tensor& p, const Tensor& delta, double scale, const Tensor& ds);
+/// delta[b, h, n] <- sum_d d_o[b, n, h d] o[b, n, h d]; o, d_o [B, N, C] uniform rows, delta [B, H, N] contiguous f32|f64.
+MESA_KERNEL(attention_delta, const Tensor& d_o, const Tensor& o, const Tensor& delta);
+
+/// Rows of logits [B, K] (f32|f64) against integer labels [B] (i64, checked by the caller) with label smoothing s:
+/// loss[b] = -sum_k t_k log softmax(logits)_k, t = (1-s) onehot + s/K  (Szegedy et al., 2016).
+MESA_KERNEL(cross_entropy, const Tensor& logits, const Tensor& labels, double smoothing, const Tensor& loss);
+/// The same against soft targets [B, K], each row a distribution.
+MESA_KERNEL(cross_entropy_soft, const Tensor& logits, const Tensor& targets, const Tensor& loss);
+/// dlogits <- dloss[0] / B (softmax(logits) - t).
+MESA_KERNEL(cross_entropy_grad, const Tensor& dloss, const Tensor& logits, const Tensor& labels, double smoothing, const Tensor& dlogits);
+MESA_KERNEL(cross_entropy_soft_grad, const Tensor& dloss, const Tensor& logits, const Tensor& targets, const Tensor& dlogits);
+/// y[0] <- mean of x (f32|f64), in double.
+MESA_KERNEL(mean_all, const Tensor& x, const Tensor& y);
+
+}  // namespace mesa::kernels

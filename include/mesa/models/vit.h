@@ -1,0 +1,60 @@
+// Vision transformers: ViT (Dosovitskiy et al., ICLR 2021) and DeiT (Touvron et al., ICML 2021), with timm's parameter names.
+#pragma once
+#include "mesa/nn/layers.h"
+
+namespace mesa {
+
+struct VitConfig {
+  int64_t image_size = 224, patch_size = 16, channels = 3, classes = 1000;
+  int64_t width = 192, depth = 12, heads = 3;
+  double mlp_ratio = 4;
+  bool class_token = true;  ///< false: mean over the patch tokens, normalized after pooling (timm's global_pool='avg')
+  bool qkv_bias = true;
+  double drop_rate = 0, attn_drop_rate = 0;
+  double drop_path = 0;  ///< of the last block; rises linearly from 0
+  AttentionKind attention = AttentionKind::fused;
+
+  int64_t tokens() const { return (image_size / patch_size) * (image_size / patch_size) + (class_token ? 1 : 0); }
+  int64_t hidden() const { return static_cast<int64_t>(mlp_ratio * static_cast<double>(width)); }
+  /// Throws Error that names the field and says what would fit.
+  void validate() const;
+  /// Floating-point operations (2 for a multiply-add) of one image's forward pass: products only.
+  double forward_flops() const;
+};
+
+/// Pre-norm block: h = x + attn(norm1(x)); h + mlp(norm2(h)).
+struct EncoderBlock {
+  std::string name;
+  int64_t heads;
+  double drop_path;
+  LayerNorm norm1, norm2;
+  Attention attn;
+  Mlp mlp;
+  Var operator()(const Var& x) const;
+};
+
+class Vit {
+ public:
+  /// Makes every parameter; see Builder for names, values and dtypes.
+  Vit(const Builder& build, const VitConfig& config);
+  /// images [B, channels, H, W] -> logits [B, classes] in the master dtype.
+  Var operator()(const Var& images) const;
+  const VitConfig& config() const { return config_; }
+
+ private:
+  VitConfig config_;
+  DType residual_;
+  PatchEmbed patch_embed_;
+  Param* cls_token_ = nullptr;
+  Param* pos_embed_ = nullptr;
+  std::vector<EncoderBlock> blocks_;
+  LayerNorm norm_;
+  Linear head_;
+};
+
+/// The configuration that a name stands for (`deit_small_patch16_224`, `vit_base_patch16_384`; `vit` is DeiT-Ti to be changed by parameters).
+/// Throws Error naming the nearest known name.
+VitConfig vit_config(const std::string& name);
+std::vector<std::string> model_names();
+
+}  // namespace mesa

@@ -1,0 +1,64 @@
+// The differentiable functions. Each is one file in src/ops: forward, what is kept, backward.
+#pragma once
+#include <array>
+
+#include "mesa/autograd/tape.h"
+
+namespace mesa {
+
+// ---- arithmetic ----
+/// a + b of one shape; the result has a's dtype (f32 residual + bf16 branch).
+Var add(const Var& a, const Var& b);
+inline Var operator+(const Var& a, const Var& b) { return add(a, b); }
+/// Elementwise product of one shape.
+Var mul(const Var& a, const Var& b);
+/// s x.
+Var scale(const Var& x, double s);
+/// x[.., n] + b[n], where b's extents are the last ones of x: a bias [C], or a position embedding [1, N, C].
+Var bias(const Var& x, const Var& b);
+
+// ---- products ----
+/// y [.., O] = x [.., I] w^T + b with w [O, I], b [O] or undefined. Keeps x only if w is being trained. y has `out` dtype, default x's.
+Var linear(const Var& x, const Var& w, const Var& b = {}, std::optional<DType> out = {});
+/// c [.., M, N] = a [.., M, K] b [.., K, N]; with transpose_b, b is [.., N, K].
+Var matmul(const Var& a, const Var& b, bool transpose_b = false);
+
+// ---- attention ----
+/// x [B, N, 3C] -> q, k, v, each [B, H, N, C/H]: views, no copy.
+std::array<Var, 3> split_heads(const Var& qkv, int64_t heads);
+/// [B, H, N, D] -> [B, N, H D].
+Var merge_heads(const Var& x);
+/// softmax(scale q k^T) v for all heads at once: qkv [B, N, 3C] -> [B, N, C] (Vaswani et al. 2017). Keeps q, k, v, o and the rows'
+/// log-sum-exp, never N x N. From lossy storage the rows are normalized again, since decoded q and k no longer sum to one with it.
+Var attention(const Var& qkv, int64_t heads, double scale);
+
+// ---- normalization and activation ----
+/// Over the last axis; y in `out` dtype, default x's. Keeps xhat and 1/std; y can be rebuilt as gamma xhat + beta.
+Var layer_norm(const Var& x, const Var& gamma, const Var& beta, double eps, std::optional<DType> out = {});
+/// Over the last axis. Keeps y.
+Var softmax(const Var& x);
+/// x Phi(x), exact erf form. Keeps x; y can be rebuilt.
+Var gelu(const Var& x);
+Var relu(const Var& x);
+/// Zeroes elements with probability p and scales the others by 1/(1-p). Identity without a tape.
+Var dropout(const Var& x, double p);
+/// Drops whole samples (axis 0) with probability p: stochastic depth. Identity without a tape.
+Var drop_path(const Var& x, double p);
+
+// ---- tokens ----
+/// images [B, ch, H, W], w [C, ch, p, p], b [C] -> [B, (H/p)(W/p), C] in `out` dtype; products run in `compute` dtype.
+Var patch_embed(const Var& images, const Var& w, const Var& b, DType compute, DType out);
+/// token [1, 1, C] in front of x [B, N, C] -> [B, N + 1, C].
+Var prepend_token(const Var& token, const Var& x);
+/// x [B, N, C] -> [B, C], the token at `index`.
+Var select_token(const Var& x, int64_t index);
+/// x [B, N, C] -> [B, C], the mean over tokens from..N-1.
+Var mean_pool(const Var& x, int64_t from);
+
+// ---- loss ----
+/// Mean over the batch: logits [B, K], labels [B] i64, smoothing in [0, 1). Throws Error for a label outside 0..K-1, naming the sample.
+Var cross_entropy(const Var& logits, const Tensor& labels, double smoothing = 0);
+/// Soft targets [B, K], each row a distribution, in the logits' dtype.
+Var cross_entropy(const Var& logits, const Var& targets);
+
+}  // namespace mesa

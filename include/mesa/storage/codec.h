@@ -1,0 +1,69 @@
+// How one activation waits for the backward pass: the seam where storage formats plug in.
+#pragma once
+#include <functional>
+#include <map>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "mesa/base/random.h"
+#include "mesa/kernels/codec.h"
+#include "mesa/tensor/tensor.h"
+
+namespace mesa {
+
+/// Where an activation is kept: a scope path and a slot, "blocks.3.mlp.act:x", the same path as the parameters beside it.
+struct Site {
+  std::string path, slot;
+  int64_t heads = 1;  ///< attention heads of the layer around it, for head-wise groups
+  std::string name() const { return path + ":" + slot; }
+};
+
+/// What backward finds: everything needed to decode, the scale included, and nothing that changes later.
+struct Packed {
+  std::vector<Tensor> parts;  ///< codes first; their meaning is the codec's own
+  Shape shape;                ///< of the tensor that was packed
+  DType dtype = DType::f32;
+  kernels::GroupLayout layout;
+};
+
+/// What one call of pack has to know and to tell.
+struct PackContext {
+  const Site& site;
+  RandomKey random;               ///< this site's numbers at this step
+  kernels::RangeCheck* check;     ///< saturated and non-finite elements are added here
+};
+
+/// One instance serves one site, so a codec may keep running state.
+class Codec {
+ public:
+  virtual ~Codec() = default;
+  /// x: any strides, f32|bf16|f64. A codec with running ranges updates them here.
+  virtual Packed pack(const Tensor& x, const PackContext& context) = 0;
+  /// A tensor of the packed shape and dtype, contiguous unless the codec shares its input.
+  virtual Tensor unpack(const Packed& packed) const = 0;
+  /// The bytes that pack keeps for such a tensor: a promise that tests compare with the meter, and the plan of a dry run.
+  virtual int64_t packed_bytes(const Shape& shape, DType dtype, const Site& site) const = 0;
+  /// The largest |unpack(pack(x)) - x| of an element of a group that spans [lo, hi]. The rounding of the element's own dtype comes on top.
+  virtual double error_bound(double lo, double hi) const = 0;
+  /// True if pack keeps x itself (its buffer) and unpack returns it.
+  virtual bool shares_input() const { return false; }
+  /// False if unpack returns exactly what pack was given.
+  virtual bool lossy() const { return !shares_input(); }
+  /// Running state for the checkpoint: tensors by name. load_state throws if names or shapes do not fit.
+  virtual std::map<std::string, Tensor> state() const { return {}; }
+  virtual void load_state(const std::map<std::string, Tensor>& state);
+};
+
+/// The options of a rule beside `match` and `codec`, as written: {"groups", "256"}.
+using CodecOptions = std::map<std::string, std::string>;
+using CodecFactory = std::function<std::unique_ptr<Codec>(const CodecOptions&)>;
+
+/// Makes `name` usable in storage rules. A later registration of the same name is an error.
+/// `options` names the keys that the factory reads; other keys in a rule are refused with the nearest of these.
+void register_codec(const std::string& name, std::vector<std::string> options, CodecFactory factory);
+/// Throws Error for an unknown codec, option or value, naming the nearest known one.
+std::unique_ptr<Codec> make_codec(const std::string& name, const CodecOptions& options);
+std::vector<std::string> codec_names();
+
+}  // namespace mesa

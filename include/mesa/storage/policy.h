@@ -1,0 +1,59 @@
+// The one place that decides what is kept of each activation, and how.
+#pragma once
+#include <optional>
+
+#include "mesa/storage/saved.h"
+
+namespace mesa {
+
+/// One line of a policy: sites whose name matches the glob use this codec. The last rule that matches wins.
+struct StorageRule {
+  std::string match, codec;
+  CodecOptions options;
+  std::string where;  ///< file:line for errors; may be empty
+};
+
+/// What is known of one site since it was first seen.
+struct SiteRecord {
+  Site site;
+  Shape shape;
+  DType dtype = DType::f32;
+  std::string codec;           ///< as the rule says; "statistic" for exact values an op keeps, "shared" for a second save of one buffer
+  int64_t exact_bytes = 0;     ///< what the tensor itself takes
+  int64_t kept_bytes = 0;      ///< what is really kept of it, scales included
+  int64_t elements = 0, saturated = 0, nonfinite = 0;  ///< since reset_counts()
+};
+
+class StoragePolicy {
+ public:
+  /// Checks every rule; throws UsageError with the rule's place.
+  StoragePolicy(std::string name, std::vector<StorageRule> rules);
+  ~StoragePolicy();
+  StoragePolicy(StoragePolicy&&) noexcept;
+  StoragePolicy& operator=(StoragePolicy&&) noexcept;
+
+  /// Keeps what the rule of this site says. `recipe` (may be null) is how to rebuild x from what is saved already.
+  Saved save(const Tensor& x, const Site& site, const std::shared_ptr<const Recipe>& recipe);
+  /// Registers an exact statistic that an op captures itself.
+  void keep(const Tensor& statistic, const Site& site);
+  /// A new forward pass: random numbers of (seed, step), no buffer known yet.
+  void begin(uint64_t seed, uint64_t step);
+
+  const std::string& name() const;
+  std::vector<SiteRecord> sites() const;  ///< in order of first use
+  void reset_counts();
+  /// The first site of this pass where a NaN or infinity was packed, or "".
+  const std::string& first_nonfinite() const;
+  /// Throws UsageError for a rule that matched no site so far, listing the nearest sites.
+  void check_rules_matched() const;
+
+  /// Running state by "site/name", for the checkpoint. load_state is taken up when a site is first used.
+  std::map<std::string, Tensor> state() const;
+  void load_state(std::map<std::string, Tensor> state);
+
+ private:
+  struct Impl;
+  std::unique_ptr<Impl> impl_;
+};
+
+}  // namespace mesa

@@ -1,0 +1,30 @@
+// A handle on one kept activation: what a backward closure holds instead of the tensor.
+#pragma once
+#include "mesa/storage/codec.h"
+
+namespace mesa {
+
+/// How to compute a value again from what is saved already (gelu's output from its saved input).
+using Recipe = std::function<Tensor()>;
+
+class Saved {
+ public:
+  Saved() = default;
+  bool defined() const { return entry_ != nullptr; }
+  /// Decodes or rebuilds the activation: a fresh tensor, or the kept one itself for exact storage.
+  Tensor get() const;
+  /// False if get() returns exactly what was saved.
+  bool lossy() const;
+
+ private:
+  friend class StoragePolicy;
+  struct Entry {
+    std::shared_ptr<Codec> codec;  // null: rebuilt by the recipe
+    Packed packed;
+    std::shared_ptr<const Recipe> recipe;
+  };
+  explicit Saved(std::shared_ptr<const Entry> entry) : entry_(std::move(entry)) {}
+  std::shared_ptr<const Entry> entry_;
+};
+
+}  // namespace mesa

@@ -1,0 +1,79 @@
+// A caching allocator with a byte meter: memory by kind, on every device, with nothing taken from the system in the steady state.
+#pragma once
+#include <array>
+#include <cstdint>
+#include <memory>
+#include <string>
+
+#include "mesa/base/device.h"
+
+namespace mesa {
+
+enum class MemoryKind : uint8_t { parameters, gradients, optimizer, activations, inputs, workspace };
+inline constexpr int kMemoryKinds = 6;
+const char* to_string(MemoryKind kind);
+
+/// Bytes that live tensors asked for, by kind; `peak` is the largest total seen since reset_peak(), `peak_kind` its parts at that moment.
+struct MemoryUse {
+  std::array<int64_t, kMemoryKinds> live{};
+  int64_t total = 0;
+  int64_t peak = 0;
+  std::array<int64_t, kMemoryKinds> peak_kind{};
+  int64_t reserved = 0;            ///< bytes taken from the system, cached blocks included
+  int64_t system_allocations = 0;  ///< how often the system was asked
+  int64_t of(MemoryKind kind) const { return live[static_cast<int>(kind)]; }
+};
+
+/// One block of memory. `id` is never reused, so it names a buffer for ever (an address does not).
+class Buffer {
+ public:
+  ~Buffer();
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+
+  void* data() const { return data_; }
+  int64_t bytes() const { return bytes_; }
+  uint64_t id() const { return id_; }
+  Device device() const { return device_; }
+  MemoryKind kind() const { return kind_; }
+  /// Counts the buffer under another kind from now on (workspace that became a kept activation).
+  void retag(MemoryKind kind);
+
+ private:
+  friend class Allocator;
+  Buffer() = default;
+  void* data_ = nullptr;
+  int64_t bytes_ = 0;
+  int64_t capacity_ = 0;
+  uint64_t id_ = 0;
+  Device device_;
+  MemoryKind kind_ = MemoryKind::workspace;
+};
+
+/// Thread-safe. Blocks are rounded up to size classes (at most 1/8 waste) and cached for reuse when released.
+class Allocator {
+ public:
+  static Allocator& of(Device device);
+
+  /// 64-byte aligned, uninitialized. Throws Error naming the request and the use by kind when the system has no more.
+  std::shared_ptr<Buffer> allocate(int64_t bytes, MemoryKind kind);
+  MemoryUse use() const;
+  void reset_peak();
+  /// Returns cached blocks to the system.
+  void release_cached();
+
+  class Impl;
+  explicit Allocator(std::unique_ptr<Impl> impl);
+  ~Allocator();
+
+ private:
+  friend class Buffer;
+  std::unique_ptr<Impl> impl_;
+};
+
+/// "activations 12.3 MB, workspace 4.5 MB, ..." for reports and out-of-memory errors.
+std::string describe(const MemoryUse& use);
+/// "12.3 MB" (1 MB = 10^6 bytes)
+std::string format_bytes(int64_t bytes);
+
+}  // namespace mesa

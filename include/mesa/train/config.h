@@ -1,0 +1,145 @@
+// The description of a run: a plain struct, read strictly from YAML, with the place of every value kept for error messages.
+#pragma once
+#include <cstdint>
+#include <map>
+#include <optional>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "mesa/base/error.h"
+
+namespace mesa {
+
+/// The fields left empty come from the table entry that `name` selects.
+struct ModelConfig {
+  std::string name = "vit";
+  std::optional<int64_t> image_size, patch_size, width, depth, heads;
+  std::optional<double> mlp_ratio;
+  std::optional<int64_t> channels, classes;
+  std::optional<std::string> pool;  ///< token | mean
+  std::optional<bool> qkv_bias;
+  double drop_rate = 0, attn_drop_rate = 0, drop_path = 0;
+  std::string attention = "fused";  ///< fused | explicit
+  bool operator==(const ModelConfig&) const = default;
+};
+
+struct DataConfig {
+  std::string kind = "shapes";  ///< shapes | cifar10 | cifar100 | idx | image_folder | random
+  std::string path;
+  int64_t train_size = 0, test_size = 0;  ///< images; 0 = all (or the built-in size of generated sets)
+  int64_t workers = 2;                    ///< loader threads
+  int64_t prefetch = 4;                   ///< batches made ahead
+  std::string on_bad_sample = "error";    ///< error | skip
+  int64_t max_pixels = 100'000'000;
+  std::string crop = "none";  ///< none | pad | resized
+  int64_t crop_padding = 4;   ///< pixels
+  std::vector<double> crop_scale{0.08, 1.0};
+  std::vector<double> crop_ratio{0.75, 4.0 / 3};
+  double flip = 0;  ///< probability
+  double color_jitter = 0;
+  std::string interpolation = "bicubic";  ///< bilinear | bicubic
+  double crop_pct = 1;
+  std::vector<double> mean, std;  ///< per channel, of values in [0, 1]; empty = the data set's own
+  bool operator==(const DataConfig&) const = default;
+};
+
+struct TrainConfig {
+  int64_t epochs = 10;
+  int64_t batch_size = 64;
+  std::string precision = "fp32";  ///< fp32 | bf16
+  bool force_precision = false;
+  int64_t accumulation = 1;
+  double clip_norm = 0;  ///< 0 = off
+  double label_smoothing = 0;
+  int64_t eval_batch_size = 0;  ///< 0 = batch_size
+  int64_t log_interval = 50;    ///< steps
+  int64_t max_bad_steps = 10;
+  int64_t threads = 0;              ///< 0 = all cores
+  int64_t steps = 0;                ///< 0 = all
+  int64_t checkpoint_interval = 0;  ///< steps; 0 = after each epoch only
+  std::vector<std::string> frozen;  ///< globs of parameter names
+  bool operator==(const TrainConfig&) const = default;
+};
+
+struct OptimizerConfig {
+  std::string name = "adamw";
+  double lr = 1e-3, weight_decay = 0.05, beta1 = 0.9, beta2 = 0.999, eps = 1e-8;
+  bool operator==(const OptimizerConfig&) const = default;
+};
+
+struct ScheduleConfig {
+  std::string name = "cosine";  ///< cosine | constant
+  double warmup_epochs = 0, warmup_lr = 1e-6, min_lr = 0;
+  bool operator==(const ScheduleConfig&) const = default;
+};
+
+/// One rule of a storage policy, as it was written. `options` are the codec's own (groups, range, decay, rounding, ...).
+struct StorageRuleConfig {
+  std::string match, codec;
+  std::map<std::string, std::string> options;
+  std::string where;  ///< "file:line", for errors; not part of the value
+  bool operator==(const StorageRuleConfig& o) const { return match == o.match && codec == o.codec && options == o.options; }
+};
+
+struct StorageConfig {
+  std::string name = "exact";  ///< for display: the file's name without .yaml, or "custom" for rules written in place
+  std::vector<StorageRuleConfig> rules{{"*", "exact", {}, "default"}};
+  bool operator==(const StorageConfig&) const = default;
+};
+
+struct RunConfig {
+  ModelConfig model;
+  DataConfig data;
+  TrainConfig train;
+  OptimizerConfig optimizer;
+  ScheduleConfig schedule;
+  StorageConfig storage;
+  int64_t seed = 0;
+  std::string device = "auto";  ///< auto | cpu | cuda
+  std::string output;           ///< folder of the run; empty = chosen by the app
+
+  /// "file:line" or "--set key=value" that gave the key its value, or "default".
+  std::string where(const std::string& key) const;
+  /// Throws UsageError "<where>: <key>: <text>", for values that only the trainer can judge.
+  template <class... Parts>
+  [[noreturn]] void refuse(const std::string& key, const Parts&... parts) const {
+    throw UsageError(concat(where(key), ": ", key, ": ", parts...));
+  }
+  /// Compares values, not the places where they were set.
+  bool operator==(const RunConfig& o) const {
+    return model == o.model && data == o.data && train == o.train && optimizer == o.optimizer && schedule == o.schedule &&
+           storage == o.storage && seed == o.seed && device == o.device && output == o.output;
+  }
+
+  std::map<std::string, std::string> places;
+};
+
+/// Reads a config file and its bases, then applies the overrides ("train.epochs=3"). A bare name ("deit_s") is looked up in the current
+/// folder and in the config roots. Throws UsageError with file:line, the key, what is wrong and the nearest known key.
+RunConfig load_config(const std::string& name, const std::vector<std::string>& overrides = {});
+
+/// The same from text, without touching the disk: `base` and storage by name are refused. `name` stands for the file in errors.
+RunConfig parse_config(std::string_view text, const std::string& name, const std::vector<std::string>& overrides = {});
+
+/// The resolved config, complete and self-contained: parse_config(to_yaml(c), ...) == c.
+std::string to_yaml(const RunConfig& config);
+
+/// A storage policy by the name of a file in configs/storage, or by path.
+StorageConfig load_storage(const std::string& name);
+
+/// Checks what concerns several keys at once (head count, patch size, ...); load_config and parse_config call it.
+void check_config(const RunConfig& config);
+
+/// One key of the format, for documents and completion.
+struct ConfigKey {
+  std::string name, type, default_value, doc;
+};
+std::vector<ConfigKey> config_keys();
+/// The table of all keys in Markdown, one section for each top-level key.
+std::string config_reference();
+
+/// Folders that hold shipped configs: MESA_CONFIG_DIR (colon-separated), <executable>/../share/mesa/configs, the source tree's.
+std::vector<std::string> config_roots();
+
+}  // namespace mesa

@@ -1,0 +1,118 @@
+// What a run tells about itself: tables in its folder that resume without seams, and one live line in the terminal.
+#pragma once
+#include <functional>
+#include <limits>
+#include <optional>
+#include <span>
+#include <string>
+
+#include "mesa/train/files.h"
+
+namespace mesa {
+
+inline constexpr double kNotMeasured = std::numeric_limits<double>::quiet_NaN();  ///< an empty cell in CSV, null in JSON
+
+/// One row of summary.csv, written after each epoch.
+struct EpochRow {
+  int64_t epoch = 0;
+  double train_loss = kNotMeasured, eval_loss = kNotMeasured;
+  double eval_top1 = kNotMeasured, eval_top5 = kNotMeasured;  ///< percent
+  double lr = 0, images_per_second = 0;
+  double activation_bytes_per_image = 0;
+  int64_t peak_bytes = 0;
+  double seconds = 0;
+};
+
+/// One line of metrics.jsonl, written each train.log_interval steps.
+struct IntervalRow {
+  int64_t step = 0, epoch = 0;
+  double loss = kNotMeasured, lr = 0, grad_norm = kNotMeasured;
+  double images_per_second = 0;
+  double data_wait = 0;  ///< share of the time, 0 to 1
+  double activation_bytes_per_image = 0;
+  int64_t peak_bytes = 0;
+  int64_t bad_steps = 0, bad_samples = 0;  ///< so far
+};
+
+/// One row of memory.csv: what one site keeps for the backward pass.
+struct MemoryRow {
+  std::string site, shape, codec;
+  int64_t exact_bytes = 0, kept_bytes = 0;
+};
+
+struct RunSummary {
+  double top1 = kNotMeasured, top5 = kNotMeasured;  ///< percent
+  double eval_loss = kNotMeasured, train_loss = kNotMeasured;
+  int64_t epochs = 0, steps = 0;
+  double images_per_second = 0;
+  int64_t parameters = 0;
+  double activation_bytes_per_image = 0, exact_activation_bytes_per_image = 0;
+  int64_t peak_bytes = 0;
+  std::string device, storage;
+  int64_t seed = 0;
+};
+
+/// summary.csv. With `last_epoch` (resume) rows of later epochs and a torn last line are dropped, so that the file of a resumed run is that
+/// of an uninterrupted one; without it the file starts anew. Throws mesa::Error on I/O errors and on a file of another kind.
+class EpochLog {
+ public:
+  explicit EpochLog(const std::string& path, std::optional<int64_t> last_epoch = {});
+  void append(const EpochRow& row);
+
+ private:
+  OutputFile file_;
+};
+
+/// metrics.jsonl, in the same way by step.
+class IntervalLog {
+ public:
+  explicit IntervalLog(const std::string& path, std::optional<int64_t> last_step = {});
+  void append(const IntervalRow& row);
+
+ private:
+  OutputFile file_;
+};
+
+void write_memory_csv(const std::string& path, std::span<const MemoryRow> rows);
+void write_summary_json(const std::string& path, const RunSummary& summary);
+
+struct ProgressState {
+  int64_t epoch = 0, epochs = 0;  ///< epoch counts from 1
+  int64_t step = 0, steps = 0;    ///< within the epoch
+  double loss = kNotMeasured, lr = 0, images_per_second = 0;
+  double data_wait = 0;         ///< share of the time, 0 to 1
+  double activation_bytes = 0;  ///< kept by one step
+  double eta_seconds = kNotMeasured;
+};
+
+/// One line of at most `width` columns; what is least needed goes first when there is no room. A width of 0 means no limit and no bar.
+std::string format_progress(const ProgressState& state, int width);
+/// "1:02:03", "2:03"
+std::string format_duration(double seconds);
+
+/// The live line. On a terminal it is redrawn in place at most ten times a second; elsewhere a plain line is printed each `log_interval`
+/// steps and at the end of an epoch. The estimated time left comes from the steps seen by this object.
+class Progress {
+ public:
+  using Clock = std::function<double()>;  ///< seconds
+  /// total_steps: of the whole run, first_step: those done before (resume); fd: where to print.
+  Progress(int64_t total_steps, int64_t first_step, int64_t log_interval, int fd = 2, Clock clock = {});
+  ~Progress();
+  /// After each step; eta_seconds is filled in here.
+  void update(ProgressState state);
+  /// Prints a line above the live one.
+  void print(const std::string& text);
+  /// Leaves the live line as it stands and goes to the next.
+  void finish();
+
+ private:
+  void put(const std::string& text);
+  int fd_;
+  bool terminal_, line_open_ = false, broken_ = false;
+  int64_t total_steps_, done_steps_, first_step_, log_interval_;
+  Clock clock_;
+  double start_, last_drawn_;
+  std::string last_;
+};
+
+}  // namespace mesa

@@ -1,0 +1,36 @@
+// From a run's config to the objects that it names: model, data, transforms, storage policy, optimizer schedule.
+#pragma once
+#include <string>
+
+#include "mesa/data/loader.h"
+#include "mesa/models/vit.h"
+#include "mesa/optim/adamw.h"
+#include "mesa/train/config.h"
+
+namespace mesa {
+
+/// The model's configuration: the table entry that model.name selects, changed by the fields that are set. `classes` (of the data) fills in
+/// where the config is silent; 0 if unknown. Throws UsageError naming the key's place.
+VitConfig model_config(const RunConfig& config, int64_t classes);
+/// bf16 or f32 for matrix products. Throws UsageError with the reason where the CPU has no bf16 products (unless train.force_precision).
+DType compute_dtype(const RunConfig& config);
+/// The device; `auto` takes the best that this build and machine have. Throws Error with the reason if it is not to be had.
+Device choose_device(const std::string& name);
+/// Both halves of the data; kind `random` is noise with random labels, for benchmarks.
+DatasetPair make_datasets(const RunConfig& config, const VitConfig& model);
+/// How many classes the data has without opening it, 0 if only opening tells.
+int64_t known_classes(const RunConfig& config);
+TransformOptions make_transform(const RunConfig& config, const VitConfig& model);
+LoaderOptions make_loader_options(const RunConfig& config, bool train);
+StoragePolicy make_policy(const StorageConfig& storage);
+/// Images as the model takes them: u8 [B, H, W, C] -> f32 [B, C, H, W], normalized.
+Tensor prepare_images(const Tensor& pixels, const TransformOptions& transform);
+
+/// A model with its parameters: what training, evaluation and benchmarks share.
+struct BuiltModel {
+  BuiltModel(const RunConfig& config, const VitConfig& model, Device device = kCpu);
+  ParamStore params;
+  Vit net;
+};
+
+}  // namespace mesa

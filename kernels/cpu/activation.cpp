@@ -1,0 +1,57 @@
+// relu(x) = max(x, 0);  gelu(x) = x Phi(x), gelu'(x) = Phi(x) + x phi(x) with the exact normal distribution.
+#include "mesa/kernels/elementwise.h"
+
+#include "cpu.h"
+
+namespace mesa::kernels::MESA_ISA {
+
+namespace {
+
+template <class F>
+void map(const Tensor& x, const Tensor& y, const char* name, const F& f) {
+  check_alike(x, y, name);
+  dispatch(x.dtype(), y.dtype(), [&](auto tx, auto ty) {
+    const auto* px = x.data<decltype(tx)>();
+    auto* py = y.data<decltype(ty)>();
+    parallel_elements(y.numel(), [=](int64_t begin, int64_t end) {
+#pragma omp simd
+      for (int64_t i = begin; i < end; ++i) store(py + i, f(load(px + i)));
+    });
+  });
+}
+
+/// dx[i] = f(dy[i], x[i]).
+template <class F>
+void map_grad(const Tensor& dy, const Tensor& x, const Tensor& dx, const char* name, const F& f) {
+  check_alike(dy, x, name);
+  check_alike(dy, dx, name);
+  dispatch(dy.dtype(), x.dtype(), dx.dtype(), [&](auto t_dy, auto tx, auto t_dx) {
+    const auto* pdy = dy.data<decltype(t_dy)>();
+    const auto* px = x.data<decltype(tx)>();
+    auto* pdx = dx.data<decltype(t_dx)>();
+    parallel_elements(dx.numel(), [=](int64_t begin, int64_t end) {
+#pragma omp simd
+      for (int64_t i = begin; i < end; ++i) store(pdx + i, f(load(pdy + i), load(px + i)));
+    });
+  });
+}
+
+}  // namespace
+
+void relu(const Tensor& x, const Tensor& y) {
+  map(x, y, "relu", [](auto v) { return scalar::relu(v); });
+}
+
+void relu_grad(const Tensor& dy, const Tensor& x, const Tensor& dx) {
+  map_grad(dy, x, dx, "relu_grad", [](auto g, auto v) { return scalar::relu_grad(g, v); });
+}
+
+void gelu(const Tensor& x, const Tensor& y) {
+  map(x, y, "gelu", [](auto v) { return scalar::gelu(v); });
+}
+
+void gelu_grad(const Tensor& dy, const Tensor& x, const Tensor& dx) {
+  map_grad(dy, x, dx, "gelu_grad", [](auto g, auto v) { return g * scalar::gelu_slope(v); });
+}
+
+}  // namespace mesa::kernels::MESA_ISA

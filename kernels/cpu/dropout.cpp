@@ -1,0 +1,55 @@
+// y = keep x / (1 - p), keep = uniform >= p: one decision an element (dropout) or a sample (drop_path).
+#include "mesa/kernels/elementwise.h"
+
+#include "cpu.h"
+
+namespace mesa::kernels::MESA_ISA {
+
+void dropout(const Tensor& x, const Tensor& y, double p, RandomKey key) {
+  check_alike(x, y, "dropout");
+  check(p >= 0 && p <= 1, "dropout: the probability ", p, " is not in [0, 1]");
+  const uint32_t threshold = scalar::dropout_threshold(p);
+  dispatch(x.dtype(), y.dtype(), [&](auto tx, auto ty) {
+    using A = Acc<decltype(tx)>;
+    const auto* px = x.data<decltype(tx)>();
+    auto* py = y.data<decltype(ty)>();
+    const A factor = p < 1 ? static_cast<A>(1 / (1 - p)) : A(0);
+    parallel_elements(y.numel(), [=](int64_t begin, int64_t end) {  // begin is a multiple of 64, so it begins a block of words
+      uint32_t words[kRandomBlock];
+      for (int64_t at = begin; at < end; at += kRandomBlock) {
+        random_block(key, static_cast<uint64_t>(at) / 4, words);
+        const int64_t count = std::min<int64_t>(kRandomBlock, end - at);
+        const auto* qx = px + at;
+        auto* qy = py + at;
+#pragma omp simd
+        for (int64_t i = 0; i < count; ++i) store(qy + i, scalar::keeps(words[i], threshold) ? factor * load(qx + i) : A(0));
+      }
+    });
+  });
+}
+
+void drop_path(const Tensor& x, const Tensor& y, double p, RandomKey key) {
+  check_alike(x, y, "drop_path");
+  check(x.rank() >= 1, "drop_path needs an axis of samples");
+  check(p >= 0 && p <= 1, "drop_path: the probability ", p, " is not in [0, 1]");
+  if (x.numel() == 0) return;
+  const uint32_t threshold = scalar::dropout_threshold(p);
+  const int64_t sample = x.numel() / x.dim(0);
+  dispatch(x.dtype(), y.dtype(), [&](auto tx, auto ty) {
+    using A = Acc<decltype(tx)>;
+    const auto* px = x.data<decltype(tx)>();
+    auto* py = y.data<decltype(ty)>();
+    parallel_elements(y.numel(), [=](int64_t begin, int64_t end) {
+      for (int64_t at = begin; at < end;) {
+        const int64_t b = at / sample, stop = std::min(end, (b + 1) * sample);
+        const bool keep = scalar::keeps(random_word(key, static_cast<uint64_t>(b)), threshold);
+        const A factor = keep ? static_cast<A>(1 / (1 - p)) : A(0);
+#pragma omp simd
+        for (int64_t i = at; i < stop; ++i) store(py + i, keep ? factor * load(px + i) : A(0));
+        at = stop;
+      }
+    });
+  });
+}
+
+}  // namespace mesa::kernels::MESA_ISA

@@ -1,0 +1,161 @@
+// (x / 255 - mean[c]) / std[c]; an image as rows of patches and back; a token before the others; the mean of tokens.
+#include "mesa/kernels/image.h"
+
+#include "cpu.h"
+
+namespace mesa::kernels::MESA_ISA {
+
+namespace {
+
+template <class X, class Y>
+void convert_row(const X* x, Y* y, int64_t n) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) store(y + i, load(x + i));
+}
+
+/// Extents of images in patches, and the places of pixel rows inside them.
+struct Patches {
+  int64_t batch, channels, height, width, patch;
+
+  Patches(const Tensor& images, int64_t patch, const Tensor& tokens, const char* name)
+      : batch(images.dim(0)), channels(images.dim(1)), height(images.dim(2)), width(images.dim(3)), patch(patch) {
+    check(patch > 0 && height % patch == 0 && width % patch == 0, name, ": patches of ", patch, " do not tile images of ",
+          images.shape());
+    check_alike(images, tokens, name);
+    check(tokens.rank() == 3 && tokens.dim(0) == batch && tokens.dim(2) == channels * patch * patch, name, ": patches of shape ",
+          tokens.shape(), " for images of shape ", images.shape());
+  }
+
+  /// f(image_offset, token_offset) for each run of `patch` pixels that lies together in both.
+  template <class F>
+  void for_runs(const F& f) const {
+    const int64_t across = width / patch, token = channels * patch * patch;
+    parallel_rows(batch * channels * height, width, [=, this](int64_t begin, int64_t end) {
+      for (int64_t row = begin; row < end; ++row) {
+        const int64_t y = row % height, c = row / height % channels, b = row / height / channels;
+        const int64_t first = (b * (height / patch) + y / patch) * across;
+        const int64_t inside = (c * patch + y % patch) * patch;
+        for (int64_t i = 0; i < across; ++i) f(row * width + i * patch, (first + i) * token + inside);
+      }
+    });
+  }
+};
+
+}  // namespace
+
+void normalize_images(const Tensor& pixels, const std::vector<float>& mean, const std::vector<float>& std, const Tensor& y) {
+  check(pixels.rank() == 4 && y.rank() == 4 && pixels.is_contiguous() && y.is_contiguous(), "normalize_images: tensors of shapes ",
+        pixels.shape(), " and ", y.shape());
+  const int64_t height = pixels.dim(1), width = pixels.dim(2), channels = pixels.dim(3), plane = height * width;
+  check(y.shape() == Shape({pixels.dim(0), channels, height, width}), "normalize_images: ", pixels.shape(), " cannot become ", y.shape());
+  check(static_cast<int64_t>(mean.size()) == channels && static_cast<int64_t>(std.size()) == channels, "normalize_images: ",
+        mean.size(), " means and ", std.size(), " deviations for ", channels, " channels");
+  const uint8_t* px = pixels.data<uint8_t>();
+  dispatch_float(y.dtype(), [&](auto tag) {
+    using T = decltype(tag);
+    using A = Acc<T>;
+    T* py = y.data<T>();
+    parallel_rows(pixels.dim(0) * channels, plane, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t b = i / channels, c = i % channels;
+        const A factor = static_cast<A>(1 / (255.0 * static_cast<double>(std[c])));
+        const A shift = static_cast<A>(static_cast<double>(mean[c]) / static_cast<double>(std[c]));
+        const uint8_t* from = px + b * plane * channels + c;
+        T* to = py + i * plane;
+#pragma omp simd
+        for (int64_t j = 0; j < plane; ++j) store(to + j, static_cast<A>(from[j * channels]) * factor - shift);
+      }
+    });
+  });
+}
+
+void extract_patches(const Tensor& x, int64_t patch, const Tensor& y) {
+  check(x.rank() == 4, "extract_patches: images of shape ", x.shape());
+  const Patches patches(x, patch, y, "extract_patches");
+  dispatch(x.dtype(), y.dtype(), [&](auto tx, auto ty) {
+    const auto* px = x.data<decltype(tx)>();
+    auto* py = y.data<decltype(ty)>();
+    patches.for_runs([=](int64_t image, int64_t token) { convert_row(px + image, py + token, patch); });
+  });
+}
+
+void scatter_patches(const Tensor& dy, int64_t patch, const Tensor& dx) {
+  check(dx.rank() == 4, "scatter_patches: images of shape ", dx.shape());
+  const Patches patches(dx, patch, dy, "scatter_patches");
+  dispatch(dy.dtype(), dx.dtype(), [&](auto ty, auto tx) {
+    const auto* py = dy.data<decltype(ty)>();
+    auto* px = dx.data<decltype(tx)>();
+    patches.for_runs([=](int64_t image, int64_t token) { convert_row(py + token, px + image, patch); });
+  });
+}
+
+void prepend_token(const Tensor& token, const Tensor& x, const Tensor& y) {
+  check(x.rank() == 3 && y.shape() == x.shape().with(1, x.dim(1) + 1) && x.is_contiguous() && y.is_contiguous(),
+        "prepend_token: tensors of shapes ", x.shape(), " and ", y.shape());
+  const int64_t tokens = x.dim(1) + 1, width = x.dim(2);
+  check(token.is_contiguous() && token.numel() == width, "prepend_token: a token of ", token.numel(), " elements before ", x.shape());
+  dispatch(token.dtype(), x.dtype(), y.dtype(), [&](auto tt, auto tx, auto ty) {
+    const auto* pt = token.data<decltype(tt)>();
+    const auto* px = x.data<decltype(tx)>();
+    auto* py = y.data<decltype(ty)>();
+    parallel_rows(y.dim(0) * tokens, width, [=](int64_t begin, int64_t end) {
+      for (int64_t row = begin; row < end; ++row) {
+        const int64_t b = row / tokens;
+        if (row % tokens == 0) convert_row(pt, py + row * width, width);
+        else convert_row(px + (row - b - 1) * width, py + row * width, width);
+      }
+    });
+  });
+}
+
+void mean_tokens(const Tensor& x, int64_t from, const Tensor& y) {
+  check(x.rank() == 3 && y.rank() == 2 && y.dim(0) == x.dim(0) && y.dim(1) == x.dim(2) && x.is_contiguous() && y.is_contiguous(),
+        "mean_tokens: tensors of shapes ", x.shape(), " and ", y.shape());
+  const int64_t tokens = x.dim(1), width = x.dim(2);
+  check(from >= 0 && from < tokens, "mean_tokens: from token ", from, " of ", tokens);
+  dispatch(x.dtype(), y.dtype(), [&](auto tx, auto ty) {
+    using A = Acc<decltype(tx)>;
+    const auto* px = x.data<decltype(tx)>();
+    auto* py = y.data<decltype(ty)>();
+    const A share = A(1) / static_cast<A>(tokens - from);
+    parallel_rows(x.dim(0), tokens * width, [=](int64_t begin, int64_t end) {
+      std::vector<A> spare(width);
+      A* sum = spare.data();
+      for (int64_t b = begin; b < end; ++b) {
+        std::fill(sum, sum + width, A(0));
+        for (int64_t n = from; n < tokens; ++n) {
+          const auto* row = px + (b * tokens + n) * width;
+#pragma omp simd
+          for (int64_t c = 0; c < width; ++c) sum[c] += load(row + c);
+        }
+#pragma omp simd
+        for (int64_t c = 0; c < width; ++c) store(py + b * width + c, sum[c] * share);
+      }
+    });
+  });
+}
+
+void mean_tokens_grad(const Tensor& dy, int64_t from, const Tensor& dx) {
+  check(dx.rank() == 3 && dy.rank() == 2 && dy.dim(0) == dx.dim(0) && dy.dim(1) == dx.dim(2) && dx.is_contiguous() &&
+            dy.is_contiguous(),
+        "mean_tokens_grad: tensors of shapes ", dy.shape(), " and ", dx.shape());
+  const int64_t tokens = dx.dim(1), width = dx.dim(2);
+  check(from >= 0 && from < tokens, "mean_tokens_grad: from token ", from, " of ", tokens);
+  dispatch(dy.dtype(), dx.dtype(), [&](auto ty, auto tx) {
+    using A = Acc<decltype(ty)>;
+    const auto* py = dy.data<decltype(ty)>();
+    auto* px = dx.data<decltype(tx)>();
+    const A share = A(1) / static_cast<A>(tokens - from);
+    parallel_rows(dx.dim(0) * tokens, width, [=](int64_t begin, int64_t end) {
+      for (int64_t row = begin; row < end; ++row) {
+        const auto* from_row = py + row / tokens * width;
+        auto* to = px + row * width;
+        const A factor = row % tokens < from ? A(0) : share;
+#pragma omp simd
+        for (int64_t c = 0; c < width; ++c) store(to + c, factor == A(0) ? A(0) : factor * load(from_row + c));
+      }
+    });
+  });
+}
+
+}  // namespace mesa::kernels::MESA_ISA

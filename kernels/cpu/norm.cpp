@@ -1,0 +1,203 @@
+// xhat = (x - mean(x)) / sqrt(var(x) + eps), y = gamma xhat + beta;
+// dx = rstd (g - mean(g) - xhat mean(g xhat)) with g = gamma dy, dgamma = sum dy xhat, dbeta = sum dy.
+#include "mesa/kernels/norm.h"
+
+#include <cmath>
+
+#include "cpu.h"
+
+namespace mesa::kernels::MESA_ISA {
+
+namespace {
+
+/// gamma xhat + beta, one spelling for layer_norm and affine: both must contract it to the same instruction.
+template <class A>
+[[gnu::always_inline]] inline A affine_of(A xhat, A gamma, A beta) {
+  return gamma * xhat + beta;
+}
+
+template <class X, class Y>
+struct NormRows {
+  using A = Acc<X>;
+  Rows<X> x;
+  Rows<Y> y;
+  Y* xhat;  // rows of `width`, or null
+  A* rstd;  // or null
+  const A *gamma, *beta;
+  int64_t width;
+  double eps;
+
+  void operator()(int64_t row) const {
+    const X* px = x[row];
+    Y* py = y[row];
+    A sum = 0, squares = 0;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t c = 0; c < width; ++c) sum += load(px + c);
+    const A mean = sum / static_cast<A>(width);
+#pragma omp simd reduction(+ : squares)
+    for (int64_t c = 0; c < width; ++c) squares += (load(px + c) - mean) * (load(px + c) - mean);
+    const A scale = A(1) / std::sqrt(squares / static_cast<A>(width) + static_cast<A>(eps));
+    if (rstd) rstd[row] = scale;
+    if (xhat) {
+      Y* ph = xhat + row * width;
+#pragma omp simd
+      for (int64_t c = 0; c < width; ++c) {
+        const A h = (load(px + c) - mean) * scale;
+        store(ph + c, h);
+        store(py + c, affine_of(h, gamma[c], beta[c]));
+      }
+    } else {
+#pragma omp simd
+      for (int64_t c = 0; c < width; ++c) store(py + c, affine_of((load(px + c) - mean) * scale, gamma[c], beta[c]));
+    }
+  }
+};
+
+constexpr int64_t kGradRows = 64;  // rows a chunk of dgamma and dbeta: short fp32 sums, combined in order in double
+
+/// The means over a row that dx subtracts: of g and of g xhat, g = gamma dy.
+template <class A>
+struct GradMeans {
+  A g, gh;
+};
+template <class A, class G, class H>
+GradMeans<A> grad_means(const G* dy, const H* xhat, const A* gamma, int64_t width) {
+  A sum_g = 0, sum_gh = 0;
+#pragma omp simd reduction(+ : sum_g, sum_gh)
+  for (int64_t c = 0; c < width; ++c) {
+    const A g = gamma[c] * load(dy + c);
+    sum_g += g;
+    sum_gh += g * load(xhat + c);
+  }
+  return {sum_g / static_cast<A>(width), sum_gh / static_cast<A>(width)};
+}
+
+/// dx of R rows, and their part of dgamma and dbeta, which so travel to memory and back only once for all of them.
+template <int R, class A, class G, class H, class X>
+void grad_rows(const G* dy, const H* xhat, const A* rstd, const A* gamma, X* dx, int64_t width, A* dgamma, A* dbeta) {
+  GradMeans<A> mean[R];
+  A scale[R];
+  for (int r = 0; r < R; ++r) {
+    mean[r] = grad_means(dy + r * width, xhat + r * width, gamma, width);
+    scale[r] = rstd[r];
+  }
+#pragma omp simd
+  for (int64_t c = 0; c < width; ++c) {
+    A to_gamma = 0, to_beta = 0;
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) {
+      const A g = load(dy + r * width + c), h = load(xhat + r * width + c);
+      to_gamma += g * h;
+      to_beta += g;
+      store(dx + r * width + c, scale[r] * (gamma[c] * g - mean[r].g - h * mean[r].gh));
+    }
+    dgamma[c] += to_gamma;
+    dbeta[c] += to_beta;
+  }
+}
+
+template <class G, class H, class X>
+struct NormGrad {
+  using A = Acc<X>;
+  const G* dy;
+  const H* xhat;
+  const A *rstd, *gamma;
+  X* dx;
+  int64_t width;
+  A* sums;  // [chunks, 2, width]: dgamma and dbeta of each chunk; null if neither is wanted
+
+  template <int R>
+  void rows(int64_t row, A* dgamma) const {
+    const int64_t at = row * width;
+    grad_rows<R>(dy + at, xhat + at, rstd + row, gamma, dx + at, width, dgamma, dgamma + width);
+  }
+  void chunk(int64_t index, int64_t begin, int64_t end, A* spare) const {
+    A* dgamma = sums ? sums + index * 2 * width : spare;
+    std::fill(dgamma, dgamma + 2 * width, A(0));
+    int64_t row = begin;
+    for (; row + 4 <= end; row += 4) rows<4>(row, dgamma);
+    for (; row < end; ++row) rows<1>(row, dgamma);
+  }
+};
+
+void check_parameter(const Tensor& p, int64_t width, const char* name) {
+  check(p.is_contiguous() && p.numel() == width, name, " has ", p.numel(), " elements but x ends in ", width);
+}
+
+}  // namespace
+
+void layer_norm(const Tensor& x, const Tensor& gamma, const Tensor& beta, double eps, const Tensor& y, const Tensor& xhat,
+                const Tensor& rstd) {
+  const int64_t width = width_of(x);
+  check(x.shape() == y.shape(), "layer_norm: tensors of shapes ", x.shape(), " and ", y.shape());
+  check_parameter(gamma, width, "gamma");
+  check_parameter(beta, width, "beta");
+  if (xhat.defined()) check_alike(xhat, y, "layer_norm: xhat");
+  if (rstd.defined()) check(rstd.is_contiguous() && rstd.numel() == x.rows(), "layer_norm: rstd has ", rstd.numel(), " elements");
+  dispatch(x.dtype(), y.dtype(), [&](auto tx, auto ty) {
+    using X = decltype(tx);
+    using Y = decltype(ty);
+    using A = Acc<X>;
+    const NormRows<X, Y> norm{rows_of<X>(x), rows_of<Y>(y), xhat.defined() ? xhat.data<Y>() : nullptr,
+                              rstd.defined() ? rstd.data<A>() : nullptr, gamma.data<A>(), beta.data<A>(), width, eps};
+    parallel_rows(x.rows(), width, [=](int64_t begin, int64_t end) {
+      for (int64_t row = begin; row < end; ++row) norm(row);
+    });
+  });
+}
+
+void affine(const Tensor& xhat, const Tensor& gamma, const Tensor& beta, const Tensor& y) {
+  const int64_t width = width_of(xhat);
+  check(xhat.shape() == y.shape(), "affine: tensors of shapes ", xhat.shape(), " and ", y.shape());
+  check_parameter(gamma, width, "gamma");
+  check_parameter(beta, width, "beta");
+  dispatch(xhat.dtype(), y.dtype(), [&](auto th, auto ty) {
+    using H = decltype(th);
+    using Y = decltype(ty);
+    using A = Acc<H>;
+    const Rows<H> in = rows_of<H>(xhat);
+    const Rows<Y> out = rows_of<Y>(y);
+    const A *pg = gamma.data<A>(), *pb = beta.data<A>();
+    parallel_rows(xhat.rows(), width, [=](int64_t begin, int64_t end) {
+      for (int64_t row = begin; row < end; ++row) {
+        const H* ph = in[row];
+        Y* py = out[row];
+#pragma omp simd
+        for (int64_t c = 0; c < width; ++c) store(py + c, affine_of(load(ph + c), pg[c], pb[c]));
+      }
+    });
+  });
+}
+
+void layer_norm_grad(const Tensor& dy, const Tensor& xhat, const Tensor& rstd, const Tensor& gamma, const Tensor& dx,
+                     const Tensor& dgamma, const Tensor& dbeta, bool accumulate_gamma, bool accumulate_beta) {
+  const int64_t width = width_of(dy), rows = dy.rows(), chunks = (rows + kGradRows - 1) / kGradRows;
+  check_alike(dy, xhat, "layer_norm_grad: xhat");
+  check_alike(dy, dx, "layer_norm_grad: dx");
+  check_parameter(gamma, width, "gamma");
+  check(rstd.is_contiguous() && rstd.numel() == rows, "layer_norm_grad: rstd has ", rstd.numel(), " elements for ", rows, " rows");
+  dispatch(dy.dtype(), xhat.dtype(), dx.dtype(), [&](auto tg, auto th, auto tx) {
+    using G = decltype(tg);
+    using H = decltype(th);
+    using X = decltype(tx);
+    using A = Acc<X>;
+    const Tensor partial = dgamma.defined() || dbeta.defined() ? Tensor::empty({chunks, 2, width}, dtype_of<A>) : Tensor();
+    A* sums = partial.defined() ? partial.data<A>() : nullptr;
+    const NormGrad<G, H, X> grad{dy.data<G>(), xhat.data<H>(), rstd.data<A>(), gamma.data<A>(), dx.data<X>(), width, sums};
+    parallel_rows(chunks, kGradRows * width, [&](int64_t first, int64_t last) {
+      std::vector<A> spare(sums ? 0 : 2 * width);
+      for (int64_t c = first; c < last; ++c) grad.chunk(c, c * kGradRows, std::min(rows, (c + 1) * kGradRows), spare.data());
+    });
+    const auto finish = [&](const Tensor& out, int64_t which, bool accumulate, const char* name) {
+      if (!out.defined()) return;
+      check_parameter(out, width, name);
+      dispatch_wide(out.dtype(), [&](auto to) {
+        add_partials(sums + which * width, chunks, 2 * width, width, out.data<decltype(to)>(), accumulate);
+      });
+    };
+    finish(dgamma, 0, accumulate_gamma, "dgamma");
+    finish(dbeta, 1, accumulate_beta, "dbeta");
+  });
+}
+
+}  // namespace mesa::kernels::MESA_ISA

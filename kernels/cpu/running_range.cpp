@@ -1,0 +1,26 @@
+// Running range estimates: alpha <- decay alpha + (1 - decay) (hi - lo), beta <- decay beta + (1 - decay) lo.
+#include "mesa/kernels/codec.h"
+
+namespace mesa::kernels::MESA_ISA {
+
+void update_range(const Tensor& alpha, const Tensor& beta, const Tensor& lo, const Tensor& hi, double decay) {
+  float* a = alpha.data<float>();
+  float* b = beta.data<float>();
+  const float *l = lo.data<float>(), *h = hi.data<float>();
+  for (int64_t g = 0; g < alpha.numel(); ++g) {
+    a[g] = static_cast<float>(decay * a[g] + (1 - decay) * (static_cast<double>(h[g]) - l[g]));
+    b[g] = static_cast<float>(decay * b[g] + (1 - decay) * l[g]);
+  }
+}
+
+void freeze_range(const Tensor& alpha, const Tensor& beta, int bits, const Tensor& step, const Tensor& offset) {
+  const float *a = alpha.data<float>(), *b = beta.data<float>();
+  float *s = step.data<float>(), *o = offset.data<float>();
+  const float levels = static_cast<float>((1 << bits) - 1);
+  for (int64_t g = 0; g < alpha.numel(); ++g) {
+    s[g] = a[g] / levels;
+    o[g] = b[g];
+  }
+}
+
+}  // namespace mesa::kernels::MESA_ISA

@@ -1,0 +1,100 @@
+#include "mesa/autograd/tape.h"
+#include "mesa/base/scope.h"
+#include "mesa/kernels/elementwise.h"
+
+namespace mesa {
+
+Tensor Param::as(DType dtype) {
+  if (dtype == value.dtype()) return value;
+  check(dtype == DType::bf16, "parameter ", name, " cannot be used as ", to_string(dtype));
+  if (!copy_.defined()) copy_ = Tensor::empty(value.shape(), DType::bf16, value.device(), MemoryKind::parameters);
+  if (copy_stale_) kernels::copy(value, copy_);
+  copy_stale_ = false;
+  return copy_;
+}
+
+Var::Var(Param& param) : value_(param.value), param_(&param) {}
+
+Var Var::with_recipe(Recipe rebuild) const {
+  Var out = *this;
+  out.recipe_ = std::make_shared<const Recipe>(std::move(rebuild));
+  return out;
+}
+
+Tensor Target::into(const std::function<void(const Tensor& out, bool accumulate)>& write) const {
+  if (!wanted_) return {};
+  if (param_ == nullptr) {
+    const Tensor out = Tensor::empty(shape_, dtype_, device_);
+    write(out, false);
+    return out;
+  }
+  if (!param_->grad.defined()) param_->grad = Tensor::empty(shape_, dtype_, device_, MemoryKind::gradients);
+  write(param_->grad, param_->grad_written);
+  param_->grad_written = true;
+  return {};
+}
+
+Op::Op(const char* name, std::vector<Var> inputs) : name_(name), inputs_(std::move(inputs)), tape_(nullptr) {
+  for (const Var& x : inputs_) {
+    check(x.defined(), name, " got an undefined input");
+    if (x.requires_grad()) tape_ = Tape::current();
+  }
+}
+
+Site Op::site(const char* slot) const { return {Scope::path().empty() ? name_ : Scope::path(), slot, Scope::heads()}; }
+
+Saved Op::save(const char* slot, const Var& x) const {
+  if (!recording()) return {};
+  return tape_->policy().save(x.value(), site(slot), x.recipe());
+}
+
+Saved Op::save(const char* slot, const Tensor& x) const { return save(slot, Var(x)); }
+
+Tensor Op::keep(const char* slot, const Tensor& statistic) const {
+  if (recording()) tape_->policy().keep(statistic, site(slot));
+  return statistic;
+}
+
+Target Op::gradient(const Var& input) const {
+  Target target;
+  if (!wants(input)) return target;
+  target.wanted_ = true;
+  target.param_ = input.param();
+  target.shape_ = input.shape();
+  target.dtype_ = input.dtype();
+  target.device_ = input.value().device();
+  return target;
+}
+
+RandomKey Op::random(const char* stream) const {
+  check(tape_ != nullptr, "random numbers without a tape");
+  return tape_->random(Scope::join(stream));
+}
+
+Var Op::record(const Tensor& y, std::function<Grads(const Tensor& dy)> backward) const {
+  return record(std::vector<Tensor>{y}, [backward = std::move(backward)](const std::vector<Tensor>& dy) { return backward(dy[0]); })[0];
+}
+
+std::vector<Var> Op::record(const std::vector<Tensor>& ys, Backward backward) const {
+  std::vector<Var> out(ys.begin(), ys.end());
+  if (!recording()) return out;
+  Tape::Step step;
+  step.path = Scope::join(name_);
+  for (Var& y : out) {
+    y.slot_ = static_cast<int>(tape_->gradients_.size());
+    tape_->gradients_.emplace_back();
+    step.outputs.push_back(y.slot_);
+    if (tape_->check_finite_) tape_->inspect(y.value(), step.path);
+  }
+  for (const Var& x : inputs_) {
+    step.inputs.push_back(x.slot_);
+    Param* const param = x.requires_grad() ? x.param() : nullptr;
+    step.params.push_back(param);
+    if (param != nullptr) ++tape_->uses_[param];
+  }
+  step.backward = std::move(backward);
+  tape_->steps_.push_back(std::move(step));
+  return out;
+}
+
+}  // namespace mesa

@@ -1,0 +1,109 @@
+#include "mesa/autograd/tape.h"
+
+#include "mesa/base/scope.h"
+#include "mesa/kernels/elementwise.h"
+
+namespace mesa {
+namespace {
+thread_local Tape* current_tape = nullptr;
+
+/// For ops that return the gradient of an input instead of writing through a Target.
+void add_to_parameter(Param& param, const Tensor& gradient) {
+  if (!param.grad.defined()) param.grad = Tensor::empty(param.value.shape(), param.value.dtype(), param.value.device(), MemoryKind::gradients);
+  if (param.grad_written) kernels::add(param.grad, gradient, param.grad);
+  else kernels::copy(gradient, param.grad);
+  param.grad_written = true;
+}
+}  // namespace
+
+Tape::Tape(StoragePolicy& policy, uint64_t seed, uint64_t step) : policy_(policy), seed_(seed), step_(step), previous_(current_tape) {
+  policy_.begin(seed, step);
+  current_tape = this;
+}
+
+Tape::~Tape() { current_tape = previous_; }
+
+Tape* Tape::current() { return current_tape; }
+
+int64_t Tape::gradient_bytes() const {
+  int64_t bytes = 0;
+  for (const Tensor& g : gradients_)
+    if (g.defined()) bytes += g.bytes();
+  return bytes;
+}
+
+void Tape::backward(const Var& loss, const std::function<void(Param&)>& ready, double scale) {
+  check(loss.value().numel() == 1, "backward starts from a loss of one element, not from a tensor of shape ", loss.shape());
+  const Tensor one = empty_like(loss.value());
+  kernels::fill(one, scale);
+  backward({loss}, {one}, ready);
+}
+
+void Tape::backward(const std::vector<Var>& outputs, const std::vector<Tensor>& gradients, const std::function<void(Param&)>& ready) {
+  for (size_t i = 0; i < outputs.size(); ++i) {
+    check(outputs[i].slot_ >= 0 && outputs[i].slot_ < static_cast<int>(gradients_.size()),
+          "backward from a value that this tape did not compute from anything trainable");
+    check(gradients[i].shape() == outputs[i].shape(), "a gradient of shape ", gradients[i].shape(), " for an output of shape ", outputs[i].shape());
+    accumulate(outputs[i].slot_, gradients[i]);
+  }
+  run(ready);
+}
+
+void Tape::run(const std::function<void(Param&)>& ready) {
+  Tape* const outer = current_tape;
+  current_tape = nullptr;  // recipes and backward formulas record nothing
+  struct Restore {
+    Tape* tape;
+    ~Restore() { current_tape = tape; }
+  } restore{outer};
+  while (!steps_.empty()) {
+    Step step = std::move(steps_.back());  // owned here: its closure and what it keeps die at the end of this turn
+    steps_.pop_back();
+    const Scope scope(step.path);
+    std::vector<Tensor> dy;
+    bool any = false;
+    for (int slot : step.outputs) {
+      dy.push_back(std::move(gradients_[slot]));
+      gradients_[slot] = Tensor();
+      any = any || dy.back().defined();
+    }
+    if (any) {
+      Grads grads = step.backward(dy);
+      step.backward = nullptr;
+      dy.clear();
+      check(grads.size() == step.inputs.size(), "the backward formula returned ", grads.size(), " gradients for ", step.inputs.size(), " inputs");
+      for (size_t i = 0; i < grads.size(); ++i) {
+        if (check_finite_ && grads[i].defined()) inspect(grads[i], "gradient of " + step.path);
+        if (check_finite_ && step.params[i] && step.params[i]->grad_written) inspect(step.params[i]->grad, "gradient of " + step.params[i]->name);
+        if (!grads[i].defined()) continue;
+        if (step.inputs[i] >= 0) accumulate(step.inputs[i], std::move(grads[i]));
+        else if (step.params[i] != nullptr) add_to_parameter(*step.params[i], grads[i]);
+      }
+    }
+    for (Param* param : step.params)
+      if (param != nullptr && --uses_[param] == 0 && ready) ready(*param);
+  }
+  uses_.clear();
+}
+
+void Tape::accumulate(int slot, Tensor gradient) {
+  Tensor& have = gradients_[slot];
+  if (!have.defined()) {
+    have = std::move(gradient);
+    return;
+  }
+  // A gradient may be shared (add hands dy to both inputs): add in place only into a buffer with one owner.
+  const bool mine = have.buffer().use_count() == 1 && have.is_contiguous();
+  const Tensor sum = mine ? have : Tensor::empty(have.shape(), have.dtype(), have.device());
+  kernels::add(have, gradient, sum);
+  have = sum;
+}
+
+void Tape::inspect(const Tensor& t, const std::string& what) {
+  if (!first_bad_.empty() || !is_floating(t.dtype()) || t.is_meta() || !t.is_contiguous()) return;
+  int64_t at = -1;
+  kernels::first_nonfinite(t, &at);
+  if (at >= 0) first_bad_ = what;
+}
+
+}  // namespace mesa

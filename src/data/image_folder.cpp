@@ -1,0 +1,130 @@
+// A folder of photos, one subfolder a class, as ImageNet is usually laid out.
+#include <algorithm>
+#include <cctype>
+#include <filesystem>
+
+#include "mesa/base/error.h"
+#include "mesa/data/dataset.h"
+
+namespace mesa {
+
+namespace {
+namespace fs = std::filesystem;
+
+/// Random resized crops take down to 8 % of the area, a side of 0.28: four times the model's side loses nothing that they would show.
+constexpr int64_t kDecodeMargin = 4;
+
+struct ImageFile {
+  std::string path;
+  int64_t label;
+};
+
+class ImageFolder : public Dataset {
+ public:
+  ImageFolder(std::vector<ImageFile> files, std::vector<std::string> names, const DecodeOptions& decode)
+      : files_(std::move(files)), names_(std::move(names)), decode_(decode) {}
+  int64_t size() const override { return static_cast<int64_t>(files_.size()); }
+  int64_t classes() const override { return static_cast<int64_t>(names_.size()); }
+  const std::vector<std::string>& class_names() const override { return names_; }
+  Sample get(int64_t index) const override {
+    const ImageFile& file = at(index);
+    return {read_image(file.path, decode_), file.label};
+  }
+  std::string describe(int64_t index) const override { return at(index).path; }
+
+ private:
+  const ImageFile& at(int64_t index) const {
+    check(index >= 0 && index < size(), "sample ", index, " of a data set of ", size());
+    return files_[index];
+  }
+  std::vector<ImageFile> files_;
+  std::vector<std::string> names_;
+  DecodeOptions decode_;
+};
+
+bool is_hidden(const fs::path& path) { return path.filename().string().starts_with("."); }
+
+bool is_picture(const fs::path& path) {
+  std::string ending = path.extension().string();
+  for (char& c : ending) c = static_cast<char>(std::tolower(static_cast<unsigned char>(c)));
+  return ending == ".jpg" || ending == ".jpeg" || ending == ".png";
+}
+
+std::vector<std::string> class_folders(const fs::path& folder) {
+  std::vector<std::string> names;
+  for (const auto& entry : fs::directory_iterator(folder))
+    if (entry.is_directory() && !is_hidden(entry.path())) names.push_back(entry.path().filename().string());
+  std::sort(names.begin(), names.end());
+  return names;
+}
+
+/// Every picture below the class folders, by class, then by path, so that the numbering does not depend on the file system.
+std::vector<ImageFile> list_files(const fs::path& folder, const std::vector<std::string>& names) {
+  std::vector<ImageFile> files;
+  for (size_t label = 0; label < names.size(); ++label) {
+    const size_t before = files.size();
+    for (const auto& entry : fs::recursive_directory_iterator(folder / names[label]))
+      if (is_picture(entry.path()) && !is_hidden(entry.path()) && !entry.is_directory())
+        files.push_back({entry.path().string(), static_cast<int64_t>(label)});
+    check(files.size() > before, (folder / names[label]).string(),
+          ": holds no .jpg, .jpeg or .png file; remove the empty class or add its pictures");
+    std::sort(files.begin() + static_cast<int64_t>(before), files.end(), [](auto& a, auto& b) { return a.path < b.path; });
+  }
+  return files;
+}
+
+std::string only_in(const std::vector<std::string>& a, const std::vector<std::string>& b) {
+  std::vector<std::string> missing;
+  std::set_difference(a.begin(), a.end(), b.begin(), b.end(), std::back_inserter(missing));
+  return missing.empty() ? "" : missing.front();
+}
+
+/// All of a split, or a random part of it that depends on the seed alone (the first files would all be of one class).
+std::shared_ptr<const Dataset> random_part(std::shared_ptr<const Dataset> all, int64_t count, uint64_t seed, const char* stream,
+                                           const char* key, const std::string& path) {
+  check(count <= all->size(), key, " asks for ", count, " pictures, but ", path, " holds ", all->size());
+  if (count == 0 || count == all->size()) return all;
+  auto order = std::make_shared<const std::vector<int64_t>>(permutation(all->size(), seed, stream, 0));
+  return subset(std::move(all), 0, count, std::move(order));
+}
+
+DatasetPair open_split(const DataOptions& options, const fs::path& train, const fs::path& test, const DecodeOptions& decode) {
+  const auto names = class_folders(train), test_names = class_folders(test);
+  check(!names.empty(), train.string(), ": holds no class folders");
+  const std::string lost = only_in(names, test_names), extra = only_in(test_names, names);
+  check(lost.empty(), test.string(), ": lacks the class '", lost, "' of ", train.string(), "; both must have the same class folders");
+  check(extra.empty(), test.string(), ": has the class '", extra, "', which ", train.string(),
+        " lacks; both must have the same class folders");
+  auto train_set = std::make_shared<ImageFolder>(list_files(train, names), names, decode);
+  auto test_set = std::make_shared<ImageFolder>(list_files(test, names), names, decode);
+  return {random_part(train_set, options.train_size, options.seed, "data.train_part", "data.train_size", train.string()),
+          random_part(test_set, options.test_size, options.seed, "data.test_part", "data.test_size", test.string())};
+}
+
+DatasetPair open_unsplit(const DataOptions& options, const fs::path& folder, const DecodeOptions& decode) {
+  const auto names = class_folders(folder);
+  check(!names.empty(), folder.string(), ": holds neither train/ and val/ (or validation/, test/) nor class folders");
+  check(options.test_size > 0, folder.string(),
+        ": has class folders but no train/ and val/: set data.test_size to split it at random (by seed)");
+  auto whole = std::make_shared<ImageFolder>(list_files(folder, names), names, decode);
+  const int64_t test_size = options.test_size;
+  const int64_t train_size = options.train_size > 0 ? options.train_size : whole->size() - test_size;
+  check(test_size < whole->size() && train_size <= whole->size() - test_size, folder.string(), ": holds ", whole->size(),
+        " pictures, too few for data.test_size ", test_size, " and data.train_size ", options.train_size);
+  auto order = std::make_shared<const std::vector<int64_t>>(permutation(whole->size(), options.seed, "data.split", 0));
+  return {subset(whole, test_size, train_size, order), subset(whole, 0, test_size, order)};
+}
+}  // namespace
+
+DatasetPair open_image_folder(const DataOptions& options) {
+  const fs::path folder(options.path);
+  check(fs::is_directory(folder), "data.path: ", options.path, " is not a folder");
+  const DecodeOptions decode{options.max_pixels, static_cast<int>(options.image_size * kDecodeMargin)};
+  const fs::path train = folder / "train";
+  if (!fs::is_directory(train)) return open_unsplit(options, folder, decode);
+  for (const char* name : {"val", "validation", "test"})
+    if (fs::is_directory(folder / name)) return open_split(options, train, folder / name, decode);
+  fail("", folder.string(), ": has train/ but none of val/, validation/, test/");
+}
+
+}  // namespace mesa

@@ -1,0 +1,79 @@
+#include "mesa/kernels/matmul.h"
+
+#include "mesa/kernels/elementwise.h"
+#include "onednn.h"
+
+namespace mesa::kernels {
+namespace {
+
+void check_operands(const Tensor& a, const Tensor& b, const Tensor& c, const Tensor& bias) {
+  bool fits = a.rank() >= 2 && a.rank() == b.rank() && a.rank() == c.rank() && a.dim(-1) == b.dim(-2) && a.dim(-2) == c.dim(-2) &&
+              b.dim(-1) == c.dim(-1);
+  for (int i = 0; fits && i < a.rank() - 2; ++i) fits = a.dim(i) == b.dim(i) && a.dim(i) == c.dim(i);
+  check(fits, "cannot multiply ", a.shape(), " by ", b.shape(), " into ", c.shape());
+  check(a.dtype() == b.dtype() && (c.dtype() == a.dtype() || (a.dtype() == DType::bf16 && c.dtype() == DType::f32)), "no matrix product of ",
+        to_string(a.dtype()), " and ", to_string(b.dtype()), " into ", to_string(c.dtype()));
+  check(!bias.defined() || (bias.rank() == 1 && bias.dim(0) == c.dim(-1)), "a bias does not fit the product's last extent ", c.dim(-1));
+}
+
+/// One product of strided matrices in double: for gradient checks, where right matters and fast does not.
+void plain(const double* a, const double* b, double* c, const double* bias, bool accumulate, const Tensor& ta, const Tensor& tb,
+           const Tensor& tc) {
+  const int64_t m = tc.dim(-2), n = tc.dim(-1), k = ta.dim(-1);
+#pragma omp parallel for if (m * n * k > 100000)
+  for (int64_t i = 0; i < m; ++i)
+    for (int64_t j = 0; j < n; ++j) {
+      double sum = bias ? bias[j] : 0;
+      for (int64_t l = 0; l < k; ++l) sum += a[i * ta.strides()[-2] + l * ta.strides()[-1]] * b[l * tb.strides()[-2] + j * tb.strides()[-1]];
+      double& out = c[i * tc.strides()[-2] + j * tc.strides()[-1]];
+      out = accumulate ? out + sum : sum;
+    }
+}
+
+int64_t batch_offset(const Tensor& t, int64_t index) {
+  int64_t offset = 0;
+  for (int axis = t.rank() - 3; axis >= 0; --axis) {
+    offset += index % t.dim(axis) * t.strides()[axis];
+    index /= t.dim(axis);
+  }
+  return offset;
+}
+
+void matmul_f64(const Tensor& a, const Tensor& b, const Tensor& c, const Tensor& bias, bool accumulate) {
+  const int64_t batches = c.numel() / std::max<int64_t>(1, c.dim(-1) * c.dim(-2));
+  for (int64_t i = 0; i < batches; ++i)
+    plain(a.data<double>() + batch_offset(a, i), b.data<double>() + batch_offset(b, i), c.data<double>() + batch_offset(c, i),
+          bias.defined() ? bias.data<double>() : nullptr, accumulate, a, b, c);
+}
+
+/// bf16 where the CPU has no such products: widen, multiply, round.
+void matmul_widened(const Tensor& a, const Tensor& b, const Tensor& c, const Tensor& bias, bool accumulate) {
+  const Tensor wide_a = empty_like(a, DType::f32), wide_b = empty_like(b, DType::f32);
+  copy(a, wide_a);
+  copy(b, wide_b);
+  if (c.dtype() == DType::f32) return onednn::matmul(wide_a, wide_b, c, bias, accumulate);
+  const Tensor wide_c = empty_like(c, DType::f32);
+  if (accumulate) copy(c, wide_c);
+  onednn::matmul(wide_a, wide_b, wide_c, bias, accumulate);
+  copy(wide_c, c);
+}
+
+}  // namespace
+
+void matmul(const Tensor& a, const Tensor& b, const Tensor& c, const Tensor& bias, bool accumulate) {
+  check_operands(a, b, c, bias);
+  if (c.is_meta() || c.numel() == 0) return;
+  check(c.device().kind == DeviceKind::cpu, "this build has no matrix product on ", to_string(c.device().kind));
+  if (c.dtype() == DType::f64) return matmul_f64(a, b, c, bias, accumulate);
+  if (a.dtype() == DType::bf16 && !native_bf16()) return matmul_widened(a, b, c, bias, accumulate);
+  onednn::matmul(a, b, c, bias, accumulate);
+}
+
+bool native_bf16() {
+  static const bool native = onednn::has_bf16();
+  return native;
+}
+
+std::string matmul_backend() { return onednn::version(); }
+
+}  // namespace mesa::kernels

@@ -1,0 +1,95 @@
+#include "mesa/nn/builder.h"
+
+#include <fnmatch.h>
+
+#include "mesa/base/scope.h"
+#include "mesa/kernels/elementwise.h"
+
+namespace mesa {
+
+Param& ParamStore::add(Param param) {
+  for (const Param& other : params_) check(other.name != param.name, "two parameters are named ", param.name);
+  params_.push_back(std::move(param));
+  return params_.back();
+}
+
+Param& ParamStore::at(const std::string& name) {
+  std::vector<std::string> names;
+  for (Param& param : params_) {
+    if (param.name == name) return param;
+    names.push_back(param.name);
+  }
+  fail("there is no parameter ", name, "; the nearest is ", nearest(name, names));
+}
+
+int64_t ParamStore::count() const {
+  int64_t n = 0;
+  for (const Param& param : params_) n += param.value.numel();
+  return n;
+}
+
+void ParamStore::allocate_gradients() {
+  if (params_.empty()) return;
+  constexpr int64_t kAlign = 16;  // elements: every gradient starts on a cache line
+  int64_t total = 0;
+  for (const Param& param : params_)
+    if (param.trainable) total += (param.value.numel() + kAlign - 1) / kAlign * kAlign;
+  const Tensor& first = params_.front().value;
+  arena_ = Tensor::empty({total}, first.dtype(), first.device(), MemoryKind::gradients);
+  int64_t at = 0;
+  for (auto param = params_.rbegin(); param != params_.rend(); ++param) {
+    param->grad = Tensor();
+    param->grad_written = false;
+    if (!param->trainable) continue;
+    param->grad = arena_.narrow(0, at, param->value.numel()).reshape(param->value.shape());
+    at += (param->value.numel() + kAlign - 1) / kAlign * kAlign;
+  }
+}
+
+void ParamStore::clear_gradients() {
+  for (Param& param : params_) param.grad_written = false;
+}
+
+void ParamStore::freeze(const std::string& glob) {
+  int matches = 0;
+  for (Param& param : params_)
+    if (fnmatch(glob.c_str(), param.name.c_str(), 0) == 0) {
+      param.trainable = false;
+      ++matches;
+    }
+  check(matches > 0, "no parameter matches '", glob, "', so nothing can be frozen by it");
+}
+
+namespace {
+
+double draw(RandomStream& random, const Init& init) {
+  switch (init.kind) {
+    case Init::Kind::constant: return init.value;
+    case Init::Kind::normal: return init.value * random.normal();
+    case Init::Kind::uniform: return random.uniform(-init.value, init.value);
+    case Init::Kind::truncated_normal:
+      for (;;) {
+        const double x = init.value * random.normal();
+        if (x > -2 && x < 2) return x;
+      }
+  }
+  return 0;
+}
+
+}  // namespace
+
+Param& Builder::param(const std::string& name, const Shape& shape, Init init, bool decay) const {
+  Param param;
+  param.name = Scope::join(name);
+  param.decay = decay;
+  param.value = Tensor::empty(shape, master_, device_, MemoryKind::parameters);
+  if (device_.kind != DeviceKind::meta) {
+    std::vector<float> values(shape.numel());
+    RandomStream random(RandomKey::of(seed_, param.name, 0));
+    for (float& v : values) v = static_cast<float>(draw(random, init));
+    kernels::copy(Tensor::from<float>(shape, values), param.value);
+  }
+  return store_.add(std::move(param));
+}
+
+}  // namespace mesa

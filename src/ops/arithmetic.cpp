@@ -1,0 +1,67 @@
+#include "mesa/kernels/elementwise.h"
+#include "mesa/ops/ops.h"
+
+namespace mesa {
+namespace {
+
+/// A gradient in the dtype of the value it belongs to.
+Tensor cast(const Tensor& dy, DType dtype) {
+  if (dy.dtype() == dtype) return dy;
+  const Tensor out = empty_like(dy, dtype);
+  kernels::copy(dy, out);
+  return out;
+}
+
+}  // namespace
+
+Var add(const Var& a, const Var& b) {
+  const Op op("add", {a, b});
+  check(a.shape() == b.shape(), "cannot add ", a.shape(), " and ", b.shape());
+  const Tensor y = empty_like(a.value());
+  kernels::add(a.value(), b.value(), y);
+  return op.record(y, [type_b = b.dtype(), to_a = op.wants(a), to_b = op.wants(b)](const Tensor& dy) -> Grads {
+    return {to_a ? dy : Tensor(), to_b ? cast(dy, type_b) : Tensor()};
+  });
+}
+
+Var mul(const Var& a, const Var& b) {
+  const Op op("mul", {a, b});
+  check(a.shape() == b.shape(), "cannot multiply ", a.shape(), " and ", b.shape(), " elementwise");
+  const Tensor y = empty_like(a.value());
+  kernels::mul(a.value(), b.value(), y);
+  const Saved sa = op.wants(b) ? op.save("a", a) : Saved(), sb = op.wants(a) ? op.save("b", b) : Saved();
+  return op.record(y, [sa, sb, da = op.gradient(a), db = op.gradient(b)](const Tensor& dy) -> Grads {
+    const auto product = [&dy](const Saved& other) {
+      return [&dy, other](const Tensor& out, bool accumulate) {
+        const Tensor term = accumulate ? empty_like(out) : out;
+        kernels::mul(dy, other.get(), term);
+        if (accumulate) kernels::add(out, term, out);
+      };
+    };
+    return {da.into(product(sb)), db.into(product(sa))};
+  });
+}
+
+Var scale(const Var& x, double s) {
+  const Op op("scale", {x});
+  const Tensor y = empty_like(x.value());
+  kernels::scale(x.value(), s, y);
+  return op.record(y, [s](const Tensor& dy) -> Grads {
+    const Tensor dx = empty_like(dy);
+    kernels::scale(dy, s, dx);
+    return {dx};
+  });
+}
+
+Var bias(const Var& x, const Var& b) {
+  const Op op("bias", {x, b});
+  const int64_t n = b.value().numel();
+  check(n > 0 && x.value().numel() % n == 0 && b.dim(-1) == x.dim(-1), "cannot add ", b.shape(), " to the rows of ", x.shape());
+  const Tensor y = empty_like(x.value());
+  kernels::add_rows(x.value(), b.value(), y);
+  return op.record(y, [n, to_x = op.wants(x), db = op.gradient(b)](const Tensor& dy) -> Grads {
+    return {to_x ? dy : Tensor(), db.into([&](const Tensor& out, bool accumulate) { kernels::sum_rows(dy, out.reshape({n}), accumulate); })};
+  });
+}
+
+}  // namespace mesa

@@ -1,0 +1,81 @@
+#include "mesa/kernels/attention.h"
+
+#include "mesa/kernels/elementwise.h"
+#include "mesa/ops/ops.h"
+
+namespace mesa {
+namespace {
+
+/// Third `i` of the packed projection, as rows of C.
+Tensor third(const Tensor& qkv, int i) { return qkv.narrow(-1, i * (qkv.dim(-1) / 3), qkv.dim(-1) / 3); }
+
+/// [B, N, C] -> [B, H, N, C/H], a view.
+Tensor by_head(const Tensor& x, int64_t heads) { return x.split_last(x.dim(-1) / heads).transpose(1, 2); }
+
+void check_packed(const Var& qkv, int64_t heads) {
+  check(qkv.value().rank() == 3 && heads > 0 && qkv.dim(-1) % (3 * heads) == 0, "attention with ", heads, " heads needs [B, N, 3 C] with C a multiple of ",
+        heads, ", not ", qkv.shape());
+}
+
+}  // namespace
+
+Var attention(const Var& qkv, int64_t heads, double scale) {
+  const Op op("attention", {qkv});
+  check_packed(qkv, heads);
+  const int64_t B = qkv.dim(0), N = qkv.dim(1), C = qkv.dim(2) / 3;
+  const Tensor x = qkv.value();
+  const Tensor o = Tensor::empty({B, N, C}, x.dtype(), x.device());
+  const Tensor lse = Tensor::empty({B, heads, N}, x.dtype() == DType::f64 ? DType::f64 : DType::f32, x.device());
+  kernels::attention(by_head(third(x, 0), heads), by_head(third(x, 1), heads), by_head(third(x, 2), heads), scale, by_head(o, heads), lse);
+  if (!op.recording()) return Var(o);
+  const std::array<Saved, 3> saved{op.save("q", third(x, 0)), op.save("k", third(x, 1)), op.save("v", third(x, 2))};
+  const Saved so = op.save("o", o);  // one copy with the projection behind, which keeps the same buffer
+  op.keep("lse", lse);
+  const bool lossy = saved[0].lossy() || saved[1].lossy() || saved[2].lossy() || so.lossy();
+  return op.record(o, [=, shape = qkv.shape(), type = qkv.dtype()](const Tensor& d_o) -> Grads {
+    const Tensor dqkv = Tensor::empty(shape, type, d_o.device());
+    Tensor q = by_head(saved[0].get(), heads), k = by_head(saved[1].get(), heads), v = by_head(saved[2].get(), heads);
+    kernels::attention_grad(d_o, q, k, v, lossy ? Tensor() : so.get(), lossy ? Tensor() : lse, scale,
+                            by_head(third(dqkv, 0), heads), by_head(third(dqkv, 1), heads), by_head(third(dqkv, 2), heads));
+    return {dqkv};
+  });
+}
+
+std::array<Var, 3> split_heads(const Var& qkv, int64_t heads) {
+  const Op op("split_heads", {qkv});
+  check_packed(qkv, heads);
+  std::vector<Tensor> views;
+  for (int i = 0; i < 3; ++i) views.push_back(by_head(third(qkv.value(), i), heads));
+  const auto out = op.record(views, [heads, shape = qkv.shape(), type = qkv.dtype()](const std::vector<Tensor>& dy) -> Grads {
+    Device device;
+    for (const Tensor& d : dy)
+      if (d.defined()) device = d.device();
+    const Tensor dqkv = Tensor::empty(shape, type, device);
+    for (int i = 0; i < 3; ++i) {
+      const Tensor part = by_head(third(dqkv, i), heads);
+      Tensor d = dy[i];
+      if (!d.defined()) {  // an output that nothing used
+        d = Tensor::empty(part.shape(), type, device);
+        kernels::fill(d, 0);
+      }
+      kernels::copy(d, part);
+    }
+    return {dqkv};
+  });
+  return {out[0], out[1], out[2]};
+}
+
+Var merge_heads(const Var& x) {
+  const Op op("merge_heads", {x});
+  check(x.value().rank() == 4, "merge_heads needs [B, H, N, D], not ", x.shape());
+  const int64_t B = x.dim(0), H = x.dim(1), N = x.dim(2), D = x.dim(3);
+  const Tensor y = Tensor::empty({B, N, H * D}, x.dtype(), x.value().device());
+  kernels::copy(x.value(), by_head(y, H));
+  return op.record(y, [H, shape = x.shape()](const Tensor& dy) -> Grads {
+    const Tensor dx = Tensor::empty(shape, dy.dtype(), dy.device());
+    kernels::copy(by_head(dy, H), dx);
+    return {dx};
+  });
+}
+
+}  // namespace mesa

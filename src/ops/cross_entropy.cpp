@@ -1,0 +1,49 @@
+#include "mesa/kernels/norm.h"
+#include "mesa/ops/ops.h"
+
+namespace mesa {
+namespace {
+
+Tensor mean(const Tensor& per_sample) {
+  const Tensor loss = Tensor::empty({1}, per_sample.dtype(), per_sample.device());
+  kernels::mean_all(per_sample, loss);
+  return loss;
+}
+
+}  // namespace
+
+Var cross_entropy(const Var& logits, const Tensor& labels, double smoothing) {
+  const Op op("cross_entropy", {logits});
+  check(logits.value().rank() == 2 && labels.rank() == 1 && labels.dim(0) == logits.dim(0) && labels.dtype() == DType::i64,
+        "cross_entropy: logits ", logits.shape(), " need as many i64 labels, not ", labels.shape(), " of ", to_string(labels.dtype()));
+  check(smoothing >= 0 && smoothing < 1, "label smoothing is ", smoothing, "; it must lie in [0, 1)");
+  if (labels.device().kind == DeviceKind::cpu)
+    for (int64_t i = 0; i < labels.numel(); ++i) {
+      const int64_t label = labels.data<int64_t>()[i];
+      check(label >= 0 && label < logits.dim(1), "sample ", i, " of the batch has label ", label, " but there are ", logits.dim(1), " classes");
+    }
+  const Tensor x = op.keep("logits", logits.value());
+  const Tensor losses = Tensor::empty({logits.dim(0)}, x.dtype(), x.device());
+  kernels::cross_entropy(x, labels, smoothing, losses);
+  return op.record(mean(losses), [=](const Tensor& dloss) -> Grads {
+    const Tensor dx = empty_like(x);
+    kernels::cross_entropy_grad(dloss, x, labels, smoothing, dx);
+    return {dx};
+  });
+}
+
+Var cross_entropy(const Var& logits, const Var& targets) {
+  const Op op("cross_entropy", {logits});
+  check(logits.value().rank() == 2 && logits.shape() == targets.shape(), "cross_entropy: logits ", logits.shape(), " and soft targets ",
+        targets.shape(), " differ");
+  const Tensor x = op.keep("logits", logits.value()), t = op.keep("targets", targets.value());
+  const Tensor losses = Tensor::empty({logits.dim(0)}, x.dtype(), x.device());
+  kernels::cross_entropy_soft(x, t, losses);
+  return op.record(mean(losses), [=](const Tensor& dloss) -> Grads {
+    const Tensor dx = empty_like(x);
+    kernels::cross_entropy_soft_grad(dloss, x, t, dx);
+    return {dx};
+  });
+}
+
+}  // namespace mesa

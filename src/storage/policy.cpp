@@ -1,0 +1,228 @@
+#include "mesa/storage/policy.h"
+
+#include <fnmatch.h>
+
+#include <algorithm>
+
+namespace mesa {
+
+Tensor Saved::get() const {
+  check(defined(), "a backward pass asks for an activation that was not kept");
+  if (entry_->recipe) return (*entry_->recipe)();
+  const Packed& packed = entry_->packed;
+  if (packed.parts[0].is_meta() && !entry_->codec->shares_input()) return Tensor::empty(packed.shape, packed.dtype, packed.parts[0].device());
+  return entry_->codec->unpack(packed);
+}
+
+bool Saved::lossy() const { return defined() && (entry_->recipe || entry_->codec->lossy()); }
+
+namespace {
+
+/// One saved view: the buffer's id is never reused, so equal keys mean equal contents.
+struct ViewKey {
+  uint64_t buffer;
+  int64_t offset;
+  std::vector<int64_t> extents;
+  std::string codec;
+  auto operator<=>(const ViewKey&) const = default;
+};
+
+ViewKey view_key(const Tensor& x, const std::string& codec) {
+  ViewKey key{x.buffer()->id(), x.offset(), {x.shape().begin(), x.shape().end()}, codec};
+  key.extents.insert(key.extents.end(), x.strides().begin(), x.strides().end());
+  return key;
+}
+
+std::string describe(const StorageRule& rule) {
+  std::string text = rule.codec;
+  for (const auto& [key, value] : rule.options) text += " " + key + "=" + value;
+  return text;
+}
+
+void count_as_activation(const Tensor& t) {
+  if (t.buffer()->kind() == MemoryKind::workspace) t.buffer()->retag(MemoryKind::activations);
+}
+
+/// Bytes that a kept tensor adds: inputs and parameters are counted under their own kinds.
+int64_t counted_bytes(const Tensor& t) { return t.buffer()->kind() == MemoryKind::activations ? t.bytes() : 0; }
+
+}  // namespace
+
+struct StoragePolicy::Impl {
+  struct SiteState {
+    SiteRecord record;
+    const StorageRule* rule = nullptr;
+    std::shared_ptr<Codec> codec;  // null for rebuild
+  };
+
+  std::string name;
+  std::vector<StorageRule> rules;
+  std::vector<bool> matched;
+  std::vector<std::string> order;
+  std::map<std::string, SiteState> sites;
+  std::map<ViewKey, std::weak_ptr<const Saved::Entry>> kept;  // of this pass
+  std::map<std::string, Tensor> pending_state;
+  uint64_t seed = 0, step = 0;
+  std::string first_nonfinite;
+
+  SiteState& site_state(const Site& site);
+  void load_pending(SiteState& state);
+  std::shared_ptr<const Saved::Entry> pack(const Tensor& x, SiteState& state);
+};
+
+StoragePolicy::StoragePolicy(std::string name, std::vector<StorageRule> rules) : impl_(std::make_unique<Impl>()) {
+  for (const auto& rule : rules) {
+    const std::string place = rule.where.empty() ? "" : rule.where + ": ";
+    if (rule.match.empty()) throw UsageError(place + "a storage rule has an empty match");
+    try {
+      make_codec(rule.codec, rule.options);
+    } catch (const Error& e) {
+      throw UsageError(place + "storage rule '" + rule.match + "': " + e.what());
+    }
+  }
+  impl_->name = std::move(name);
+  impl_->matched.assign(rules.size(), false);
+  impl_->rules = std::move(rules);
+}
+
+StoragePolicy::~StoragePolicy() = default;
+StoragePolicy::StoragePolicy(StoragePolicy&&) noexcept = default;
+StoragePolicy& StoragePolicy::operator=(StoragePolicy&&) noexcept = default;
+
+StoragePolicy::Impl::SiteState& StoragePolicy::Impl::site_state(const Site& site) {
+  const std::string site_name = site.name();
+  auto [found, fresh] = sites.try_emplace(site_name);
+  SiteState& state = found->second;
+  if (!fresh) return state;
+  order.push_back(site_name);
+  state.record.site = site;
+  for (size_t i = 0; i < rules.size(); ++i)
+    if (fnmatch(rules[i].match.c_str(), site_name.c_str(), 0) == 0) {
+      matched[i] = true;
+      state.rule = &rules[i];
+    }
+  if (state.rule == nullptr) return state;
+  state.codec = make_codec(state.rule->codec, state.rule->options);
+  load_pending(state);
+  return state;
+}
+
+void StoragePolicy::Impl::load_pending(SiteState& state) {
+  const std::string prefix = state.record.site.name() + "/";
+  std::map<std::string, Tensor> mine;
+  for (auto it = pending_state.lower_bound(prefix); it != pending_state.end() && it->first.starts_with(prefix); it = pending_state.erase(it))
+    mine[it->first.substr(prefix.size())] = it->second;
+  if (mine.empty()) return;
+  check(state.codec != nullptr, "the checkpoint has a running range for ", state.record.site.name(), ", which this policy rebuilds");
+  state.codec->load_state(mine);
+}
+
+std::shared_ptr<const Saved::Entry> StoragePolicy::Impl::pack(const Tensor& x, SiteState& state) {
+  auto entry = std::make_shared<Saved::Entry>();
+  entry->codec = state.codec;
+  const Site& site = state.record.site;
+  if (x.is_meta() && !state.codec->shares_input()) {  // a plan: the promised bytes, no codes
+    const Tensor promised = Tensor::empty({state.codec->packed_bytes(x.shape(), x.dtype(), site)}, DType::u8, x.device());
+    entry->packed = {{promised}, x.shape(), x.dtype(), {}};
+  } else {
+    kernels::RangeCheck range;
+    entry->packed = state.codec->pack(x, {site, RandomKey::of(seed, site.name(), step), &range});
+    state.record.saturated += range.saturated;
+    state.record.nonfinite += range.nonfinite;
+    if (range.nonfinite > 0 && first_nonfinite.empty()) first_nonfinite = site.name();
+  }
+  state.record.elements += x.numel();
+  state.record.kept_bytes = 0;
+  for (const Tensor& part : entry->packed.parts) {
+    count_as_activation(part);
+    state.record.kept_bytes += counted_bytes(part);
+  }
+  return entry;
+}
+
+Saved StoragePolicy::save(const Tensor& x, const Site& site, const std::shared_ptr<const Recipe>& recipe) {
+  Impl::SiteState& state = impl_->site_state(site);
+  check(state.rule != nullptr, "no storage rule of policy '", impl_->name, "' matches the site ", site.name(),
+        "; begin the policy with {match: \"*\", codec: exact}");
+  SiteRecord& record = state.record;
+  record.shape = x.shape();
+  record.dtype = x.dtype();
+  record.exact_bytes = x.buffer()->kind() == MemoryKind::inputs ? 0 : x.bytes();
+  record.codec = state.rule->codec;
+  if (state.codec == nullptr) {
+    check(recipe != nullptr, state.rule->where, state.rule->where.empty() ? "" : ": ", "the rule '", state.rule->match, "' rebuilds ", site.name(),
+          ", but its value is not computed from anything that is kept; give that site a codec");
+    auto entry = std::make_shared<Saved::Entry>();
+    entry->recipe = recipe;
+    record.kept_bytes = 0;
+    return Saved(entry);
+  }
+  // A buffer saved twice with one codec is packed once.
+  auto& slot = impl_->kept[view_key(x, describe(*state.rule))];
+  if (auto entry = slot.lock()) {
+    record.kept_bytes = 0;
+    record.codec = "shared";
+    return Saved(entry);
+  }
+  auto entry = impl_->pack(x, state);
+  slot = entry;
+  return Saved(entry);
+}
+
+void StoragePolicy::keep(const Tensor& statistic, const Site& site) {
+  SiteRecord& record = impl_->site_state(site).record;
+  count_as_activation(statistic);
+  record.shape = statistic.shape();
+  record.dtype = statistic.dtype();
+  record.codec = "statistic";
+  record.exact_bytes = record.kept_bytes = counted_bytes(statistic);
+  record.elements += statistic.numel();
+}
+
+void StoragePolicy::begin(uint64_t seed, uint64_t step) {
+  impl_->seed = seed;
+  impl_->step = step;
+  impl_->kept.clear();
+  impl_->first_nonfinite.clear();
+}
+
+const std::string& StoragePolicy::name() const { return impl_->name; }
+const std::string& StoragePolicy::first_nonfinite() const { return impl_->first_nonfinite; }
+
+std::vector<SiteRecord> StoragePolicy::sites() const {
+  std::vector<SiteRecord> out;
+  for (const auto& site_name : impl_->order) out.push_back(impl_->sites.at(site_name).record);
+  return out;
+}
+
+void StoragePolicy::reset_counts() {
+  for (auto& [site_name, state] : impl_->sites) state.record.elements = state.record.saturated = state.record.nonfinite = 0;
+}
+
+void StoragePolicy::check_rules_matched() const {
+  for (size_t i = 0; i < impl_->rules.size(); ++i) {
+    if (impl_->matched[i]) continue;
+    const StorageRule& rule = impl_->rules[i];
+    std::string near = nearest(rule.match, impl_->order);
+    std::string list;
+    for (size_t j = 0; j < impl_->order.size() && j < 8; ++j) list += (j ? ", " : "") + impl_->order[j];
+    throw UsageError(concat(rule.where, rule.where.empty() ? "" : ": ", "the storage rule '", rule.match, "' matches no site",
+                            near.empty() ? "" : "; the nearest is '" + near + "'", ". This model's sites begin with ", list,
+                            "; --dry-run lists them all"));
+  }
+}
+
+std::map<std::string, Tensor> StoragePolicy::state() const {
+  std::map<std::string, Tensor> out = impl_->pending_state;
+  for (const auto& [site_name, site] : impl_->sites)
+    if (site.codec)
+      for (const auto& [key, tensor] : site.codec->state()) out[site_name + "/" + key] = tensor;
+  return out;
+}
+
+void StoragePolicy::load_state(std::map<std::string, Tensor> state) {
+  impl_->pending_state = std::move(state);
+  for (auto& [site_name, site] : impl_->sites) impl_->load_pending(site);
+}
+
+}  // namespace mesa

@@ -1,0 +1,167 @@
+#include "mesa/tensor/memory.h"
+
+#include <sys/mman.h>
+
+#include <atomic>
+#include <bit>
+#include <cstdio>
+#include <map>
+#include <mutex>
+#include <vector>
+
+#include "mesa/base/error.h"
+
+namespace mesa {
+
+const char* to_string(MemoryKind kind) {
+  static const char* const names[kMemoryKinds] = {"parameters", "gradients", "optimizer", "activations", "inputs", "workspace"};
+  return names[static_cast<int>(kind)];
+}
+
+namespace {
+constexpr int64_t kAlignment = 64;
+constexpr int64_t kHugePage = 2 << 20;
+
+/// Size classes: eight per doubling, so that at most 1/8 of a block is waste.
+int64_t size_class(int64_t bytes) {
+  if (bytes <= 512) return (bytes + kAlignment - 1) / kAlignment * kAlignment;
+  const int64_t step = int64_t{1} << (std::bit_width(static_cast<uint64_t>(bytes - 1)) - 4);
+  return (bytes + step - 1) / step * step;
+}
+
+std::atomic<uint64_t> next_buffer_id{1};
+}  // namespace
+
+/// Where blocks come from. The base class serves `meta`: it counts and hands out nothing.
+class Allocator::Impl {
+ public:
+  explicit Impl(Device device) : device(device) {}
+  virtual ~Impl() = default;
+  virtual void* take(int64_t) { return nullptr; }
+  virtual void give_back(void*, int64_t) {}
+
+  void count(MemoryKind kind, int64_t bytes) {
+    use.live[static_cast<int>(kind)] += bytes;
+    use.total += bytes;
+    if (use.total > use.peak) {
+      use.peak = use.total;
+      use.peak_kind = use.live;
+    }
+  }
+
+  Device device;
+  std::mutex mutex;
+  MemoryUse use;
+  std::map<int64_t, std::vector<void*>> cached;  // by capacity
+};
+
+namespace {
+/// Pages come from mmap; large blocks ask for huge pages, which spares faults and TLB misses.
+class CpuMemory : public Allocator::Impl {
+ public:
+  CpuMemory() : Impl(kCpu) {}
+  void* take(int64_t bytes) override {
+    if (bytes < kHugePage) return std::aligned_alloc(kAlignment, bytes);
+    const int64_t rounded = (bytes + kHugePage - 1) / kHugePage * kHugePage;
+    void* data = std::aligned_alloc(kHugePage, rounded);
+    if (data != nullptr) madvise(data, rounded, MADV_HUGEPAGE);
+    return data;
+  }
+  void give_back(void* data, int64_t) override { std::free(data); }
+};
+}  // namespace
+
+Allocator::Allocator(std::unique_ptr<Impl> impl) : impl_(std::move(impl)) {}
+Allocator::~Allocator() = default;
+
+Allocator& Allocator::of(Device device) {
+  // Never destroyed: tensors in static storage may outlive any order of destruction.
+  static Allocator& cpu = *new Allocator(std::make_unique<CpuMemory>());
+  static Allocator& meta = *new Allocator(std::make_unique<Impl>(kMeta));
+  switch (device.kind) {
+    case DeviceKind::cpu: return cpu;
+    case DeviceKind::meta: return meta;
+    case DeviceKind::cuda: break;
+  }
+  fail("this build has no memory for device ", to_string(device.kind));
+}
+
+std::shared_ptr<Buffer> Allocator::allocate(int64_t bytes, MemoryKind kind) {
+  check(bytes >= 0, "cannot allocate ", bytes, " bytes");
+  std::shared_ptr<Buffer> buffer(new Buffer);
+  buffer->capacity_ = size_class(std::max<int64_t>(bytes, 1));
+  buffer->device_ = impl_->device;
+  buffer->kind_ = kind;
+  buffer->id_ = next_buffer_id++;
+  const std::lock_guard lock(impl_->mutex);
+  auto& free_list = impl_->cached[buffer->capacity_];
+  if (!free_list.empty()) {
+    buffer->data_ = free_list.back();
+    free_list.pop_back();
+  } else {
+    buffer->data_ = impl_->take(buffer->capacity_);
+    const bool failed = buffer->data_ == nullptr && impl_->device.kind != DeviceKind::meta;
+    check(!failed, "out of memory: ", format_bytes(bytes), " more were asked for ", to_string(kind), "; in use: ", describe(impl_->use));
+    impl_->use.reserved += buffer->capacity_;
+    ++impl_->use.system_allocations;
+  }
+  buffer->bytes_ = bytes;
+  impl_->count(kind, bytes);
+  return buffer;
+}
+
+Buffer::~Buffer() {
+  if (bytes_ == 0 && data_ == nullptr) return;  // never handed out, or meta and empty
+  Allocator::Impl& impl = *Allocator::of(device_).impl_;
+  const std::lock_guard lock(impl.mutex);
+  impl.count(kind_, -bytes_);
+  impl.cached[capacity_].push_back(data_);
+}
+
+void Buffer::retag(MemoryKind kind) {
+  Allocator::Impl& impl = *Allocator::of(device_).impl_;
+  const std::lock_guard lock(impl.mutex);
+  impl.use.live[static_cast<int>(kind_)] -= bytes_;
+  impl.use.live[static_cast<int>(kind)] += bytes_;
+  kind_ = kind;
+}
+
+MemoryUse Allocator::use() const {
+  const std::lock_guard lock(impl_->mutex);
+  return impl_->use;
+}
+
+void Allocator::reset_peak() {
+  const std::lock_guard lock(impl_->mutex);
+  impl_->use.peak = impl_->use.total;
+  impl_->use.peak_kind = impl_->use.live;
+}
+
+void Allocator::release_cached() {
+  const std::lock_guard lock(impl_->mutex);
+  for (auto& [capacity, blocks] : impl_->cached)
+    for (void* block : blocks) {
+      impl_->give_back(block, capacity);
+      impl_->use.reserved -= capacity;
+    }
+  impl_->cached.clear();
+}
+
+std::string format_bytes(int64_t bytes) {
+  char text[32];
+  const double b = static_cast<double>(bytes);
+  if (bytes < 1000) std::snprintf(text, sizeof text, "%lld B", static_cast<long long>(bytes));
+  else if (bytes < 1000000) std::snprintf(text, sizeof text, "%.1f kB", b / 1e3);
+  else if (bytes < 1000000000) std::snprintf(text, sizeof text, "%.1f MB", b / 1e6);
+  else std::snprintf(text, sizeof text, "%.2f GB", b / 1e9);
+  return text;
+}
+
+std::string describe(const MemoryUse& use) {
+  std::string out;
+  for (int i = 0; i < kMemoryKinds; ++i)
+    if (use.live[i] != 0) out += concat(out.empty() ? "" : ", ", to_string(static_cast<MemoryKind>(i)), " ", format_bytes(use.live[i]));
+  return out.empty() ? "nothing" : out;
+}
+
+}  // namespace mesa

@@ -1,0 +1,159 @@
+#include "mesa/tensor/tensor.h"
+
+namespace mesa {
+
+namespace {
+Shape contiguous_strides(const Shape& shape) {
+  Shape strides = shape;
+  int64_t step = 1;
+  for (int i = shape.rank() - 1; i >= 0; --i) {
+    strides[i] = step;
+    step *= shape[i] == 0 ? 1 : shape[i];
+  }
+  return strides;
+}
+
+int checked_axis(const Shape& shape, int axis) {
+  const int a = axis < 0 ? axis + shape.rank() : axis;
+  check(a >= 0 && a < shape.rank(), "axis ", axis, " of a tensor of shape ", shape);
+  return a;
+}
+}  // namespace
+
+Tensor Tensor::empty(const Shape& shape, DType dtype, Device device, MemoryKind kind) {
+  Tensor out;
+  out.numel_ = shape.numel();
+  out.shape_ = shape;
+  out.strides_ = contiguous_strides(shape);
+  out.dtype_ = dtype;
+  int64_t bytes = 0;
+  check(!__builtin_mul_overflow(out.numel_, size_of(dtype), &bytes), "a tensor of shape ", shape, " is too large");
+  out.buffer_ = Allocator::of(device).allocate(bytes, kind);
+  return out;
+}
+
+Tensor Tensor::zeros(const Shape& shape, DType dtype, Device device, MemoryKind kind) {
+  Tensor out = empty(shape, dtype, device, kind);
+  check(device.kind != DeviceKind::cuda, "Tensor::zeros is for host memory; use kernels::fill");
+  if (out.buffer_->data() != nullptr) std::memset(out.raw(), 0, out.bytes());
+  return out;
+}
+
+bool Tensor::is_contiguous() const {
+  int64_t step = 1;
+  for (int i = rank() - 1; i >= 0; --i) {
+    if (shape_[i] != 1 && strides_[i] != step) return false;
+    step *= shape_[i];
+  }
+  return true;
+}
+
+bool Tensor::has_uniform_rows() const {
+  if (rank() == 0 || numel_ == 0) return true;
+  if (shape_[-1] != 1 && strides_[-1] != 1) return false;
+  int64_t step = 0;  // unknown until the first axis of extent > 1
+  for (int i = rank() - 2; i >= 0; --i) {
+    if (shape_[i] == 1) continue;
+    if (step != 0 && strides_[i] != step) return false;
+    step = strides_[i] * shape_[i];
+  }
+  return true;
+}
+
+int64_t Tensor::row_stride() const {
+  for (int i = rank() - 2; i >= 0; --i)
+    if (shape_[i] != 1) return strides_[i];
+  return rank() == 0 ? 1 : shape_[-1];
+}
+
+Tensor Tensor::reshape(const Shape& shape) const {
+  check(is_contiguous(), "reshape of a strided tensor of shape ", shape_);
+  check(shape.numel() == numel_, "cannot reshape ", shape_, " to ", shape);
+  Tensor out = *this;
+  out.shape_ = shape;
+  out.strides_ = contiguous_strides(shape);
+  return out;
+}
+
+Tensor Tensor::transpose(int a, int b) const {
+  a = checked_axis(shape_, a);
+  b = checked_axis(shape_, b);
+  Tensor out = *this;
+  std::swap(out.shape_[a], out.shape_[b]);
+  std::swap(out.strides_[a], out.strides_[b]);
+  return out;
+}
+
+Tensor Tensor::narrow(int axis, int64_t from, int64_t count) const {
+  axis = checked_axis(shape_, axis);
+  check(from >= 0 && count >= 0 && from + count <= shape_[axis], "elements ", from, " to ", from + count, " of axis ", axis, " of ", shape_);
+  Tensor out = *this;
+  out.shape_[axis] = count;
+  out.offset_ += from * strides_[axis];
+  out.numel_ = out.shape_.numel();
+  return out;
+}
+
+Tensor Tensor::select(int axis, int64_t index) const {
+  axis = checked_axis(shape_, axis);
+  Tensor out = narrow(axis, index, 1);
+  out.shape_ = out.shape_.without(axis);
+  out.strides_ = out.strides_.without(axis);
+  return out;
+}
+
+Tensor Tensor::split_last(int64_t inner) const {
+  check(rank() >= 1 && rank() < Shape::kMaxRank && inner > 0 && dim(-1) % inner == 0, "cannot split the last axis of ", shape_, " by ", inner);
+  int64_t dims[Shape::kMaxRank], steps[Shape::kMaxRank];
+  for (int i = 0; i < rank(); ++i) dims[i] = shape_[i], steps[i] = strides_[i];
+  dims[rank() - 1] = dim(-1) / inner;
+  steps[rank() - 1] = strides_[-1] * inner;
+  dims[rank()] = inner;
+  steps[rank()] = strides_[-1];
+  Tensor out = *this;
+  out.shape_ = Shape(dims, rank() + 1);
+  out.strides_ = Shape(steps, rank() + 1);
+  return out;
+}
+
+Tensor Tensor::as_strided(const Shape& shape, const Shape& strides, int64_t offset) const {
+  Tensor out = *this;
+  out.shape_ = shape;
+  out.strides_ = strides;
+  out.offset_ = offset;
+  out.numel_ = shape.numel();
+  int64_t last = offset;
+  for (int i = 0; i < shape.rank(); ++i) last += (shape[i] - 1) * strides[i];
+  check(out.numel_ == 0 || (last + 1) * size_of(dtype_) <= buffer_->bytes(), "a view of shape ", shape, " leaves its buffer");
+  return out;
+}
+
+template <class T>
+std::vector<T> Tensor::to_vector() const {
+  check(device().kind == DeviceKind::cpu, "to_vector needs a CPU tensor, not one on ", to_string(device().kind));
+  std::vector<T> out;
+  out.reserve(numel_);
+  const auto visit = [&](auto tag) {
+    using S = decltype(tag);
+    const S* base = data<S>();
+    for (int64_t i = 0; i < numel_; ++i) {
+      int64_t rest = i, at = 0;
+      for (int axis = rank() - 1; axis >= 0; --axis) {
+        at += rest % shape_[axis] * strides_[axis];
+        rest /= shape_[axis];
+      }
+      out.push_back(static_cast<T>(base[at]));
+    }
+  };
+  if constexpr (std::is_integral_v<T>) visit(T{});
+  else dispatch_float(dtype_, visit);
+  return out;
+}
+
+template std::vector<float> Tensor::to_vector<float>() const;
+template std::vector<double> Tensor::to_vector<double>() const;
+template std::vector<uint8_t> Tensor::to_vector<uint8_t>() const;
+template std::vector<int32_t> Tensor::to_vector<int32_t>() const;
+template std::vector<int64_t> Tensor::to_vector<int64_t>() const;
+
+}  // namespace mesa

@@ -1,0 +1,378 @@
+#include "mesa/train/benchmark.h"
+
+#include <omp.h>
+
+#include <algorithm>
+#include <chrono>
+#include <cmath>
+#include <cstdio>
+#include <memory>
+#include <nlohmann/json.hpp>
+
+#include "mesa/kernels/elementwise.h"
+#include "mesa/kernels/matmul.h"
+
+namespace mesa {
+namespace {
+
+using Clock = std::chrono::steady_clock;
+using BytesByKind = std::array<int64_t, kMemoryKinds>;
+
+double milliseconds(Clock::time_point from, Clock::time_point to) { return std::chrono::duration<double, std::milli>(to - from).count(); }
+
+/// The one batch that every policy trains on.
+struct FixedBatch {
+  Tensor images, labels;
+
+  FixedBatch(const RunConfig& config, const VitConfig& model, Device device) {
+    const int64_t B = config.train.batch_size;
+    const Shape shape{B, model.channels, model.image_size, model.image_size};
+    RandomStream random(RandomKey::of(static_cast<uint64_t>(config.seed), "benchmark.batch", 0));
+    std::vector<float> pixels(static_cast<size_t>(shape.numel()));
+    for (float& pixel : pixels) pixel = static_cast<float>(random.normal());
+    std::vector<int64_t> classes(static_cast<size_t>(B));
+    for (int64_t& label : classes) label = static_cast<int64_t>(random.below(static_cast<uint64_t>(model.classes)));
+    images = Tensor::empty(shape, DType::f32, device, MemoryKind::inputs);
+    kernels::copy(Tensor::from<float>(shape, pixels), images);
+    labels = Tensor::from<int64_t>({B}, classes, MemoryKind::inputs);
+  }
+};
+
+/// What one step took.
+struct StepSample {
+  double forward_ms = 0, backward_ms = 0, optimizer_ms = 0;
+  int64_t activation_bytes = 0;
+  BytesByKind peak{};
+  double step_ms() const { return forward_ms + backward_ms + optimizer_ms; }
+};
+
+/// A model with its own weights, moments and running ranges, trained with one policy.
+class Contestant {
+ public:
+  Contestant(const RunConfig& config, const VitConfig& model, const StorageConfig& storage, Device device)
+      : config_(config),
+        memory_(Allocator::of(device)),
+        before_(memory_.use().live),
+        built_(config, model, device),
+        policy_(make_policy(storage)) {
+    built_.params.allocate_gradients();
+    const OptimizerConfig& o = config.optimizer;
+    optimizer_ = std::make_unique<AdamW>(built_.params.params(), AdamWConfig{o.lr, o.weight_decay, o.beta1, o.beta2, o.eps});
+    take_over_what_stayed();
+  }
+
+  /// Leaves the gradients of `batch` in the parameters. `step` selects the random numbers.
+  StepSample differentiate(const FixedBatch& batch, uint64_t step) { return run(batch, step, false); }
+  /// The same, and an update.
+  StepSample train(const FixedBatch& batch, uint64_t step) { return run(batch, step, true); }
+
+  void copy_weights(Contestant& from) {
+    auto source = from.built_.params.params().begin();
+    for (Param& param : built_.params.params()) {
+      kernels::copy((source++)->value, param.value);
+      param.touch();
+    }
+  }
+
+  const StoragePolicy& policy() const { return policy_; }
+  ParamStore& params() { return built_.params; }
+
+ private:
+  StepSample run(const FixedBatch& batch, uint64_t step, bool update) {
+    StepSample sample;
+    memory_.reset_peak();
+    before_ = memory_.use().live;
+    const BytesByKind held_before = held_;
+    built_.params.clear_gradients();
+    const auto start = Clock::now();
+    Clock::time_point forward_done;
+    {
+      Tape tape(policy_, static_cast<uint64_t>(config_.seed), step);
+      const Var loss = cross_entropy(built_.net(batch.images), batch.labels, config_.train.label_smoothing);
+      sample.activation_bytes = memory_.use().of(MemoryKind::activations) - before_[static_cast<int>(MemoryKind::activations)];
+      const double value = *loss.value().data<float>();
+      check(std::isfinite(value), "the loss of step ", step, " with storage ", policy_.name(), " is ", value);
+      forward_done = Clock::now();
+      tape.backward(loss);
+    }
+    const auto backward_done = Clock::now();
+    if (update) optimizer_->step(config_.optimizer.lr, clipping_scale());
+    const auto end = Clock::now();
+    sample.forward_ms = milliseconds(start, forward_done);
+    sample.backward_ms = milliseconds(forward_done, backward_done);
+    sample.optimizer_ms = milliseconds(backward_done, end);
+    // The other models are alive too: of what was there before the step only the batch and what this one holds count.
+    const BytesByKind peak = memory_.use().peak_kind;
+    for (int kind = 0; kind < kMemoryKinds; ++kind) {
+      const bool shared = kind == static_cast<int>(MemoryKind::inputs);
+      sample.peak[kind] = shared ? peak[kind] : peak[kind] - before_[kind] + held_before[kind];
+    }
+    take_over_what_stayed();
+    return sample;
+  }
+
+  double clipping_scale() const {
+    const double limit = config_.train.clip_norm;
+    if (limit <= 0) return 1;
+    const double norm = optimizer_->gradient_norm();
+    return norm > limit ? limit / norm : 1;
+  }
+
+  /// What is there now and was not at `before_` belongs to this model: running ranges and bf16 copies come with the first step.
+  void take_over_what_stayed() {
+    const BytesByKind now = memory_.use().live;
+    for (int kind = 0; kind < kMemoryKinds; ++kind) held_[kind] += now[kind] - before_[kind];
+  }
+
+  const RunConfig& config_;
+  Allocator& memory_;
+  BytesByKind before_, held_{};
+  BuiltModel built_;
+  StoragePolicy policy_;
+  std::unique_ptr<AdamW> optimizer_;
+};
+
+/// ||g - g_exact|| / ||g_exact||, in double.
+double relative_error(ParamStore& params, ParamStore& exact) {
+  double difference = 0, norm = 0;
+  auto reference = exact.params().begin();
+  for (const Param& param : params.params()) {
+    const Param& expected = *reference++;
+    if (!expected.grad_written) continue;
+    check(param.grad_written, "no gradient reached ", param.name);
+    const float* g = param.grad.data<float>();
+    const float* e = expected.grad.data<float>();
+    const int64_t n = param.grad.numel();
+#pragma omp parallel for reduction(+ : difference, norm)
+    for (int64_t i = 0; i < n; ++i) {
+      const double d = static_cast<double>(g[i]) - e[i];
+      difference += d * d;
+      norm += static_cast<double>(e[i]) * e[i];
+    }
+  }
+  return norm > 0 ? std::sqrt(difference / norm) : 0;
+}
+
+using Contestants = std::vector<std::unique_ptr<Contestant>>;
+
+/// What the contestants share: one config, one batch, and a count of steps that selects the random numbers.
+struct Bench {
+  const RunConfig& config;
+  const VitConfig& model;
+  const BenchmarkOptions& options;
+  Device device;
+  FixedBatch batch{config, model, device};
+  uint64_t step = 0;
+
+  void tell(const std::string& what) const {
+    if (options.progress) options.progress(what);
+  }
+};
+
+/// Gives every contestant the weights of an exact model after a few steps and compares its gradients with that model's. A draw is one step
+/// number, the same for all: dropout falls alike, and stochastic rounding differs from draw to draw.
+void compare_gradients(Bench& bench, const Contestants& contestants, BenchmarkResult& result) {
+  Contestant exact(bench.config, bench.model, load_storage("exact"), bench.device);
+  bench.tell("training a few steps");
+  for (int64_t i = 0; i < bench.options.training_steps; ++i) exact.train(bench.batch, bench.step++);
+  std::vector<std::vector<double>> errors(contestants.size());
+  for (const auto& contestant : contestants) contestant->copy_weights(exact);
+  for (int64_t draw = 0; draw < bench.options.draws; ++draw, ++bench.step) {
+    bench.tell(concat("comparing gradients ", draw + 1, "/", bench.options.draws));
+    const StepSample sample = exact.differentiate(bench.batch, bench.step);
+    result.exact_activation_bytes_per_image = static_cast<double>(sample.activation_bytes) / static_cast<double>(result.batch_size);
+    for (size_t i = 0; i < contestants.size(); ++i) {
+      contestants[i]->differentiate(bench.batch, bench.step);
+      if (draw == 0) contestants[i]->policy().check_rules_matched();
+      errors[i].push_back(relative_error(contestants[i]->params(), exact.params()));
+    }
+  }
+  for (size_t i = 0; i < contestants.size(); ++i) result.policies[i].gradient_relative_error = spread_of(errors[i]);
+}
+
+void summarize(const std::vector<StepSample>& samples, int64_t batch_size, PolicyResult& out) {
+  const auto spread = [&](auto&& value) {
+    std::vector<double> values;
+    for (const StepSample& sample : samples) values.push_back(value(sample));
+    return spread_of(std::move(values));
+  };
+  const double B = static_cast<double>(batch_size);
+  out.step_ms = spread([](const StepSample& s) { return s.step_ms(); });
+  out.images_per_second = spread([&](const StepSample& s) { return 1e3 * B / s.step_ms(); });
+  out.forward_ms = spread([](const StepSample& s) { return s.forward_ms; });
+  out.backward_ms = spread([](const StepSample& s) { return s.backward_ms; });
+  out.optimizer_ms = spread([](const StepSample& s) { return s.optimizer_ms; });
+  out.activation_bytes_per_image = spread([&](const StepSample& s) { return static_cast<double>(s.activation_bytes) / B; });
+  out.peak_bytes = spread([](const StepSample& s) {
+    int64_t total = 0;
+    for (int64_t bytes : s.peak) total += bytes;
+    return static_cast<double>(total);
+  });
+  out.bytes_by_kind = samples.back().peak;
+}
+
+void measure_steps(Bench& bench, const Contestants& contestants, BenchmarkResult& result) {
+  const int64_t warmup = bench.options.warmup, steps = bench.options.steps;
+  std::vector<std::vector<StepSample>> samples(contestants.size());
+  for (int64_t i = 0; i < warmup + steps; ++i, ++bench.step) {
+    bench.tell(i < warmup ? concat("warming up ", i + 1, "/", warmup) : concat("step ", i - warmup + 1, "/", steps));
+    for (size_t c = 0; c < contestants.size(); ++c) {
+      const StepSample sample = contestants[c]->train(bench.batch, bench.step);
+      if (i >= warmup) samples[c].push_back(sample);
+    }
+  }
+  for (size_t c = 0; c < contestants.size(); ++c) {
+    summarize(samples[c], result.batch_size, result.policies[c]);
+    std::vector<double> ratios;
+    for (size_t i = 0; i < samples[c].size(); ++i) ratios.push_back(samples[0][i].step_ms() / samples[c][i].step_ms());
+    result.policies[c].relative_speed = spread_of(std::move(ratios));
+    result.policies[c].sites = contestants[c]->policy().sites();
+  }
+}
+
+}  // namespace
+
+Spread spread_of(std::vector<double> values) {
+  check(!values.empty(), "a spread of no values");
+  std::sort(values.begin(), values.end());
+  const size_t n = values.size();
+  return {values.front(), (values[(n - 1) / 2] + values[n / 2]) / 2, values.back()};
+}
+
+BenchmarkResult run_benchmark(const RunConfig& config, const BenchmarkOptions& options) {
+  if (options.steps < 1) throw UsageError(concat("steps: ", options.steps, ": at least 1 step must be measured"));
+  if (options.warmup < 0) throw UsageError(concat("warmup: ", options.warmup, ": cannot be negative"));
+  check(options.draws >= 1, "gradients cannot be compared ", options.draws, " times");
+  check(options.training_steps >= 0, "cannot train for ", options.training_steps, " steps");
+  const VitConfig model = model_config(config, known_classes(config));
+  const Device device = choose_device(config.device);
+  omp_set_num_threads(config.train.threads > 0 ? static_cast<int>(config.train.threads) : omp_get_num_procs());
+  const std::vector<StorageConfig> policies = options.policies.empty() ? std::vector{config.storage} : options.policies;
+
+  BenchmarkResult result;
+  result.model = config.model.name;
+  result.precision = config.train.precision;
+  result.device = to_string(device.kind);
+  result.isa = to_string(cpu_isa());
+  result.matmul = kernels::matmul_backend();
+  result.batch_size = config.train.batch_size;
+  result.threads = omp_get_max_threads();
+  result.steps = options.steps;
+  result.warmup = options.warmup;
+  Bench bench{config, model, options, device};
+  Contestants contestants;
+  for (const StorageConfig& storage : policies) {
+    contestants.push_back(std::make_unique<Contestant>(config, model, storage, device));
+    result.policies.emplace_back().storage = storage.name;
+  }
+  result.parameters = contestants.front()->params().count();
+  compare_gradients(bench, contestants, result);
+  measure_steps(bench, contestants, result);
+  return result;
+}
+
+namespace {
+
+using nlohmann::ordered_json;
+
+/// Rows of cells, each column as wide as its widest cell; the first is set to the left, numbers to the right.
+std::string align(const std::vector<std::vector<std::string>>& rows) {
+  std::vector<size_t> widths(rows.front().size());
+  for (const auto& row : rows)
+    for (size_t i = 0; i < row.size(); ++i) widths[i] = std::max(widths[i], row[i].size());
+  std::string out;
+  for (const auto& row : rows) {
+    for (size_t i = 0; i < row.size(); ++i) {
+      const std::string space(widths[i] - row[i].size(), ' ');
+      out += i == 0 ? row[i] + space : "  " + space + row[i];
+    }
+    out += "\n";
+  }
+  return out;
+}
+
+std::string number(const char* format, double value) {
+  char text[64];
+  std::snprintf(text, sizeof text, format, value);
+  return text;
+}
+
+std::string bytes_text(double bytes) { return format_bytes(static_cast<int64_t>(std::llround(bytes))); }
+
+ordered_json json_of(const Spread& s) { return {{"minimum", s.minimum}, {"median", s.median}, {"maximum", s.maximum}}; }
+
+ordered_json json_of(const SiteRecord& record) {
+  return {{"name", record.site.name()},
+          {"shape", std::vector<int64_t>(record.shape.begin(), record.shape.end())},
+          {"dtype", to_string(record.dtype)},
+          {"codec", record.codec},
+          {"exact_bytes", record.exact_bytes},
+          {"kept_bytes", record.kept_bytes}};
+}
+
+ordered_json json_of(const PolicyResult& policy) {
+  ordered_json out;
+  out["storage"] = policy.storage;
+  out["images_per_second"] = json_of(policy.images_per_second);
+  out["relative_speed"] = json_of(policy.relative_speed);
+  out["step_ms"] = json_of(policy.step_ms);
+  out["forward_ms"] = json_of(policy.forward_ms);
+  out["backward_ms"] = json_of(policy.backward_ms);
+  out["optimizer_ms"] = json_of(policy.optimizer_ms);
+  out["activation_bytes_per_image"] = json_of(policy.activation_bytes_per_image);
+  out["peak_bytes"] = json_of(policy.peak_bytes);
+  out["gradient_relative_error"] = json_of(policy.gradient_relative_error);
+  for (int kind = 0; kind < kMemoryKinds; ++kind)
+    out["bytes_by_kind"][to_string(static_cast<MemoryKind>(kind))] = policy.bytes_by_kind[kind];
+  out["sites"] = ordered_json::array();
+  for (const SiteRecord& record : policy.sites) out["sites"].push_back(json_of(record));
+  return out;
+}
+
+}  // namespace
+
+std::string format_benchmark(const BenchmarkResult& result) {
+  const char* const threads = result.threads == 1 ? " thread, " : " threads, ";
+  std::string out = concat(result.model, ": ", result.parameters, " parameters, batch ", result.batch_size, ", ", result.precision, ", ");
+  out += concat(result.device, " (", result.threads, threads, result.isa, ", ", result.matmul, ")\n");
+  out += concat("medians of ", result.steps, " steps after ", result.warmup, " to warm up; speed is relative to ");
+  out += concat(result.policies.front().storage, ", step against step\n\n");
+  std::vector<std::vector<std::string>> speed{{"storage", "images/s", "[min", "max]", "speed", "step ms", "forward", "backward", "optimizer",
+                                               "kept/image", "of exact", "peak", "gradient error"}};
+  std::vector<std::vector<std::string>> kinds{{"bytes at the peak"}};
+  for (int kind = 0; kind < kMemoryKinds; ++kind) kinds.front().push_back(to_string(static_cast<MemoryKind>(kind)));
+  for (const PolicyResult& p : result.policies) {
+    const double kept = p.activation_bytes_per_image.median, exact = result.exact_activation_bytes_per_image;
+    speed.push_back({p.storage, number("%.2f", p.images_per_second.median)});
+    const auto add = [&](const char* format, double value) { speed.back().push_back(number(format, value)); };
+    add("[%.2f", p.images_per_second.minimum), add("%.2f]", p.images_per_second.maximum), add("%.3f", p.relative_speed.median);
+    for (const Spread& ms : {p.step_ms, p.forward_ms, p.backward_ms, p.optimizer_ms}) add("%.1f", ms.median);
+    speed.back().push_back(bytes_text(kept));
+    add("%.1f %%", exact > 0 ? 100 * kept / exact : 0);
+    speed.back().push_back(bytes_text(p.peak_bytes.median));
+    add("%.3g", p.gradient_relative_error.median);
+    kinds.push_back({p.storage});
+    for (int64_t bytes : p.bytes_by_kind) kinds.back().push_back(format_bytes(bytes));
+  }
+  return out + align(speed) + "\n" + align(kinds);
+}
+
+std::string benchmark_json(const BenchmarkResult& result) {
+  ordered_json out;
+  out["model"] = result.model;
+  out["parameters"] = result.parameters;
+  out["batch_size"] = result.batch_size;
+  out["precision"] = result.precision;
+  out["device"] = result.device;
+  out["threads"] = result.threads;
+  out["isa"] = result.isa;
+  out["matmul"] = result.matmul;
+  out["steps"] = result.steps;
+  out["warmup"] = result.warmup;
+  out["exact_activation_bytes_per_image"] = result.exact_activation_bytes_per_image;
+  out["policies"] = ordered_json::array();
+  for (const PolicyResult& policy : result.policies) out["policies"].push_back(json_of(policy));
+  return out.dump(2) + "\n";
+}
+
+}  // namespace mesa

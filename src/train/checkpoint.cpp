@@ -1,0 +1,142 @@
+#include "mesa/train/checkpoint.h"
+
+#include <filesystem>
+#include <nlohmann/json.hpp>
+
+#include "mesa/kernels/elementwise.h"
+#include "mesa/train/files.h"
+#include "mesa/train/safetensors.h"
+
+namespace mesa {
+namespace {
+
+namespace fs = std::filesystem;
+using nlohmann::json;
+
+constexpr const char *kModelFile = "model.safetensors", *kStateTensors = "state.safetensors", *kStateFile = "state.json";
+constexpr int kStateFormat = 1;
+
+/// One list of the state's fields serves both directions.
+template <class State, class F>
+void each_field(State& s, F&& f) {
+  f("epoch", s.epoch), f("batch", s.batch), f("step", s.step), f("micro_step", s.micro_step);
+  f("bad_steps", s.bad_steps), f("bad_in_a_row", s.bad_in_a_row);
+  f("epoch_loss", s.epoch_loss), f("epoch_images", s.epoch_images), f("epoch_seconds", s.epoch_seconds);
+  f("train_seconds", s.train_seconds), f("train_images", s.train_images), f("best_top1", s.best_top1);
+}
+
+std::string state_json(const TrainingState& state, int64_t optimizer_steps) {
+  json out{{"format", kStateFormat}, {"optimizer_steps", optimizer_steps}};
+  each_field(state, [&](const char* name, const auto& value) { out[name] = value; });
+  return out.dump(2) + "\n";
+}
+
+std::vector<NamedTensor> prefixed(const std::string& prefix, const std::map<std::string, Tensor>& tensors) {
+  std::vector<NamedTensor> out;
+  for (const auto& [name, tensor] : tensors) out.push_back({prefix + name, tensor});
+  return out;
+}
+
+std::map<std::string, Tensor> with_prefix(const SafetensorsFile& file, const std::string& prefix) {
+  std::map<std::string, Tensor> out;
+  for (const auto& [name, tensor] : file.tensors)
+    if (name.starts_with(prefix)) out[name.substr(prefix.size())] = tensor;
+  return out;
+}
+
+}  // namespace
+
+void save_checkpoint(const std::string& folder, const RunConfig& config, const std::vector<std::string>& class_names, const ParamStore& params,
+                     const AdamW& optimizer, const StoragePolicy& policy, const TrainingState& state) {
+  write_folder_atomically(folder, [&](const std::string& at) {
+    std::vector<NamedTensor> weights;
+    for (const Param& param : params.params()) weights.push_back({param.name, param.value});
+    write_safetensors(at + "/" + kModelFile, weights,
+                      {{"format", "pt"}, {"mesa.config", to_yaml(config)}, {"mesa.class_names", json(class_names).dump()}});
+    std::vector<NamedTensor> tensors = prefixed("optimizer/", optimizer.state());
+    for (NamedTensor& range : prefixed("storage/", policy.state())) tensors.push_back(std::move(range));
+    write_safetensors(at + "/" + kStateTensors, tensors);
+    OutputFile file(at + "/" + kStateFile);
+    file.write(state_json(state, optimizer.steps()));
+    file.close();
+  });
+}
+
+std::string resolve_checkpoint(const std::string& path, const std::string& prefer) {
+  check(fs::exists(path), "there is no checkpoint at ", path);
+  if (fs::is_regular_file(path)) return path;
+  const std::string other = prefer == "best" ? "last" : "best";
+  for (const std::string& candidate : {path, path + "/checkpoints/" + prefer, path + "/checkpoints/" + other}) {
+    recover_folder(candidate);
+    if (fs::is_regular_file(candidate + "/" + kModelFile)) return candidate;
+  }
+  fail("", path, " is neither a checkpoint (no ", kModelFile, " in it) nor a run's folder (no checkpoints/last)");
+}
+
+LoadedModel load_model(const std::string& path) {
+  const std::string at = resolve_checkpoint(path, "best");
+  const bool folder = fs::is_directory(at);
+  if (folder) verify_folder(at);
+  const std::string file = folder ? at + "/" + kModelFile : at;
+  SafetensorsFile tensors = read_safetensors(file);
+  const auto config = tensors.metadata.find("mesa.config"), names = tensors.metadata.find("mesa.class_names");
+  check(config != tensors.metadata.end(), file, " does not say which model it belongs to (no mesa.config in its metadata)");
+  LoadedModel out;
+  out.config = parse_config(config->second, file);
+  if (names != tensors.metadata.end()) {
+    const json list = json::parse(names->second, nullptr, false);
+    check(list.is_array(), file, ": its class names are damaged");
+    for (const json& name : list) out.class_names.push_back(name.is_string() ? name.get<std::string>() : name.dump());
+  }
+  for (auto& [name, tensor] : tensors.tensors) out.weights[name] = tensor;
+  return out;
+}
+
+void load_weights(ParamStore& params, const std::map<std::string, Tensor>& weights, const std::string& source) {
+  std::vector<std::string> problems;
+  std::map<std::string, Tensor> rest = weights;
+  for (Param& param : params.params()) {
+    const auto found = rest.find(param.name);
+    if (found == rest.end()) {
+      problems.push_back("missing " + param.name + " " + to_string(param.value.shape()));
+      continue;
+    }
+    if (found->second.shape() != param.value.shape() || !is_floating(found->second.dtype()))
+      problems.push_back(concat(param.name, " is ", found->second.shape(), " but the model has ", param.value.shape()));
+    else
+      kernels::copy(found->second, param.value), param.touch();
+    rest.erase(found);
+  }
+  for (const auto& [name, tensor] : rest) problems.push_back("unexpected " + name + " " + to_string(tensor.shape()));
+  if (problems.empty()) return;
+  std::string list;
+  for (size_t i = 0; i < problems.size() && i < 6; ++i) list += "\n  " + problems[i];
+  if (problems.size() > 6) list += concat("\n  and ", problems.size() - 6, " more");
+  fail("", source, " belongs to another model:", list);
+}
+
+TrainingState load_checkpoint(const std::string& folder, ParamStore& params, AdamW& optimizer, StoragePolicy& policy) {
+  verify_folder(folder);
+  const LoadedModel model = load_model(folder);
+  load_weights(params, model.weights, folder + "/" + kModelFile);
+  const json state = json::parse(read_file(folder + "/" + kStateFile), nullptr, false);
+  check(state.is_object() && state.value("format", 0) == kStateFormat, folder, "/", kStateFile, " is not a training state that this version reads");
+  TrainingState out;
+  each_field(out, [&](const char* name, auto& value) {
+    check(state.contains(name) && state[name].is_number(), folder, "/", kStateFile, " has no number '", name, "'");
+    state[name].get_to(value);
+  });
+  check(state.contains("optimizer_steps") && state["optimizer_steps"].is_number_integer(), folder, "/", kStateFile, " has no optimizer_steps");
+  const SafetensorsFile tensors = read_safetensors(folder + "/" + kStateTensors);
+  optimizer.load_state(with_prefix(tensors, "optimizer/"), state["optimizer_steps"].get<int64_t>());
+  std::map<std::string, Tensor> ranges;  // owned by the policy from here on, under its own kind of memory
+  for (const auto& [name, tensor] : with_prefix(tensors, "storage/")) {
+    const Tensor copy = Tensor::empty(tensor.shape(), tensor.dtype(), kCpu, MemoryKind::optimizer);
+    kernels::copy(tensor, copy);
+    ranges[name] = copy;
+  }
+  policy.load_state(std::move(ranges));
+  return out;
+}
+
+}  // namespace mesa

@@ -1,0 +1,282 @@
+#include "config_keys.h"
+
+#include <array>
+#include <charconv>
+#include <cmath>
+#include <sstream>
+
+namespace mesa::config {
+namespace {
+
+constexpr Allowed any() { return {}; }
+constexpr Allowed between(double low, double high) { return {low, high, false, false, "", 0}; }
+constexpr Allowed at_least(double low) { return {low, 1e15, false, false, "", 0}; }
+constexpr Allowed above(double low) { return {low, 1e15, true, false, "", 0}; }
+constexpr Allowed fraction() { return {0, 1, false, true, "", 0}; }  // [0, 1)
+constexpr Allowed probability() { return {0, 1, false, false, "", 0}; }
+constexpr Allowed one_of(const char* choices) { return {0, 0, false, false, choices, 0}; }
+constexpr Allowed count(double low = 1, double high = 1e9) { return between(low, high); }
+constexpr Allowed size(double high = 65536) { return between(1, high); }
+constexpr Allowed pair(double low, double high) { return {low, high, true, false, "", 2}; }
+
+// The name of a key is the name of its field.
+#define KEY(field, allowed, doc)                                                        \
+  Key {                                                                                 \
+#field, +[](RunConfig & c) -> decltype((c.field)) { return c.field; }, allowed, doc \
+  }
+
+const Key kKeys[] = {
+    KEY(model.name, any(), "Architecture: `vit` (give all sizes), or a table entry such as `deit_small_patch16_224` (timm's names)"),
+    KEY(model.image_size, size(), "Height and width of the input in pixels"),
+    KEY(model.patch_size, size(), "Height and width of a patch; divides the image size"),
+    KEY(model.width, size(), "Embedding dimension; a multiple of `model.heads`"),
+    KEY(model.depth, size(1000), "Number of encoder blocks"),
+    KEY(model.heads, size(1024), "Attention heads"),
+    KEY(model.mlp_ratio, pair(0, 64), "Hidden width of the MLP over the embedding width"),
+    KEY(model.channels, size(64), "Channels of the input image"),
+    KEY(model.classes, size(1e6), "Number of classes"),
+    KEY(model.pool, one_of("token|mean"), "What the head reads: the class token, or the mean over the patches"),
+    KEY(model.qkv_bias, any(), "Bias in the q, k, v projection"),
+    KEY(model.drop_rate, fraction(), "Dropout after the embedding, the projections and the MLP layers"),
+    KEY(model.attn_drop_rate, fraction(), "Dropout on the attention weights"),
+    KEY(model.drop_path, fraction(), "Stochastic depth of the last block; rises linearly from 0 over the depth"),
+    KEY(model.attention, one_of("fused|explicit"), "`fused` never forms the N x N map; `explicit` is matmul, softmax, matmul"),
+
+    KEY(data.kind, one_of("shapes|cifar10|cifar100|idx|image_folder|random"),
+        "Data set; `shapes` is drawn, `random` is noise for benchmarks"),
+    KEY(data.path, any(), "Folder of the data set"),
+    KEY(data.train_size, count(0), "Training images to use; 0 = all (10,000 of a generated set)"),
+    KEY(data.test_size, count(0), "Test images to use; 0 = all (2,000 of a generated set)"),
+    KEY(data.workers, count(0, 1024), "Loader threads; 0 = load in the training thread"),
+    KEY(data.prefetch, count(1, 4096), "Batches made ahead of training"),
+    KEY(data.on_bad_sample, one_of("error|skip"), "A damaged image stops the run, or is replaced, counted and listed"),
+    KEY(data.max_pixels, count(1, 1e12), "Images that claim more pixels are refused before memory is taken"),
+    KEY(data.crop, one_of("none|pad|resized"), "Training crop: none, shifted by zero padding, or random resized crop"),
+    KEY(data.crop_padding, count(0, 65536), "Pixels of padding on each side for `crop: pad`"),
+    KEY(data.crop_scale, pair(0, 1), "Smallest and largest share of the area for `crop: resized`"),
+    KEY(data.crop_ratio, pair(0, 100), "Smallest and largest aspect ratio for `crop: resized`"),
+    KEY(data.flip, probability(), "Probability of a horizontal flip"),
+    KEY(data.color_jitter, probability(), "Strength of brightness, contrast and saturation jitter"),
+    KEY(data.interpolation, one_of("bilinear|bicubic"), "Filter of every resize"),
+    KEY(data.crop_pct, (Allowed{0, 1, true, false, "", 0}), "Share of the resized image that the evaluation's centre crop keeps"),
+    KEY(data.mean, between(-1e6, 1e6), "Per-channel mean of values in [0, 1]; empty = the data set's own"),
+    KEY(data.std, (Allowed{0, 1e6, true, false, "", 0}), "Per-channel standard deviation; empty = the data set's own"),
+
+    KEY(train.epochs, count(1, 1e6), "Passes over the training set"),
+    KEY(train.batch_size, count(1, 1e6), "Images of one forward and backward pass"),
+    KEY(train.precision, one_of("fp32|bf16"),
+        "`bf16`: matrix products in bf16; master weights, norms, softmax, loss and statistics in fp32"),
+    KEY(train.force_precision, any(), "Run bf16 even on a CPU without avx512_bf16 (slow)"),
+    KEY(train.accumulation, count(1, 1e6), "Batches whose gradients are added before one update"),
+    KEY(train.clip_norm, at_least(0), "Largest norm of the whole gradient; 0 = no clipping"),
+    KEY(train.label_smoothing, fraction(), "Share of the target spread over all classes"),
+    KEY(train.eval_batch_size, count(0, 1e6), "Batch size of the evaluation; 0 = `train.batch_size`"),
+    KEY(train.log_interval, count(1), "Steps between two log lines"),
+    KEY(train.max_bad_steps, count(1, 1e6), "Steps with a non-finite loss or gradient in a row that stop the run"),
+    KEY(train.threads, count(0, 4096), "Compute threads; 0 = all cores"),
+    KEY(train.steps, count(0, 1e12), "Stop after this many steps in all; 0 = train all epochs"),
+    KEY(train.checkpoint_interval, count(0, 1e12), "Steps between checkpoints; 0 = after each epoch only"),
+    KEY(train.frozen, any(), "Globs of parameter names that are not trained, such as `[blocks.0.*, pos_embed]`"),
+
+    KEY(optimizer.name, one_of("adamw"), "Optimizer"),
+    KEY(optimizer.lr, above(0), "Peak learning rate"),
+    KEY(optimizer.weight_decay, at_least(0), "Decoupled weight decay; not on biases, norms, tokens and position embedding"),
+    KEY(optimizer.beta1, fraction(), "Decay of the first moment"),
+    KEY(optimizer.beta2, fraction(), "Decay of the second moment"),
+    KEY(optimizer.eps, above(0), "Added to the root of the second moment"),
+
+    KEY(schedule.name, one_of("cosine|constant"), "Learning rate after the warm-up"),
+    KEY(schedule.warmup_epochs, at_least(0), "Length of the linear warm-up in epochs (fractions allowed)"),
+    KEY(schedule.warmup_lr, at_least(0), "Learning rate of the first step of the warm-up"),
+    KEY(schedule.min_lr, at_least(0), "Learning rate at the end of the cosine; at most `optimizer.lr`"),
+
+    KEY(seed, between(0, 9e18), "Seed of initialization, data order, augmentation, dropout and stochastic rounding"),
+    KEY(device, one_of("auto|cpu|cuda"), "Where to train; `auto` takes a GPU if there is one"),
+    KEY(output, any(), "Folder of the run; empty = chosen from the config's name"),
+};
+#undef KEY
+
+std::string number_text(double x) {
+  std::array<char, 32> text;
+  return {text.data(), std::to_chars(text.data(), text.data() + text.size(), x).ptr};
+}
+
+struct Reader {
+  const Key& key;
+  const Value& value;
+
+  template <class... Parts>
+  [[noreturn]] void wrong(const Value& at, const Parts&... parts) const {
+    refuse(at, key.name, ": ", parts...);
+  }
+
+  const std::string& plain(const Value& v, const char* needed) const {
+    if (v.is(Value::Kind::null)) wrong(v, "has no value; ", needed, " is needed");
+    if (!v.is(Value::Kind::scalar) || v.quoted) wrong(v, v.describe(), " is not ", needed);
+    return v.text;
+  }
+
+  void in_range(double x, const Value& v) const {
+    const Allowed& a = key.allowed;
+    if ((a.low_open ? x > a.low : x >= a.low) && (a.high_open ? x < a.high : x <= a.high)) return;
+    std::string text = "must be ";
+    if (std::isfinite(a.low)) text += (a.low_open ? "above " : "at least ") + number_text(a.low);
+    if (std::isfinite(a.high) && a.high < 1e15) text += (a.high_open ? " and below " : " and at most ") + number_text(a.high);
+    wrong(v, text, ", not ", v.text);
+  }
+
+  int64_t integer(const Value& v) const {
+    const std::string& text = plain(v, "a whole number");
+    int64_t x = 0;
+    const auto [end, code] = std::from_chars(text.data(), text.data() + text.size(), x);
+    if (code == std::errc::result_out_of_range) wrong(v, text, " is out of range");
+    if (code != std::errc{} || end != text.data() + text.size()) wrong(v, v.describe(), " is not a whole number");
+    in_range(static_cast<double>(x), v);
+    return x;
+  }
+
+  double number(const Value& v) const {
+    const std::string& text = plain(v, "a number");
+    double x = 0;
+    const auto [end, code] = std::from_chars(text.data(), text.data() + text.size(), x);
+    if (code == std::errc::result_out_of_range) wrong(v, text, " is out of range");
+    if (text == ".nan" || text == ".NaN" || text == ".inf" || text == "-.inf" || text == ".Inf") wrong(v, "must be finite, not ", text);
+    if (code != std::errc{} || end != text.data() + text.size()) wrong(v, v.describe(), " is not a number");
+    if (!std::isfinite(x)) wrong(v, "must be finite, not ", text);
+    in_range(x, v);
+    return x;
+  }
+
+  bool boolean(const Value& v) const {
+    const std::string& text = plain(v, "true or false");
+    if (text != "true" && text != "false") wrong(v, v.describe(), " is not true or false");
+    return text == "true";
+  }
+
+  std::string text(const Value& v) const {
+    if (v.is(Value::Kind::null)) wrong(v, "has no value; text is needed");
+    if (!v.is(Value::Kind::scalar)) wrong(v, v.describe(), " where text is needed");
+    if (*key.allowed.choices == 0) return v.text;
+    std::vector<std::string> choices;
+    std::istringstream in(key.allowed.choices);
+    for (std::string choice; std::getline(in, choice, '|');) {
+      if (choice == v.text) return v.text;
+      choices.push_back(choice);
+    }
+    std::string list;
+    for (const auto& choice : choices) list += (list.empty() ? "" : ", ") + choice;
+    const std::string near = choices.size() > 1 ? nearest(v.text, choices) : "";
+    wrong(v, v.describe(), " is not one of ", list, near.empty() ? "" : "; did you mean '" + near + "'?");
+  }
+
+  template <class F>
+  auto list(F&& read) const {
+    if (!value.is(Value::Kind::list)) wrong(value, value.describe(), " where a list is needed, such as [a, b]");
+    if (key.allowed.length != 0 && value.items.size() != key.allowed.length)
+      wrong(value, "needs ", key.allowed.length, " values, not ", value.items.size());
+    std::vector<decltype(read(value))> out;
+    for (const Value& item : value.items) out.push_back(read(item));
+    return out;
+  }
+
+  void into(int64_t& field) const { field = integer(value); }
+  void into(double& field) const { field = number(value); }
+  void into(bool& field) const { field = boolean(value); }
+  void into(std::string& field) const { field = text(value); }
+  void into(std::vector<std::string>& field) const {
+    field = list([&](const Value& v) { return text(v); });
+  }
+  void into(std::vector<double>& field) const {
+    field = list([&](const Value& v) { return number(v); });
+  }
+  template <class T>
+  void into(std::optional<T>& field) const {
+    if (value.is(Value::Kind::null)) return field.reset();  // back to the model's own
+    T x{};
+    into(x);
+    field = std::move(x);
+  }
+};
+
+struct Writer {
+  std::string of(int64_t x) const { return std::to_string(x); }
+  std::string of(double x) const { return number_text(x); }
+  std::string of(bool x) const { return x ? "true" : "false"; }
+  std::string of(const std::string& x) const { return quote(x); }
+  template <class T>
+  std::string of(const std::optional<T>& x) const {
+    return x ? of(*x) : "";
+  }
+  template <class T>
+  std::string of(const std::vector<T>& x) const {
+    std::string out = "[";
+    for (size_t i = 0; i < x.size(); ++i) out += (i ? ", " : "") + of(x[i]);
+    return out + "]";
+  }
+};
+
+struct TypeName {
+  std::string of(const int64_t&) const { return "whole number"; }
+  std::string of(const double&) const { return "number"; }
+  std::string of(const bool&) const { return "true or false"; }
+  std::string of(const std::string&) const { return "text"; }
+  template <class T>
+  std::string of(const std::optional<T>&) const {
+    return of(T{});
+  }
+  template <class T>
+  std::string of(const std::vector<T>&) const {
+    return "list of " + of(T{}) + "s";
+  }
+};
+
+}  // namespace
+
+std::span<const Key> keys() { return kKeys; }
+
+const Key* find_key(std::string_view name) {
+  for (const Key& key : kKeys)
+    if (name == key.name) return &key;
+  return nullptr;
+}
+
+void assign(const Key& key, const Value& value, RunConfig& config) {
+  std::visit([&](auto field) { Reader{key, value}.into(field(config)); }, key.field);
+}
+
+std::string write(const Key& key, RunConfig& config) {
+  return std::visit([&](auto field) { return Writer{}.of(field(config)); }, key.field);
+}
+
+std::string type_name(const Key& key) {
+  std::string choices = key.allowed.choices;
+  if (!choices.empty()) {
+    for (size_t at = 0; (at = choices.find('|', at)) != std::string::npos; at += 2) choices.replace(at, 1, ", ");
+    return choices;
+  }
+  RunConfig defaults;
+  return std::visit([&](auto field) { return TypeName{}.of(field(defaults)); }, key.field);
+}
+
+std::string quote(const std::string& text) {
+  const auto is_plain = [](char c) { return std::isalnum(static_cast<unsigned char>(c)) || c == '_' || c == '/' || c == '.' || c == '-'; };
+  bool plain = !text.empty() && (std::isalpha(static_cast<unsigned char>(text[0])) || text[0] == '/' || text[0] == '_');
+  for (char c : text) plain = plain && is_plain(c);
+  if (plain && text != "null" && text != "true" && text != "false") return text;
+  std::string out = "\"";
+  for (char c : text) {
+    const auto byte = static_cast<unsigned char>(c);
+    if (c == '"' || c == '\\') {
+      out += '\\';
+      out += c;
+    } else if (byte < 0x20 || byte == 0x7f) {
+      constexpr char kHex[] = "0123456789abcdef";
+      out += {'\\', 'x', kHex[byte >> 4], kHex[byte & 15]};
+    } else {
+      out += c;
+    }
+  }
+  return out + "\"";
+}
+
+}  // namespace mesa::config

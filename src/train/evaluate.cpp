@@ -1,0 +1,52 @@
+#include "mesa/train/evaluate.h"
+
+#include <chrono>
+
+namespace mesa {
+
+int64_t count_top(const Tensor& logits, const Tensor& labels, int64_t k) {
+  const int64_t classes = logits.dim(1);
+  const float* rows = logits.data<float>();
+  int64_t hits = 0;
+  for (int64_t b = 0; b < logits.dim(0); ++b) {
+    const float* row = rows + b * classes;
+    const int64_t label = labels.data<int64_t>()[b];
+    check(label >= 0 && label < classes, "a picture has label ", label, " but the model has ", classes, " classes");
+    int64_t better = row[label] == row[label] ? 0 : k;
+    for (int64_t c = 0; c < classes; ++c) better += row[c] > row[label] || (c < label && row[c] == row[label]);
+    hits += better < k;
+  }
+  return hits;
+}
+
+EvalResult evaluate(const Vit& net, Loader& loader, const TransformOptions& transform, const std::function<bool()>& stop,
+                    const std::function<void(int64_t done)>& progress) {
+  const auto start = std::chrono::steady_clock::now();
+  EvalResult result;
+  int64_t top1 = 0, top5 = 0;
+  double loss = 0;
+  loader.start_epoch(0);
+  while (true) {
+    if (stop && stop()) {
+      result.complete = false;
+      break;
+    }
+    const auto batch = loader.next();
+    if (!batch) break;
+    const Var logits = net(prepare_images(batch->images, transform));
+    const int64_t n = batch->labels.numel();
+    loss += static_cast<double>(*cross_entropy(logits, batch->labels).value().data<float>()) * static_cast<double>(n);
+    top1 += count_top(logits.value(), batch->labels, 1);
+    top5 += count_top(logits.value(), batch->labels, std::min<int64_t>(5, logits.dim(1)));
+    result.images += n;
+    if (progress) progress(result.images);
+  }
+  const double n = static_cast<double>(std::max<int64_t>(result.images, 1));
+  result.loss = loss / n;
+  result.top1 = 100.0 * static_cast<double>(top1) / n;
+  result.top5 = 100.0 * static_cast<double>(top5) / n;
+  result.seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+  return result;
+}
+
+}  // namespace mesa

@@ -1,0 +1,263 @@
+#include "mesa/train/metrics.h"
+
+#include <sys/ioctl.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <array>
+#include <cerrno>
+#include <charconv>
+#include <chrono>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <filesystem>
+#include <nlohmann/json.hpp>
+#include <vector>
+
+#include "mesa/tensor/memory.h"
+
+namespace mesa {
+namespace {
+
+using nlohmann::ordered_json;
+
+constexpr const char* kEpochHeader =
+    "epoch,train_loss,eval_loss,eval_top1,eval_top5,lr,images_per_second,activation_bytes_per_image,peak_bytes,seconds";
+constexpr double kRedrawSeconds = 0.1;
+
+std::string cell(double x) {
+  if (std::isnan(x)) return "";
+  std::array<char, 32> text;
+  return {text.data(), std::to_chars(text.data(), text.data() + text.size(), x).ptr};
+}
+
+// RFC 4180: a shape such as [2, 3] holds a comma.
+std::string cell(const std::string& text) {
+  if (text.find_first_of(",\"\n\r") == std::string::npos) return text;
+  std::string out = "\"";
+  for (char c : text) out += c == '"' ? "\"\"" : std::string(1, c);
+  return out + "\"";
+}
+
+ordered_json number(double x) { return std::isfinite(x) ? ordered_json(x) : ordered_json(nullptr); }
+
+// Calls f for each complete line; a torn last one (the run died while writing) is left out.
+template <class F>
+void for_each_line(const std::string& text, F&& f) {
+  for (size_t from = 0;;) {
+    const size_t end = text.find('\n', from);
+    if (end == std::string::npos) return;
+    f(text.substr(from, end - from));
+    from = end + 1;
+  }
+}
+
+std::string kept_rows(const std::string& path, int64_t last_epoch) {
+  std::string kept = std::string(kEpochHeader) + "\n";
+  if (!std::filesystem::exists(path)) return kept;
+  bool first = true;
+  for_each_line(read_file(path), [&](const std::string& line) {
+    if (first && line != kEpochHeader) throw Error(concat(path, ": its first line is not that of a summary.csv; move the file away"));
+    int64_t epoch = 0;
+    const auto [end, code] = std::from_chars(line.data(), line.data() + line.size(), epoch);
+    if (!first && code == std::errc{} && end != line.data() + line.size() && *end == ',' && epoch <= last_epoch) kept += line + "\n";
+    first = false;
+  });
+  return kept;
+}
+
+std::string kept_lines(const std::string& path, int64_t last_step) {
+  std::string kept;
+  if (!std::filesystem::exists(path)) return kept;
+  for_each_line(read_file(path), [&](const std::string& line) {
+    const auto json = nlohmann::json::parse(line, nullptr, false);
+    if (json.is_object() && json.contains("step") && json["step"].is_number_integer() && json["step"].get<int64_t>() <= last_step)
+      kept += line + "\n";
+  });
+  return kept;
+}
+
+// Rewrites the file as `content` and returns its path, for a member that then appends.
+const std::string& restart(const std::string& path, const std::string& content) {
+  write_file_atomically(path, content);
+  return path;
+}
+
+double monotonic_seconds() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
+
+int terminal_width(int fd) {
+  winsize size{};
+  if (ioctl(fd, TIOCGWINSZ, &size) == 0 && size.ws_col > 0) return size.ws_col;
+  const char* columns = std::getenv("COLUMNS");
+  const int width = columns ? std::atoi(columns) : 0;
+  return width > 0 ? width : 80;
+}
+
+template <class... Args>
+std::string text_of(const char* format, Args... args) {
+  char text[128];
+  std::snprintf(text, sizeof text, format, args...);
+  return text;
+}
+
+std::string bar(double done, int width) {
+  std::string out(width, ' ');
+  const int full = static_cast<int>(std::lround(std::clamp(done, 0.0, 1.0) * width));
+  for (int i = 0; i < full; ++i) out[i] = i + 1 == full && full < width ? '>' : '=';
+  return "[" + out + "]";
+}
+
+}  // namespace
+
+EpochLog::EpochLog(const std::string& path, std::optional<int64_t> last_epoch)
+    : file_(restart(path, last_epoch ? kept_rows(path, *last_epoch) : std::string(kEpochHeader) + "\n"), OutputFile::Mode::append) {}
+
+void EpochLog::append(const EpochRow& r) {
+  file_.write(concat(r.epoch, ",", cell(r.train_loss), ",", cell(r.eval_loss), ",", cell(r.eval_top1), ",", cell(r.eval_top5), ",",
+                     cell(r.lr), ",", cell(r.images_per_second), ",", cell(r.activation_bytes_per_image), ",", r.peak_bytes, ",",
+                     cell(r.seconds), "\n"));
+  file_.flush();
+}
+
+IntervalLog::IntervalLog(const std::string& path, std::optional<int64_t> last_step)
+    : file_(restart(path, last_step ? kept_lines(path, *last_step) : ""), OutputFile::Mode::append) {}
+
+void IntervalLog::append(const IntervalRow& r) {
+  const ordered_json line = {{"step", r.step},
+                             {"epoch", r.epoch},
+                             {"loss", number(r.loss)},
+                             {"lr", number(r.lr)},
+                             {"grad_norm", number(r.grad_norm)},
+                             {"images_per_second", number(r.images_per_second)},
+                             {"data_wait", number(r.data_wait)},
+                             {"activation_bytes_per_image", number(r.activation_bytes_per_image)},
+                             {"peak_bytes", r.peak_bytes},
+                             {"bad_steps", r.bad_steps},
+                             {"bad_samples", r.bad_samples}};
+  file_.write(line.dump() + "\n");
+  file_.flush();
+}
+
+void write_memory_csv(const std::string& path, std::span<const MemoryRow> rows) {
+  std::string text = "site,shape,codec,exact_bytes,kept_bytes\n";
+  for (const MemoryRow& r : rows)
+    text += concat(cell(r.site), ",", cell(r.shape), ",", cell(r.codec), ",", r.exact_bytes, ",", r.kept_bytes, "\n");
+  write_file_atomically(path, text);
+}
+
+void write_summary_json(const std::string& path, const RunSummary& s) {
+  const ordered_json json = {{"top1", number(s.top1)},
+                             {"top5", number(s.top5)},
+                             {"eval_loss", number(s.eval_loss)},
+                             {"train_loss", number(s.train_loss)},
+                             {"epochs", s.epochs},
+                             {"steps", s.steps},
+                             {"images_per_second", number(s.images_per_second)},
+                             {"parameters", s.parameters},
+                             {"activation_bytes_per_image", number(s.activation_bytes_per_image)},
+                             {"exact_activation_bytes_per_image", number(s.exact_activation_bytes_per_image)},
+                             {"peak_bytes", s.peak_bytes},
+                             {"device", s.device},
+                             {"storage", s.storage},
+                             {"seed", s.seed}};
+  write_file_atomically(path, json.dump(2, ' ', false, ordered_json::error_handler_t::replace) + "\n");
+}
+
+std::string format_duration(double seconds) {
+  if (!std::isfinite(seconds) || seconds < 0 || seconds > 1e9) return "-:--";
+  const auto s = static_cast<long>(std::lround(seconds));
+  return s >= 3600 ? text_of("%ld:%02ld:%02ld", s / 3600, s / 60 % 60, s % 60) : text_of("%ld:%02ld", s / 60, s % 60);
+}
+
+std::string format_progress(const ProgressState& s, int width) {
+  const double done = s.steps > 0 ? static_cast<double>(s.step) / static_cast<double>(s.steps) : 0;
+  // In the order of the line; `keep` is the order in which they win room.
+  struct Field {
+    std::string text;
+    int keep;
+  };
+  const std::vector<Field> fields{
+      {text_of("epoch %lld/%lld", static_cast<long long>(s.epoch), static_cast<long long>(s.epochs)), 0},
+      {text_of("%3.0f%%", 100 * done), 1},
+      {text_of("step %lld/%lld", static_cast<long long>(s.step), static_cast<long long>(s.steps)), 7},
+      {"ETA " + format_duration(s.eta_seconds), 2},
+      {text_of("loss %.4f", s.loss), 3},
+      {text_of("%.*f img/s", s.images_per_second < 100 ? 1 : 0, s.images_per_second), 4},
+      {text_of("lr %.2e", s.lr), 5},
+      {text_of("data wait %.1f%%", 100 * s.data_wait), 6},
+      {"kept " + format_bytes(static_cast<int64_t>(s.activation_bytes)), 8},
+  };
+  size_t used = 0;
+  std::vector<bool> shown(fields.size(), false);
+  for (int rank = 0; rank < static_cast<int>(fields.size()); ++rank)
+    for (size_t i = 0; i < fields.size(); ++i) {
+      const size_t needed = fields[i].text.size() + (used ? 2 : 0);
+      if (fields[i].keep != rank || (width > 0 && used + needed > static_cast<size_t>(width))) continue;
+      shown[i] = true;
+      used += needed;
+    }
+  const int room = width - static_cast<int>(used) - 4;  // brackets and spaces
+  std::string line;
+  for (size_t i = 0; i < fields.size(); ++i) {
+    if (!shown[i]) continue;
+    line += (line.empty() ? "" : "  ") + fields[i].text;
+    if (i == 0 && width > 0 && room >= 6) line += "  " + bar(done, std::min(room, 30));
+  }
+  return line;
+}
+
+Progress::Progress(int64_t total_steps, int64_t first_step, int64_t log_interval, int fd, Clock clock)
+    : fd_(fd),
+      terminal_(isatty(fd) == 1),
+      total_steps_(total_steps),
+      done_steps_(0),
+      first_step_(first_step),
+      log_interval_(std::max<int64_t>(1, log_interval)),
+      clock_(clock ? std::move(clock) : Clock(monotonic_seconds)),
+      start_(clock_()),
+      last_drawn_(-1e9) {}
+
+Progress::~Progress() { finish(); }
+
+// A terminal that went away must not stop the training; nothing else is lost, the log has it all.
+void Progress::put(const std::string& text) {
+  size_t done = 0;
+  while (!broken_ && done < text.size()) {
+    const ssize_t wrote = ::write(fd_, text.data() + done, text.size() - done);
+    if (wrote < 0 && errno == EINTR) continue;
+    if (wrote < 0)
+      broken_ = true;
+    else
+      done += static_cast<size_t>(wrote);
+  }
+}
+
+void Progress::update(ProgressState state) {
+  ++done_steps_;
+  const double now = clock_();
+  const auto left = static_cast<double>(total_steps_ - first_step_ - done_steps_);
+  state.eta_seconds = std::max(0.0, left) * (now - start_) / static_cast<double>(done_steps_);
+  const bool last = state.step == state.steps;
+  if (!terminal_) {
+    if (last || state.step % log_interval_ == 0) put(format_progress(state, 0) + "\n");
+    return;
+  }
+  if (!last && now - last_drawn_ < kRedrawSeconds) return;
+  last_drawn_ = now;
+  last_ = format_progress(state, terminal_width(fd_) - 1);  // the last column would wrap on some terminals
+  put("\r" + last_ + "\x1b[K");
+  line_open_ = true;
+}
+
+void Progress::print(const std::string& text) {
+  if (!line_open_) return put(text + "\n");
+  put("\r\x1b[K" + text + "\n" + last_);
+}
+
+void Progress::finish() {
+  if (line_open_) put("\n");
+  line_open_ = false;
+}
+
+}  // namespace mesa

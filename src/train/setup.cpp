@@ -1,0 +1,187 @@
+#include "mesa/train/setup.h"
+
+
+#include "mesa/kernels/image.h"
+#include "mesa/kernels/matmul.h"
+
+namespace mesa {
+
+VitConfig model_config(const RunConfig& config, int64_t classes) {
+  const ModelConfig& m = config.model;
+  VitConfig vit;
+  try {
+    vit = vit_config(m.name);
+  } catch (const Error& e) {
+    config.refuse("model.name", e.what());
+  }
+  const auto set = [](auto& field, const auto& wish) {
+    if (wish) field = *wish;
+  };
+  set(vit.image_size, m.image_size), set(vit.patch_size, m.patch_size), set(vit.channels, m.channels);
+  set(vit.width, m.width), set(vit.depth, m.depth), set(vit.heads, m.heads), set(vit.mlp_ratio, m.mlp_ratio), set(vit.qkv_bias, m.qkv_bias);
+  if (m.classes) vit.classes = *m.classes;
+  else if (classes > 0) vit.classes = classes;
+  if (m.pool) vit.class_token = *m.pool == "token";
+  vit.drop_rate = m.drop_rate;
+  vit.attn_drop_rate = m.attn_drop_rate;
+  vit.drop_path = m.drop_path;
+  vit.attention = m.attention == "explicit" ? AttentionKind::explicit_ : AttentionKind::fused;
+  if (vit.attn_drop_rate > 0 && vit.attention == AttentionKind::fused)
+    config.refuse("model.attn_drop_rate", "dropout on attention weights needs model.attention: explicit");
+  try {
+    vit.validate();
+  } catch (const Error& e) {
+    config.refuse("model.name", e.what());
+  }
+  return vit;
+}
+
+DType compute_dtype(const RunConfig& config) {
+  if (config.train.precision != "bf16") return DType::f32;
+  if (!kernels::native_bf16() && !config.train.force_precision)
+    config.refuse("train.precision", "this CPU has no bf16 matrix products (avx512_bf16), so bf16 would be slower than fp32; use fp32, or set "
+                                     "train.force_precision: true");
+  return DType::bf16;
+}
+
+Device choose_device(const std::string& name) {
+  check(name != "cuda", "device: cuda: this build of Mesa has no CUDA backend; use --device cpu");
+  return kCpu;
+}
+
+namespace {
+
+/// Noise pictures with random labels; each depends on (seed, index) alone.
+class RandomDataset : public Dataset {
+ public:
+  RandomDataset(int64_t size, const VitConfig& model, uint64_t seed, const char* stream)
+      : size_(size), model_(model), key_(RandomKey::of(seed, stream, 0)) {
+    for (int64_t i = 0; i < model.classes; ++i) names_.push_back(std::to_string(i));
+  }
+  int64_t size() const override { return size_; }
+  int64_t classes() const override { return model_.classes; }
+  const std::vector<std::string>& class_names() const override { return names_; }
+  Sample get(int64_t index) const override {
+    RandomStream random({key_.key, static_cast<uint64_t>(index)});
+    const int side = static_cast<int>(model_.image_size), channels = static_cast<int>(model_.channels);
+    Sample sample{{side, side, channels, std::vector<uint8_t>(static_cast<size_t>(side) * side * channels)}, 0};
+    for (uint8_t& pixel : sample.image.pixels) pixel = static_cast<uint8_t>(random.next() >> 24);
+    sample.label = static_cast<int64_t>(random.below(static_cast<uint64_t>(model_.classes)));
+    return sample;
+  }
+  std::string describe(int64_t index) const override { return "random picture " + std::to_string(index); }
+
+ private:
+  int64_t size_;
+  VitConfig model_;
+  RandomKey key_;
+  std::vector<std::string> names_;
+};
+
+/// Mean and standard deviation of the training pixels, as published for each set.
+void default_normalization(const std::string& kind, std::vector<float>& mean, std::vector<float>& std) {
+  if (kind == "cifar10") mean = {0.4914f, 0.4822f, 0.4465f}, std = {0.2470f, 0.2435f, 0.2616f};
+  else if (kind == "cifar100") mean = {0.5071f, 0.4865f, 0.4409f}, std = {0.2673f, 0.2564f, 0.2762f};
+  else if (kind == "idx") mean = {0.1307f}, std = {0.3081f};
+  else if (kind == "image_folder") mean = {0.485f, 0.456f, 0.406f}, std = {0.229f, 0.224f, 0.225f};
+  else mean = {0.5f, 0.5f, 0.5f}, std = {0.5f, 0.5f, 0.5f};
+}
+
+void fit_channels(std::vector<float>& values, int64_t channels) {
+  if (static_cast<int64_t>(values.size()) == channels) return;
+  float sum = 0;
+  for (float v : values) sum += v;
+  values.assign(static_cast<size_t>(channels), sum / static_cast<float>(values.size()));
+}
+
+}  // namespace
+
+int64_t known_classes(const RunConfig& config) {
+  const std::string& kind = config.data.kind;
+  if (kind == "cifar100") return 100;
+  return kind == "shapes" || kind == "cifar10" || kind == "idx" ? 10 : 0;
+}
+
+DatasetPair make_datasets(const RunConfig& config, const VitConfig& model) {
+  const DataConfig& d = config.data;
+  const uint64_t seed = static_cast<uint64_t>(config.seed);
+  if (d.kind == "random") {
+    const int64_t train = d.train_size > 0 ? d.train_size : 1024, test = d.test_size > 0 ? d.test_size : 256;
+    return {std::make_shared<RandomDataset>(train, model, seed, "random.train"), std::make_shared<RandomDataset>(test, model, seed, "random.test")};
+  }
+  DataOptions options;
+  options.kind = d.kind;
+  options.path = d.path;
+  options.train_size = d.train_size;
+  options.test_size = d.test_size;
+  options.seed = seed;
+  options.image_size = model.image_size;
+  options.max_pixels = d.max_pixels;
+  if (d.kind == "idx") options.classes = model.classes;
+  if (d.kind != "shapes" && d.path.empty()) config.refuse("data.path", "data.kind: ", d.kind, " needs the folder of its files, e.g. --set data.path=/data/", d.kind);
+  return open_datasets(options);
+}
+
+TransformOptions make_transform(const RunConfig& config, const VitConfig& model) {
+  const DataConfig& d = config.data;
+  TransformOptions t;
+  t.image_size = model.image_size;
+  t.channels = model.channels;
+  t.crop = parse_crop(d.crop, "data.crop");
+  t.crop_padding = d.crop_padding;
+  t.scale = {d.crop_scale.at(0), d.crop_scale.at(1)};
+  t.ratio = {d.crop_ratio.at(0), d.crop_ratio.at(1)};
+  t.flip = d.flip;
+  t.color_jitter = d.color_jitter;
+  t.interpolation = parse_interpolation(d.interpolation, "data.interpolation");
+  t.crop_pct = d.crop_pct;
+  default_normalization(d.kind, t.mean, t.std);
+  if (!d.mean.empty()) t.mean.assign(d.mean.begin(), d.mean.end());
+  if (!d.std.empty()) t.std.assign(d.std.begin(), d.std.end());
+  fit_channels(t.mean, t.channels);
+  fit_channels(t.std, t.channels);
+  try {
+    t.validate();
+  } catch (const UsageError&) {
+    throw;
+  } catch (const Error& e) {
+    throw UsageError(concat("data: ", e.what()));
+  }
+  return t;
+}
+
+LoaderOptions make_loader_options(const RunConfig& config, bool train) {
+  const int64_t eval_batch = config.train.eval_batch_size > 0 ? config.train.eval_batch_size : config.train.batch_size;
+  LoaderOptions options = train ? LoaderOptions{} : LoaderOptions::evaluation(eval_batch);
+  if (train) options.batch_size = config.train.batch_size;
+  options.workers = config.data.workers;
+  options.prefetch = config.data.prefetch;
+  options.seed = static_cast<uint64_t>(config.seed);
+  options.on_bad_sample = parse_on_bad_sample(config.data.on_bad_sample, "data.on_bad_sample");
+  return options;
+}
+
+StoragePolicy make_policy(const StorageConfig& storage) {
+  std::vector<StorageRule> rules;
+  for (const StorageRuleConfig& rule : storage.rules) rules.push_back({rule.match, rule.codec, rule.options, rule.where});
+  return StoragePolicy(storage.name, std::move(rules));
+}
+
+Tensor prepare_images(const Tensor& pixels, const TransformOptions& transform) {
+  const Tensor images = Tensor::empty({pixels.dim(0), pixels.dim(3), pixels.dim(1), pixels.dim(2)}, DType::f32, pixels.device(), MemoryKind::inputs);
+  kernels::normalize_images(pixels, transform.mean, transform.std, images);
+  return images;
+}
+
+BuiltModel::BuiltModel(const RunConfig& config, const VitConfig& model, Device device)
+    : net(Builder(params, static_cast<uint64_t>(config.seed), compute_dtype(config), DType::f32, device), model) {
+  for (const std::string& glob : config.train.frozen) {
+    try {
+      params.freeze(glob);
+    } catch (const Error& e) {
+      config.refuse("train.frozen", e.what());
+    }
+  }
+}
+
+}  // namespace mesa

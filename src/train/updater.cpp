@@ -1,0 +1,74 @@
+#include "updater.h"
+
+#include <cmath>
+
+#include "mesa/kernels/elementwise.h"
+
+namespace mesa {
+
+Updater::Updater(const RunConfig& config, BuiltModel& model, StoragePolicy& policy, AdamW& optimizer, const Schedule& schedule,
+                 const TransformOptions& transform)
+    : config_(config), model_(model), policy_(policy), optimizer_(optimizer), schedule_(schedule), transform_(transform) {}
+
+double Updater::forward_backward(const Batch& batch, uint64_t micro_step, double scale) {
+  Allocator& memory = Allocator::of(kCpu);
+  const int64_t before = memory.use().of(MemoryKind::activations);
+  Tape tape(policy_, static_cast<uint64_t>(config_.seed), micro_step);
+  const Var loss = cross_entropy(model_.net(prepare_images(batch.images, transform_)), batch.labels, config_.train.label_smoothing);
+  activation_bytes_ = memory.use().of(MemoryKind::activations) - before;
+  const double value = *loss.value().data<float>();
+  if (std::isfinite(value)) tape.backward(loss, {}, scale);
+  return value;
+}
+
+UpdateResult Updater::operator()(const std::vector<Batch>& batches, TrainingState& state) {
+  UpdateResult result;
+  result.lr = schedule_.at(state.step);
+  model_.params.clear_gradients();
+  const double share = 1.0 / static_cast<double>(batches.size());
+  const Batch* suspect = &batches.back();
+  uint64_t suspect_step = 0;
+  std::string packed;  // the site where a codec met a NaN or infinity
+  for (const Batch& batch : batches) {
+    const uint64_t micro_step = static_cast<uint64_t>(state.micro_step++);
+    const double loss = forward_backward(batch, micro_step, share);
+    result.loss += share * loss;
+    result.images += batch.labels.numel();
+    if (packed.empty()) packed = policy_.first_nonfinite();
+    suspect = &batch;
+    suspect_step = micro_step;
+    if (!std::isfinite(loss)) break;
+  }
+  ++state.step;
+  result.gradient_norm = std::isfinite(result.loss) ? optimizer_.gradient_norm() : result.loss;
+  if (!std::isfinite(result.gradient_norm) || !packed.empty()) {
+    const char* what = !std::isfinite(result.loss) ? "the loss" : packed.empty() ? "the gradient" : "an activation";
+    const std::string culprit = find_culprit(*suspect, suspect_step);
+    result.bad = concat(what, " is not finite; the first bad value is in ", culprit.empty() ? packed : culprit);
+    ++state.bad_steps;
+    ++state.bad_in_a_row;
+    return result;
+  }
+  state.bad_in_a_row = 0;
+  const double clip = config_.train.clip_norm;
+  optimizer_.step(result.lr, clip > 0 && result.gradient_norm > clip ? clip / (result.gradient_norm + 1e-6) : 1.0);
+  return result;
+}
+
+std::string Updater::find_culprit(const Batch& batch, uint64_t micro_step) {
+  for (const Param& param : model_.params.params()) {
+    int64_t at = -1;
+    kernels::first_nonfinite(param.value, &at);
+    if (at >= 0) return concat("the parameter ", param.name, " (element ", at, ")");
+  }
+  // The same step again, with every result and gradient looked at; a policy of its own leaves the run's ranges alone.
+  StoragePolicy exact("exact", {{"*", "exact", {}, ""}});
+  Tape tape(exact, static_cast<uint64_t>(config_.seed), micro_step);
+  tape.check_finite(true);
+  const Var loss = cross_entropy(model_.net(prepare_images(batch.images, transform_)), batch.labels, config_.train.label_smoothing);
+  if (tape.first_bad().empty()) tape.backward(loss);
+  model_.params.clear_gradients();
+  return tape.first_bad().empty() ? "no exact value: it appears only in what is stored" : tape.first_bad();
+}
+
+}  // namespace mesa

@@ -1,0 +1,38 @@
+// One update: forward and backward over the accumulated batches, finiteness checks, clipping, AdamW.
+#pragma once
+#include "mesa/train/checkpoint.h"
+#include "mesa/train/setup.h"
+
+namespace mesa {
+
+struct UpdateResult {
+  double loss = 0;          ///< mean over the images of the update
+  int64_t images = 0;
+  double gradient_norm = 0;
+  double lr = 0;
+  std::string bad;          ///< why the update was skipped and where the first NaN or infinity appeared; empty for a good one
+};
+
+class Updater {
+ public:
+  Updater(const RunConfig& config, BuiltModel& model, StoragePolicy& policy, AdamW& optimizer, const Schedule& schedule,
+          const TransformOptions& transform);
+  /// Uses the batches for one update and advances step, micro_step and the counts of bad steps.
+  UpdateResult operator()(const std::vector<Batch>& batches, TrainingState& state);
+  /// Kept activations of the last forward pass, by the meter.
+  int64_t activation_bytes() const { return activation_bytes_; }
+
+ private:
+  double forward_backward(const Batch& batch, uint64_t micro_step, double scale);
+  std::string find_culprit(const Batch& batch, uint64_t micro_step);
+
+  const RunConfig& config_;
+  BuiltModel& model_;
+  StoragePolicy& policy_;
+  AdamW& optimizer_;
+  Schedule schedule_;
+  TransformOptions transform_;
+  int64_t activation_bytes_ = 0;
+};
+
+}  // namespace mesa

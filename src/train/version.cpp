@@ -1,0 +1,20 @@
+#include "mesa/train/version.h"
+
+#include "mesa/base/device.h"
+#include "mesa/base/error.h"
+#include "mesa/kernels/matmul.h"
+
+namespace mesa {
+
+std::string version_text() {
+#ifdef __clang__
+  const std::string compiler = "Clang " __clang_version__;
+#else
+  const std::string compiler = "GCC " __VERSION__;
+#endif
+  const char* const bf16 = kernels::native_bf16() ? "native bf16" : "no native bf16";
+  return concat("mesa ", MESA_VERSION, " (commit ", MESA_COMMIT, ")\ncompiler  ", compiler, "\ncpu       ", to_string(cpu_isa()), ", ", bf16,
+                "\nmatmul    ", kernels::matmul_backend(), "\ncuda      not built");
+}
+
+}  // namespace mesa

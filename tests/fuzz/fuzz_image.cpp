@@ -1,0 +1,18 @@
+// Fuzzing entry: bytes as a picture file, through the decoders and, where they are one, through the training transform.
+#include "mesa/base/error.h"
+#include "mesa/data/transform.h"
+
+extern "C" int LLVMFuzzerTestOneInput(const uint8_t* bytes, size_t size) {
+  try {
+    const mesa::Image image = mesa::decode_image(bytes, size, "fuzz", {1 << 22, size % 2 == 0 ? 0 : 16});
+    mesa::TransformOptions options;
+    options.crop = mesa::Crop::resized;
+    options.color_jitter = 0.4;
+    std::vector<uint8_t> out(static_cast<size_t>(options.bytes()));
+    mesa::RandomStream random = mesa::augmentation_stream(0, 0, static_cast<int64_t>(size));
+    mesa::transform_for_training(image, options, random, out.data());
+    mesa::transform_for_evaluation(image, options, out.data());
+  } catch (const mesa::Error&) {
+  }
+  return 0;
+}

@@ -1,0 +1,144 @@
+#!/usr/bin/python3
+"""Writes the reference numbers of golden_test.cpp: a tiny DeiT in PyTorch (float64), its gradients, and ten AdamW steps.
+
+Needs Debian's python3-torch (written with 1.13); the tests themselves read the files only. Run in this folder:
+    /usr/bin/python3 generate.py
+The model has timm's parameter names and structure: pre-norm, exact GELU, eps 1e-6, a class token and the head on norm(x)[:, 0]; the second
+file pools the patch tokens' mean and normalizes after that (fc_norm), without a class token.
+"""
+import json
+import struct
+
+import torch
+from torch import nn
+import torch.nn.functional as F
+
+IMAGE, PATCH, CHANNELS, WIDTH, HEADS, CLASSES, BATCH = 16, 4, 3, 24, 3, 7, 3
+LR, DECAY, CLIP, SMOOTHING = 1e-3, 0.05, 1.0, 0.1
+
+
+class PatchEmbed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.proj = nn.Conv2d(CHANNELS, WIDTH, PATCH, PATCH)
+
+    def forward(self, x):
+        return self.proj(x).flatten(2).transpose(1, 2)
+
+
+class Attention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.qkv = nn.Linear(WIDTH, 3 * WIDTH)
+        self.proj = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x):
+        b, n, c = x.shape
+        q, k, v = self.qkv(x).reshape(b, n, 3, HEADS, c // HEADS).permute(2, 0, 3, 1, 4)
+        p = (q @ k.transpose(-2, -1) * (c // HEADS) ** -0.5).softmax(-1)
+        return self.proj((p @ v).transpose(1, 2).reshape(b, n, c))
+
+
+class Mlp(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc1 = nn.Linear(WIDTH, 4 * WIDTH)
+        self.fc2 = nn.Linear(4 * WIDTH, WIDTH)
+
+    def forward(self, x):
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(WIDTH, eps=1e-6)
+        self.attn = Attention()
+        self.norm2 = nn.LayerNorm(WIDTH, eps=1e-6)
+        self.mlp = Mlp()
+
+    def forward(self, x):
+        x = x + self.attn(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+
+
+class Vit(nn.Module):
+    def __init__(self, class_token, depth):
+        super().__init__()
+        patches = (IMAGE // PATCH) ** 2
+        if class_token:
+            self.cls_token = nn.Parameter(torch.zeros(1, 1, WIDTH))
+        self.pos_embed = nn.Parameter(torch.zeros(1, patches + class_token, WIDTH))
+        self.patch_embed = PatchEmbed()
+        self.blocks = nn.Sequential(*[Block() for _ in range(depth)])
+        if class_token:
+            self.norm = nn.LayerNorm(WIDTH, eps=1e-6)
+        else:
+            self.fc_norm = nn.LayerNorm(WIDTH, eps=1e-6)
+        self.head = nn.Linear(WIDTH, CLASSES)
+        self.class_token = class_token
+
+    def forward(self, images):
+        x = self.patch_embed(images)
+        if self.class_token:
+            x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], 1)
+        x = self.blocks(x + self.pos_embed)
+        return self.head(self.norm(x)[:, 0] if self.class_token else self.fc_norm(x.mean(1)))
+
+
+def save(path, tensors):
+    types = {torch.float64: "F64", torch.float32: "F32", torch.int64: "I64"}
+    tensors = dict(sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0])))
+    header, data = {}, b""
+    for name, tensor in tensors.items():
+        raw = tensor.detach().contiguous().numpy().tobytes()
+        header[name] = {"dtype": types[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [len(data), len(data) + len(raw)]}
+        data += raw
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with open(path, "wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text + data)
+
+
+def half_precise(x):
+    """Rounded to float32, so that single and double precision start from the same numbers (and the start weights take half the space)."""
+    return x.float().double()
+
+
+def generate(path, class_token, depth, steps):
+    torch.manual_seed(1234)
+    model = Vit(class_token, depth).double()
+    with torch.no_grad():
+        for name, p in model.named_parameters():  # nothing is at a special value: gains near one, everything else spread out
+            p.copy_(half_precise(torch.randn_like(p) * 0.15 + (1.0 if "norm" in name and name.endswith("weight") else 0.0)))
+    images = torch.randn(BATCH, CHANNELS, IMAGE, IMAGE)
+    labels = torch.tensor([5, 0, 3])
+    start = {name: p.detach().clone() for name, p in model.named_parameters()}
+    out = {"weight/" + name: p.float() for name, p in start.items()}
+    out.update({"images": images, "labels": labels})
+
+    logits = model(images.double())
+    loss = F.cross_entropy(logits, labels, label_smoothing=SMOOTHING)
+    loss.backward()
+    out.update({"logits": logits, "loss": loss.reshape(1)})
+    out.update({"gradient/" + name: p.grad.clone() for name, p in model.named_parameters()})
+
+    plain = [p for name, p in model.named_parameters() if p.ndim <= 1 or name in ("cls_token", "pos_embed")]
+    decayed = [p for name, p in model.named_parameters() if not (p.ndim <= 1 or name in ("cls_token", "pos_embed"))]
+    optimizer = torch.optim.AdamW([{"params": decayed, "weight_decay": DECAY}, {"params": plain, "weight_decay": 0.0}], lr=LR, betas=(0.9, 0.999))
+    norms = []
+    if steps == 0:
+        save(path, out)
+        return
+    for _ in range(steps):
+        optimizer.zero_grad()
+        F.cross_entropy(model(images.double()), labels, label_smoothing=SMOOTHING).backward()
+        norms.append(nn.utils.clip_grad_norm_(model.parameters(), CLIP).reshape(1))
+        optimizer.step()
+    out["gradient_norms"] = torch.cat(norms)
+    out.update({"after/" + name: p for name, p in model.named_parameters()})
+    save(path, out)
+
+
+generate("deit.safetensors", True, depth=2, steps=10)
+generate("mean_pool.safetensors", False, depth=1, steps=0)  # forward and gradients only: the files stay small

@@ -1,0 +1,148 @@
+// The whole network against PyTorch in double (generate.py wrote the numbers): logits, loss, every gradient, ten steps of AdamW.
+#include <catch2/catch.hpp>
+#include <cmath>
+
+#include "mesa/kernels/elementwise.h"
+#include "mesa/models/vit.h"
+#include "mesa/optim/adamw.h"
+#include "mesa/train/safetensors.h"
+#include "support/gradcheck.h"
+
+using namespace mesa;
+using namespace mesa::testing;
+
+namespace {
+
+SafetensorsFile golden(const std::string& name) { return read_safetensors(std::string(MESA_SOURCE_DIR) + "/tests/golden/" + name); }
+
+const Tensor& of(const SafetensorsFile& file, const std::string& name) {
+  const Tensor* tensor = file.find(name);
+  check(tensor != nullptr, "the golden file has no ", name);
+  return *tensor;
+}
+
+Tensor as(const Tensor& x, DType dtype) {
+  const Tensor y = Tensor::empty(x.shape(), dtype, kCpu, MemoryKind::inputs);
+  kernels::copy(x, y);
+  return y;
+}
+
+/// Norm-wise and, against the tensor's largest element, element by element.
+void check_close(const std::string& name, const Numbers& x, const Numbers& expected, double tolerance, double elementwise) {
+  INFO(name);
+  REQUIRE(x.size() == expected.size());
+  CHECK(relative_error(x, expected) <= tolerance);
+  CHECK(largest_difference(x, expected) <= elementwise * largest(expected));
+}
+
+struct Variant {
+  const char* storage;
+  AttentionKind attention;
+  DType dtype;
+};
+
+StoragePolicy policy_of(const std::string& storage) {
+  std::vector<StorageRule> rules{{"*", "exact", {}, ""}};
+  if (storage == "rebuild")
+    for (const char* site : {"*.qkv:x", "*.fc1:x", "*.fc2:x", "head:x"}) rules.push_back({site, "rebuild", {}, ""});
+  return StoragePolicy(storage, rules);
+}
+
+/// The golden network with the golden weights.
+struct Net {
+  ParamStore store;
+  Vit model;
+  StoragePolicy policy;
+  Tensor images, labels;
+
+  static VitConfig config(bool class_token, AttentionKind attention) {
+    VitConfig c;
+    c.image_size = 16, c.patch_size = 4, c.channels = 3, c.classes = 7, c.width = 24, c.depth = class_token ? 2 : 1, c.heads = 3;
+    c.class_token = class_token;
+    c.attention = attention;
+    return c;
+  }
+
+  Net(const SafetensorsFile& file, bool class_token, const Variant& v)
+      : model(Builder(store, 0, v.dtype, v.dtype), config(class_token, v.attention)), policy(policy_of(v.storage)) {
+    for (Param& param : store.params()) {
+      const Tensor& w = of(file, "weight/" + param.name);
+      REQUIRE(w.shape() == param.value.shape());
+      kernels::copy(w, param.value);
+    }
+    store.allocate_gradients();
+    images = as(of(file, "images"), v.dtype);
+    labels = of(file, "labels");
+  }
+
+  /// Forward and backward; returns logits and loss.
+  std::pair<Numbers, Numbers> gradients() {
+    store.clear_gradients();
+    Tape tape(policy);
+    const Var logits = model(images), loss = cross_entropy(logits, labels, 0.1);
+    tape.backward(loss);
+    return {logits.value().to_vector<double>(), loss.value().to_vector<double>()};
+  }
+};
+
+std::vector<Variant> variants() {
+  std::vector<Variant> all;
+  for (DType dtype : {DType::f64, DType::f32})
+    for (AttentionKind kind : {AttentionKind::fused, AttentionKind::explicit_})
+      for (const char* storage : {"exact", "rebuild"}) all.push_back({storage, kind, dtype});
+  return all;
+}
+
+void check_gradients(const std::string& name, bool class_token) {
+  const SafetensorsFile file = golden(name);
+  for (const Variant& v : variants()) {
+    const double tolerance = v.dtype == DType::f64 ? 1e-10 : 1e-5;
+    INFO(name << ", " << v.storage << ", " << (v.attention == AttentionKind::fused ? "fused" : "explicit") << ", " << to_string(v.dtype));
+    Net net(file, class_token, v);
+    const auto [logits, loss] = net.gradients();
+    check_close("logits", logits, of(file, "logits").to_vector<double>(), tolerance, tolerance);
+    check_close("loss", loss, of(file, "loss").to_vector<double>(), tolerance, tolerance);
+    for (const Param& param : net.store.params())
+      check_close(param.name, param.grad.to_vector<double>(), of(file, "gradient/" + param.name).to_vector<double>(), tolerance, tolerance);
+    size_t weights = 0;
+    for (const NamedTensor& t : file.tensors) weights += t.name.starts_with("weight/");
+    CHECK(weights == net.store.params().size());
+  }
+}
+
+/// The gradient of a key's bias is zero (softmax ignores what all scores of a row share), so that AdamW, which divides a gradient by its own
+/// size, turns the rounding noise of single precision into steps: these elements are left out there.
+Numbers without_key_bias(const Numbers& bias) {
+  const size_t c = bias.size() / 3;
+  Numbers rest(bias.begin(), bias.begin() + c);
+  rest.insert(rest.end(), bias.begin() + 2 * c, bias.end());
+  return rest;
+}
+
+}  // namespace
+
+TEST_CASE("golden: logits, loss and every gradient of a DeiT are PyTorch's") { check_gradients("deit.safetensors", true); }
+
+TEST_CASE("golden: the same of a ViT that pools the mean") { check_gradients("mean_pool.safetensors", false); }
+
+TEST_CASE("golden: ten clipped AdamW steps arrive at PyTorch's weights") {
+  const SafetensorsFile file = golden("deit.safetensors");
+  const Numbers norms = of(file, "gradient_norms").to_vector<double>();
+  for (const Variant& v : variants()) {
+    const bool wide = v.dtype == DType::f64;
+    INFO(v.storage << ", " << (v.attention == AttentionKind::fused ? "fused" : "explicit") << ", " << to_string(v.dtype));
+    Net net(file, true, v);
+    AdamW optimizer(net.store.params(), {});
+    for (double expected : norms) {
+      net.gradients();
+      const double norm = optimizer.gradient_norm();
+      CHECK(std::abs(norm - expected) <= (wide ? 1e-10 : 1e-5) * expected);
+      optimizer.step(1e-3, std::min(1.0, 1.0 / (norm + 1e-6)));
+    }
+    for (const Param& param : net.store.params()) {
+      Numbers after = param.value.to_vector<double>(), expected = of(file, "after/" + param.name).to_vector<double>();
+      if (!wide && param.name.ends_with("qkv.bias")) after = without_key_bias(after), expected = without_key_bias(expected);
+      check_close(param.name, after, expected, wide ? 1e-10 : 1e-5, wide ? 1e-10 : 1e-5);
+    }
+  }
+}

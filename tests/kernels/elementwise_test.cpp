@@ -1,0 +1,338 @@
+// Pointwise kernels against their formulas in double, on every instruction set this CPU has.
+#include "mesa/kernels/elementwise.h"
+
+#include <omp.h>
+
+#include <catch2/catch.hpp>
+#include <cmath>
+#include <limits>
+
+using namespace mesa;
+
+namespace {
+
+constexpr double kNan = std::numeric_limits<double>::quiet_NaN();
+constexpr double kInfinity = std::numeric_limits<double>::infinity();
+constexpr int64_t kSizes[] = {1, 3, 16, 17, 64, 197, 768, 40001};  // vector tails, and enough work to fork
+
+/// Normal values times `spread`; the seed is Catch's (--rng-seed) and stands in every failure.
+Tensor random(const Shape& shape, DType dtype, const char* name, double spread = 1) {
+  UNSCOPED_INFO("--rng-seed " << Catch::rngSeed());
+  RandomStream stream(RandomKey::of(Catch::rngSeed(), name, 0));
+  std::vector<double> values(shape.numel());
+  for (double& v : values) v = spread * stream.normal();
+  const Tensor x = Tensor::empty(shape, dtype);
+  kernels::copy(Tensor::from<double>(shape, values), x);
+  return x;
+}
+
+/// The implementations of a kernel that this CPU runs.
+template <class Signature>
+std::vector<Signature*> implementations(const kernels::Kernel<Signature>& kernel) {
+  std::vector<Signature*> out{kernel.plain};
+  if (cpu_isa() >= Isa::avx2) out.push_back(kernel.avx2);
+  if (cpu_isa() >= Isa::avx512) out.push_back(kernel.avx512);
+  return out;
+}
+
+double tolerance(DType dtype) { return dtype == DType::f64 ? 1e-14 : dtype == DType::f32 ? 5e-7 : 0.004; }
+
+/// y[i] is want(i) up to `slack` roundings to y's dtype, relative to magnitude 1 or more.
+template <class F>
+void expect(const Tensor& y, const F& want, double slack = 1) {
+  const std::vector<double> got = y.to_vector<double>();
+  double worst = 0;
+  for (size_t i = 0; i < got.size(); ++i) {
+    const double w = want(i), error = std::fabs(got[i] - w) / std::max(1.0, std::fabs(w));
+    if (std::isnan(w) || std::isinf(w)) {
+      INFO("element " << i << " is " << got[i] << ", not " << w);
+      REQUIRE((std::isnan(w) ? std::isnan(got[i]) : got[i] == w));
+    } else {
+      worst = std::isnan(error) ? kInfinity : std::max(worst, error);
+    }
+  }
+  CHECK(worst < slack * tolerance(y.dtype()));
+}
+
+struct Mix {
+  DType a, b, y;
+};
+constexpr Mix kMixes[] = {{DType::f32, DType::f32, DType::f32},   {DType::f64, DType::f64, DType::f64},
+                          {DType::bf16, DType::bf16, DType::bf16}, {DType::f32, DType::bf16, DType::f32},
+                          {DType::bf16, DType::f32, DType::bf16},  {DType::f32, DType::f32, DType::bf16},
+                          {DType::bf16, DType::bf16, DType::f32}};
+
+double normal_cdf(double x) { return 0.5 * std::erfc(-x * std::sqrt(0.5)); }
+double normal_density(double x) { return std::exp(-0.5 * x * x) / std::sqrt(2 * M_PI); }
+
+/// Every size, mix of dtypes and implementation of y = f(a, b).
+template <class K, class F>
+void check_pairs(const K& kernel, const F& f, double slack = 1) {
+  for (const int64_t n : kSizes)
+    for (const Mix& mix : kMixes) {
+      CAPTURE(n, to_string(mix.a), to_string(mix.b), to_string(mix.y));
+      const Tensor a = random({n}, mix.a, "a", 2), b = random({n}, mix.b, "b", 2), y = Tensor::empty({n}, mix.y);
+      const std::vector<double> va = a.to_vector<double>(), vb = b.to_vector<double>();
+      for (auto* run : implementations(kernel)) {
+        run(a, b, y);
+        expect(y, [&](size_t i) { return f(va[i], vb[i]); }, slack);
+      }
+    }
+}
+template <class K, class F>
+void check_map(const K& run, const F& f) {
+  for (const int64_t n : kSizes)
+    for (const Mix& mix : kMixes) {
+      CAPTURE(n, to_string(mix.a), to_string(mix.y));
+      const Tensor x = random({n}, mix.a, "x", 2), y = Tensor::empty({n}, mix.y);
+      const std::vector<double> vx = x.to_vector<double>();
+      run(x, y);
+      expect(y, [&](size_t i) { return f(vx[i]); });
+    }
+}
+
+}  // namespace
+
+TEST_CASE("pointwise arithmetic", "[kernels]") {
+  check_pairs(kernels::add, [](double a, double b) { return a + b; });
+  check_pairs(kernels::mul, [](double a, double b) { return a * b; });
+  for (auto* run : implementations(kernels::scale))
+    check_map([&](const Tensor& x, const Tensor& y) { run(x, -0.75, y); }, [](double x) { return -0.75 * x; });
+  const Tensor y = Tensor::empty({70}, DType::bf16);
+  kernels::fill(y, 1.5);
+  expect(y, [](size_t) { return 1.5; });
+}
+
+TEST_CASE("kernels write in place", "[kernels]") {
+  const Tensor x = random({1000}, DType::f32, "x");
+  const std::vector<double> before = x.to_vector<double>();
+  kernels::add(x, x, x);
+  expect(x, [&](size_t i) { return 2 * before[i]; });
+  kernels::gelu(x, x);
+  expect(x, [&](size_t i) { return 2 * before[i] * normal_cdf(2 * before[i]); });
+}
+
+TEST_CASE("copy converts between dtypes and layouts", "[kernels]") {
+  for (const DType from : {DType::f32, DType::bf16, DType::f64})
+    for (const DType to : {DType::f32, DType::bf16, DType::f64}) {
+      CAPTURE(to_string(from), to_string(to));
+      const Tensor x = random({2, 5, 3, 4, 33}, from, "x");
+      const Tensor heads = x.select(2, 1).transpose(1, 2);  // [2, 4, 5, 33]
+      const Tensor y = Tensor::empty({2, 5, 4, 33}, to).transpose(1, 2), z = Tensor::empty({33, 5, 4, 2}, to);
+      for (auto* run : implementations(kernels::copy)) {
+        for (const Tensor& target : {Tensor::empty({2, 4, 5, 33}, to), y}) {
+          run(heads, target);
+          const std::vector<double> want = heads.to_vector<double>();
+          expect(target, [&](size_t i) { return want[i]; });
+        }
+        const Tensor turned = heads.transpose(0, 3).transpose(1, 2);  // [33, 5, 4, 2]
+        run(turned, z);
+        const std::vector<double> want = turned.to_vector<double>();
+        expect(z, [&](size_t i) { return want[i]; });
+      }
+    }
+}
+
+TEST_CASE("copy transposes matrices and repeats broadcast rows", "[kernels]") {
+  for (const auto& [m, n] : {std::pair<int64_t, int64_t>{1, 1}, {1, 70}, {70, 1}, {31, 33}, {197, 768}}) {
+    const Tensor x = random({m, n}, DType::f32, "x"), y = Tensor::empty({n, m}, DType::f32);
+    kernels::copy(x.transpose(0, 1), y);
+    const std::vector<float> want = x.transpose(0, 1).to_vector<float>();
+    CHECK(y.to_vector<float>() == want);
+    const Tensor row = x.as_strided({3, n}, {0, 1}, 0), tall = Tensor::empty({3, n}, DType::f32);
+    kernels::copy(row, tall);
+    CHECK(tall.to_vector<float>() == row.to_vector<float>());
+  }
+  kernels::copy(Tensor::empty({0, 4}, DType::f32), Tensor::empty({0, 4}, DType::bf16));
+  CHECK_THROWS_AS(kernels::copy(Tensor::empty({2, 3}, DType::f32), Tensor::empty({3, 2}, DType::f32)), Error);
+}
+
+TEST_CASE("bf16 stores round to nearest even and keep NaN", "[kernels]") {
+  const std::vector<float> values{1.0f, 1.00390625f, 1.01171875f, 3e38f, 3.4e38f, float(kInfinity), float(kNan), -0.0f, 1e-40f};
+  for (auto* run : implementations(kernels::copy)) {
+    std::vector<float> many;  // long enough for whole vectors
+    for (int i = 0; i < 5; ++i) many.insert(many.end(), values.begin(), values.end());
+    const Tensor x = Tensor::from<float>({45}, many), y = Tensor::empty({45}, DType::bf16);
+    run(x, y);
+    for (size_t i = 0; i < many.size(); ++i) CHECK(y.data<bf16>()[i].bits == bf16(many[i]).bits);
+  }
+}
+
+TEST_CASE("rows are added and summed", "[kernels]") {
+  for (const auto& [m, n] : {std::pair<int64_t, int64_t>{1, 1}, {3, 17}, {65, 197}, {130, 768}, {500, 10}}) {
+    const int64_t columns = n;
+    for (const Mix& mix : kMixes) {
+      CAPTURE(m, n, to_string(mix.a), to_string(mix.b), to_string(mix.y));
+      const Tensor a = random({m, n}, mix.a, "a"), b = random({n}, mix.b, "b"), y = Tensor::empty({m, n}, mix.y);
+      const std::vector<double> va = a.to_vector<double>(), vb = b.to_vector<double>();
+      for (auto* run : implementations(kernels::add_rows)) {
+        run(a, b, y);
+        expect(y, [&](size_t i) { return va[i] + vb[i % columns]; });
+      }
+      std::vector<double> sums(n);
+      for (size_t i = 0; i < va.size(); ++i) sums[i % n] += va[i];
+      const DType wide = mix.a == DType::f64 ? DType::f64 : DType::f32;
+      for (auto* run : implementations(kernels::sum_rows)) {
+        const Tensor db = Tensor::empty({n}, wide);
+        run(a, db, false);
+        const double slack = wide == DType::f64 ? 1e-12 : 1e-5;
+        for (int64_t c = 0; c < n; ++c) CHECK(db.to_vector<double>()[c] == Approx(sums[c]).margin(slack));
+        run(a, db, true);
+        for (int64_t c = 0; c < n; ++c) CHECK(db.to_vector<double>()[c] == Approx(2 * sums[c]).margin(2 * slack));
+      }
+    }
+  }
+}
+
+TEST_CASE("relu and gelu and their gradients", "[kernels]") {
+  const auto relu_slope = [](double x) { return x > 0 ? 1.0 : 0.0; };
+  const auto gelu_slope = [](double x) { return normal_cdf(x) + x * normal_density(x); };
+  for (auto* run : implementations(kernels::relu)) check_map(run, [](double x) { return std::max(x, 0.0); });
+  for (auto* run : implementations(kernels::gelu)) check_map(run, [](double x) { return x * normal_cdf(x); });
+  check_pairs(kernels::relu_grad, [=](double dy, double x) { return dy * relu_slope(x); });
+  const double largest = 10;  // |dy| scales the slope's absolute error where the slope itself is near 0
+  check_pairs(kernels::gelu_grad, [=](double dy, double x) { return dy * gelu_slope(x); }, largest);
+}
+
+TEST_CASE("gelu is accurate over its whole range", "[kernels]") {
+  std::vector<float> values;
+  for (float x = -14; x < 14; x += 0.00037f) values.push_back(x);
+  const int64_t n = static_cast<int64_t>(values.size());
+  const Tensor x = Tensor::from<float>({n}, values), y = Tensor::empty({n}, DType::f32), dx = Tensor::empty({n}, DType::f32);
+  const Tensor ones = Tensor::empty({n}, DType::f32);
+  kernels::fill(ones, 1);
+  for (size_t which = 0; which < implementations(kernels::gelu).size(); ++which) {
+    implementations(kernels::gelu)[which](x, y);
+    implementations(kernels::gelu_grad)[which](ones, x, dx);
+    double worst = 0, worst_slope = 0;
+    for (int64_t i = 0; i < n; ++i) {
+      const double v = values[i], want = v * normal_cdf(v);
+      // Half a unit in the last place is 6e-8 of the value; the rest is the approximation's own error.
+      worst = std::max(worst, std::fabs(y.data<float>()[i] - want) / std::max(1.0, std::fabs(want)));
+      worst_slope = std::max(worst_slope, std::fabs(dx.data<float>()[i] - normal_cdf(v) - v * normal_density(v)));
+    }
+    CHECK(worst < 1.5e-7);
+    CHECK(worst_slope < 4e-7);
+  }
+}
+
+TEST_CASE("NaN passes through activations and infinities do not become NaN", "[kernels]") {
+  for (const DType dtype : {DType::f32, DType::bf16, DType::f64}) {
+    const Tensor x = Tensor::empty({4}, dtype), y = Tensor::empty({4}, dtype), ones = Tensor::empty({4}, dtype);
+    kernels::copy(Tensor::from<double>({4}, {kNan, kInfinity, -kInfinity, 1e30}), x);
+    kernels::fill(ones, 1);
+    const std::vector<double> relu{kNan, kInfinity, 0, x.to_vector<double>()[3]}, slope{kNan, 1, 0, 1};
+    for (auto* run : implementations(kernels::gelu)) {
+      run(x, y);
+      expect(y, [&](size_t i) { return relu[i]; });
+    }
+    for (auto* run : implementations(kernels::relu)) {
+      run(x, y);
+      expect(y, [&](size_t i) { return relu[i]; });
+    }
+    for (auto* run : implementations(kernels::gelu_grad)) {
+      run(ones, x, y);
+      expect(y, [&](size_t i) { return slope[i]; });
+    }
+    for (auto* run : implementations(kernels::gelu_grad)) {
+      run(x, ones, y);
+      CHECK(std::isnan(y.to_vector<double>()[0]));
+    }
+  }
+}
+
+TEST_CASE("dropout keeps what the stream says", "[kernels]") {
+  const RandomKey key = RandomKey::of(Catch::rngSeed(), "dropout", 7);
+  for (const int64_t n : kSizes)
+    for (const Mix& mix : kMixes)
+      for (auto* run : implementations(kernels::dropout)) {
+        const Tensor x = random({n}, mix.a, "x"), y = Tensor::empty({n}, mix.y);
+        const std::vector<double> vx = x.to_vector<double>();
+        run(x, y, 0.3, key);
+        expect(y, [&](size_t i) { return uniform(random_word(key, i)) >= 0.3 ? vx[i] / 0.7 : 0.0; });
+      }
+}
+
+TEST_CASE("dropout's statistics", "[kernels]") {
+  const int64_t n = 200000;
+  const Tensor x = Tensor::empty({n}, DType::f32), y = Tensor::empty({n}, DType::f32), again = Tensor::empty({n}, DType::f32);
+  kernels::fill(x, 1);
+  for (const double p : {0.0, 0.1, 0.5, 0.9, 1.0}) {
+    const RandomKey key = RandomKey::of(Catch::rngSeed(), "statistics", 1);
+    kernels::dropout(x, y, p, key);
+    double kept = 0;
+    for (int64_t i = 0; i < n; ++i) kept += y.data<float>()[i] != 0;
+    CAPTURE(p, Catch::rngSeed());
+    CHECK(std::fabs(kept - (1 - p) * n) <= 5 * std::sqrt(p * (1 - p) * n));
+    kernels::dropout(x, again, p, key);
+    CHECK(again.to_vector<float>() == y.to_vector<float>());
+    kernels::dropout(x, again, p, RandomKey{key.key, key.step + 1});
+    CHECK((again.to_vector<float>() == y.to_vector<float>()) == (p == 0 || p == 1));
+  }
+}
+
+TEST_CASE("drop_path decides once for each sample", "[kernels]") {
+  const RandomKey key = RandomKey::of(Catch::rngSeed(), "path", 3);
+  for (const DType dtype : {DType::f32, DType::bf16, DType::f64})
+    for (auto* run : implementations(kernels::drop_path)) {
+      const Tensor x = random({29, 17, 41}, dtype, "x"), y = Tensor::empty({29, 17, 41}, dtype);
+      const std::vector<double> vx = x.to_vector<double>();
+      run(x, y, 0.4, key);
+      expect(y, [&](size_t i) { return uniform(random_word(key, i / (17 * 41))) >= 0.4 ? vx[i] / 0.6 : 0.0; });
+    }
+}
+
+TEST_CASE("sum_squares and first_nonfinite", "[kernels]") {
+  for (const int64_t n : kSizes)
+    for (const DType dtype : {DType::f32, DType::bf16, DType::f64}) {
+      const Tensor x = random({n}, dtype, "x");
+      double want = 0, got = 0;
+      for (const double v : x.to_vector<double>()) want += v * v;
+      for (auto* run : implementations(kernels::sum_squares)) {
+        run(x, &got);
+        CHECK(got == Approx(want).epsilon(1e-12));
+      }
+      int64_t at = 5;
+      for (auto* run : implementations(kernels::first_nonfinite)) {
+        run(x, &at);
+        CHECK(at == -1);
+      }
+      for (const double bad : {kNan, kInfinity, -kInfinity}) {
+        kernels::fill(x.narrow(0, n / 2, (n + 1) / 2), bad);
+        for (auto* run : implementations(kernels::first_nonfinite)) {
+          run(x, &at);
+          CHECK(at == n / 2);
+        }
+      }
+    }
+  double zero = 1;
+  kernels::sum_squares(Tensor::empty({0}, DType::f32), &zero);
+  CHECK(zero == 0);
+}
+
+TEST_CASE("sums do not depend on the number of threads", "[kernels]") {
+  const int threads = omp_get_max_threads();
+  const Tensor x = random({1001, 67}, DType::f32, "x");
+  std::vector<std::vector<float>> sums;
+  std::vector<double> squares;
+  for (const int count : {1, 2, 3}) {
+    omp_set_num_threads(count);
+    const Tensor db = Tensor::empty({67}, DType::f32);
+    kernels::sum_rows(x, db, false);
+    sums.push_back(db.to_vector<float>());
+    squares.push_back(0);
+    kernels::sum_squares(x, &squares.back());
+  }
+  omp_set_num_threads(threads);
+  CHECK((sums[0] == sums[1] && sums[0] == sums[2]));
+  CHECK((squares[0] == squares[1] && squares[0] == squares[2]));
+}
+
+TEST_CASE("pointwise kernels refuse what they cannot do", "[kernels]") {
+  const Tensor x = Tensor::zeros({4, 6}, DType::f32);
+  CHECK_THROWS_AS(kernels::add(x, Tensor::zeros({4, 5}, DType::f32), x), Error);
+  CHECK_THROWS_AS(kernels::add(x, Tensor::zeros({4, 6}, DType::f64), x), Error);
+  CHECK_THROWS_AS(kernels::gelu(x.transpose(0, 1), x), Error);
+  CHECK_THROWS_AS(kernels::add_rows(x, Tensor::zeros({5}, DType::f32), x), Error);
+  CHECK_THROWS_AS(kernels::dropout(x, x, 1.5, RandomKey{}), Error);
+}

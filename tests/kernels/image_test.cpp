@@ -1,0 +1,139 @@
+// Images to tokens and back, element by element, on every instruction set this CPU has.
+#include "mesa/kernels/image.h"
+
+#include <catch2/catch.hpp>
+#include <cmath>
+
+#include "mesa/kernels/elementwise.h"
+
+using namespace mesa;
+
+namespace {
+
+/// Normal values times `spread`; the seed is Catch's (--rng-seed) and stands in every failure.
+Tensor random(const Shape& shape, DType dtype, const char* name, double spread = 1) {
+  UNSCOPED_INFO("--rng-seed " << Catch::rngSeed());
+  RandomStream stream(RandomKey::of(Catch::rngSeed(), name, 0));
+  std::vector<double> values(shape.numel());
+  for (double& v : values) v = spread * stream.normal();
+  const Tensor x = Tensor::empty(shape, dtype);
+  kernels::copy(Tensor::from<double>(shape, values), x);
+  return x;
+}
+
+/// The implementations of a kernel that this CPU runs.
+template <class Signature>
+std::vector<Signature*> implementations(const kernels::Kernel<Signature>& kernel) {
+  std::vector<Signature*> out{kernel.plain};
+  if (cpu_isa() >= Isa::avx2) out.push_back(kernel.avx2);
+  if (cpu_isa() >= Isa::avx512) out.push_back(kernel.avx512);
+  return out;
+}
+
+constexpr DType kFloats[] = {DType::f32, DType::bf16, DType::f64};
+
+}  // namespace
+
+TEST_CASE("normalize_images turns pixels into planes", "[kernels]") {
+  const std::vector<float> mean{0.485f, 0.456f, 0.406f, 0.5f}, deviation{0.229f, 0.224f, 0.225f, 0.25f};
+  for (const int64_t channels : {1, 3, 4})
+    for (const int64_t size : {1, 5, 32, 61}) {
+      std::vector<uint8_t> values(2 * size * (size + 1) * channels);
+      for (size_t i = 0; i < values.size(); ++i) values[i] = static_cast<uint8_t>(mix64(i) & 255);
+      const Tensor pixels = Tensor::from<uint8_t>({2, size, size + 1, channels}, values);
+      const std::vector<float> m(mean.begin(), mean.begin() + channels), d(deviation.begin(), deviation.begin() + channels);
+      for (const DType dtype : kFloats)
+        for (auto* run : implementations(kernels::normalize_images)) {
+          const Tensor y = Tensor::empty({2, channels, size, size + 1}, dtype);
+          run(pixels, m, d, y);
+          const std::vector<double> got = y.to_vector<double>();
+          const int64_t plane = size * (size + 1);
+          double worst = 0;
+          for (int64_t i = 0; i < y.numel(); ++i) {
+            const int64_t b = i / plane / channels, c = i / plane % channels;
+            const double want = (values[(b * plane + i % plane) * channels + c] / 255.0 - mean[c]) / deviation[c];
+            worst = std::max(worst, std::fabs(got[i] - want));
+          }
+          CHECK(worst < (dtype == DType::f64 ? 1e-14 : dtype == DType::f32 ? 5e-7 : 0.01));
+        }
+    }
+}
+
+TEST_CASE("patches are extracted in convolution order and scattered back", "[kernels]") {
+  for (const DType dtype : kFloats)
+    for (const int64_t p : {1, 2, 4, 7, 16}) {
+      CAPTURE(to_string(dtype), p);
+      const int64_t batch = 2, channels = 3, height = 2 * p, width = 3 * p;
+      const Tensor x = random({batch, channels, height, width}, dtype, "x");
+      const std::vector<double> vx = x.to_vector<double>();
+      const Tensor y = Tensor::empty({batch, 6, channels * p * p}, dtype), back = empty_like(x);
+      const auto scatters = implementations(kernels::scatter_patches);
+      size_t which = 0;
+      for (auto* run : implementations(kernels::extract_patches)) {
+        run(x, p, y);
+        const std::vector<double> got = y.to_vector<double>();
+        size_t i = 0, wrong = 0;
+        for (int64_t b = 0; b < batch; ++b)
+          for (int64_t token = 0; token < 6; ++token)
+            for (int64_t c = 0; c < channels; ++c)
+              for (int64_t row = token / 3 * p; row < token / 3 * p + p; ++row)
+                for (int64_t column = token % 3 * p; column < token % 3 * p + p; ++column)
+                  wrong += got[i++] != vx[((b * channels + c) * height + row) * width + column];
+        CHECK(wrong == 0);
+        kernels::fill(back, 0);
+        scatters[which++](y, p, back);
+        CHECK(back.to_vector<double>() == vx);
+      }
+    }
+  const Tensor x = Tensor::zeros({1, 3, 6, 6}, DType::f32);
+  CHECK_THROWS_AS(kernels::extract_patches(x, 4, Tensor::zeros({1, 4, 27}, DType::f32)), Error);
+}
+
+TEST_CASE("prepend_token puts the token first", "[kernels]") {
+  for (const DType dtype : kFloats) {
+    const int64_t batch = 3, tokens = 9, width = 65;
+    const Tensor token = random({width}, dtype == DType::f64 ? dtype : DType::f32, "token"), x = random({batch, tokens, width}, dtype, "x");
+    const Tensor y = Tensor::empty({batch, tokens + 1, width}, dtype), rounded = Tensor::empty({width}, dtype);
+    kernels::copy(token, rounded);
+    const std::vector<double> vt = rounded.to_vector<double>(), vx = x.to_vector<double>();
+    for (auto* run : implementations(kernels::prepend_token)) {
+      run(token, x, y);
+      const std::vector<double> got = y.to_vector<double>();
+      size_t i = 0, wrong = 0;
+      for (int64_t b = 0; b < batch; ++b)
+        for (int64_t n = 0; n <= tokens; ++n)
+          for (int64_t c = 0; c < width; ++c) wrong += got[i++] != (n == 0 ? vt[c] : vx[(b * tokens + n - 1) * width + c]);
+      CHECK(wrong == 0);
+    }
+  }
+}
+
+TEST_CASE("mean_tokens and its gradient", "[kernels]") {
+  for (const DType dtype : kFloats)
+    for (const int64_t from : {0, 1, 5}) {
+      const int64_t batch = 3, tokens = 50, width = 197;
+      const Tensor x = random({batch, tokens, width}, dtype, "x"), y = Tensor::empty({batch, width}, dtype);
+      const Tensor dy = random({batch, width}, dtype, "dy"), dx = empty_like(x);
+      const std::vector<double> vx = x.to_vector<double>(), vdy = dy.to_vector<double>();
+      std::vector<double> means(batch * width);
+      for (int64_t i = 0; i < x.numel(); ++i)
+        if (i / width % tokens >= from) means[i / width / tokens * width + i % width] += vx[i] / static_cast<double>(tokens - from);
+      const double tolerance = dtype == DType::f64 ? 1e-14 : dtype == DType::f32 ? 1e-6 : 0.01;
+      for (auto* run : implementations(kernels::mean_tokens)) {
+        run(x, from, y);
+        for (size_t i = 0; i < means.size(); ++i) CHECK(y.to_vector<double>()[i] == Approx(means[i]).margin(tolerance).epsilon(tolerance));
+      }
+      for (auto* run : implementations(kernels::mean_tokens_grad)) {
+        run(dy, from, dx);
+        const std::vector<double> got = dx.to_vector<double>();
+        double worst = 0;
+        for (int64_t i = 0; i < x.numel(); ++i) {
+          const double share = i / width % tokens < from ? 0.0 : 1.0 / static_cast<double>(tokens - from);
+          worst = std::max(worst, std::fabs(got[i] - share * vdy[i / width / tokens * width + i % width]));
+        }
+        CHECK(worst < tolerance);
+      }
+    }
+  const Tensor x = Tensor::zeros({1, 3, 4}, DType::f32), y = Tensor::zeros({1, 4}, DType::f32);
+  CHECK_THROWS_AS(kernels::mean_tokens(x, 3, y), Error);
+}

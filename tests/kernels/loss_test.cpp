@@ -1,0 +1,166 @@
+// Cross entropies and their gradients against double arithmetic, on every instruction set this CPU has.
+#include "mesa/kernels/norm.h"
+
+#include <omp.h>
+
+#include <catch2/catch.hpp>
+#include <cmath>
+#include <limits>
+
+#include "mesa/kernels/elementwise.h"
+
+using namespace mesa;
+
+namespace {
+
+/// Normal values times `spread`; the seed is Catch's (--rng-seed) and stands in every failure.
+Tensor random(const Shape& shape, DType dtype, const char* name, double spread = 1) {
+  UNSCOPED_INFO("--rng-seed " << Catch::rngSeed());
+  RandomStream stream(RandomKey::of(Catch::rngSeed(), name, 0));
+  std::vector<double> values(shape.numel());
+  for (double& v : values) v = spread * stream.normal();
+  const Tensor x = Tensor::empty(shape, dtype);
+  kernels::copy(Tensor::from<double>(shape, values), x);
+  return x;
+}
+
+/// The implementations of a kernel that this CPU runs.
+template <class Signature>
+std::vector<Signature*> implementations(const kernels::Kernel<Signature>& kernel) {
+  std::vector<Signature*> out{kernel.plain};
+  if (cpu_isa() >= Isa::avx2) out.push_back(kernel.avx2);
+  if (cpu_isa() >= Isa::avx512) out.push_back(kernel.avx512);
+  return out;
+}
+
+/// y holds `want` up to `tolerance`, relative to magnitude 1 or more.
+void expect(const Tensor& y, const std::vector<double>& want, double tolerance) {
+  const std::vector<double> got = y.to_vector<double>();
+  REQUIRE(got.size() == want.size());
+  double worst = 0;
+  for (size_t i = 0; i < got.size(); ++i) {
+    const double error = std::fabs(got[i] - want[i]) / std::max(1.0, std::fabs(want[i]));
+    worst = error <= worst ? worst : error;  // a NaN stays
+  }
+  CHECK(worst <= tolerance);
+}
+
+double tolerance(DType dtype) { return dtype == DType::f64 ? 1e-13 : dtype == DType::f32 ? 2e-6 : 0.008; }
+
+constexpr int64_t kClasses[] = {1, 3, 10, 17, 100, 1000};
+
+std::vector<double> log_softmax(const std::vector<double>& x, int64_t classes) {
+  std::vector<double> out = x;
+  for (size_t row = 0; row < x.size(); row += classes) {
+    double top = x[row], sum = 0;
+    for (int64_t k = 0; k < classes; ++k) top = std::max(top, x[row + k]);
+    for (int64_t k = 0; k < classes; ++k) sum += std::exp(x[row + k] - top);
+    for (int64_t k = 0; k < classes; ++k) out[row + k] = x[row + k] - top - std::log(sum);
+  }
+  return out;
+}
+
+struct Want {
+  std::vector<double> loss, grad;
+};
+/// Loss of each row and the gradient of `upstream` times their mean.
+Want reference(const std::vector<double>& logits, const std::vector<double>& targets, int64_t classes, double upstream) {
+  const std::vector<double> logs = log_softmax(logits, classes);
+  const int64_t batch = static_cast<int64_t>(logits.size()) / classes;
+  Want out{std::vector<double>(batch), logits};
+  for (size_t i = 0; i < logits.size(); ++i) {
+    out.loss[i / classes] -= targets[i] * logs[i];
+    out.grad[i] = upstream / static_cast<double>(batch) * (std::exp(logs[i]) - targets[i]);
+  }
+  return out;
+}
+
+Tensor value(double v, DType dtype) {
+  const Tensor out = Tensor::empty({1}, dtype);
+  kernels::fill(out, v);
+  return out;
+}
+
+}  // namespace
+
+TEST_CASE("cross entropy with labels", "[kernels]") {
+  const int64_t batch = 19;
+  for (const int64_t classes : kClasses)
+    for (const DType dtype : {DType::f32, DType::f64})
+      for (const double smoothing : {0.0, 0.1}) {
+        CAPTURE(classes, to_string(dtype), smoothing);
+        const Tensor logits = random({batch, classes}, dtype, "logits", 3), loss = Tensor::empty({batch}, dtype);
+        std::vector<int64_t> labels(batch);
+        std::vector<double> targets(batch * classes, smoothing / static_cast<double>(classes));
+        for (int64_t b = 0; b < batch; ++b) labels[b] = b * 7 % classes, targets[b * classes + labels[b]] += 1 - smoothing;
+        const Tensor label = Tensor::from<int64_t>({batch}, labels), grad = empty_like(logits);
+        const Want want = reference(logits.to_vector<double>(), targets, classes, 2.5);
+        for (auto* run : implementations(kernels::cross_entropy)) {
+          run(logits, label, smoothing, loss);
+          expect(loss, want.loss, tolerance(dtype));
+        }
+        for (auto* run : implementations(kernels::cross_entropy_grad)) {
+          run(value(2.5, dtype), logits, label, smoothing, grad);
+          expect(grad, want.grad, tolerance(dtype));
+        }
+      }
+}
+
+TEST_CASE("cross entropy with soft targets", "[kernels]") {
+  const int64_t batch = 19;
+  for (const int64_t classes : kClasses)
+    for (const DType dtype : {DType::f32, DType::f64}) {
+      CAPTURE(classes, to_string(dtype));
+      const Tensor logits = random({batch, classes}, dtype, "logits", 3), loss = Tensor::empty({batch}, dtype);
+      const Tensor targets = empty_like(logits), grad = empty_like(logits);
+      kernels::softmax(random({batch, classes}, dtype, "targets"), targets);
+      const Want want = reference(logits.to_vector<double>(), targets.to_vector<double>(), classes, 0.5);
+      for (auto* run : implementations(kernels::cross_entropy_soft)) {
+        run(logits, targets, loss);
+        expect(loss, want.loss, tolerance(dtype));
+      }
+      for (auto* run : implementations(kernels::cross_entropy_soft_grad)) {
+        run(value(0.5, dtype), logits, targets, grad);
+        expect(grad, want.grad, tolerance(dtype));
+      }
+    }
+}
+
+TEST_CASE("cross entropy of extreme logits", "[kernels]") {
+  const float infinity = std::numeric_limits<float>::infinity();
+  const Tensor logits = Tensor::from<float>({3, 4}, {1000, 0, -1000, 0, 5, -infinity, 5, 5, 0, NAN, 0, 0});
+  const Tensor labels = Tensor::from<int64_t>({3}, {2, 0, 0}), loss = Tensor::empty({3}, DType::f32), grad = empty_like(logits);
+  for (size_t i = 0; i < implementations(kernels::cross_entropy).size(); ++i) {
+    implementations(kernels::cross_entropy)[i](logits, labels, 0.0, loss);
+    CHECK(loss.data<float>()[0] == 2000.0f);
+    CHECK(loss.data<float>()[1] == Approx(std::log(3.0)));
+    CHECK(std::isnan(loss.data<float>()[2]));
+    implementations(kernels::cross_entropy_grad)[i](value(3, DType::f32), logits, labels, 0.0, grad);
+    for (int k = 0; k < 4; ++k) {
+      CHECK(grad.data<float>()[k] == (k == 0 ? 1.0f : k == 2 ? -1.0f : 0.0f));
+      CHECK(std::isnan(grad.data<float>()[8 + k]));
+    }
+  }
+}
+
+TEST_CASE("mean_all is exact and does not depend on the number of threads", "[kernels]") {
+  const int threads = omp_get_max_threads();
+  for (const int64_t n : {1, 17, 8192, 50001})
+    for (const DType dtype : {DType::f32, DType::f64}) {
+      const Tensor x = random({n}, dtype, "x"), y = Tensor::empty({1}, dtype);
+      double sum = 0;
+      for (const double v : x.to_vector<double>()) sum += v;
+      for (auto* run : implementations(kernels::mean_all)) {
+        run(x, y);
+        expect(y, {sum / static_cast<double>(n)}, dtype == DType::f64 ? 1e-13 : 1e-7);
+        const double first = y.to_vector<double>()[0];
+        omp_set_num_threads(2);
+        run(x, y);
+        omp_set_num_threads(1);
+        CHECK(y.to_vector<double>()[0] == first);
+        run(x, y);
+        CHECK(y.to_vector<double>()[0] == first);
+        omp_set_num_threads(threads);
+      }
+    }
+}

@@ -1,0 +1,208 @@
+// Layer normalization against its definition in double, on every instruction set this CPU has.
+#include "mesa/kernels/norm.h"
+
+#include <omp.h>
+
+#include <catch2/catch.hpp>
+#include <cmath>
+#include <limits>
+
+#include "mesa/kernels/elementwise.h"
+
+using namespace mesa;
+
+namespace {
+
+/// Normal values times `spread`; the seed is Catch's (--rng-seed) and stands in every failure.
+Tensor random(const Shape& shape, DType dtype, const char* name, double spread = 1) {
+  UNSCOPED_INFO("--rng-seed " << Catch::rngSeed());
+  RandomStream stream(RandomKey::of(Catch::rngSeed(), name, 0));
+  std::vector<double> values(shape.numel());
+  for (double& v : values) v = spread * stream.normal();
+  const Tensor x = Tensor::empty(shape, dtype);
+  kernels::copy(Tensor::from<double>(shape, values), x);
+  return x;
+}
+
+/// The implementations of a kernel that this CPU runs.
+template <class Signature>
+std::vector<Signature*> implementations(const kernels::Kernel<Signature>& kernel) {
+  std::vector<Signature*> out{kernel.plain};
+  if (cpu_isa() >= Isa::avx2) out.push_back(kernel.avx2);
+  if (cpu_isa() >= Isa::avx512) out.push_back(kernel.avx512);
+  return out;
+}
+
+/// y holds `want` up to `tolerance`, relative to magnitude 1 or more.
+void expect(const Tensor& y, const std::vector<double>& want, double tolerance) {
+  const std::vector<double> got = y.to_vector<double>();
+  REQUIRE(got.size() == want.size());
+  double worst = 0;
+  for (size_t i = 0; i < got.size(); ++i) {
+    const double error = std::fabs(got[i] - want[i]) / std::max(1.0, std::fabs(want[i]));
+    worst = error <= worst ? worst : error;  // a NaN stays
+  }
+  CHECK(worst <= tolerance);
+}
+
+double tolerance(DType dtype) { return dtype == DType::f64 ? 1e-13 : dtype == DType::f32 ? 2e-6 : 0.008; }
+
+DType wide(DType dtype) { return dtype == DType::f64 ? DType::f64 : DType::f32; }
+
+struct Case {
+  int64_t rows, width;
+};
+constexpr Case kCases[] = {{1, 1}, {2, 3}, {5, 17}, {67, 64}, {33, 197}, {130, 768}};
+
+struct Reference {
+  std::vector<double> y, xhat, rstd;
+};
+Reference normalize(const std::vector<double>& x, int64_t width, const std::vector<double>& gamma, const std::vector<double>& beta,
+                    double eps) {
+  Reference out{x, x, {}};
+  for (size_t row = 0; row < x.size(); row += width) {
+    double mean = 0, variance = 0;
+    for (int64_t c = 0; c < width; ++c) mean += x[row + c] / width;
+    for (int64_t c = 0; c < width; ++c) variance += (x[row + c] - mean) * (x[row + c] - mean) / width;
+    out.rstd.push_back(1 / std::sqrt(variance + eps));
+    for (int64_t c = 0; c < width; ++c) {
+      out.xhat[row + c] = (x[row + c] - mean) * out.rstd.back();
+      out.y[row + c] = gamma[c] * out.xhat[row + c] + beta[c];
+    }
+  }
+  return out;
+}
+
+}  // namespace
+
+TEST_CASE("layer_norm follows its definition", "[kernels]") {
+  const std::pair<DType, DType> mixes[] = {
+      {DType::f32, DType::f32}, {DType::f64, DType::f64}, {DType::bf16, DType::bf16}, {DType::f32, DType::bf16}};
+  for (const auto& [rows, width] : kCases)
+    for (const auto& [from, to] : mixes) {
+      CAPTURE(rows, width, to_string(from), to_string(to));
+      const Tensor x = random({rows, width}, from, "x", 3), y = Tensor::empty({rows, width}, to), xhat = empty_like(y);
+      const Tensor gamma = random({width}, wide(from), "gamma"), beta = random({width}, wide(from), "beta");
+      const Tensor rstd = Tensor::empty({rows}, wide(from));
+      const Reference want =
+          normalize(x.to_vector<double>(), width, gamma.to_vector<double>(), beta.to_vector<double>(), 1e-3);
+      for (auto* run : implementations(kernels::layer_norm)) {
+        run(x, gamma, beta, 1e-3, y, xhat, rstd);
+        expect(y, want.y, tolerance(to));
+        expect(xhat, want.xhat, tolerance(to));
+        expect(rstd, want.rstd, tolerance(wide(from)));
+        kernels::fill(y, 0);
+        run(x, gamma, beta, 1e-3, y, Tensor(), Tensor());
+        expect(y, want.y, tolerance(to));
+      }
+    }
+}
+
+TEST_CASE("layer_norm reads strided rows and keeps far-off means exact", "[kernels]") {
+  const Tensor wide_x = random({40, 100}, DType::f32, "x");
+  const Tensor x = wide_x.narrow(1, 20, 64), y = Tensor::empty({40, 64}, DType::f32);
+  const Tensor gamma = Tensor::empty({64}, DType::f32), beta = Tensor::zeros({64}, DType::f32);
+  kernels::fill(gamma, 1);
+  const std::vector<double> ones(64, 1.0), zeros(64, 0.0);
+  kernels::layer_norm(x, gamma, beta, 1e-6, y, Tensor(), Tensor());
+  expect(y, normalize(x.to_vector<double>(), 64, ones, zeros, 1e-6).y, 2e-6);
+  const Tensor far = Tensor::empty({40, 64}, DType::f32);  // the mean is 100 deviations away: one-pass variances fail here
+  std::vector<double> shifted = x.to_vector<double>();
+  for (double& v : shifted) v = static_cast<float>(v + 100);
+  kernels::copy(Tensor::from<double>({40, 64}, shifted), far);
+  kernels::layer_norm(far, gamma, beta, 1e-6, y, Tensor(), Tensor());
+  expect(y, normalize(shifted, 64, ones, zeros, 1e-6).y, 2e-5);
+}
+
+TEST_CASE("affine repeats layer_norm's output bit for bit", "[kernels]") {
+  for (const DType dtype : {DType::f32, DType::f64})
+    for (const auto& [rows, width] : kCases) {
+      const Tensor x = random({rows, width}, dtype, "x"), y = empty_like(x), xhat = empty_like(x), again = empty_like(x);
+      const Tensor gamma = random({width}, dtype, "gamma"), beta = random({width}, dtype, "beta");
+      const auto norms = implementations(kernels::layer_norm);
+      const auto affines = implementations(kernels::affine);
+      for (size_t i = 0; i < norms.size(); ++i) {
+        norms[i](x, gamma, beta, 1e-6, y, xhat, Tensor());
+        affines[i](xhat, gamma, beta, again);
+        CHECK(again.to_vector<double>() == y.to_vector<double>());
+      }
+    }
+}
+
+TEST_CASE("layer_norm_grad follows its formula", "[kernels]") {
+  struct Mix {
+    DType dy, xhat, dx;
+  };
+  const Mix mixes[] = {{DType::f32, DType::f32, DType::f32},    {DType::f64, DType::f64, DType::f64},
+                       {DType::bf16, DType::bf16, DType::bf16}, {DType::bf16, DType::bf16, DType::f32},
+                       {DType::bf16, DType::f32, DType::f32},   {DType::f32, DType::bf16, DType::f32}};
+  for (const auto& [rows, width] : kCases)
+    for (const Mix& mix : mixes) {
+      CAPTURE(rows, width, to_string(mix.dy), to_string(mix.xhat), to_string(mix.dx));
+      const DType exact = wide(mix.dx);
+      const Tensor dy = random({rows, width}, mix.dy, "dy"), xhat = random({rows, width}, mix.xhat, "xhat");
+      const Tensor gamma = random({width}, exact, "gamma"), rstd = random({rows}, exact, "rstd");
+      const std::vector<double> g = dy.to_vector<double>(), h = xhat.to_vector<double>(), w = gamma.to_vector<double>();
+      const std::vector<double> scale = rstd.to_vector<double>();
+      std::vector<double> dx(g.size()), dgamma(width), dbeta(width);
+      for (int64_t row = 0; row < rows; ++row) {
+        double mean = 0, mean_h = 0;
+        for (int64_t c = 0, i = row * width; c < width; ++c, ++i) mean += w[c] * g[i] / width, mean_h += w[c] * g[i] * h[i] / width;
+        for (int64_t c = 0, i = row * width; c < width; ++c, ++i) {
+          dx[i] = scale[row] * (w[c] * g[i] - mean - h[i] * mean_h);
+          dgamma[c] += g[i] * h[i];
+          dbeta[c] += g[i];
+        }
+      }
+      std::vector<double> twice_gamma = dgamma;
+      for (double& v : twice_gamma) v *= 2;
+      for (auto* run : implementations(kernels::layer_norm_grad)) {
+        const Tensor out = Tensor::empty({rows, width}, mix.dx), out_gamma = empty_like(gamma), out_beta = empty_like(gamma);
+        run(dy, xhat, rstd, gamma, out, out_gamma, out_beta, false, false);
+        expect(out, dx, tolerance(mix.dx));
+        expect(out_gamma, dgamma, 10 * tolerance(exact));
+        expect(out_beta, dbeta, 10 * tolerance(exact));
+        run(dy, xhat, rstd, gamma, out, out_gamma, Tensor(), true, false);
+        expect(out_gamma, twice_gamma, 10 * tolerance(exact));
+        kernels::fill(out, 0);
+        run(dy, xhat, rstd, gamma, out, Tensor(), Tensor(), false, false);
+        expect(out, dx, tolerance(mix.dx));
+      }
+    }
+}
+
+TEST_CASE("layer_norm's gradients do not depend on the number of threads", "[kernels]") {
+  const int threads = omp_get_max_threads();
+  const Tensor dy = random({1001, 65}, DType::f32, "dy"), xhat = random({1001, 65}, DType::f32, "xhat");
+  const Tensor gamma = random({65}, DType::f32, "gamma"), rstd = random({1001}, DType::f32, "rstd");
+  std::vector<std::vector<float>> results;
+  for (const int count : {1, 2, 3}) {
+    omp_set_num_threads(count);
+    const Tensor dx = empty_like(dy), dgamma = empty_like(gamma), dbeta = empty_like(gamma);
+    kernels::layer_norm_grad(dy, xhat, rstd, gamma, dx, dgamma, dbeta, false, false);
+    results.push_back(dx.to_vector<float>());
+    for (const Tensor& t : {dgamma, dbeta})
+      for (const float v : t.to_vector<float>()) results.back().push_back(v);
+  }
+  omp_set_num_threads(threads);
+  CHECK((results[0] == results[1] && results[0] == results[2]));
+}
+
+TEST_CASE("NaN and infinity reach layer_norm's output", "[kernels]") {
+  for (const double bad : {std::numeric_limits<double>::quiet_NaN(), std::numeric_limits<double>::infinity()}) {
+    const Tensor x = random({3, 40}, DType::f32, "x"), y = empty_like(x);
+    const Tensor gamma = random({40}, DType::f32, "gamma"), beta = random({40}, DType::f32, "beta");
+    x.data<float>()[40 + 7] = static_cast<float>(bad);
+    for (auto* run : implementations(kernels::layer_norm)) {
+      run(x, gamma, beta, 1e-6, y, Tensor(), Tensor());
+      for (int i = 0; i < 120; ++i) CHECK(std::isnan(y.data<float>()[i]) == (i / 40 == 1));
+    }
+  }
+}
+
+TEST_CASE("layer_norm refuses parameters of the wrong size", "[kernels]") {
+  const Tensor x = Tensor::zeros({2, 6}, DType::f32), five = Tensor::zeros({5}, DType::f32), six = Tensor::zeros({6}, DType::f32);
+  CHECK_THROWS_WITH(kernels::layer_norm(x, five, six, 1e-6, x, Tensor(), Tensor()),
+                    Catch::Contains("gamma has 5 elements but x ends in 6"));
+  CHECK_THROWS_AS(kernels::affine(x, six, five, x), Error);
+}

@@ -1,0 +1,178 @@
+// Softmax over rows and the softmax of attention against double arithmetic, on every instruction set this CPU has.
+#include "mesa/kernels/norm.h"
+
+#include <omp.h>
+
+#include <catch2/catch.hpp>
+#include <cmath>
+#include <limits>
+
+#include "mesa/kernels/elementwise.h"
+
+using namespace mesa;
+
+namespace {
+
+/// Normal values times `spread`; the seed is Catch's (--rng-seed) and stands in every failure.
+Tensor random(const Shape& shape, DType dtype, const char* name, double spread = 1) {
+  UNSCOPED_INFO("--rng-seed " << Catch::rngSeed());
+  RandomStream stream(RandomKey::of(Catch::rngSeed(), name, 0));
+  std::vector<double> values(shape.numel());
+  for (double& v : values) v = spread * stream.normal();
+  const Tensor x = Tensor::empty(shape, dtype);
+  kernels::copy(Tensor::from<double>(shape, values), x);
+  return x;
+}
+
+/// The implementations of a kernel that this CPU runs.
+template <class Signature>
+std::vector<Signature*> implementations(const kernels::Kernel<Signature>& kernel) {
+  std::vector<Signature*> out{kernel.plain};
+  if (cpu_isa() >= Isa::avx2) out.push_back(kernel.avx2);
+  if (cpu_isa() >= Isa::avx512) out.push_back(kernel.avx512);
+  return out;
+}
+
+/// y holds `want` up to `tolerance`, relative to magnitude 1 or more.
+void expect(const Tensor& y, const std::vector<double>& want, double tolerance) {
+  const std::vector<double> got = y.to_vector<double>();
+  REQUIRE(got.size() == want.size());
+  double worst = 0;
+  for (size_t i = 0; i < got.size(); ++i) {
+    const double error = std::fabs(got[i] - want[i]) / std::max(1.0, std::fabs(want[i]));
+    worst = error <= worst ? worst : error;  // a NaN stays
+  }
+  CHECK(worst <= tolerance);
+}
+
+double tolerance(DType dtype) { return dtype == DType::f64 ? 1e-13 : dtype == DType::f32 ? 2e-6 : 0.008; }
+
+constexpr int64_t kWidths[] = {1, 3, 16, 17, 64, 65, 197, 768};
+
+struct Reference {
+  std::vector<double> p, lse;
+};
+Reference softmax_of(const std::vector<double>& s, int64_t width, double scale) {
+  Reference out{s, {}};
+  for (size_t row = 0; row < s.size(); row += width) {
+    double top = scale * s[row], sum = 0;
+    for (int64_t j = 0; j < width; ++j) top = std::max(top, scale * s[row + j]);
+    for (int64_t j = 0; j < width; ++j) sum += std::exp(scale * s[row + j] - top);
+    out.lse.push_back(top + std::log(sum));
+    for (int64_t j = 0; j < width; ++j) out.p[row + j] = std::exp(scale * s[row + j] - out.lse.back());
+  }
+  return out;
+}
+/// scale p (dp - sum p dp) for rows of `width`.
+std::vector<double> grad_of(const std::vector<double>& dp, const std::vector<double>& p, int64_t width, double scale) {
+  std::vector<double> out(p.size());
+  for (size_t row = 0; row < p.size(); row += width) {
+    double sum = 0;
+    for (int64_t j = 0; j < width; ++j) sum += p[row + j] * dp[row + j];
+    for (int64_t j = 0; j < width; ++j) out[row + j] = scale * p[row + j] * (dp[row + j] - sum);
+  }
+  return out;
+}
+
+}  // namespace
+
+TEST_CASE("softmax and its gradient", "[kernels]") {
+  for (const int64_t width : kWidths)
+    for (const auto& [from, to] : {std::pair{DType::f32, DType::f32}, {DType::f64, DType::f64}, {DType::bf16, DType::bf16}}) {
+      CAPTURE(width, to_string(from));
+      const Tensor x = random({37, width}, from, "x", 4), y = Tensor::empty({37, width}, to), dx = empty_like(y);
+      const Tensor dy = random({37, width}, from, "dy");
+      for (auto* run : implementations(kernels::softmax)) {
+        run(x, y);
+        expect(y, softmax_of(x.to_vector<double>(), width, 1).p, tolerance(to));
+      }
+      for (auto* run : implementations(kernels::softmax_grad)) {
+        run(dy, y, dx);
+        expect(dx, grad_of(dy.to_vector<double>(), y.to_vector<double>(), width, 1), tolerance(to));
+      }
+    }
+}
+
+TEST_CASE("attention_softmax, its saved log-sum-exp and its gradient", "[kernels]") {
+  const double scale = 0.125;
+  for (const int64_t width : kWidths)
+    for (const auto& [from, to] : {std::pair{DType::f32, DType::f32}, {DType::f64, DType::f64}, {DType::f32, DType::bf16}}) {
+      CAPTURE(width, to_string(from), to_string(to));
+      const Tensor s = random({6, 11, width}, from, "s", 20), p = Tensor::empty({6, 11, width}, to), again = empty_like(p);
+      const Tensor lse = Tensor::empty({6, 11}, from);
+      const Reference want = softmax_of(s.to_vector<double>(), width, scale);
+      for (auto* run : implementations(kernels::attention_softmax)) {
+        run(s, scale, p, lse);
+        expect(p, want.p, tolerance(to));
+        expect(lse, want.lse, tolerance(from));
+      }
+      for (auto* run : implementations(kernels::attention_probabilities)) {
+        run(s, scale, lse, again);
+        expect(again, want.p, tolerance(to));
+      }
+      const Tensor exact_p = Tensor::from<double>(s.shape(), want.p), q = Tensor::empty(s.shape(), from);
+      kernels::copy(exact_p, q);
+      const Tensor dp = random({6, 11, width}, from, "dp"), delta = Tensor::empty({6, 11}, from);
+      const std::vector<double> ds = grad_of(dp.to_vector<double>(), q.to_vector<double>(), width, scale);
+      std::vector<double> sums(66);
+      for (size_t i = 0; i < ds.size(); ++i) sums[i / width] += dp.to_vector<double>()[i] * q.to_vector<double>()[i];
+      kernels::copy(Tensor::from<double>({6, 11}, sums), delta);
+      for (auto* run : implementations(kernels::attention_softmax_grad)) {
+        run(dp, q, Tensor(), scale, again);
+        expect(again, ds, tolerance(to));
+        run(dp, q, delta, scale, again);
+        expect(again, ds, tolerance(to));
+      }
+    }
+}
+
+TEST_CASE("attention_softmax works in place and on strided rows", "[kernels]") {
+  const Tensor s = random({50, 100}, DType::f32, "s", 8), lse = Tensor::empty({50}, DType::f32);
+  const Tensor part = s.narrow(1, 10, 83);
+  const Reference want = softmax_of(part.to_vector<double>(), 83, 0.5);
+  const std::vector<float> before = s.to_vector<float>();
+  kernels::attention_softmax(part, 0.5, part, lse);
+  expect(part, want.p, 2e-6);
+  for (int64_t i = 0; i < 5000; ++i)
+    if (i % 100 < 10 || i % 100 >= 93) REQUIRE(s.data<float>()[i] == before[i]);
+}
+
+TEST_CASE("softmax survives large and infinite scores and lets NaN through", "[kernels]") {
+  const float infinity = std::numeric_limits<float>::infinity();
+  const int64_t width = 21;
+  for (auto* run : implementations(kernels::attention_softmax)) {
+    const Tensor s = Tensor::zeros({4, width}, DType::f32), lse = Tensor::empty({4}, DType::f32);
+    float* x = s.data<float>();
+    for (int64_t j = 0; j < width; ++j) x[j] = 1e4f * static_cast<float>(j), x[width + j] = j == 3 ? 2.0f : -infinity;
+    x[2 * width + 20] = std::numeric_limits<float>::quiet_NaN();
+    x[3 * width + 4] = infinity;
+    run(s, 1.0, s, lse);
+    for (int64_t j = 0; j < width; ++j) {
+      CHECK(x[j] == (j == width - 1 ? 1.0f : 0.0f));
+      CHECK(x[width + j] == (j == 3 ? 1.0f : 0.0f));
+      CHECK(std::isnan(x[2 * width + j]));
+    }
+    CHECK(lse.data<float>()[0] == 1e4f * 20);
+    CHECK(lse.data<float>()[1] == 2.0f);
+    CHECK(std::isnan(lse.data<float>()[2]));
+    CHECK(std::isnan(x[3 * width + 4]));
+  }
+}
+
+TEST_CASE("attention_delta is the dot product of each head", "[kernels]") {
+  for (const auto& [dtype, wide] : {std::pair{DType::f32, DType::f32}, {DType::f64, DType::f64}, {DType::bf16, DType::f32}}) {
+    const int64_t batch = 2, tokens = 17, heads = 3, head = 20, width = heads * head;
+    const Tensor o = random({batch, tokens, width}, dtype, "o"), g = random({batch, tokens, width}, dtype, "g");
+    const std::vector<double> vo = o.to_vector<double>(), vg = g.to_vector<double>();
+    std::vector<double> want(batch * heads * tokens);
+    for (int64_t i = 0; i < o.numel(); ++i) {
+      const int64_t b = i / width / tokens, n = i / width % tokens, h = i % width / head;
+      want[(b * heads + h) * tokens + n] += vo[i] * vg[i];
+    }
+    const Tensor delta = Tensor::empty({batch, heads, tokens}, wide);
+    for (auto* run : implementations(kernels::attention_delta)) {
+      run(g, o, delta);
+      expect(delta, want, tolerance(wide));
+    }
+  }
+}

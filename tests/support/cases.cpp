@@ -1,0 +1,169 @@
+#include "support/cases.h"
+
+#include <cmath>
+
+#include "mesa/base/scope.h"
+
+namespace mesa::testing {
+namespace {
+
+using Vars = std::vector<Var>;
+
+Tensor labels(const std::vector<int64_t>& values) { return Tensor::from<int64_t>({static_cast<int64_t>(values.size())}, values, MemoryKind::inputs); }
+
+/// Runs f one scope further down, as a layer does, so that every site of a chain has a name of its own.
+template <class F>
+Var within(const char* name, const F& f) {
+  const Scope scope(name);
+  return f();
+}
+
+/// softmax(scale q k^T) v op by op, as the layer with model.attention: explicit does.
+Var attention_chain(const Var& qkv, int64_t heads) {
+  const auto [q, k, v] = split_heads(qkv, heads);
+  const double s = 1.0 / std::sqrt(static_cast<double>(q.dim(3)));
+  const Var scores = within("matmul1", [&, &q = q, &k = k] { return scale(matmul(q, k, true), s); });
+  const Var p = within("softmax", [&] { return softmax(scores); });
+  return within("matmul2", [&, &v = v] { return merge_heads(matmul(p, v)); });
+}
+
+/// x + fc2(gelu(fc1(norm(x)))): v = x, gamma, beta, w1, b1, w2, b2.
+Var mlp_block(Vars& v) {
+  const Var n = within("norm", [&] { return layer_norm(v[0], v[1], v[2], 1e-6); });
+  const Var h = within("fc1", [&] { return linear(n, v[3], v[4]); });
+  const Var a = within("act", [&] { return gelu(h); });
+  return v[0] + within("fc2", [&] { return linear(a, v[5], v[6]); });
+}
+
+void arithmetic(std::vector<Case>& t) {
+  t.push_back({"add", {normal(2, 5, 8), normal(2, 5, 8)}, [](Vars& v) { return v[0] + v[1]; }});
+  t.push_back({"add", {normal(1, 1, 1), normal(1, 1, 1)}, [](Vars& v) { return v[0] + v[1]; }});
+  t.push_back({"add twice the same", {normal(3, 7)}, [](Vars& v) { return v[0] + v[0]; }});
+  t.push_back({"add of a shared gradient", {normal(3, 7), normal(3, 7)}, [](Vars& v) { return (v[0] + v[1]) + v[0]; }});
+  t.push_back({"mul", {normal(2, 5, 8), normal(2, 5, 8)}, [](Vars& v) { return mul(v[0], v[1]); }});
+  t.push_back({"mul", {normal(17), normal(17)}, [](Vars& v) { return mul(v[0], v[1]); }});
+  t.push_back({"mul by a parameter", {normal(3, 4), weight(3, 4)}, [](Vars& v) { return mul(v[0], v[1]); }, false});
+  t.push_back({"mul by itself", {normal(3, 5)}, [](Vars& v) { return mul(v[0], v[0]); }});
+  t.push_back({"scale", {normal(3, 1, 9)}, [](Vars& v) { return scale(v[0], -1.75); }});
+  t.push_back({"bias", {normal(2, 5, 8), weight(8)}, [](Vars& v) { return bias(v[0], v[1]); }});
+  t.push_back({"bias", {normal(3, 5, 7), weight(1, 5, 7)}, [](Vars& v) { return bias(v[0], v[1]); }});
+  t.push_back({"bias", {normal(1, 1, 33), weight(1, 1, 33)}, [](Vars& v) { return bias(v[0], v[1]); }});
+}
+
+void products(std::vector<Case>& t) {
+  const auto with_bias = [](Vars& v) { return linear(v[0], v[1], v[2]); };
+  t.push_back({"linear", {normal(2, 5, 8), weight(3, 8), weight(3)}, with_bias});
+  t.push_back({"linear", {normal(1, 1, 7), weight(5, 7), weight(5)}, with_bias});
+  t.push_back({"linear", {normal(6, 9), weight(4, 9), weight(4)}, with_bias});
+  t.push_back({"linear", {normal(1), weight(1, 1), weight(1)}, with_bias});
+  t.push_back({"linear", {normal(2, 3, 2, 5), weight(7, 5), weight(7)}, with_bias});
+  t.push_back({"linear", {normal(4, 33, 48), weight(65, 48), weight(65)}, with_bias});
+  t.push_back({"linear without bias", {normal(2, 5, 8), weight(3, 8)}, [](Vars& v) { return linear(v[0], v[1]); }});
+  t.push_back({"linear used twice", {normal(2, 3, 6), weight(6, 6), weight(6)}, [](Vars& v) {
+                 const Var h = within("first", [&] { return linear(v[0], v[1], v[2]); });
+                 return within("second", [&] { return linear(h, v[1], v[2]); });
+               }});
+  const auto plain = [](Vars& v) { return matmul(v[0], v[1]); };
+  const auto transposed = [](Vars& v) { return matmul(v[0], v[1], true); };
+  t.push_back({"matmul", {normal(4, 5), normal(5, 3)}, plain});
+  t.push_back({"matmul", {normal(1, 1), normal(1, 1)}, plain});
+  t.push_back({"matmul", {normal(3, 2, 7), normal(3, 7, 5)}, plain});
+  t.push_back({"matmul", {normal(2, 3, 5, 4), normal(2, 3, 4, 5)}, plain});
+  t.push_back({"matmul transposed", {normal(4, 5), normal(3, 5)}, transposed});
+  t.push_back({"matmul transposed", {normal(2, 1, 5, 4), normal(2, 1, 7, 4)}, transposed});
+  t.push_back({"matmul transposed", {normal(1, 2, 1, 3), normal(1, 2, 1, 3)}, transposed});
+  t.push_back({"matmul transposed", {normal(2, 3, 33, 16), normal(2, 3, 33, 16)}, transposed});
+  t.push_back({"matmul by itself", {normal(2, 4, 3)}, [](Vars& v) { return matmul(v[0], v[0], true); }});
+}
+
+void attention_rows(std::vector<Case>& t) {
+  struct Size {
+    int64_t B, N, C, H;
+  };
+  for (const auto [B, N, C, H] : {Size{2, 5, 6, 3}, Size{1, 7, 4, 1}, Size{3, 1, 8, 2}, Size{1, 1, 3, 1}, Size{2, 3, 4, 4}, Size{3, 33, 32, 2}}) {
+    const double s = 1.0 / std::sqrt(static_cast<double>(C / H));
+    const int64_t heads = H;
+    t.push_back({"attention", {normal(B, N, 3 * C)}, [heads, s](Vars& v) {
+                   const Scope scope("", heads);
+                   return attention(v[0], heads, s);
+                 }});
+    t.push_back({"attention op by op", {normal(B, N, 3 * C)}, [heads](Vars& v) {
+                   const Scope scope("", heads);
+                   return attention_chain(v[0], heads);
+                 }});
+    t.push_back({"split_heads", {normal(B, N, 3 * C)}, [heads](Vars& v) -> Outputs { return split_heads(v[0], heads); }});
+    t.push_back({"split_heads, one of three used", {normal(B, N, 3 * C)}, [heads](Vars& v) -> Outputs { return split_heads(v[0], heads)[1]; }});
+    t.push_back({"merge_heads", {normal(B, heads, N, C / heads)}, [](Vars& v) { return merge_heads(v[0]); }});
+  }
+  t.push_back({"attention and projection", {normal(2, 5, 12), weight(3, 4), weight(3)}, [](Vars& v) {
+                 const Scope scope("", 2);
+                 const Var o = within("attention", [&] { return attention(v[0], 2, 0.7); });
+                 return within("proj", [&] { return linear(o, v[1], v[2]); });
+               }});
+}
+
+void normalization(std::vector<Case>& t) {
+  const auto norm = [](Vars& v) { return layer_norm(v[0], v[1], v[2], 1e-6); };
+  t.push_back({"layer_norm", {normal(2, 5, 8), weight(8), weight(8)}, norm});
+  t.push_back({"layer_norm", {normal(1, 1, 13), weight(13), weight(13)}, norm});
+  t.push_back({"layer_norm", {normal(3, 2), weight(2), weight(2)}, norm});
+  t.push_back({"layer_norm", {normal(4, 33, 48), weight(48), weight(48)}, norm});
+  for (const Shape& s : {Shape{2, 3, 5, 5}, Shape{1, 1, 1, 1}, Shape{4, 7}, Shape{1, 3, 1}, Shape{2, 3, 33, 33}})
+    t.push_back({"softmax", {{Input::Role::activation, Input::Fill::normal, s}}, [](Vars& v) { return softmax(v[0]); }});
+  for (const Shape& s : {Shape{2, 5, 8}, Shape{1, 1, 1}, Shape{3, 7}, Shape{4, 33, 48}}) {
+    t.push_back({"gelu", {{Input::Role::activation, Input::Fill::normal, s}}, [](Vars& v) { return gelu(v[0]); }});
+    t.push_back({"relu", {{Input::Role::activation, Input::Fill::away_from_zero, s}}, [](Vars& v) { return relu(v[0]); }});
+    t.push_back({"dropout", {{Input::Role::activation, Input::Fill::normal, s}}, [](Vars& v) { return dropout(v[0], 0.3); }});
+    t.push_back({"drop_path", {{Input::Role::activation, Input::Fill::normal, s}}, [](Vars& v) { return drop_path(v[0], 0.4); }});
+  }
+  t.push_back({"dropout by nothing", {normal(2, 3)}, [](Vars& v) { return scale(dropout(drop_path(v[0], 0), 0), 2); }});
+  t.push_back({"mlp block", {normal(2, 3, 6), weight(6), weight(6), weight(9, 6), weight(9), weight(6, 9), weight(6)}, mlp_block});
+}
+
+void tokens(std::vector<Case>& t) {
+  const auto patches = [](Vars& v) { return patch_embed(v[0], v[1], v[2], v[0].dtype(), v[0].dtype()); };
+  t.push_back({"patch_embed", {normal(2, 3, 8, 8), weight(5, 3, 4, 4), weight(5)}, patches});
+  t.push_back({"patch_embed", {normal(1, 1, 6, 4), weight(3, 1, 2, 2), weight(3)}, patches});
+  t.push_back({"patch_embed", {normal(3, 2, 3, 3), weight(1, 2, 3, 3), weight(1)}, patches});
+  const auto prepend = [](Vars& v) { return prepend_token(v[1], v[0]); };
+  t.push_back({"prepend_token", {normal(2, 5, 8), weight(1, 1, 8)}, prepend});
+  t.push_back({"prepend_token", {normal(1, 1, 3), weight(1, 1, 3)}, prepend});
+  t.push_back({"select_token", {normal(2, 5, 8)}, [](Vars& v) { return select_token(v[0], 0); }});
+  t.push_back({"select_token", {normal(3, 4, 7)}, [](Vars& v) { return select_token(v[0], 3); }});
+  t.push_back({"select_token", {normal(1, 1, 1)}, [](Vars& v) { return select_token(v[0], 0); }});
+  t.push_back({"mean_pool", {normal(2, 5, 8)}, [](Vars& v) { return mean_pool(v[0], 0); }});
+  t.push_back({"mean_pool", {normal(3, 4, 7)}, [](Vars& v) { return mean_pool(v[0], 1); }});
+  t.push_back({"mean_pool", {normal(1, 1, 5)}, [](Vars& v) { return mean_pool(v[0], 0); }});
+}
+
+void losses(std::vector<Case>& t) {
+  const Tensor three = labels({4, 0, 2}), one = labels({1});
+  t.push_back({"cross_entropy", {normal(3, 5)}, [three](Vars& v) { return cross_entropy(v[0], three); }, false});
+  t.push_back({"cross_entropy smoothed", {normal(3, 5)}, [three](Vars& v) { return cross_entropy(v[0], three, 0.1); }, false});
+  t.push_back({"cross_entropy", {normal(1, 2)}, [one](Vars& v) { return cross_entropy(v[0], one, 0.3); }, false});
+  t.push_back({"cross_entropy soft", {normal(4, 7), distribution(4, 7)}, [](Vars& v) { return cross_entropy(v[0], v[1]); }, false});
+}
+
+}  // namespace
+
+std::string Case::title() const {
+  std::string text = name;
+  for (const Input& input : inputs) text += " " + to_string(input.shape);
+  return text;
+}
+
+const std::vector<Case>& cases() {
+  static const std::vector<Case> table = [] {
+    std::vector<Case> t;
+    arithmetic(t);
+    products(t);
+    attention_rows(t);
+    normalization(t);
+    tokens(t);
+    losses(t);
+    return t;
+  }();
+  return table;
+}
+
+}  // namespace mesa::testing

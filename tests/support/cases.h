@@ -1,0 +1,48 @@
+// The case table: one row for each op and shape, from which the harness derives every test of that op.
+#pragma once
+#include <functional>
+#include <string>
+#include <vector>
+
+#include "mesa/ops/ops.h"
+
+namespace mesa::testing {
+
+/// One argument of a row. Activations come out of another op, weights are parameters, constants want no gradient.
+struct Input {
+  enum class Role { activation, weight, constant } role = Role::activation;
+  enum class Fill { normal, away_from_zero, distribution } fill = Fill::normal;
+  Shape shape;
+};
+
+template <class... Dims>
+Input normal(Dims... dims) { return {Input::Role::activation, Input::Fill::normal, {dims...}}; }
+/// At least 0.1 from zero: for functions with a kink there.
+template <class... Dims>
+Input away_from_zero(Dims... dims) { return {Input::Role::activation, Input::Fill::away_from_zero, {dims...}}; }
+template <class... Dims>
+Input weight(Dims... dims) { return {Input::Role::weight, Input::Fill::normal, {dims...}}; }
+/// Rows that sum to one.
+template <class... Dims>
+Input distribution(Dims... dims) { return {Input::Role::constant, Input::Fill::distribution, {dims...}}; }
+
+/// What a row computes: one value, or the three of split_heads.
+struct Outputs {
+  std::vector<Var> vars;
+  Outputs(const Var& y) : vars{y} {}
+  Outputs(const std::array<Var, 3>& ys) : vars(ys.begin(), ys.end()) {}
+};
+
+struct Case {
+  std::string name;
+  std::vector<Input> inputs;
+  std::function<Outputs(std::vector<Var>&)> run;
+  bool bf16 = true;  ///< false where the op takes f32 and f64 only
+
+  /// "linear [2, 5, 8] [3, 8]"
+  std::string title() const;
+};
+
+const std::vector<Case>& cases();
+
+}  // namespace mesa::testing

@@ -1,0 +1,143 @@
+#include "mesa/train/benchmark.h"
+
+#include <catch2/catch.hpp>
+#include <nlohmann/json.hpp>
+
+#include "mesa/train/version.h"
+
+using namespace mesa;
+using Catch::Matchers::Contains;
+
+namespace {
+
+const char* const kTiny =
+    "model: {name: vit, image_size: 16, patch_size: 4, width: 64, depth: 2, heads: 2, channels: 3, classes: 5}\n"
+    "data: {kind: random}\n"
+    "train: {batch_size: 4}\n"
+    "optimizer: {lr: 1e-3}\n";
+
+RunConfig tiny(const std::vector<std::string>& overrides = {}) { return parse_config(kTiny, "tiny.yaml", overrides); }
+
+StorageConfig storage(const std::string& codec) {
+  return {codec, {{"*", codec, {}, "here"}, {"patch_embed.proj:x", "exact", {}, "here"}}};
+}
+
+BenchmarkOptions one_step(std::vector<StorageConfig> policies) {
+  BenchmarkOptions options;
+  options.policies = std::move(policies);
+  options.steps = 1;
+  options.warmup = 1;
+  return options;
+}
+
+void check_ordered(const Spread& s) {
+  CHECK(s.minimum <= s.median);
+  CHECK(s.median <= s.maximum);
+}
+
+}  // namespace
+
+TEST_CASE("benchmark: the spread of values") {
+  CHECK(spread_of({3, 1, 2}).median == 2);
+  CHECK(spread_of({4, 1, 2, 3}).median == 2.5);
+  CHECK(spread_of({4, 1, 2, 3}).minimum == 1);
+  CHECK(spread_of({4, 1, 2, 3}).maximum == 4);
+  CHECK_THROWS_AS(spread_of({}), Error);
+}
+
+TEST_CASE("benchmark: fewer bits keep fewer bytes and err more") {
+  const BenchmarkResult result = run_benchmark(tiny(), one_step({storage("exact"), storage("int8"), storage("int4"), storage("int2")}));
+  REQUIRE(result.policies.size() == 4);
+  CHECK(result.policies[0].gradient_relative_error.maximum == 0);
+  CHECK(result.policies[1].gradient_relative_error.minimum > 0);
+  CHECK(result.policies[1].gradient_relative_error.maximum < 0.1);
+  for (size_t i = 1; i < 4; ++i) {
+    const PolicyResult &better = result.policies[i - 1], &p = result.policies[i];
+    CAPTURE(p.storage);
+    CHECK(p.gradient_relative_error.minimum > better.gradient_relative_error.maximum);
+    CHECK(p.activation_bytes_per_image.median < better.activation_bytes_per_image.median);
+    CHECK(p.peak_bytes.median < better.peak_bytes.median);
+    check_ordered(p.gradient_relative_error);
+  }
+}
+
+TEST_CASE("benchmark: bytes by kind and by site are those of the policy alone") {
+  const BenchmarkResult alone = run_benchmark(tiny(), one_step({storage("int4")}));
+  const BenchmarkResult among = run_benchmark(tiny(), one_step({storage("exact"), storage("int4"), storage("int8")}));
+  const PolicyResult &a = alone.policies[0], &b = among.policies[1];
+  CHECK(a.bytes_by_kind == b.bytes_by_kind);
+  CHECK(a.peak_bytes.maximum == b.peak_bytes.maximum);
+  CHECK(a.activation_bytes_per_image.median == b.activation_bytes_per_image.median);
+  CHECK(alone.exact_activation_bytes_per_image == among.exact_activation_bytes_per_image);
+
+  int64_t total = 0, kept = 0;
+  for (int64_t bytes : a.bytes_by_kind) total += bytes;
+  for (const SiteRecord& site : a.sites) kept += site.kept_bytes;
+  CHECK(a.peak_bytes.median == static_cast<double>(total));
+  CHECK(a.activation_bytes_per_image.median * 4 == static_cast<double>(kept));
+  CHECK(a.bytes_by_kind[static_cast<int>(MemoryKind::parameters)] == alone.parameters * 4);
+  CHECK(a.bytes_by_kind[static_cast<int>(MemoryKind::optimizer)] == alone.parameters * 8);
+}
+
+TEST_CASE("benchmark: an exact policy beside dropout and clipping has the reference's gradients") {
+  const RunConfig config = tiny({"model.drop_rate=0.1", "model.drop_path=0.1", "train.clip_norm=0.5", "train.label_smoothing=0.1"});
+  BenchmarkOptions options = one_step({load_storage("exact"), storage("exact")});
+  int64_t told = 0;
+  options.progress = [&](const std::string&) { ++told; };
+  const BenchmarkResult result = run_benchmark(config, options);
+  for (const PolicyResult& p : result.policies) CHECK(p.gradient_relative_error.maximum <= 1e-6);
+  CHECK(result.policies[0].activation_bytes_per_image.median == result.exact_activation_bytes_per_image);
+  CHECK(told >= 5);
+}
+
+TEST_CASE("benchmark: the JSON and the table") {
+  const BenchmarkResult result = run_benchmark(tiny({"train.threads=1"}), one_step({storage("exact"), storage("int8")}));
+  const auto json = nlohmann::json::parse(benchmark_json(result));
+  CHECK(json.at("model") == "vit");
+  CHECK(json.at("batch_size") == 4);
+  CHECK(json.at("precision") == "fp32");
+  CHECK(json.at("device") == "cpu");
+  CHECK(json.at("threads") == 1);
+  REQUIRE(json.at("policies").size() == 2);
+  const auto& policy = json.at("policies").at(1);
+  CHECK(policy.at("storage") == "int8");
+  for (const char* key : {"images_per_second", "relative_speed", "step_ms", "forward_ms", "backward_ms", "optimizer_ms",
+                          "activation_bytes_per_image", "peak_bytes", "gradient_relative_error"})
+    for (const char* part : {"minimum", "median", "maximum"}) {
+      CAPTURE(key, part);
+      CHECK(policy.at(key).at(part).get<double>() > 0);
+    }
+  CHECK(policy.at("bytes_by_kind").size() == kMemoryKinds);
+  const auto& sites = policy.at("sites");
+  REQUIRE(!sites.empty());
+  bool found = false;
+  for (const auto& site : sites) {
+    CHECK(site.at("exact_bytes").is_number_integer());
+    CHECK(site.at("kept_bytes").is_number_integer());
+    if (site.at("name") != "blocks.1.norm2:xhat") continue;
+    found = true;
+    CHECK(site.at("codec") == "int8");
+    CHECK(site.at("shape") == nlohmann::json({4, 17, 64}));
+  }
+  CHECK(found);
+
+  const std::string text = format_benchmark(result);
+  CHECK_THAT(text, Contains("vit: ") && Contains("batch 4, fp32, cpu (1 thread, ") && Contains(result.matmul));
+  CHECK_THAT(text, Contains("\nexact ") && Contains("\nint8 ") && Contains("gradient error"));
+}
+
+TEST_CASE("benchmark: what cannot be measured is refused") {
+  BenchmarkOptions options = one_step({storage("exact")});
+  options.steps = 0;
+  CHECK_THROWS_AS(run_benchmark(tiny(), options), UsageError);
+  options = one_step({storage("exact")});
+  options.warmup = -1;
+  CHECK_THROWS_AS(run_benchmark(tiny(), options), UsageError);
+  const StorageConfig astray{"astray", {{"*", "exact", {}, "here"}, {"blocks.7.*", "int8", {}, "astray.yaml:3"}}};
+  CHECK_THROWS_WITH(run_benchmark(tiny(), one_step({astray})), Contains("astray.yaml:3") && Contains("blocks.7.*"));
+  CHECK_THROWS_WITH(run_benchmark(tiny({"optimizer.lr=1", "optimizer.weight_decay=1e12"}), one_step({storage("exact")})), Contains("the loss of step"));
+}
+
+TEST_CASE("version: names the build and its backends") {
+  CHECK_THAT(version_text(), Contains("mesa ") && Contains("commit ") && Contains("cuda      not built"));
+}

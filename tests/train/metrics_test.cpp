@@ -1,0 +1,177 @@
+#include "mesa/train/metrics.h"
+
+#include <fcntl.h>
+#include <pty.h>
+#include <unistd.h>
+
+#include <catch2/catch.hpp>
+#include <filesystem>
+#include <fstream>
+#include <nlohmann/json.hpp>
+
+using namespace mesa;
+namespace fs = std::filesystem;
+using Catch::Matchers::Contains;
+
+namespace {
+
+struct Folder {
+  fs::path path;
+  Folder() {
+    char name[] = "/tmp/mesa-metrics-XXXXXX";
+    path = mkdtemp(name);
+  }
+  ~Folder() { fs::remove_all(path); }
+  std::string at(const std::string& name) const { return (path / name).string(); }
+};
+
+EpochRow epoch_row(int64_t epoch) { return {epoch, 1.5 / epoch, 0.1 + 0.2, 95.25, kNotMeasured, 1e-3, 812.5, 1e6, 123456789, 3.25}; }
+IntervalRow interval_row(int64_t step) { return {step, step / 10, 2.0 / (1 + step), 1e-3, kNotMeasured, 800, 0.01, 5e5, 42, 0, 1}; }
+
+ProgressState state() { return {3, 10, 50, 157, 1.23456, 1e-3, 812.3, 0.012, 4.5e6, 754}; }
+
+std::string drain(int fd) {
+  std::string out;
+  char block[4096];
+  fcntl(fd, F_SETFL, O_NONBLOCK);
+  for (ssize_t got; (got = ::read(fd, block, sizeof block)) > 0;) out.append(block, static_cast<size_t>(got));
+  return out;
+}
+
+}  // namespace
+
+TEST_CASE("metrics: summary.csv has its columns and a row for each epoch") {
+  const Folder dir;
+  {
+    EpochLog log(dir.at("summary.csv"));
+    log.append(epoch_row(1));
+  }
+  CHECK(read_file(dir.at("summary.csv")) ==
+        "epoch,train_loss,eval_loss,eval_top1,eval_top5,lr,images_per_second,activation_bytes_per_image,peak_bytes,seconds\n"
+        "1,1.5,0.30000000000000004,95.25,,0.001,812.5,1e+06,123456789,3.25\n");
+}
+
+TEST_CASE("metrics: a resumed run's files equal those of an uninterrupted one") {
+  const Folder dir;
+  {
+    EpochLog straight(dir.at("a.csv"));
+    IntervalLog steps(dir.at("a.jsonl"));
+    for (int i = 1; i <= 6; ++i) straight.append(epoch_row(i)), steps.append(interval_row(10 * i));
+  }
+  {
+    EpochLog first(dir.at("b.csv"));
+    IntervalLog steps(dir.at("b.jsonl"));
+    for (int i = 1; i <= 5; ++i) first.append(epoch_row(i)), steps.append(interval_row(10 * i));
+  }
+  std::ofstream(dir.at("b.csv"), std::ios::app) << "6,0.1";  // torn by the crash
+  std::ofstream(dir.at("b.jsonl"), std::ios::app) << "{\"step\": 60, \"lo";
+  {
+    EpochLog second(dir.at("b.csv"), 3);
+    IntervalLog steps(dir.at("b.jsonl"), 30);
+    for (int i = 4; i <= 6; ++i) second.append(epoch_row(i)), steps.append(interval_row(10 * i));
+  }
+  CHECK(read_file(dir.at("a.csv")) == read_file(dir.at("b.csv")));
+  CHECK(read_file(dir.at("a.jsonl")) == read_file(dir.at("b.jsonl")));
+  EpochLog missing(dir.at("c.csv"), 3);  // resumed in another folder: starts anew
+  CHECK_THAT(read_file(dir.at("c.csv")), Catch::Matchers::StartsWith("epoch,"));
+  std::ofstream(dir.at("d.csv")) << "name,price\n1,2\n";
+  CHECK_THROWS_WITH(EpochLog(dir.at("d.csv"), 3), Contains("d.csv") && Contains("not that of a summary.csv"));
+}
+
+TEST_CASE("metrics: JSON has null for what was not measured") {
+  const Folder dir;
+  IntervalLog(dir.at("m.jsonl")).append(interval_row(10));
+  const auto line = nlohmann::json::parse(read_file(dir.at("m.jsonl")));
+  CHECK(line["step"] == 10);
+  CHECK(line["grad_norm"].is_null());
+  RunSummary summary;
+  summary.top1 = 95.5;
+  summary.storage = "int8";
+  write_summary_json(dir.at("summary.json"), summary);
+  const auto json = nlohmann::json::parse(read_file(dir.at("summary.json")));
+  CHECK(json["top1"] == 95.5);
+  CHECK(json["eval_loss"].is_null());
+  for (const char* key : {"top1", "top5", "eval_loss", "train_loss", "epochs", "steps", "images_per_second", "parameters",
+                          "activation_bytes_per_image", "exact_activation_bytes_per_image", "peak_bytes", "device", "storage", "seed"})
+    CHECK(json.contains(key));
+}
+
+TEST_CASE("metrics: memory.csv quotes shapes") {
+  const Folder dir;
+  write_memory_csv(dir.at("memory.csv"), std::vector<MemoryRow>{{"blocks.0.mlp.gelu:x", "[2, 3]", "int8", 24, 6}});
+  CHECK(read_file(dir.at("memory.csv")) == "site,shape,codec,exact_bytes,kept_bytes\nblocks.0.mlp.gelu:x,\"[2, 3]\",int8,24,6\n");
+}
+
+TEST_CASE("metrics: writers report a place that cannot be written") {
+  CHECK_THROWS_WITH(EpochLog("/proc/none/summary.csv"), Contains("/proc/none/summary.csv"));
+  CHECK_THROWS_WITH(write_summary_json("/proc/none/s.json", {}), Contains("/proc/none/s.json"));
+}
+
+TEST_CASE("progress: a line is never wider than it may be") {
+  for (int width = 1; width < 200; ++width) CHECK(static_cast<int>(format_progress(state(), width).size()) <= width);
+  const std::string wide = format_progress(state(), 199);
+  for (const char* part :
+       {"epoch 3/10", "[=", " 32%", "step 50/157", "ETA 12:34", "loss 1.2346", "812 img/s", "lr 1.00e-03", "data wait 1.2%", "kept 4.5 MB"})
+    CHECK_THAT(wide, Contains(part));
+  CHECK_THAT(format_progress(state(), 40), Contains("epoch 3/10") && Contains("ETA 12:34"));
+  CHECK_THAT(format_progress(state(), 0), !Contains("[=") && Contains("kept 4.5 MB"));
+  CHECK(format_progress(ProgressState{}, 80).size() <= 80);
+  CHECK(format_duration(3723) == "1:02:03");
+  CHECK(format_duration(59.6) == "1:00");
+  CHECK(format_duration(kNotMeasured) == "-:--");
+}
+
+TEST_CASE("progress: plain lines each interval when not on a terminal") {
+  int ends[2];
+  REQUIRE(pipe(ends) == 0);
+  double now = 0;
+  {
+    Progress progress(20, 0, 4, ends[1], [&] { return now; });
+    for (int step = 1; step <= 10; ++step) {
+      now += 2;
+      ProgressState s = state();
+      s.step = step, s.steps = 10;
+      progress.update(s);
+    }
+    progress.print("saved");
+  }
+  const std::string out = drain(ends[0]);
+  CHECK(std::count(out.begin(), out.end(), '\n') == 4);  // steps 4, 8, 10 and the message
+  CHECK(out.find('\r') == std::string::npos);
+  CHECK_THAT(out, Contains("step 4/10  ETA 0:32") && Contains("step 10/10  ETA 0:20") && Contains("saved\n"));
+  close(ends[0]);
+  close(ends[1]);
+}
+
+TEST_CASE("progress: on a terminal one line is redrawn, at most ten times a second") {
+  int master = 0, slave = 0;
+  winsize size{24, 60, 0, 0};
+  REQUIRE(openpty(&master, &slave, nullptr, nullptr, &size) == 0);
+  double now = 0;
+  Progress progress(1000, 0, 50, slave, [&] { return now; });
+  std::string out;
+  for (int step = 1; step <= 1000; ++step) {
+    now += 0.001;
+    ProgressState s = state();
+    s.step = step, s.steps = 1000;
+    progress.update(s);
+    out += drain(master);
+  }
+  progress.print("a note");
+  progress.finish();
+  out += drain(master);
+  const auto redraws = std::count(out.begin(), out.end(), '\r');
+  CHECK(redraws >= 10);
+  CHECK(redraws <= 15);  // eleven, the note's and those that the terminal adds to newlines
+  size_t from = 0;
+  while (from < out.size()) {
+    const size_t end = std::min(out.find_first_of("\r\n", from), out.size());
+    std::string line = out.substr(from, end - from);
+    for (size_t at; (at = line.find("\x1b[K")) != std::string::npos;) line.erase(at, 3);
+    CHECK(line.size() < 60);
+    from = end + 1;
+  }
+  CHECK_THAT(out, Contains("a note"));
+  close(master);
+  close(slave);
+}
