@@ -1,7 +1,9 @@
 // mesa-eval: how well a checkpoint does; it alone says which model and which preprocessing.
 #include <omp.h>
+#include <unistd.h>
 
 #include <CLI/CLI.hpp>
+#include <chrono>
 #include <cstdio>
 #include <nlohmann/json.hpp>
 
@@ -11,6 +13,25 @@
 #include "mesa/train/version.h"
 
 namespace {
+
+/// Labels are numbers in the order of the class names: other names would give a wrong result, not an error.
+void check_classes(const std::vector<std::string>& trained, const std::vector<std::string>& data, const std::string& checkpoint) {
+  for (size_t i = 0; i < std::max(trained.size(), data.size()); ++i) {
+    const std::string then = i < trained.size() ? "'" + trained[i] + "'" : "missing", now = i < data.size() ? "'" + data[i] + "'" : "missing";
+    if (then == now) continue;
+    throw mesa::Error(mesa::concat(checkpoint, ": the classes of these data are not those of its training: class ", i, " was ", then,
+                                   " and is ", now));
+  }
+}
+
+/// The live line, on a terminal only.
+void show(int64_t done, int64_t total) {
+  static auto drawn = std::chrono::steady_clock::time_point();
+  const auto now = std::chrono::steady_clock::now();
+  if (isatty(2) != 1 || (done < total && now - drawn < std::chrono::milliseconds(200))) return;
+  drawn = now;
+  std::fprintf(stderr, done < total ? "\r%lld of %lld images" : "\r\x1b[K", static_cast<long long>(done), static_cast<long long>(total));
+}
 
 int evaluate_checkpoint(const std::string& path, const std::string& data, int64_t batch_size, const std::vector<std::string>& overrides,
                         const std::string& json) {
@@ -25,8 +46,10 @@ int evaluate_checkpoint(const std::string& path, const std::string& data, int64_
   mesa::BuiltModel model(config, vit);
   mesa::load_weights(model.params, loaded.weights, path);
   const mesa::DatasetPair sets = mesa::make_datasets(config, vit);
+  check_classes(loaded.class_names, sets.test->class_names(), path);
   mesa::Loader loader(sets.test, transform, mesa::make_loader_options(config, false));
-  const mesa::EvalResult result = mesa::evaluate(model.net, loader, transform);
+  const int64_t total = sets.test->size();
+  const mesa::EvalResult result = mesa::evaluate(model.net, loader, transform, {}, [&](int64_t done) { show(done, total); });
   std::printf("top-1 %.2f %%, top-5 %.2f %%, loss %.4f, %lld images, %.1f images/s\n", result.top1, result.top5, result.loss,
               static_cast<long long>(result.images), result.images_per_second());
   if (!json.empty()) {

@@ -54,4 +54,22 @@ void gelu_grad(const Tensor& dy, const Tensor& x, const Tensor& dx) {
   map_grad(dy, x, dx, "gelu_grad", [](auto g, auto v) { return g * scalar::gelu_slope(v); });
 }
 
+void gelu_and_slope(const Tensor& x, const Tensor& y, const Tensor& slope) {
+  check_alike(x, y, "gelu_and_slope");
+  check_alike(x, slope, "gelu_and_slope");
+  dispatch(x.dtype(), y.dtype(), [&](auto tx, auto ty) {
+    const auto* px = x.data<decltype(tx)>();
+    auto* py = y.data<decltype(ty)>();
+    auto* ps = slope.data<decltype(ty)>();
+    parallel_elements(y.numel(), [=](int64_t begin, int64_t end) {
+#pragma omp simd
+      for (int64_t i = begin; i < end; ++i) {
+        const auto v = load(px + i);
+        store(py + i, scalar::gelu(v));
+        store(ps + i, scalar::gelu_slope(v));
+      }
+    });
+  });
+}
+
 }  // namespace mesa::kernels::MESA_ISA

@@ -8,8 +8,9 @@ void update_range(const Tensor& alpha, const Tensor& beta, const Tensor& lo, con
   float* b = beta.data<float>();
   const float *l = lo.data<float>(), *h = hi.data<float>();
   for (int64_t g = 0; g < alpha.numel(); ++g) {
-    a[g] = static_cast<float>(decay * a[g] + (1 - decay) * (static_cast<double>(h[g]) - l[g]));
-    b[g] = static_cast<float>(decay * b[g] + (1 - decay) * l[g]);
+    const double keep = a[g] == 0 ? 0 : decay;  // a group that was constant so far calibrates again
+    a[g] = static_cast<float>(keep * a[g] + (1 - keep) * (static_cast<double>(h[g]) - l[g]));
+    b[g] = static_cast<float>(keep * b[g] + (1 - keep) * l[g]);
   }
 }
 

@@ -45,8 +45,10 @@ Site Op::site(const char* slot) const { return {Scope::path().empty() ? name_ : 
 
 Saved Op::save(const char* slot, const Var& x) const {
   if (!recording()) return {};
-  return tape_->policy().save(x.value(), site(slot), x.recipe());
+  return tape_->policy().save(x.value(), site(slot), x.recipe(), !x.requires_grad());
 }
+
+bool Op::shares_input(const char* slot, DType dtype) const { return recording() && tape_->policy().shares_input(site(slot), dtype); }
 
 Saved Op::save(const char* slot, const Tensor& x) const { return save(slot, Var(x)); }
 
@@ -82,11 +84,13 @@ std::vector<Var> Op::record(const std::vector<Tensor>& ys, Backward backward) co
   step.path = Scope::join(name_);
   for (Var& y : out) {
     y.slot_ = static_cast<int>(tape_->gradients_.size());
+    y.tape_ = tape_->id_;
     tape_->gradients_.emplace_back();
     step.outputs.push_back(y.slot_);
     if (tape_->check_finite_) tape_->inspect(y.value(), step.path);
   }
   for (const Var& x : inputs_) {
+    check(x.slot_ < 0 || x.tape_ == tape_->id_, name_, " uses a value that another tape recorded");
     step.inputs.push_back(x.slot_);
     Param* const param = x.requires_grad() ? x.param() : nullptr;
     step.params.push_back(param);

@@ -1,11 +1,14 @@
 #include "mesa/autograd/tape.h"
 
+#include <atomic>
+
 #include "mesa/base/scope.h"
 #include "mesa/kernels/elementwise.h"
 
 namespace mesa {
 namespace {
 thread_local Tape* current_tape = nullptr;
+std::atomic<uint64_t> next_tape_id{1};
 
 /// For ops that return the gradient of an input instead of writing through a Target.
 void add_to_parameter(Param& param, const Tensor& gradient) {
@@ -16,7 +19,7 @@ void add_to_parameter(Param& param, const Tensor& gradient) {
 }
 }  // namespace
 
-Tape::Tape(StoragePolicy& policy, uint64_t seed, uint64_t step) : policy_(policy), seed_(seed), step_(step), previous_(current_tape) {
+Tape::Tape(StoragePolicy& policy, uint64_t seed, uint64_t step) : policy_(policy), id_(next_tape_id++), seed_(seed), step_(step), previous_(current_tape) {
   policy_.begin(seed, step);
   current_tape = this;
 }
@@ -41,7 +44,7 @@ void Tape::backward(const Var& loss, const std::function<void(Param&)>& ready, d
 
 void Tape::backward(const std::vector<Var>& outputs, const std::vector<Tensor>& gradients, const std::function<void(Param&)>& ready) {
   for (size_t i = 0; i < outputs.size(); ++i) {
-    check(outputs[i].slot_ >= 0 && outputs[i].slot_ < static_cast<int>(gradients_.size()),
+    check(outputs[i].slot_ >= 0 && outputs[i].tape_ == id_,
           "backward from a value that this tape did not compute from anything trainable");
     check(gradients[i].shape() == outputs[i].shape(), "a gradient of shape ", gradients[i].shape(), " for an output of shape ", outputs[i].shape());
     accumulate(outputs[i].slot_, gradients[i]);

@@ -58,6 +58,17 @@ void matmul_widened(const Tensor& a, const Tensor& b, const Tensor& c, const Ten
   copy(wide_c, c);
 }
 
+/// oneDNN reads a transposed fp32 right-hand side about a quarter slower than a plain one (measured on AVX-512), so a weight that many rows
+/// will meet is transposed first.
+constexpr int64_t kRowsWorthTransposing = 512;
+
+Tensor plain_right(const Tensor& a, const Tensor& b) {
+  if (b.rank() != 2 || b.dtype() != DType::f32 || b.strides()[-1] == 1 || a.dim(0) < kRowsWorthTransposing) return b;
+  const Tensor out = empty_like(b);
+  copy(b, out);
+  return out;
+}
+
 }  // namespace
 
 void matmul(const Tensor& a, const Tensor& b, const Tensor& c, const Tensor& bias, bool accumulate) {
@@ -66,7 +77,7 @@ void matmul(const Tensor& a, const Tensor& b, const Tensor& c, const Tensor& bia
   check(c.device().kind == DeviceKind::cpu, "this build has no matrix product on ", to_string(c.device().kind));
   if (c.dtype() == DType::f64) return matmul_f64(a, b, c, bias, accumulate);
   if (a.dtype() == DType::bf16 && !native_bf16()) return matmul_widened(a, b, c, bias, accumulate);
-  onednn::matmul(a, b, c, bias, accumulate);
+  onednn::matmul(a, plain_right(a, b), c, bias, accumulate);
 }
 
 bool native_bf16() {

@@ -65,7 +65,10 @@ Var Vit::operator()(const Var& images) const {
         "the model takes [B, ", config_.channels, ", ", config_.image_size, ", ", config_.image_size, "], not ", images.shape());
   Var x = patch_embed_(images);  // [B, N, C]
   if (cls_token_) x = prepend_token(*cls_token_, x);
-  x = dropout(bias(x, *pos_embed_), config_.drop_rate);
+  {
+    const Scope scope("pos_drop");
+    x = dropout(bias(x, *pos_embed_), config_.drop_rate);
+  }
   for (const EncoderBlock& block : blocks_) x = block(x);
   // A layer norm works token by token, so pooling first gives the same class token and keeps one token instead of all.
   return head_(norm_(config_.class_token ? select_token(x, 0) : mean_pool(x, 0)));

@@ -35,6 +35,16 @@ Var LayerNorm::operator()(const Var& x) const {
   return layer_norm(x, *weight, *bias, eps, out);
 }
 
+namespace {
+
+/// Each dropout of a layer draws from a stream of its own, named as timm names the module.
+Var scoped_dropout(const char* name, const Var& x, double p) {
+  const Scope scope(name);
+  return dropout(x, p);
+}
+
+}  // namespace
+
 Mlp Mlp::make(const Builder& build, const std::string& name, int64_t width, int64_t hidden, double drop) {
   const Scope scope(name);
   Mlp layer;
@@ -51,7 +61,7 @@ Var Mlp::operator()(const Var& x) const {
     const Scope scope("act");
     return gelu(h);
   };
-  return dropout(fc2(dropout(act(fc1(x)), drop)), drop);
+  return scoped_dropout("drop2", fc2(scoped_dropout("drop1", act(fc1(x)), drop)), drop);
 }
 
 Attention Attention::make(const Builder& build, const std::string& name, int64_t width, int64_t heads, AttentionKind kind, bool qkv_bias,
@@ -83,7 +93,7 @@ Var explicit_attention(const Var& qkv, int64_t heads, double scale_by, double at
     const Scope scope("softmax");
     return softmax(s);
   };
-  const Var p = dropout(weights(scores()), attn_drop);
+  const Var p = scoped_dropout("attn_drop", weights(scores()), attn_drop);
   const Scope scope("matmul2");
   return merge_heads(matmul(p, v));
 }
@@ -99,7 +109,7 @@ Var Attention::operator()(const Var& x) const {
     const Scope scope("attention");
     return attention(packed, heads, scale_by);
   };
-  return dropout(proj(mixed()), drop);
+  return scoped_dropout("proj_drop", proj(mixed()), drop);
 }
 
 PatchEmbed PatchEmbed::make(const Builder& build, const std::string& name, int64_t channels, int64_t patch, int64_t width) {

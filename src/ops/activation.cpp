@@ -7,16 +7,21 @@ Var gelu(const Var& x) {
   const Op op("gelu", {x});
   const Tensor y = empty_like(x.value());
   kernels::gelu(x.value(), y);
+  if (!op.recording()) return Var(y);
   const Saved saved = op.save("x", x);
-  const Var result = op.record(y, [saved](const Tensor& dy) -> Grads {
+  // Rebuilding y for the layer behind comes just before this op's own backward: it leaves the slope here, so that x is decoded once.
+  const auto slope = std::make_shared<Tensor>();
+  const Var result = op.record(y, [saved, slope](const Tensor& dy) -> Grads {
     const Tensor dx = empty_like(dy);
-    kernels::gelu_grad(dy, saved.get(), dx);
+    if (slope->defined()) kernels::mul(dy, *slope, dx);
+    else kernels::gelu_grad(dy, saved.get(), dx);
+    *slope = Tensor();
     return {dx};
   });
-  if (!op.recording()) return result;
-  return result.with_recipe([saved] {
+  return result.with_recipe([saved, slope] {
     const Tensor x = saved.get(), y = empty_like(x);
-    kernels::gelu(x, y);
+    *slope = empty_like(x);
+    kernels::gelu_and_slope(x, y, *slope);
     return y;
   });
 }

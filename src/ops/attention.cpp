@@ -17,6 +17,24 @@ void check_packed(const Var& qkv, int64_t heads) {
         heads, ", not ", qkv.shape());
 }
 
+/// q, k and v as views of the packed projection. Where only some of them are kept exactly, those are copied: a view would pin all three.
+std::array<Saved, 3> save_thirds(const Op& op, const Tensor& qkv) {
+  static constexpr const char* kSlots[] = {"q", "k", "v"};
+  int shared = 0;
+  for (const char* slot : kSlots) shared += op.shares_input(slot, qkv.dtype());
+  std::array<Saved, 3> saved;
+  for (int i = 0; i < 3; ++i) {
+    Tensor part = third(qkv, i);
+    if (shared < 3 && op.shares_input(kSlots[i], qkv.dtype())) {
+      const Tensor own = empty_like(part);
+      kernels::copy(part, own);
+      part = own;
+    }
+    saved[i] = op.save(kSlots[i], part);
+  }
+  return saved;
+}
+
 }  // namespace
 
 Var attention(const Var& qkv, int64_t heads, double scale) {
@@ -28,14 +46,16 @@ Var attention(const Var& qkv, int64_t heads, double scale) {
   const Tensor lse = Tensor::empty({B, heads, N}, x.dtype() == DType::f64 ? DType::f64 : DType::f32, x.device());
   kernels::attention(by_head(third(x, 0), heads), by_head(third(x, 1), heads), by_head(third(x, 2), heads), scale, by_head(o, heads), lse);
   if (!op.recording()) return Var(o);
-  const std::array<Saved, 3> saved{op.save("q", third(x, 0)), op.save("k", third(x, 1)), op.save("v", third(x, 2))};
-  const Saved so = op.save("o", o);  // one copy with the projection behind, which keeps the same buffer
-  op.keep("lse", lse);
-  const bool lossy = saved[0].lossy() || saved[1].lossy() || saved[2].lossy() || so.lossy();
+  const std::array<Saved, 3> saved = save_thirds(op, x);
+  // Rows of exp(scale q k^T - lse) from decoded q and k do not sum to one, so they are normalized again and neither lse nor o is read.
+  const bool exact = saved[0].error() == 0 && saved[1].error() == 0 && saved[2].error() == 0;
+  const Saved so = exact ? op.save("o", o) : Saved();  // one copy with the projection behind, which keeps the same buffer
+  if (exact) op.keep("lse", lse);
+  const Tensor rows = exact ? lse : Tensor();
   return op.record(o, [=, shape = qkv.shape(), type = qkv.dtype()](const Tensor& d_o) -> Grads {
     const Tensor dqkv = Tensor::empty(shape, type, d_o.device());
     Tensor q = by_head(saved[0].get(), heads), k = by_head(saved[1].get(), heads), v = by_head(saved[2].get(), heads);
-    kernels::attention_grad(d_o, q, k, v, lossy ? Tensor() : so.get(), lossy ? Tensor() : lse, scale,
+    kernels::attention_grad(d_o, q, k, v, so.defined() && so.error() == 0 ? so.get() : Tensor(), rows, scale,
                             by_head(third(dqkv, 0), heads), by_head(third(dqkv, 1), heads), by_head(third(dqkv, 2), heads));
     return {dqkv};
   });

@@ -13,7 +13,7 @@ class ExactCodec : public Codec {
   Tensor unpack(const Packed& packed) const override { return packed.parts[0]; }
   int64_t packed_bytes(const Shape& shape, DType dtype, const Site&) const override { return shape.numel() * size_of(dtype); }
   double error_bound(double, double) const override { return 0; }
-  bool shares_input() const override { return true; }
+  bool shares_input(DType) const override { return true; }
 };
 
 class Bf16Codec : public Codec {
@@ -36,6 +36,7 @@ class Bf16Codec : public Codec {
   }
   int64_t packed_bytes(const Shape& shape, DType, const Site&) const override { return shape.numel() * 2; }
   double error_bound(double lo, double hi) const override { return std::max(std::abs(lo), std::abs(hi)) * 0x1p-8; }
+  bool shares_input(DType dtype) const override { return dtype == DType::bf16; }
 };
 
 }  // namespace

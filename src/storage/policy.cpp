@@ -10,11 +10,11 @@ Tensor Saved::get() const {
   check(defined(), "a backward pass asks for an activation that was not kept");
   if (entry_->recipe) return (*entry_->recipe)();
   const Packed& packed = entry_->packed;
-  if (packed.parts[0].is_meta() && !entry_->codec->shares_input()) return Tensor::empty(packed.shape, packed.dtype, packed.parts[0].device());
+  if (packed.parts[0].is_meta() && !entry_->codec->shares_input(packed.dtype)) return Tensor::empty(packed.shape, packed.dtype, packed.parts[0].device());
   return entry_->codec->unpack(packed);
 }
 
-bool Saved::lossy() const { return defined() && (entry_->recipe || entry_->codec->lossy()); }
+double Saved::error() const { return defined() && entry_->codec ? entry_->codec->error_bound(0, 1) : 0; }
 
 namespace {
 
@@ -52,6 +52,7 @@ struct StoragePolicy::Impl {
   struct SiteState {
     SiteRecord record;
     const StorageRule* rule = nullptr;
+    const StorageRule* fallback = nullptr;  // the last matching rule that does not rebuild
     std::shared_ptr<Codec> codec;  // null for rebuild
   };
 
@@ -100,6 +101,7 @@ StoragePolicy::Impl::SiteState& StoragePolicy::Impl::site_state(const Site& site
     if (fnmatch(rules[i].match.c_str(), site_name.c_str(), 0) == 0) {
       matched[i] = true;
       state.rule = &rules[i];
+      if (rules[i].codec != "rebuild") state.fallback = &rules[i];
     }
   if (state.rule == nullptr) return state;
   state.codec = make_codec(state.rule->codec, state.rule->options);
@@ -121,7 +123,7 @@ std::shared_ptr<const Saved::Entry> StoragePolicy::Impl::pack(const Tensor& x, S
   auto entry = std::make_shared<Saved::Entry>();
   entry->codec = state.codec;
   const Site& site = state.record.site;
-  if (x.is_meta() && !state.codec->shares_input()) {  // a plan: the promised bytes, no codes
+  if (x.is_meta() && !state.codec->shares_input(x.dtype())) {  // a plan: the promised bytes, no codes
     const Tensor promised = Tensor::empty({state.codec->packed_bytes(x.shape(), x.dtype(), site)}, DType::u8, x.device());
     entry->packed = {{promised}, x.shape(), x.dtype(), {}};
   } else {
@@ -140,8 +142,18 @@ std::shared_ptr<const Saved::Entry> StoragePolicy::Impl::pack(const Tensor& x, S
   return entry;
 }
 
-Saved StoragePolicy::save(const Tensor& x, const Site& site, const std::shared_ptr<const Recipe>& recipe) {
+bool StoragePolicy::shares_input(const Site& site, DType dtype) {
+  const Impl::SiteState& state = impl_->site_state(site);
+  return state.codec != nullptr && state.codec->shares_input(dtype);
+}
+
+Saved StoragePolicy::save(const Tensor& x, const Site& site, const std::shared_ptr<const Recipe>& recipe, bool constant) {
   Impl::SiteState& state = impl_->site_state(site);
+  if (state.rule != nullptr && state.codec == nullptr && recipe == nullptr && constant && state.fallback != nullptr) {
+    state.rule = state.fallback;
+    state.codec = make_codec(state.rule->codec, state.rule->options);
+    impl_->load_pending(state);
+  }
   check(state.rule != nullptr, "no storage rule of policy '", impl_->name, "' matches the site ", site.name(),
         "; begin the policy with {match: \"*\", codec: exact}");
   SiteRecord& record = state.record;

@@ -22,8 +22,9 @@ namespace {
 constexpr int64_t kAlignment = 64;
 constexpr int64_t kHugePage = 2 << 20;
 
-/// Size classes: eight per doubling, so that at most 1/8 of a block is waste.
+/// Size classes: eight per doubling, so that at most 1/8 of a block is waste; whole huge pages from 2 MiB up.
 int64_t size_class(int64_t bytes) {
+  if (bytes > kHugePage) return (bytes + kHugePage - 1) / kHugePage * kHugePage;
   if (bytes <= 512) return (bytes + kAlignment - 1) / kAlignment * kAlignment;
   const int64_t step = int64_t{1} << (std::bit_width(static_cast<uint64_t>(bytes - 1)) - 4);
   return (bytes + step - 1) / step * step;
@@ -56,15 +57,14 @@ class Allocator::Impl {
 };
 
 namespace {
-/// Pages come from mmap; large blocks ask for huge pages, which spares faults and TLB misses.
+/// Large blocks ask for huge pages, which spares faults and TLB misses.
 class CpuMemory : public Allocator::Impl {
  public:
   CpuMemory() : Impl(kCpu) {}
   void* take(int64_t bytes) override {
     if (bytes < kHugePage) return std::aligned_alloc(kAlignment, bytes);
-    const int64_t rounded = (bytes + kHugePage - 1) / kHugePage * kHugePage;
-    void* data = std::aligned_alloc(kHugePage, rounded);
-    if (data != nullptr) madvise(data, rounded, MADV_HUGEPAGE);
+    void* data = std::aligned_alloc(kHugePage, bytes);
+    if (data != nullptr) madvise(data, bytes, MADV_HUGEPAGE);
     return data;
   }
   void give_back(void* data, int64_t) override { std::free(data); }

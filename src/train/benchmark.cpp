@@ -172,7 +172,7 @@ struct Bench {
 /// Gives every contestant the weights of an exact model after a few steps and compares its gradients with that model's. A draw is one step
 /// number, the same for all: dropout falls alike, and stochastic rounding differs from draw to draw.
 void compare_gradients(Bench& bench, const Contestants& contestants, BenchmarkResult& result) {
-  Contestant exact(bench.config, bench.model, load_storage("exact"), bench.device);
+  Contestant exact(bench.config, bench.model, reference_storage(), bench.device);
   bench.tell("training a few steps");
   for (int64_t i = 0; i < bench.options.training_steps; ++i) exact.train(bench.batch, bench.step++);
   std::vector<std::vector<double>> errors(contestants.size());
@@ -337,8 +337,8 @@ std::string format_benchmark(const BenchmarkResult& result) {
   out += concat(result.device, " (", result.threads, threads, result.isa, ", ", result.matmul, ")\n");
   out += concat("medians of ", result.steps, " steps after ", result.warmup, " to warm up; speed is relative to ");
   out += concat(result.policies.front().storage, ", step against step\n\n");
-  std::vector<std::vector<std::string>> speed{{"storage", "images/s", "[min", "max]", "speed", "step ms", "forward", "backward", "optimizer",
-                                               "kept/image", "of exact", "peak", "gradient error"}};
+  std::vector<std::vector<std::string>> speed{{"storage", "images/s", "[min", "max]", "speed", "step ms", "forward", "backward",
+                                               "optimizer", "kept/image", "of exact", "peak", "gradient error"}};
   std::vector<std::vector<std::string>> kinds{{"bytes at the peak"}};
   for (int kind = 0; kind < kMemoryKinds; ++kind) kinds.front().push_back(to_string(static_cast<MemoryKind>(kind)));
   for (const PolicyResult& p : result.policies) {

@@ -1,8 +1,13 @@
 #include "mesa/train/checkpoint.h"
 
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
 #include <filesystem>
 #include <nlohmann/json.hpp>
+#include <set>
 
+#include "config_keys.h"
 #include "mesa/kernels/elementwise.h"
 #include "mesa/train/files.h"
 #include "mesa/train/safetensors.h"
@@ -22,7 +27,11 @@ void each_field(State& s, F&& f) {
   f("epoch", s.epoch), f("batch", s.batch), f("step", s.step), f("micro_step", s.micro_step);
   f("bad_steps", s.bad_steps), f("bad_in_a_row", s.bad_in_a_row);
   f("epoch_loss", s.epoch_loss), f("epoch_images", s.epoch_images), f("epoch_seconds", s.epoch_seconds);
-  f("train_seconds", s.train_seconds), f("train_images", s.train_images), f("best_top1", s.best_top1);
+  f("train_seconds", s.train_seconds), f("train_images", s.train_images), f("bad_samples", s.bad_samples);
+  f("interval_loss", s.interval_loss), f("interval_images", s.interval_images);
+  f("interval_seconds", s.interval_seconds), f("interval_wait", s.interval_wait);
+  f("best_top1", s.best_top1), f("evaluated_step", s.evaluated_step), f("peak_bytes", s.peak_bytes);
+  f("eval_top1", s.eval_top1), f("eval_top5", s.eval_top5), f("eval_loss", s.eval_loss), f("train_loss", s.train_loss);
 }
 
 std::string state_json(const TrainingState& state, int64_t optimizer_steps) {
@@ -46,13 +55,15 @@ std::map<std::string, Tensor> with_prefix(const SafetensorsFile& file, const std
 
 }  // namespace
 
-void save_checkpoint(const std::string& folder, const RunConfig& config, const std::vector<std::string>& class_names, const ParamStore& params,
-                     const AdamW& optimizer, const StoragePolicy& policy, const TrainingState& state) {
+void save_checkpoint(const std::string& folder, const RunConfig& config, const std::vector<std::string>& class_names,
+                     const ParamStore& params, const AdamW& optimizer, const StoragePolicy& policy, const TrainingState& state) {
   write_folder_atomically(folder, [&](const std::string& at) {
+    RunConfig trained_by = config;
+    trained_by.output.clear();  // the same training writes the same bytes wherever it goes
     std::vector<NamedTensor> weights;
     for (const Param& param : params.params()) weights.push_back({param.name, param.value});
     write_safetensors(at + "/" + kModelFile, weights,
-                      {{"format", "pt"}, {"mesa.config", to_yaml(config)}, {"mesa.class_names", json(class_names).dump()}});
+                      {{"format", "pt"}, {"mesa.config", to_yaml(trained_by)}, {"mesa.class_names", json(class_names).dump()}});
     std::vector<NamedTensor> tensors = prefixed("optimizer/", optimizer.state());
     for (NamedTensor& range : prefixed("storage/", policy.state())) tensors.push_back(std::move(range));
     write_safetensors(at + "/" + kStateTensors, tensors);
@@ -65,11 +76,10 @@ void save_checkpoint(const std::string& folder, const RunConfig& config, const s
 std::string resolve_checkpoint(const std::string& path, const std::string& prefer) {
   check(fs::exists(path), "there is no checkpoint at ", path);
   if (fs::is_regular_file(path)) return path;
-  const std::string other = prefer == "best" ? "last" : "best";
-  for (const std::string& candidate : {path, path + "/checkpoints/" + prefer, path + "/checkpoints/" + other}) {
-    recover_folder(candidate);
+  const std::string run = path + "/checkpoints/", other = prefer == "best" ? "last" : "best";
+  // ".old": where a folder waits while it is being replaced on file systems that cannot exchange two.
+  for (const std::string& candidate : {path, run + prefer, run + prefer + ".old", run + other, run + other + ".old"})
     if (fs::is_regular_file(candidate + "/" + kModelFile)) return candidate;
-  }
   fail("", path, " is neither a checkpoint (no ", kModelFile, " in it) nor a run's folder (no checkpoints/last)");
 }
 
@@ -110,23 +120,28 @@ void load_weights(ParamStore& params, const std::map<std::string, Tensor>& weigh
   for (const auto& [name, tensor] : rest) problems.push_back("unexpected " + name + " " + to_string(tensor.shape()));
   if (problems.empty()) return;
   std::string list;
-  for (size_t i = 0; i < problems.size() && i < 6; ++i) list += "\n  " + problems[i];
-  if (problems.size() > 6) list += concat("\n  and ", problems.size() - 6, " more");
-  fail("", source, " belongs to another model:", list);
+  for (size_t i = 0; i < problems.size() && i < 4; ++i) list += (i ? "; " : "") + problems[i];
+  if (problems.size() > 4) list += concat("; and ", problems.size() - 4, " more");
+  fail("", source, " belongs to another model: ", list);
 }
 
-TrainingState load_checkpoint(const std::string& folder, ParamStore& params, AdamW& optimizer, StoragePolicy& policy) {
-  verify_folder(folder);
-  const LoadedModel model = load_model(folder);
+LoadedRun load_checkpoint(const std::string& folder, const RunConfig& config, ParamStore& params, AdamW& optimizer,
+                          StoragePolicy& policy) {
+  check(fs::is_directory(folder), folder, " is a file of weights; to resume, the folder of a whole checkpoint is needed");
+  LoadedModel model = load_model(folder);
   load_weights(params, model.weights, folder + "/" + kModelFile);
   const json state = json::parse(read_file(folder + "/" + kStateFile), nullptr, false);
-  check(state.is_object() && state.value("format", 0) == kStateFormat, folder, "/", kStateFile, " is not a training state that this version reads");
-  TrainingState out;
-  each_field(out, [&](const char* name, auto& value) {
-    check(state.contains(name) && state[name].is_number(), folder, "/", kStateFile, " has no number '", name, "'");
-    state[name].get_to(value);
+  check(state.is_object() && state.value("format", 0) == kStateFormat, folder, "/", kStateFile,
+        " is not a training state that this version reads");
+  LoadedRun out;
+  each_field(out.state, [&]<class T>(const char* name, T& value) {
+    const bool nan = std::is_floating_point_v<T> && state.contains(name) && state[name].is_null();  // JSON's only way to say it
+    check(nan || (state.contains(name) && state[name].is_number()), folder, "/", kStateFile, " has no number '", name, "'");
+    if constexpr (std::is_floating_point_v<T>) value = nan ? std::nan("") : state[name].template get<T>();
+    else state[name].get_to(value);
   });
-  check(state.contains("optimizer_steps") && state["optimizer_steps"].is_number_integer(), folder, "/", kStateFile, " has no optimizer_steps");
+  const bool has_steps = state.contains("optimizer_steps") && state["optimizer_steps"].is_number_integer();
+  check(has_steps, folder, "/", kStateFile, " has no optimizer_steps");
   const SafetensorsFile tensors = read_safetensors(folder + "/" + kStateTensors);
   optimizer.load_state(with_prefix(tensors, "optimizer/"), state["optimizer_steps"].get<int64_t>());
   std::map<std::string, Tensor> ranges;  // owned by the policy from here on, under its own kind of memory
@@ -135,7 +150,59 @@ TrainingState load_checkpoint(const std::string& folder, ParamStore& params, Ada
     kernels::copy(tensor, copy);
     ranges[name] = copy;
   }
-  policy.load_state(std::move(ranges));
+  if (model.config.storage == config.storage) policy.load_state(std::move(ranges));
+  out.config = std::move(model.config);
+  return out;
+}
+
+std::string find_checkpoint(const std::string& wish, const std::string& output) {
+  if (wish.empty()) return "";
+  if (wish != "auto") return resolve_checkpoint(wish, "last");
+  bool rejected = false;
+  for (const char* which : {"last", "best"}) {
+    const std::string folder = output + "/checkpoints/" + which;
+    if (!recover_folder(folder)) continue;
+    try {
+      verify_folder(folder);
+      if (rejected) std::fprintf(stderr, "warning: going back to %s\n", folder.c_str());
+      return folder;
+    } catch (const Error& e) {
+      std::fprintf(stderr, "warning: %s cannot be used: %s\n", folder.c_str(), e.what());
+      rejected = true;
+    }
+  }
+  if (rejected) throw Error(concat("no checkpoint of ", output, " is whole; start again with another --output"));
+  return "";
+}
+
+bool lies_in(const std::string& path, const std::string& folder) {
+  const fs::path whole = fs::weakly_canonical(path), part = fs::weakly_canonical(folder);
+  return std::mismatch(part.begin(), part.end(), whole.begin(), whole.end()).first == part.end();
+}
+
+std::string describe_changes(const LoadedRun& loaded, const RunConfig& config) {
+  std::string names;
+  for (const auto& [key, was] : changed_keys(loaded.config, config)) {
+    const bool order = key == "train.batch_size" || key == "seed" || key == "data.kind" || key == "data.train_size";
+    if (order && loaded.state.batch > 0)
+      config.refuse(key, "the checkpoint stopped within an epoch, where this cannot change; it was ", was);
+    names += concat(names.empty() ? "" : ", ", key, " (was ", was, ")");
+  }
+  return names;
+}
+
+std::vector<std::pair<std::string, std::string>> changed_keys(const RunConfig& then, const RunConfig& now) {
+  static const std::set<std::string> harmless{"output", "device", "data.path", "data.workers", "data.prefetch", "data.max_pixels",
+                                              "train.log_interval", "train.checkpoint_interval", "train.max_bad_steps", "train.steps",
+                                              "train.eval_batch_size", "train.force_precision"};
+  RunConfig a = then, b = now;  // the table's accessors are not const
+  std::vector<std::pair<std::string, std::string>> out;
+  for (const config::Key& key : config::keys()) {
+    if (harmless.count(key.name)) continue;
+    const std::string was = config::write(key, a);
+    if (was != config::write(key, b)) out.emplace_back(key.name, was.empty() ? "unset" : was);
+  }
+  if (!(a.storage == b.storage)) out.emplace_back("storage", a.storage.name);
   return out;
 }
 

@@ -12,7 +12,20 @@ struct MetaStep {
   MemoryUse peak;
 };
 
-/// One step of the real code on meta tensors.
+/// The batches that a loader holds: those made ahead, one in the trainer's hands, one about to be.
+struct LoaderRing {
+  LoaderRing(const RunConfig& config, const VitConfig& model, int64_t batch)
+      : pixels(Tensor::empty({config.data.prefetch + 2, batch, model.image_size, model.image_size, model.channels}, DType::u8, kMeta,
+                             MemoryKind::inputs)),
+        labels(Tensor::empty({config.data.prefetch + 2, batch}, DType::i64, kMeta, MemoryKind::inputs)) {}
+  Tensor pixels, labels;
+};
+
+Tensor meta_images(const VitConfig& model, int64_t batch) {
+  return Tensor::empty({batch, model.channels, model.image_size, model.image_size}, DType::f32, kMeta, MemoryKind::inputs);
+}
+
+/// One step and one evaluation of the real code on meta tensors.
 MetaStep meta_step(const RunConfig& config, const VitConfig& model, StoragePolicy& policy) {
   Allocator& memory = Allocator::of(kMeta);
   const MemoryUse before = memory.use();
@@ -22,38 +35,51 @@ MetaStep meta_step(const RunConfig& config, const VitConfig& model, StoragePolic
   built.params.allocate_gradients();
   AdamW optimizer(built.params.params(), {});
   const int64_t B = config.train.batch_size;
-  const Tensor labels = Tensor::empty({B}, DType::i64, kMeta, MemoryKind::inputs);
+  const int64_t eval_batch = config.train.eval_batch_size > 0 ? config.train.eval_batch_size : B;
+  const LoaderRing training(config, model, B), evaluation(config, model, eval_batch);
+  const Tensor labels = training.labels.select(0, 0);
   {
-    // The batch's pixels and the loader's ring of batches.
-    const int64_t ring = config.data.prefetch + 1;
-    const Tensor pixels = Tensor::empty({ring, B, model.image_size, model.image_size, model.channels}, DType::u8, kMeta, MemoryKind::inputs);
-    const Tensor images = Tensor::empty({B, model.channels, model.image_size, model.image_size}, DType::f32, kMeta, MemoryKind::inputs);
     Tape tape(policy);
-    const Var loss = cross_entropy(built.net(images), labels, config.train.label_smoothing);
+    const Var loss = cross_entropy(built.net(meta_images(model, B)), labels, config.train.label_smoothing);
     out.activation_bytes = memory.use().of(MemoryKind::activations) - before.of(MemoryKind::activations);
     tape.backward(loss);
   }
   optimizer.step(config.optimizer.lr);
+  built.net(meta_images(model, eval_batch));
   out.parameters = built.params.count();
   out.peak = memory.use();
   out.sites = policy.sites();
   return out;
 }
 
+/// Every rule must match a site of the model as it is or, where parameters are frozen and so keep nothing, of the model that trains all.
+void check_rules(const RunConfig& config, const VitConfig& model, StoragePolicy& policy) {
+  if (config.train.frozen.empty()) return policy.check_rules_matched();
+  RunConfig thawed = config;
+  thawed.train.frozen.clear();
+  StoragePolicy all = make_policy(config.storage);
+  meta_step(thawed, model, all);
+  all.check_rules_matched();
+}
+
 }  // namespace
 
-Plan plan_run(const RunConfig& config, const VitConfig& model) {
+Plan plan_run(const RunConfig& config, const VitConfig& model) try {
   StoragePolicy policy = make_policy(config.storage);
   const MetaStep step = meta_step(config, model, policy);
-  policy.check_rules_matched();
+  check_rules(config, model, policy);
   Plan plan;
   plan.parameters = step.parameters;
   plan.sites = step.sites;
   plan.activation_bytes = step.activation_bytes;
   plan.peak = step.peak;
-  StoragePolicy exact = make_policy(load_storage("exact"));
+  StoragePolicy exact = make_policy(reference_storage());
   plan.exact_activation_bytes = meta_step(config, model, exact).activation_bytes;
   return plan;
+} catch (const UsageError&) {
+  throw;
+} catch (const Error& e) {
+  throw UsageError(e.what());  // no data and no memory were involved, so it is the config: a rule `rebuild` where nothing can be rebuilt
 }
 
 namespace {

@@ -1,6 +1,5 @@
 #include "mesa/train/setup.h"
 
-
 #include "mesa/kernels/image.h"
 #include "mesa/kernels/matmul.h"
 
@@ -18,7 +17,8 @@ VitConfig model_config(const RunConfig& config, int64_t classes) {
     if (wish) field = *wish;
   };
   set(vit.image_size, m.image_size), set(vit.patch_size, m.patch_size), set(vit.channels, m.channels);
-  set(vit.width, m.width), set(vit.depth, m.depth), set(vit.heads, m.heads), set(vit.mlp_ratio, m.mlp_ratio), set(vit.qkv_bias, m.qkv_bias);
+  set(vit.width, m.width), set(vit.depth, m.depth), set(vit.heads, m.heads);
+  set(vit.mlp_ratio, m.mlp_ratio), set(vit.qkv_bias, m.qkv_bias);
   if (m.classes) vit.classes = *m.classes;
   else if (classes > 0) vit.classes = classes;
   if (m.pool) vit.class_token = *m.pool == "token";
@@ -39,13 +39,13 @@ VitConfig model_config(const RunConfig& config, int64_t classes) {
 DType compute_dtype(const RunConfig& config) {
   if (config.train.precision != "bf16") return DType::f32;
   if (!kernels::native_bf16() && !config.train.force_precision)
-    config.refuse("train.precision", "this CPU has no bf16 matrix products (avx512_bf16), so bf16 would be slower than fp32; use fp32, or set "
-                                     "train.force_precision: true");
+    config.refuse("train.precision", "this CPU has no bf16 matrix products (avx512_bf16), so bf16 would be slower than fp32; ",
+                  "use fp32, or set train.force_precision: true");
   return DType::bf16;
 }
 
 Device choose_device(const std::string& name) {
-  check(name != "cuda", "device: cuda: this build of Mesa has no CUDA backend; use --device cpu");
+  if (name == "cuda") throw UsageError("device: cuda: this build of Mesa has no CUDA backend; use --device cpu");
   return kCpu;
 }
 
@@ -107,7 +107,8 @@ DatasetPair make_datasets(const RunConfig& config, const VitConfig& model) {
   const uint64_t seed = static_cast<uint64_t>(config.seed);
   if (d.kind == "random") {
     const int64_t train = d.train_size > 0 ? d.train_size : 1024, test = d.test_size > 0 ? d.test_size : 256;
-    return {std::make_shared<RandomDataset>(train, model, seed, "random.train"), std::make_shared<RandomDataset>(test, model, seed, "random.test")};
+    return {std::make_shared<RandomDataset>(train, model, seed, "random.train"),
+            std::make_shared<RandomDataset>(test, model, seed, "random.test")};
   }
   DataOptions options;
   options.kind = d.kind;
@@ -118,8 +119,19 @@ DatasetPair make_datasets(const RunConfig& config, const VitConfig& model) {
   options.image_size = model.image_size;
   options.max_pixels = d.max_pixels;
   if (d.kind == "idx") options.classes = model.classes;
-  if (d.kind != "shapes" && d.path.empty()) config.refuse("data.path", "data.kind: ", d.kind, " needs the folder of its files, e.g. --set data.path=/data/", d.kind);
+  if (d.kind != "shapes" && d.path.empty())
+    config.refuse("data.path", "data.kind: ", d.kind, " needs the folder of its files, e.g. --set data.path=/data/", d.kind);
   return open_datasets(options);
+}
+
+DatasetPair make_training_data(const RunConfig& config, const VitConfig& model) {
+  DatasetPair data = make_datasets(config, model);
+  const int64_t size = data.train->size(), classes = data.train->classes();
+  if (config.train.batch_size > size)
+    config.refuse("train.batch_size", "a batch of ", config.train.batch_size, " is larger than the data set of ", size, " training images");
+  if (config.model.classes && *config.model.classes < classes)
+    config.refuse("model.classes", "the data has ", classes, " classes, more than the model's ", *config.model.classes);
+  return data;
 }
 
 TransformOptions make_transform(const RunConfig& config, const VitConfig& model) {
@@ -167,8 +179,17 @@ StoragePolicy make_policy(const StorageConfig& storage) {
   return StoragePolicy(storage.name, std::move(rules));
 }
 
+StorageConfig reference_storage() {
+  StorageConfig exact;
+  exact.name = "exact";
+  exact.rules = {{"*", "exact", {}, ""}};
+  for (const char* rebuilt : {"*.qkv:x", "*.fc1:x", "*.fc2:x", "head:x"}) exact.rules.push_back({rebuilt, "rebuild", {}, ""});
+  return exact;
+}
+
 Tensor prepare_images(const Tensor& pixels, const TransformOptions& transform) {
-  const Tensor images = Tensor::empty({pixels.dim(0), pixels.dim(3), pixels.dim(1), pixels.dim(2)}, DType::f32, pixels.device(), MemoryKind::inputs);
+  const Shape shape{pixels.dim(0), pixels.dim(3), pixels.dim(1), pixels.dim(2)};
+  const Tensor images = Tensor::empty(shape, DType::f32, pixels.device(), MemoryKind::inputs);
   kernels::normalize_images(pixels, transform.mean, transform.std, images);
   return images;
 }

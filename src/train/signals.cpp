@@ -1,16 +1,32 @@
 #include "mesa/train/signals.h"
 
 #include <csignal>
+#include <ctime>
 #include <unistd.h>
 
 namespace mesa {
 namespace {
 
+constexpr int kSignals[] = {SIGTERM, SIGINT, SIGHUP, SIGUSR1, SIGPIPE};
+constexpr int kCount = sizeof kSignals / sizeof *kSignals;
+constexpr double kSameSignal = 0.2;  // seconds
+
 volatile std::sig_atomic_t received_signal = 0;
-struct sigaction previous_term, previous_int;
+volatile double received_at = 0;
+struct sigaction previous[kCount];
+
+double seconds() {
+  timespec t{};
+  clock_gettime(CLOCK_MONOTONIC, &t);  // one of the few calls that a handler may make
+  return static_cast<double>(t.tv_sec) + 1e-9 * static_cast<double>(t.tv_nsec);
+}
 
 void on_signal(int number) {
-  if (received_signal != 0) _exit(128 + number);
+  if (received_signal != 0) {
+    if (seconds() - received_at > kSameSignal) _exit(128 + number);
+    return;
+  }
+  received_at = seconds();
   received_signal = number;  // only a flag: saving from a handler would not be safe
 }
 
@@ -19,16 +35,18 @@ void on_signal(int number) {
 SignalGuard::SignalGuard() {
   received_signal = 0;
   struct sigaction action {};
-  action.sa_handler = on_signal;
   sigemptyset(&action.sa_mask);
   action.sa_flags = SA_RESTART;
-  sigaction(SIGTERM, &action, &previous_term);
-  sigaction(SIGINT, &action, &previous_int);
+  for (int i = 0; i < kCount; ++i) {
+    action.sa_handler = kSignals[i] == SIGPIPE ? SIG_IGN : on_signal;
+    sigaction(kSignals[i], nullptr, &previous[i]);
+    const bool nohup = kSignals[i] == SIGHUP && previous[i].sa_handler == SIG_IGN;
+    if (!nohup) sigaction(kSignals[i], &action, nullptr);
+  }
 }
 
 SignalGuard::~SignalGuard() {
-  sigaction(SIGTERM, &previous_term, nullptr);
-  sigaction(SIGINT, &previous_int, nullptr);
+  for (int i = 0; i < kCount; ++i) sigaction(kSignals[i], &previous[i], nullptr);
 }
 
 int SignalGuard::received() { return received_signal; }

@@ -2,12 +2,13 @@
 
 #include <omp.h>
 
+#include <algorithm>
 #include <chrono>
 #include <cmath>
 #include <cstdio>
 #include <ctime>
 #include <filesystem>
-#include <unistd.h>
+#include <optional>
 
 #include "mesa/train/evaluate.h"
 #include "mesa/train/signals.h"
@@ -16,6 +17,9 @@
 
 namespace mesa {
 namespace {
+
+/// The checkpoint of a run that ended in bad steps; never taken up by itself.
+constexpr const char* kFailed = "failed";
 
 double now() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
 
@@ -26,26 +30,6 @@ std::string default_output(const VitConfig& model) {
   return concat("runs/", stamp, "-vit-", model.width, "x", model.depth, "-", model.image_size);
 }
 
-/// The checkpoint that --resume means, or "" for a fresh start. A damaged one is passed over with a word.
-std::string find_resume(const std::string& wish, const std::string& output) {
-  if (wish.empty()) return "";
-  if (wish != "auto") return resolve_checkpoint(wish, "last");
-  std::string rejected;
-  for (const char* which : {"last", "best"}) {
-    const std::string folder = output + "/checkpoints/" + which;
-    if (output.empty() || !recover_folder(folder)) continue;
-    try {
-      verify_folder(folder);
-      return folder;
-    } catch (const Error& e) {
-      std::fprintf(stderr, "warning: %s cannot be used: %s\n", folder.c_str(), e.what());
-      rejected = folder;
-    }
-  }
-  check(rejected.empty(), "no checkpoint of ", output, " is whole; start again with another --output");
-  return "";
-}
-
 /// All parts of one run. The members are made in this order.
 class Run {
  public:
@@ -54,15 +38,31 @@ class Run {
 
  private:
   Schedule make_schedule() const;
+  void take_up(const std::string& checkpoint);
+  void open_folder();
+  void introduce();
+  int loop();
   bool train_epoch();
-  void report(const UpdateResult& result, const std::vector<Batch>& batches, double seconds);
-  void end_epoch();
+  Batch next_batch();
+  void report(const UpdateResult& result, double seconds);
+  void show(const UpdateResult& result);
+  bool end_epoch();
   bool save(const std::string& which);
-  int finish(int code, const std::string& text);
+  int stopped_by_signal();
+  int stopped_by_bad_steps();
+  int finish();
+  RunSummary write_summary();
   void say(const std::string& text);
-  double images_per_second() const { return state_.train_seconds > 0 ? static_cast<double>(state_.train_images) / state_.train_seconds : 0; }
-  double bytes_per_image() const { return static_cast<double>(updater_.activation_bytes()) / static_cast<double>(config_.train.batch_size); }
-  bool done() const { return state_.epoch >= config_.train.epochs || (config_.train.steps > 0 && state_.step >= config_.train.steps); }
+  void warn(const std::string& text);
+  /// The peak of this process and of those that the run was resumed from.
+  int64_t peak_bytes() const { return std::max(state_.peak_bytes, Allocator::of(kCpu).use().peak); }
+  int64_t bad_samples() const { return bad_samples_before_ + train_loader_.skipped(); }
+  double bytes_per_image() const {
+    const int64_t bytes = updater_.activation_bytes() > 0 ? updater_.activation_bytes() : plan_.activation_bytes;
+    return static_cast<double>(bytes) / static_cast<double>(config_.train.batch_size);
+  }
+  bool steps_used_up() const { return config_.train.steps > 0 && state_.step >= config_.train.steps; }
+  bool done() const { return state_.epoch >= config_.train.epochs || (steps_used_up() && state_.evaluated_step == state_.step); }
 
   RunConfig config_;
   TrainOptions options_;
@@ -81,11 +81,10 @@ class Run {
   TrainingState state_;
   std::unique_ptr<RunFolder> folder_;
   std::unique_ptr<Progress> progress_;
-  double interval_loss_ = 0, interval_seconds_ = 0, interval_wait_ = 0;
-  int64_t interval_steps_ = 0, interval_images_ = 0, reported_skips_ = 0;
+  std::string changes_;  // against the checkpoint
+  bool finished_before_ = false, saved_ = true, memory_written_ = false;
+  int64_t bad_samples_before_ = 0, reported_skips_ = 0;
   double last_wait_ = 0;
-  EvalResult eval_;
-  double train_loss_ = kNotMeasured;
 };
 
 AdamWConfig adamw_config(const OptimizerConfig& o) { return {o.lr, o.weight_decay, o.beta1, o.beta2, o.eps}; }
@@ -94,7 +93,7 @@ Run::Run(RunConfig config, const TrainOptions& options)
     : config_(std::move(config)),
       options_(options),
       vit_(model_config(config_, known_classes(config_))),
-      data_(make_datasets(config_, vit_)),
+      data_(make_training_data(config_, vit_)),
       transform_(make_transform(config_, vit_ = model_config(config_, data_.train->classes()))),
       plan_(plan_run(config_, vit_)),
       train_loader_(data_.train, transform_, make_loader_options(config_, true)),
@@ -105,14 +104,33 @@ Run::Run(RunConfig config, const TrainOptions& options)
       updates_per_epoch_((train_loader_.batches_per_epoch() + config_.train.accumulation - 1) / config_.train.accumulation),
       schedule_(make_schedule()),
       updater_(config_, model_, policy_, optimizer_, schedule_, transform_) {
-  if (vit_.classes < data_.train->classes())
-    config_.refuse("model.classes", "the data has ", data_.train->classes(), " classes, more than the model's ", vit_.classes);
+  config_.model.classes = vit_.classes;  // from here on fixed: config.yaml and the checkpoints say it
+  if (config_.output.empty() && options_.resume == "auto")
+    throw UsageError("--resume needs to know the run: give its folder with --output (or `output` in the config)");
   if (config_.output.empty()) config_.output = default_output(vit_);
-  resume_ = find_resume(options_.resume, config_.output);
-  if (!resume_.empty()) state_ = load_checkpoint(resume_, model_.params, optimizer_, policy_);
-  folder_ = std::make_unique<RunFolder>(config_, !resume_.empty(), state_, state_.step);
-  // Fixed from here on: the size of the model decides how the checkpoint is read back.
-  config_.model.classes = vit_.classes;
+  resume_ = find_checkpoint(options_.resume, config_.output);
+  if (!resume_.empty()) take_up(resume_);
+  open_folder();
+}
+
+void Run::take_up(const std::string& checkpoint) {
+  const LoadedRun loaded = load_checkpoint(checkpoint, config_, model_.params, optimizer_, policy_);
+  changes_ = describe_changes(loaded, config_);
+  state_ = loaded.state;
+  bad_samples_before_ = state_.bad_samples;
+  finished_before_ = done();
+  // Whoever resumes after too many bad steps has changed something and gets the full number again.
+  if (state_.bad_in_a_row >= config_.train.max_bad_steps) state_.bad_in_a_row = 0;
+}
+
+void Run::open_folder() {
+  std::optional<LogPosition> position;
+  if (!resume_.empty() && lies_in(resume_, config_.output)) {
+    // A limit of steps ended the run within an epoch: its row stands as long as the run does not go on.
+    const bool row_within_epoch = finished_before_ && state_.batch > 0;
+    position = LogPosition{state_.epoch + (row_within_epoch ? 1 : 0), state_.step};
+  }
+  folder_ = std::make_unique<RunFolder>(config_, position, options_.resume == "auto" && resume_.empty());
 }
 
 Schedule Run::make_schedule() const {
@@ -130,79 +148,113 @@ Schedule Run::make_schedule() const {
 void Run::say(const std::string& text) {
   folder_->log(text);
   if (progress_) progress_->print(text);
-  else std::fprintf(stderr, "%s\n", text.c_str());
+  else if (!options_.quiet) std::fprintf(stderr, "%s\n", text.c_str());
+}
+
+void Run::warn(const std::string& text) {
+  folder_->warn(text);
+  if (progress_) progress_->print("warning: " + text);
+  else std::fprintf(stderr, "warning: %s\n", text.c_str());
+}
+
+void Run::introduce() {
+  const int64_t batch = config_.train.batch_size;
+  say(concat("model: ", plan_.parameters, " parameters, ", config_.train.precision, ", ", omp_get_max_threads(), " threads, storage ",
+             config_.storage.name, ": ", format_bytes(plan_.activation_bytes / batch), " kept per image, ",
+             format_bytes(plan_.exact_activation_bytes / batch), " in exact storage"));
+  say(concat("data: ", data_.train->size(), " training and ", data_.test->size(), " test images of ", data_.train->classes(),
+             " classes; output: ", config_.output));
+  if (!resume_.empty()) say(concat("resumed from ", resume_, " after epoch ", state_.epoch, ", step ", state_.step));
+  else if (!options_.resume.empty()) say(concat("nothing to resume in ", config_.output, "; a fresh run begins"));
+  if (!changes_.empty()) warn("this run goes on with other settings than the checkpoint's: " + changes_);
 }
 
 int Run::operator()() {
-  const SignalGuard signals;
-  say(concat("model: ", plan_.parameters, " parameters, ", to_string(compute_dtype(config_)), ", ", omp_get_max_threads(), " threads, storage ",
-             config_.storage.name, ": ", format_bytes(plan_.activation_bytes / config_.train.batch_size), " kept per image, ",
-             format_bytes(plan_.exact_activation_bytes / config_.train.batch_size), " in exact storage"));
-  say(concat("data: ", data_.train->size(), " training and ", data_.test->size(), " test images of ", data_.train->classes(), " classes; output: ",
-             config_.output));
-  if (!resume_.empty()) say(concat("resumed from ", resume_, " at epoch ", state_.epoch, ", step ", state_.step));
-  if (!options_.quiet) progress_ = std::make_unique<Progress>(schedule_.total_steps, state_.step, config_.train.log_interval);
-  while (!done() || state_.batch > 0) {
-    if (!train_epoch()) {
-      const bool saved = save("last");
-      if (SignalGuard::received() == 0) return finish(1, concat(state_.bad_in_a_row, " steps in a row were not finite"));
-      return finish(saved ? kExitResumable : 1, "stopped by a signal; continue with --resume");
-    }
-    end_epoch();
-    if (!eval_.complete) {
-      const bool saved = save("last");
-      return finish(saved ? kExitResumable : 1, "stopped by a signal during evaluation; continue with --resume");
-    }
+  introduce();
+  if (finished_before_) {
+    say(concat("the run is finished already; raise train.", state_.epoch >= config_.train.epochs ? "epochs" : "steps", " to train on"));
+    return finish();
   }
-  return finish(0, "done");
+  Allocator::of(kCpu).reset_peak();  // reading a checkpoint is no part of training
+  if (!options_.quiet) progress_ = std::make_unique<Progress>(schedule_.total_steps, state_.step, config_.train.log_interval);
+  const TrainingState start = state_;
+  try {
+    return loop();
+  } catch (const Error& e) {
+    // Such as a damaged picture after hours: what was trained is kept, and can be resumed once the cause is mended.
+    const std::string place = concat("epoch ", state_.epoch + 1, ", step ", state_.step);
+    folder_->warn(concat("error at ", place, ": ", e.what()));
+    if (progress_) progress_->finish();
+    progress_.reset();
+    const bool kept = state_.step > start.step && save("last");
+    throw Error(concat(e.what(), " (at ", place, kept ? "; the state before it is saved: continue with --resume)" : ")"));
+  }
+}
+
+int Run::loop() {
+  while (!done()) {
+    if (!train_epoch()) return SignalGuard::received() != 0 ? stopped_by_signal() : stopped_by_bad_steps();
+    if (!end_epoch()) return stopped_by_signal();
+  }
+  return finish();
 }
 
 /// The rest of the current epoch. False if a signal or too many bad steps ended it early, between two updates.
 bool Run::train_epoch() {
   const int64_t batches = train_loader_.batches_per_epoch();
-  if (state_.batch < batches) train_loader_.start_epoch(state_.epoch, state_.batch);
-  while (state_.batch < batches && !(config_.train.steps > 0 && state_.step >= config_.train.steps)) {
+  if (state_.batch < batches && !steps_used_up()) train_loader_.start_epoch(state_.epoch, state_.batch);
+  while (state_.batch < batches && !steps_used_up()) {
     if (SignalGuard::received() != 0) return false;
     const double start = now();
-    std::vector<Batch> group;
-    while (static_cast<int64_t>(group.size()) < config_.train.accumulation) {
-      auto batch = train_loader_.next();
-      if (!batch) break;
-      group.push_back(std::move(*batch));
+    const TrainingState before = state_;
+    try {
+      const int64_t count = std::min(config_.train.accumulation, batches - state_.batch);  // fewer at the end of an epoch
+      const UpdateResult result = updater_(count, [this] { return next_batch(); }, state_);
+      state_.batch += count;
+      report(result, now() - start);
+    } catch (const Error&) {
+      state_ = before;
+      throw;
     }
-    if (group.empty()) break;
-    const UpdateResult result = updater_(group, state_);
-    state_.batch += static_cast<int64_t>(group.size());
-    report(result, group, now() - start);
-    if (state_.bad_in_a_row > 0 && state_.bad_in_a_row >= config_.train.max_bad_steps) return false;
+    if (state_.bad_in_a_row >= config_.train.max_bad_steps) return false;
     const int64_t every = config_.train.checkpoint_interval;
     if (every > 0 && state_.step % every == 0 && state_.batch < batches) save("last");
   }
   return true;
 }
 
-void Run::report(const UpdateResult& result, const std::vector<Batch>& batches, double seconds) {
-  state_.train_seconds += seconds;
-  state_.epoch_seconds += seconds;
+Batch Run::next_batch() {
+  auto batch = train_loader_.next();
+  check(batch.has_value(), "the loader ended before the epoch");
+  return std::move(*batch);
+}
+
+void Run::report(const UpdateResult& result, double seconds) {
+  const double wait = train_loader_.wait_seconds() - last_wait_;
+  last_wait_ += wait;
+  state_.train_seconds += seconds, state_.epoch_seconds += seconds, state_.interval_seconds += seconds;
+  state_.interval_wait += wait;
   state_.train_images += result.images;
-  if (state_.step == 1) folder_->write_memory(policy_.sites());
+  state_.bad_samples = bad_samples();
+  if (!memory_written_) folder_->write_memory(policy_.sites());
+  memory_written_ = true;
   if (!result.bad.empty()) {
-    say(concat("warning: step ", state_.step, " of epoch ", state_.epoch + 1, " is skipped: ", result.bad, " (samples ", batches[0].sample_indices[0],
-               ", ...)"));
+    warn(concat("step ", state_.step, " of epoch ", state_.epoch + 1, " is skipped: ", result.bad));
   } else {
-    state_.epoch_loss += result.loss * static_cast<double>(result.images);
-    state_.epoch_images += result.images;
-    interval_loss_ += result.loss * static_cast<double>(result.images);
-    interval_images_ += result.images;
+    const double sum = result.loss * static_cast<double>(result.images);
+    state_.epoch_loss += sum, state_.interval_loss += sum;
+    state_.epoch_images += result.images, state_.interval_images += result.images;
   }
   for (; reported_skips_ < static_cast<int64_t>(train_loader_.skipped_samples().size()); ++reported_skips_)
-    say("warning: bad sample skipped: " + train_loader_.skipped_samples()[reported_skips_]);
-  interval_seconds_ += seconds;
-  interval_wait_ += train_loader_.wait_seconds() - last_wait_;
-  last_wait_ = train_loader_.wait_seconds();
-  ++interval_steps_;
-  const double n = static_cast<double>(interval_images_), wait = interval_seconds_ > 0 ? interval_wait_ / interval_seconds_ : 0;
-  const double rate = interval_seconds_ > 0 ? n / interval_seconds_ : 0, loss = n > 0 ? interval_loss_ / n : kNotMeasured;
+    warn("a bad sample is replaced: " + train_loader_.skipped_samples()[reported_skips_]);
+  show(result);
+}
+
+/// The live line, and each log_interval steps a line of metrics.jsonl.
+void Run::show(const UpdateResult& result) {
+  const double n = static_cast<double>(state_.interval_images), seconds = state_.interval_seconds;
+  const double wait = seconds > 0 ? std::min(1.0, state_.interval_wait / seconds) : 0;
+  const double rate = seconds > 0 ? n / seconds : 0, loss = n > 0 ? state_.interval_loss / n : kNotMeasured;
   if (progress_) {
     ProgressState p;
     p.epoch = state_.epoch + 1, p.epochs = config_.train.epochs;
@@ -211,70 +263,111 @@ void Run::report(const UpdateResult& result, const std::vector<Batch>& batches, 
     p.activation_bytes = static_cast<double>(updater_.activation_bytes());
     progress_->update(p);
   }
-  if (interval_steps_ < config_.train.log_interval) return;
+  if (state_.step % config_.train.log_interval != 0) return;
   folder_->append(IntervalRow{state_.step, state_.epoch + 1, loss, result.lr, result.gradient_norm, rate, wait, bytes_per_image(),
-                              Allocator::of(kCpu).use().peak, state_.bad_steps, train_loader_.skipped()});
-  interval_steps_ = interval_images_ = 0;
-  interval_loss_ = interval_seconds_ = interval_wait_ = 0;
+                              peak_bytes(), state_.bad_steps, state_.bad_samples});
+  state_.interval_images = 0;
+  state_.interval_loss = state_.interval_seconds = state_.interval_wait = 0;
 }
 
-void Run::end_epoch() {
-  eval_ = evaluate(model_.net, eval_loader_, transform_, [] { return SignalGuard::received() != 0; });
-  if (!eval_.complete) return;  // evaluated again after the resume
-  train_loss_ = state_.epoch_images > 0 ? state_.epoch_loss / static_cast<double>(state_.epoch_images) : kNotMeasured;
+/// Evaluates, logs and saves. False if a signal interrupts the evaluation, which is then done again after the resume.
+bool Run::end_epoch() {
+  const EvalResult eval = evaluate(model_.net, eval_loader_, transform_, [] { return SignalGuard::received() != 0; });
+  if (!eval.complete) return false;
+  state_.evaluated_step = state_.step;
+  state_.eval_top1 = eval.top1, state_.eval_top5 = eval.top5, state_.eval_loss = eval.loss;
+  state_.train_loss = state_.epoch_images > 0 ? state_.epoch_loss / static_cast<double>(state_.epoch_images) : kNotMeasured;
   const double rate = state_.epoch_seconds > 0 ? static_cast<double>(state_.epoch_images) / state_.epoch_seconds : 0;
   const double lr = schedule_.at(std::max<int64_t>(state_.step - 1, 0));
-  ++state_.epoch;
-  folder_->append(EpochRow{state_.epoch, train_loss_, eval_.loss, eval_.top1, eval_.top5, lr, rate, bytes_per_image(),
-                           Allocator::of(kCpu).use().peak, state_.epoch_seconds});
+  const int64_t epoch = state_.epoch + 1;
+  folder_->append(EpochRow{epoch, state_.train_loss, eval.loss, eval.top1, eval.top5, lr, rate, bytes_per_image(), peak_bytes(),
+                           state_.epoch_seconds});
   char text[200];
-  std::snprintf(text, sizeof text, "epoch %lld/%lld: train loss %.4f, eval loss %.4f, top-1 %.2f %%, top-5 %.2f %%, %.1f images/s",
-                static_cast<long long>(state_.epoch), static_cast<long long>(config_.train.epochs), train_loss_, eval_.loss, eval_.top1, eval_.top5, rate);
-  say(text);
-  state_.batch = state_.epoch_images = 0;
-  state_.epoch_loss = state_.epoch_seconds = 0;
-  const bool best = eval_.top1 > state_.best_top1;
-  if (best) state_.best_top1 = eval_.top1;
-  if (best) save("best");
-  save("last");
+  std::snprintf(text, sizeof text, ": train loss %.4f, eval loss %.4f, top-1 %.2f %%, top-5 %.2f %%, %.1f images/s", state_.train_loss,
+                eval.loss, eval.top1, eval.top5, rate);
+  say(concat("epoch ", epoch, "/", config_.train.epochs, text));
+  if (state_.batch >= train_loader_.batches_per_epoch()) {  // else train.steps ended the run here, and a resumed one finishes the epoch
+    state_.epoch = epoch;
+    state_.batch = state_.epoch_images = 0;
+    state_.epoch_loss = state_.epoch_seconds = 0;
+  }
+  const bool best = eval.top1 > state_.best_top1;
+  if (best) state_.best_top1 = eval.top1;
+  const bool best_saved = !best || save("best");
+  saved_ = save("last") && best_saved;
+  return true;
 }
 
-/// A failure keeps the previous checkpoint and does not stop training.
+/// A failure keeps the previous checkpoint and does not stop training. Neither does a state that nobody could resume replace a good one.
 bool Run::save(const std::string& which) {
+  const std::string bad = which == kFailed ? "" : first_bad_parameter(model_.params);
+  if (!bad.empty()) {
+    warn(concat("the checkpoint '", which, "' is not replaced: the weights are not finite, first in ", bad));
+    return false;
+  }
+  state_.peak_bytes = peak_bytes();
   try {
     save_checkpoint(folder_->checkpoint(which), config_, data_.train->class_names(), model_.params, optimizer_, policy_, state_);
     return true;
   } catch (const Error& e) {
-    say(concat("warning: the checkpoint '", which, "' could not be written: ", e.what()));
+    warn(concat("the checkpoint '", which, "' could not be written: ", e.what()));
     return false;
   }
 }
 
-int Run::finish(int code, const std::string& text) {
+int Run::stopped_by_signal() {
+  const bool saved = save("last");
+  write_summary();
+  const std::string place = concat("stopped by signal ", SignalGuard::received(), " after step ", state_.step);
+  if (!saved) return warn(place + " without a checkpoint of this moment"), 1;
+  say(concat(place, "; continue with --resume --output ", config_.output));
+  return kExitResumable;
+}
+
+/// The state goes beside the last good checkpoint, which stays what --resume takes up.
+int Run::stopped_by_bad_steps() {
+  const bool first = !std::filesystem::exists(folder_->checkpoint("last")) && first_bad_parameter(model_.params).empty();
+  const std::string which = first ? "last" : kFailed;
+  const bool saved = save(which);
+  write_summary();
+  warn(concat(state_.bad_in_a_row, " steps in a row were not finite; the run stops. ",
+              saved ? "Its state is in " + folder_->checkpoint(which) + ". " : "",
+              "Try a lower optimizer.lr, a longer schedule.warmup_epochs or train.clip_norm"));
+  return 1;
+}
+
+/// Ends the live line too: what follows are last words.
+RunSummary Run::write_summary() {
   if (progress_) progress_->finish();
   progress_.reset();
   RunSummary s;
-  const bool evaluated = eval_.complete && eval_.images > 0;
-  if (evaluated) s.top1 = eval_.top1, s.top5 = eval_.top5, s.eval_loss = eval_.loss;
-  s.train_loss = train_loss_;
+  if (state_.evaluated_step >= 0) {
+    s.top1 = state_.eval_top1, s.top5 = state_.eval_top5;
+    s.eval_loss = state_.eval_loss, s.train_loss = state_.train_loss;
+  }
   s.epochs = state_.epoch, s.steps = state_.step;
-  s.images_per_second = images_per_second();
+  s.images_per_second = state_.train_seconds > 0 ? static_cast<double>(state_.train_images) / state_.train_seconds : 0;
   s.parameters = plan_.parameters;
-  s.activation_bytes_per_image = updater_.activation_bytes() > 0 ? bytes_per_image()
-                                 : static_cast<double>(plan_.activation_bytes) / static_cast<double>(config_.train.batch_size);
-  s.exact_activation_bytes_per_image = static_cast<double>(plan_.exact_activation_bytes) / static_cast<double>(config_.train.batch_size);
-  s.peak_bytes = Allocator::of(kCpu).use().peak;
+  s.activation_bytes_per_image = bytes_per_image();
+  const double batch = static_cast<double>(config_.train.batch_size);
+  s.exact_activation_bytes_per_image = static_cast<double>(plan_.exact_activation_bytes) / batch;
+  s.peak_bytes = finished_before_ ? state_.peak_bytes : peak_bytes();
   s.device = "cpu", s.storage = config_.storage.name, s.seed = config_.seed;
   folder_->write_summary(s);
-  if (state_.bad_steps > 0) say(concat("warning: ", state_.bad_steps, " steps were skipped because they were not finite"));
-  if (train_loader_.skipped() > 0) say(concat("warning: ", train_loader_.skipped(), " bad samples were replaced"));
-  char line[320];
-  const double kept = s.activation_bytes_per_image, exact = s.exact_activation_bytes_per_image;
-  std::snprintf(line, sizeof line, "%s: top-1 %.2f %%, %.1f images/s, %s kept per image, %.1f times less than exact storage (%s); %s",
-                text.c_str(), evaluated ? eval_.top1 : state_.best_top1, s.images_per_second, format_bytes(std::llround(kept)).c_str(),
-                kept > 0 ? exact / kept : 0.0, format_bytes(std::llround(exact)).c_str(), config_.output.c_str());
-  say(line);
-  return code;
+  return s;
+}
+
+int Run::finish() {
+  const RunSummary summary = write_summary();
+  if (memory_written_) folder_->write_memory(policy_.sites());  // once more, in case a full disk refused it
+  if (state_.bad_steps > 0) warn(concat(state_.bad_steps, " steps were skipped because they were not finite"));
+  if (state_.bad_samples > 0) warn(concat(state_.bad_samples, " bad samples were replaced"));
+  const std::string text = concat("done: ", to_string(summary, state_.best_top1));
+  folder_->log(text);
+  std::fprintf(stderr, "%s\n", (text + "; " + config_.output).c_str());
+  if (saved_ && folder_->complete()) return 0;
+  warn("not everything could be written to " + config_.output);
+  return 1;
 }
 
 void use_threads(const RunConfig& config) {
@@ -294,7 +387,9 @@ std::string dry_run(const RunConfig& config) {
   const VitConfig model = model_config(config, known_classes(config));
   compute_dtype(config);
   make_transform(config, model);
-  return concat(to_yaml(config), "\n", format_plan(plan_run(config, model), config.train.batch_size));
+  RunConfig resolved = config;
+  if (known_classes(config) > 0) resolved.model.classes = model.classes;
+  return concat(to_yaml(resolved), "\n", format_plan(plan_run(config, model), config.train.batch_size));
 }
 
 }  // namespace mesa

@@ -1,10 +1,20 @@
 #include "updater.h"
 
 #include <cmath>
+#include <optional>
 
 #include "mesa/kernels/elementwise.h"
 
 namespace mesa {
+
+std::string first_bad_parameter(const ParamStore& params) {
+  for (const Param& param : params.params()) {
+    int64_t at = -1;
+    kernels::first_nonfinite(param.value, &at);
+    if (at >= 0) return concat(param.name, " (element ", at, ")");
+  }
+  return "";
+}
 
 Updater::Updater(const RunConfig& config, BuiltModel& model, StoragePolicy& policy, AdamW& optimizer, const Schedule& schedule,
                  const TransformOptions& transform)
@@ -21,30 +31,43 @@ double Updater::forward_backward(const Batch& batch, uint64_t micro_step, double
   return value;
 }
 
-UpdateResult Updater::operator()(const std::vector<Batch>& batches, TrainingState& state) {
+namespace {
+
+/// Enough to find the pictures again.
+std::string samples_of(const Batch& batch) {
+  std::string out = concat("the batch holds the samples ", batch.sample_indices[0]);
+  for (size_t i = 1; i < batch.sample_indices.size() && i < 4; ++i) out += concat(", ", batch.sample_indices[i]);
+  return out + (batch.sample_indices.size() > 4 ? ", ..." : "");
+}
+
+}  // namespace
+
+UpdateResult Updater::operator()(int64_t count, const std::function<Batch()>& next, TrainingState& state) {
   UpdateResult result;
   result.lr = schedule_.at(state.step);
   model_.params.clear_gradients();
-  const double share = 1.0 / static_cast<double>(batches.size());
-  const Batch* suspect = &batches.back();
+  const double share = 1.0 / static_cast<double>(count);
+  std::optional<Batch> suspect;  // the last one that was used
   uint64_t suspect_step = 0;
   std::string packed;  // the site where a codec met a NaN or infinity
-  for (const Batch& batch : batches) {
-    const uint64_t micro_step = static_cast<uint64_t>(state.micro_step++);
-    const double loss = forward_backward(batch, micro_step, share);
-    result.loss += share * loss;
-    result.images += batch.labels.numel();
+  for (int64_t i = 0; i < count; ++i) {
+    if (!std::isfinite(result.loss)) {  // no update any more, but its batches belong to it
+      next();
+      continue;
+    }
+    suspect.reset();
+    suspect = next();
+    suspect_step = static_cast<uint64_t>(state.micro_step++);
+    result.loss += share * forward_backward(*suspect, suspect_step, share);
+    result.images += suspect->labels.numel();
     if (packed.empty()) packed = policy_.first_nonfinite();
-    suspect = &batch;
-    suspect_step = micro_step;
-    if (!std::isfinite(loss)) break;
   }
   ++state.step;
   result.gradient_norm = std::isfinite(result.loss) ? optimizer_.gradient_norm() : result.loss;
   if (!std::isfinite(result.gradient_norm) || !packed.empty()) {
     const char* what = !std::isfinite(result.loss) ? "the loss" : packed.empty() ? "the gradient" : "an activation";
-    const std::string culprit = find_culprit(*suspect, suspect_step);
-    result.bad = concat(what, " is not finite; the first bad value is in ", culprit.empty() ? packed : culprit);
+    result.bad = concat(what, " is not finite; the first bad value is in ", find_culprit(*suspect, suspect_step, packed), "; ",
+                        samples_of(*suspect));
     ++state.bad_steps;
     ++state.bad_in_a_row;
     return result;
@@ -55,12 +78,8 @@ UpdateResult Updater::operator()(const std::vector<Batch>& batches, TrainingStat
   return result;
 }
 
-std::string Updater::find_culprit(const Batch& batch, uint64_t micro_step) {
-  for (const Param& param : model_.params.params()) {
-    int64_t at = -1;
-    kernels::first_nonfinite(param.value, &at);
-    if (at >= 0) return concat("the parameter ", param.name, " (element ", at, ")");
-  }
+std::string Updater::find_culprit(const Batch& batch, uint64_t micro_step, const std::string& packed) {
+  if (const std::string bad = first_bad_parameter(model_.params); !bad.empty()) return "the parameter " + bad;
   // The same step again, with every result and gradient looked at; a policy of its own leaves the run's ranges alone.
   StoragePolicy exact("exact", {{"*", "exact", {}, ""}});
   Tape tape(exact, static_cast<uint64_t>(config_.seed), micro_step);
@@ -68,7 +87,8 @@ std::string Updater::find_culprit(const Batch& batch, uint64_t micro_step) {
   const Var loss = cross_entropy(model_.net(prepare_images(batch.images, transform_)), batch.labels, config_.train.label_smoothing);
   if (tape.first_bad().empty()) tape.backward(loss);
   model_.params.clear_gradients();
-  return tape.first_bad().empty() ? "no exact value: it appears only in what is stored" : tape.first_bad();
+  if (!tape.first_bad().empty()) return tape.first_bad();
+  return packed.empty() ? "no exact value: it appears only in what is stored" : packed;
 }
 
 }  // namespace mesa

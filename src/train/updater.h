@@ -1,5 +1,7 @@
 // One update: forward and backward over the accumulated batches, finiteness checks, clipping, AdamW.
 #pragma once
+#include <functional>
+
 #include "mesa/train/checkpoint.h"
 #include "mesa/train/setup.h"
 
@@ -13,18 +15,21 @@ struct UpdateResult {
   std::string bad;          ///< why the update was skipped and where the first NaN or infinity appeared; empty for a good one
 };
 
+/// "blocks.0.norm1.weight (element 7)": the first parameter that holds a NaN or infinity, or "".
+std::string first_bad_parameter(const ParamStore& params);
+
 class Updater {
  public:
   Updater(const RunConfig& config, BuiltModel& model, StoragePolicy& policy, AdamW& optimizer, const Schedule& schedule,
           const TransformOptions& transform);
-  /// Uses the batches for one update and advances step, micro_step and the counts of bad steps.
-  UpdateResult operator()(const std::vector<Batch>& batches, TrainingState& state);
+  /// Takes `count` batches, one at a time, for one update, and advances step, micro_step and the counts of bad steps.
+  UpdateResult operator()(int64_t count, const std::function<Batch()>& next, TrainingState& state);
   /// Kept activations of the last forward pass, by the meter.
   int64_t activation_bytes() const { return activation_bytes_; }
 
  private:
   double forward_backward(const Batch& batch, uint64_t micro_step, double scale);
-  std::string find_culprit(const Batch& batch, uint64_t micro_step);
+  std::string find_culprit(const Batch& batch, uint64_t micro_step, const std::string& packed);
 
   const RunConfig& config_;
   BuiltModel& model_;

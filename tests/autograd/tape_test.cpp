@@ -60,7 +60,7 @@ TEST_CASE("tape: exact activations die after forward, only what the sites keep s
     int64_t kept = 0, exact = 0;
     for (const SiteRecord& site : policy.sites()) kept += site.kept_bytes, exact += site.exact_bytes;
     CHECK(live_activations() - before == kept);
-    CHECK(kept * 3 < exact);  // statistics and logits stay exact, all else is a quarter
+    CHECK(kept * 3 < exact);                                             // statistics and logits stay exact, all else is a quarter
     CHECK(Allocator::of(kCpu).use().total - total_before <= kept + 64);  // nothing hides under another kind: the loss itself is 4 bytes
     tape.backward(loss);
     CHECK(live_activations() == before);
@@ -259,7 +259,10 @@ TEST_CASE("tape: errors begin with the scope path") {
   CHECK_THAT(error_of([&] { a + b; }), StartsWith("blocks.3.mlp: cannot add [2, 3] and [3, 2]") && Contains("arithmetic.cpp:"));
   CHECK_THAT(error_of([&] { tape.backward(scale(a, 1.0)); }), Contains("a loss of one element") && Contains("[2, 3]"));
   CHECK_THAT(error_of([&] { backward_of_ones(tape, Var(a)); }), Contains("did not compute"));
-  CHECK_THAT(error_of([&] { cross_entropy(a, Tensor::from<int64_t>({2}, {1, 3})); }), Contains("sample 1 of the batch has label 3") && Contains("3 classes"));
+  CHECK_THAT(error_of([&] {
+               cross_entropy(a, Tensor::from<int64_t>({2}, {1, 3}));
+             }),
+             Contains("sample 1 of the batch has label 3") && Contains("3 classes"));
 }
 
 TEST_CASE("tape: check_finite names the first op that goes wrong") {

@@ -110,8 +110,8 @@ void check_gradients(const std::string& name, bool class_token) {
   }
 }
 
-/// The gradient of a key's bias is zero (softmax ignores what all scores of a row share), so that AdamW, which divides a gradient by its own
-/// size, turns the rounding noise of single precision into steps: these elements are left out there.
+/// The gradient of a key's bias is zero (softmax ignores what all scores of a row share), so that AdamW, which divides a gradient by its
+/// own size, turns the rounding noise of single precision into steps: these elements are left out there.
 Numbers without_key_bias(const Numbers& bias) {
   const size_t c = bias.size() / 3;
   Numbers rest(bias.begin(), bias.begin() + c);

@@ -5,24 +5,20 @@
 
 #include <catch2/catch.hpp>
 #include <cmath>
-#include <cstdlib>
 #include <functional>
 #include <limits>
 #include <random>
 
+#include "support/random.h"
+
 using namespace mesa;
+using namespace mesa::testing;
 using kernels::GroupLayout;
 using kernels::RangeCheck;
 
 namespace {
 
 constexpr float kInf = std::numeric_limits<float>::infinity(), kNan = std::numeric_limits<float>::quiet_NaN();
-
-uint64_t test_seed() {
-  static const char* const given = std::getenv("MESA_TEST_SEED");
-  static const uint64_t seed = given ? std::strtoull(given, nullptr, 10) : std::random_device{}();
-  return seed;
-}
 
 struct Level {
   const char* name;

@@ -7,33 +7,16 @@
 #include <cmath>
 #include <limits>
 
+#include "support/kernels.h"
+
 using namespace mesa;
+using namespace mesa::testing;
 
 namespace {
 
 constexpr double kNan = std::numeric_limits<double>::quiet_NaN();
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
 constexpr int64_t kSizes[] = {1, 3, 16, 17, 64, 197, 768, 40001};  // vector tails, and enough work to fork
-
-/// Normal values times `spread`; the seed is Catch's (--rng-seed) and stands in every failure.
-Tensor random(const Shape& shape, DType dtype, const char* name, double spread = 1) {
-  UNSCOPED_INFO("--rng-seed " << Catch::rngSeed());
-  RandomStream stream(RandomKey::of(Catch::rngSeed(), name, 0));
-  std::vector<double> values(shape.numel());
-  for (double& v : values) v = spread * stream.normal();
-  const Tensor x = Tensor::empty(shape, dtype);
-  kernels::copy(Tensor::from<double>(shape, values), x);
-  return x;
-}
-
-/// The implementations of a kernel that this CPU runs.
-template <class Signature>
-std::vector<Signature*> implementations(const kernels::Kernel<Signature>& kernel) {
-  std::vector<Signature*> out{kernel.plain};
-  if (cpu_isa() >= Isa::avx2) out.push_back(kernel.avx2);
-  if (cpu_isa() >= Isa::avx512) out.push_back(kernel.avx512);
-  return out;
-}
 
 double tolerance(DType dtype) { return dtype == DType::f64 ? 1e-14 : dtype == DType::f32 ? 5e-7 : 0.004; }
 

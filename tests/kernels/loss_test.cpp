@@ -8,42 +8,12 @@
 #include <limits>
 
 #include "mesa/kernels/elementwise.h"
+#include "support/kernels.h"
 
 using namespace mesa;
+using namespace mesa::testing;
 
 namespace {
-
-/// Normal values times `spread`; the seed is Catch's (--rng-seed) and stands in every failure.
-Tensor random(const Shape& shape, DType dtype, const char* name, double spread = 1) {
-  UNSCOPED_INFO("--rng-seed " << Catch::rngSeed());
-  RandomStream stream(RandomKey::of(Catch::rngSeed(), name, 0));
-  std::vector<double> values(shape.numel());
-  for (double& v : values) v = spread * stream.normal();
-  const Tensor x = Tensor::empty(shape, dtype);
-  kernels::copy(Tensor::from<double>(shape, values), x);
-  return x;
-}
-
-/// The implementations of a kernel that this CPU runs.
-template <class Signature>
-std::vector<Signature*> implementations(const kernels::Kernel<Signature>& kernel) {
-  std::vector<Signature*> out{kernel.plain};
-  if (cpu_isa() >= Isa::avx2) out.push_back(kernel.avx2);
-  if (cpu_isa() >= Isa::avx512) out.push_back(kernel.avx512);
-  return out;
-}
-
-/// y holds `want` up to `tolerance`, relative to magnitude 1 or more.
-void expect(const Tensor& y, const std::vector<double>& want, double tolerance) {
-  const std::vector<double> got = y.to_vector<double>();
-  REQUIRE(got.size() == want.size());
-  double worst = 0;
-  for (size_t i = 0; i < got.size(); ++i) {
-    const double error = std::fabs(got[i] - want[i]) / std::max(1.0, std::fabs(want[i]));
-    worst = error <= worst ? worst : error;  // a NaN stays
-  }
-  CHECK(worst <= tolerance);
-}
 
 double tolerance(DType dtype) { return dtype == DType::f64 ? 1e-13 : dtype == DType::f32 ? 2e-6 : 0.008; }
 

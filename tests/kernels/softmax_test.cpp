@@ -8,42 +8,12 @@
 #include <limits>
 
 #include "mesa/kernels/elementwise.h"
+#include "support/kernels.h"
 
 using namespace mesa;
+using namespace mesa::testing;
 
 namespace {
-
-/// Normal values times `spread`; the seed is Catch's (--rng-seed) and stands in every failure.
-Tensor random(const Shape& shape, DType dtype, const char* name, double spread = 1) {
-  UNSCOPED_INFO("--rng-seed " << Catch::rngSeed());
-  RandomStream stream(RandomKey::of(Catch::rngSeed(), name, 0));
-  std::vector<double> values(shape.numel());
-  for (double& v : values) v = spread * stream.normal();
-  const Tensor x = Tensor::empty(shape, dtype);
-  kernels::copy(Tensor::from<double>(shape, values), x);
-  return x;
-}
-
-/// The implementations of a kernel that this CPU runs.
-template <class Signature>
-std::vector<Signature*> implementations(const kernels::Kernel<Signature>& kernel) {
-  std::vector<Signature*> out{kernel.plain};
-  if (cpu_isa() >= Isa::avx2) out.push_back(kernel.avx2);
-  if (cpu_isa() >= Isa::avx512) out.push_back(kernel.avx512);
-  return out;
-}
-
-/// y holds `want` up to `tolerance`, relative to magnitude 1 or more.
-void expect(const Tensor& y, const std::vector<double>& want, double tolerance) {
-  const std::vector<double> got = y.to_vector<double>();
-  REQUIRE(got.size() == want.size());
-  double worst = 0;
-  for (size_t i = 0; i < got.size(); ++i) {
-    const double error = std::fabs(got[i] - want[i]) / std::max(1.0, std::fabs(want[i]));
-    worst = error <= worst ? worst : error;  // a NaN stays
-  }
-  CHECK(worst <= tolerance);
-}
 
 double tolerance(DType dtype) { return dtype == DType::f64 ? 1e-13 : dtype == DType::f32 ? 2e-6 : 0.008; }
 
@@ -113,9 +83,10 @@ TEST_CASE("attention_softmax, its saved log-sum-exp and its gradient", "[kernels
       const Tensor exact_p = Tensor::from<double>(s.shape(), want.p), q = Tensor::empty(s.shape(), from);
       kernels::copy(exact_p, q);
       const Tensor dp = random({6, 11, width}, from, "dp"), delta = Tensor::empty({6, 11}, from);
-      const std::vector<double> ds = grad_of(dp.to_vector<double>(), q.to_vector<double>(), width, scale);
+      const std::vector<double> dp_values = dp.to_vector<double>(), q_values = q.to_vector<double>();
+      const std::vector<double> ds = grad_of(dp_values, q_values, width, scale);
       std::vector<double> sums(66);
-      for (size_t i = 0; i < ds.size(); ++i) sums[i / width] += dp.to_vector<double>()[i] * q.to_vector<double>()[i];
+      for (size_t i = 0; i < ds.size(); ++i) sums[i / width] += dp_values[i] * q_values[i];
       kernels::copy(Tensor::from<double>({6, 11}, sums), delta);
       for (auto* run : implementations(kernels::attention_softmax_grad)) {
         run(dp, q, Tensor(), scale, again);

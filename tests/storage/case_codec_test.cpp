@@ -97,6 +97,7 @@ TEST_CASE("case table: int8 storage moves gradients by no more than its error al
     StoragePolicy probe = one_codec("probe");
     Audit::get() = {};
     Probe::get() = {};
+    Probe::get().share = make_codec("int8", {})->error_bound(0, 1);
     const auto plain = run_case(row, values, exact).gradients, copied = run_case(row, values, probe).gradients;
     const auto coded = run_case(row, values, int8).gradients;
     const auto bounds = propagated_bounds(row, values, copied, Audit::get().bounds);

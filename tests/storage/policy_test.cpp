@@ -36,7 +36,8 @@ const CodecOptions kRunning{{"groups", "layer"}, {"range", "running"}, {"decay",
 }  // namespace
 
 TEST_CASE("policy: the last rule that matches wins") {
-  StoragePolicy policy = simple_policy({{"*", "exact", {}, ""}, {"*:x", "int8", {}, ""}, {"*.fc2:x", "bf16", {}, ""}, {"blocks.1.*", "int4", {}, ""}});
+  StoragePolicy policy =
+      simple_policy({{"*", "exact", {}, ""}, {"*:x", "int8", {}, ""}, {"*.fc2:x", "bf16", {}, ""}, {"blocks.1.*", "int4", {}, ""}});
   const TinyVit net;
   Tape tape(policy);
   net.loss();
@@ -51,8 +52,10 @@ TEST_CASE("policy: the last rule that matches wins") {
 
 TEST_CASE("policy: mistakes in rules are refused with their place and the nearest right word") {
   const auto refusal = [](StorageRule rule) { return error_of([&] { simple_policy({{"*", "exact", {}, ""}, rule}); }); };
-  CHECK_THAT(refusal({"*:x", "int9", {}, "run.yaml:7"}), StartsWith("run.yaml:7: storage rule '*:x'") && Contains("unknown codec 'int9'") && Contains("'int"));
-  CHECK_THAT(refusal({"*:x", "int8", {{"group", "heads"}}, "run.yaml:7"}), Contains("no option 'group'") && Contains("did you mean 'groups'?"));
+  CHECK_THAT(refusal({"*:x", "int9", {}, "run.yaml:7"}),
+             StartsWith("run.yaml:7: storage rule '*:x'") && Contains("unknown codec 'int9'") && Contains("'int"));
+  CHECK_THAT(refusal({"*:x", "int8", {{"group", "heads"}}, "run.yaml:7"}),
+             Contains("no option 'group'") && Contains("did you mean 'groups'?"));
   CHECK_THAT(refusal({"*:x", "int8", {{"groups", "head"}}, ""}), Contains("groups is 'head'") && Contains("heads, layer, channel"));
   CHECK_THAT(refusal({"*:x", "int8", {{"groups", "4"}}, ""}), Contains("from 8 to"));
   CHECK_THAT(refusal({"*:x", "int8", {{"rounding", "up"}}, ""}), Contains("rounding is 'up'") && Contains("stochastic or nearest"));
@@ -79,20 +82,23 @@ TEST_CASE("policy: a site without a rule is an error") {
   StoragePolicy policy = simple_policy({{"*.fc2:x", "exact", {}, ""}});
   const TinyVit net;
   Tape tape(policy);
-  CHECK_THAT(error_of([&] { net.loss(); }), Contains("no storage rule of policy 'test' matches the site ") && Contains("begin the policy with"));
+  CHECK_THAT(error_of([&] { net.loss(); }),
+             Contains("no storage rule of policy 'test' matches the site ") && Contains("begin the policy with"));
 }
 
 TEST_CASE("policy: rebuild needs a recipe, and says so") {
   StoragePolicy policy = simple_policy({{"*", "exact", {}, ""}, {"*.proj:x", "rebuild", {}, "s.yaml:4"}});
   const TinyVit net;
   Tape tape(policy);
-  CHECK_THAT(error_of([&] { net.loss(); }), Contains("s.yaml:4") && Contains("rebuilds patch_embed.proj:x") && Contains("give that site a codec"));
+  CHECK_THAT(error_of([&] { net.loss(); }),
+             Contains("s.yaml:4") && Contains("rebuilds blocks.0.attn.proj:x") && Contains("give that site a codec"));
 }
 
 TEST_CASE("policy: rebuilt values keep ten widths a token and block, and the same gradients") {
   INFO(seed_note());
   TinyVit net(tiny_config(), 4, DType::f64);
-  const std::vector<StorageRule> shared{{"*", "exact", {}, ""}, {"*.qkv:x", "rebuild", {}, ""}, {"*.fc1:x", "rebuild", {}, ""}, {"*.fc2:x", "rebuild", {}, ""}};
+  const std::vector<StorageRule> shared{
+      {"*", "exact", {}, ""}, {"*.qkv:x", "rebuild", {}, ""}, {"*.fc1:x", "rebuild", {}, ""}, {"*.fc2:x", "rebuild", {}, ""}};
   StoragePolicy exact = simple_policy({{"*", "exact", {}, ""}}), rebuild = simple_policy(shared);
   const auto gradients = [&](StoragePolicy& policy) {
     net.store.clear_gradients();
@@ -102,7 +108,9 @@ TEST_CASE("policy: rebuilt values keep ten widths a token and block, and the sam
     for (const Param& p : net.store.params()) all.push_back(p.grad.to_vector<double>());
     return all;
   };
-  CHECK(gradients(exact) == gradients(rebuild));
+  const auto plain = gradients(exact), rebuilt = gradients(rebuild);
+  for (size_t i = 0; i < plain.size(); ++i)
+    CHECK(largest_difference(rebuilt[i], plain[i]) <= 1e-14 * std::max(1.0, largest(plain[i])));  // rounding alone
   int64_t kept = 0, statistics = 0;
   for (const SiteRecord& site : rebuild.sites())
     if (site.site.path.starts_with("blocks.1.")) (site.codec == "statistic" ? statistics : kept) += site.kept_bytes;
@@ -116,7 +124,8 @@ TEST_CASE("policy: one buffer saved twice is packed once") {
   StoragePolicy policy = simple_policy({{"*", "int8", {}, ""}, {"other:*", "int4", {}, ""}});
   const Tensor x = normal_tensor({4, 64}, "x");
   policy.begin(1, 1);
-  const Saved a = policy.save(x, {"a", "x"}, nullptr), b = policy.save(x, {"b", "x"}, nullptr), other = policy.save(x, {"other", "x"}, nullptr);
+  const Saved a = policy.save(x, {"a", "x"}, nullptr), b = policy.save(x, {"b", "x"}, nullptr),
+              other = policy.save(x, {"other", "x"}, nullptr);
   CHECK(record_of(policy, "b:x").codec == "shared");
   CHECK(record_of(policy, "b:x").kept_bytes == 0);
   CHECK(a.get().to_vector<double>() == b.get().to_vector<double>());
@@ -305,7 +314,8 @@ TEST_CASE("stochastic rounding leaves the gradient of a linear layer unbiased") 
   for (int64_t o = 0; o < O; ++o)
     for (int64_t i = 0; i < I; ++i) {
       double variance = 0;
-      for (int64_t b = 0; b < B; ++b) exact[o * I + i] += d[b * O + o] * x[b * I + i], variance += d[b * O + o] * d[b * O + o] * step * step / 4;
+      for (int64_t b = 0; b < B; ++b)
+        exact[o * I + i] += d[b * O + o] * x[b * I + i], variance += d[b * O + o] * d[b * O + o] * step * step / 4;
       deviation[o * I + i] = std::sqrt(variance / kRounds);
     }
   const Numbers stochastic = mean_gradient("stochastic", kRounds), nearest = mean_gradient("nearest", 1);

@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <limits>
 
 namespace mesa::testing {
 namespace {
@@ -31,10 +30,11 @@ class AuditedCodec : public Codec {
     return x;
   }
 
-  int64_t packed_bytes(const Shape& shape, DType dtype, const Site& site) const override { return inner_->packed_bytes(shape, dtype, site); }
+  int64_t packed_bytes(const Shape& shape, DType dtype, const Site& site) const override {
+    return inner_->packed_bytes(shape, dtype, site);
+  }
   double error_bound(double lo, double hi) const override { return inner_->error_bound(lo, hi); }
-  bool shares_input() const override { return inner_->shares_input(); }
-  bool lossy() const override { return inner_->lossy(); }
+  bool shares_input(DType dtype) const override { return inner_->shares_input(dtype); }
 
  private:
   struct Kept {
@@ -86,7 +86,7 @@ class ProbeCodec : public Codec {
     return x;
   }
   int64_t packed_bytes(const Shape& shape, DType dtype, const Site&) const override { return shape.numel() * size_of(dtype); }
-  double error_bound(double, double) const override { return std::numeric_limits<double>::infinity(); }
+  double error_bound(double lo, double hi) const override { return Probe::get().share * (hi - lo); }
 
  private:
   static Tensor copy(const Tensor& x) { return Tensor::from(x.shape(), x.to_vector<double>()); }

@@ -22,6 +22,7 @@ struct Probe {
   std::string site;
   int64_t element = -1;
   double change = 0;
+  double share = 0;                     ///< the error it states, as a share of a group's range: ops choose their way back by it
   std::map<std::string, int64_t> seen;  ///< elements by site
   static Probe& get();
 };

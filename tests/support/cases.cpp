@@ -9,7 +9,9 @@ namespace {
 
 using Vars = std::vector<Var>;
 
-Tensor labels(const std::vector<int64_t>& values) { return Tensor::from<int64_t>({static_cast<int64_t>(values.size())}, values, MemoryKind::inputs); }
+Tensor labels(const std::vector<int64_t>& values) {
+  return Tensor::from<int64_t>({static_cast<int64_t>(values.size())}, values, MemoryKind::inputs);
+}
 
 /// Runs f one scope further down, as a layer does, so that every site of a chain has a name of its own.
 template <class F>
@@ -80,7 +82,8 @@ void attention_rows(std::vector<Case>& t) {
   struct Size {
     int64_t B, N, C, H;
   };
-  for (const auto [B, N, C, H] : {Size{2, 5, 6, 3}, Size{1, 7, 4, 1}, Size{3, 1, 8, 2}, Size{1, 1, 3, 1}, Size{2, 3, 4, 4}, Size{3, 33, 32, 2}}) {
+  for (const auto [B, N, C, H] :
+       {Size{2, 5, 6, 3}, Size{1, 7, 4, 1}, Size{3, 1, 8, 2}, Size{1, 1, 3, 1}, Size{2, 3, 4, 4}, Size{3, 33, 32, 2}}) {
     const double s = 1.0 / std::sqrt(static_cast<double>(C / H));
     const int64_t heads = H;
     t.push_back({"attention", {normal(B, N, 3 * C)}, [heads, s](Vars& v) {
@@ -92,7 +95,8 @@ void attention_rows(std::vector<Case>& t) {
                    return attention_chain(v[0], heads);
                  }});
     t.push_back({"split_heads", {normal(B, N, 3 * C)}, [heads](Vars& v) -> Outputs { return split_heads(v[0], heads); }});
-    t.push_back({"split_heads, one of three used", {normal(B, N, 3 * C)}, [heads](Vars& v) -> Outputs { return split_heads(v[0], heads)[1]; }});
+    t.push_back(
+        {"split_heads, one of three used", {normal(B, N, 3 * C)}, [heads](Vars& v) -> Outputs { return split_heads(v[0], heads)[1]; }});
     t.push_back({"merge_heads", {normal(B, heads, N, C / heads)}, [](Vars& v) { return merge_heads(v[0]); }});
   }
   t.push_back({"attention and projection", {normal(2, 5, 12), weight(3, 4), weight(3)}, [](Vars& v) {
@@ -104,9 +108,9 @@ void attention_rows(std::vector<Case>& t) {
 
 void normalization(std::vector<Case>& t) {
   const auto norm = [](Vars& v) { return layer_norm(v[0], v[1], v[2], 1e-6); };
-  t.push_back({"layer_norm", {normal(2, 5, 8), weight(8), weight(8)}, norm});
+  t.push_back({"layer_norm", {spread(2, 5, 8), weight(8), weight(8)}, norm});
   t.push_back({"layer_norm", {normal(1, 1, 13), weight(13), weight(13)}, norm});
-  t.push_back({"layer_norm", {normal(3, 2), weight(2), weight(2)}, norm});
+  t.push_back({"layer_norm", {spread(3, 2), weight(2), weight(2)}, norm});
   t.push_back({"layer_norm", {normal(4, 33, 48), weight(48), weight(48)}, norm});
   for (const Shape& s : {Shape{2, 3, 5, 5}, Shape{1, 1, 1, 1}, Shape{4, 7}, Shape{1, 3, 1}, Shape{2, 3, 33, 33}})
     t.push_back({"softmax", {{Input::Role::activation, Input::Fill::normal, s}}, [](Vars& v) { return softmax(v[0]); }});
@@ -117,7 +121,7 @@ void normalization(std::vector<Case>& t) {
     t.push_back({"drop_path", {{Input::Role::activation, Input::Fill::normal, s}}, [](Vars& v) { return drop_path(v[0], 0.4); }});
   }
   t.push_back({"dropout by nothing", {normal(2, 3)}, [](Vars& v) { return scale(dropout(drop_path(v[0], 0), 0), 2); }});
-  t.push_back({"mlp block", {normal(2, 3, 6), weight(6), weight(6), weight(9, 6), weight(9), weight(6, 9), weight(6)}, mlp_block});
+  t.push_back({"mlp block", {spread(2, 3, 6), weight(6), weight(6), weight(9, 6), weight(9), weight(6, 9), weight(6)}, mlp_block});
 }
 
 void tokens(std::vector<Case>& t) {

@@ -11,20 +11,33 @@ namespace mesa::testing {
 /// One argument of a row. Activations come out of another op, weights are parameters, constants want no gradient.
 struct Input {
   enum class Role { activation, weight, constant } role = Role::activation;
-  enum class Fill { normal, away_from_zero, distribution } fill = Fill::normal;
+  enum class Fill { normal, away_from_zero, spread, distribution } fill = Fill::normal;
   Shape shape;
 };
 
 template <class... Dims>
-Input normal(Dims... dims) { return {Input::Role::activation, Input::Fill::normal, {dims...}}; }
+Input normal(Dims... dims) {
+  return {Input::Role::activation, Input::Fill::normal, {dims...}};
+}
 /// At least 0.1 from zero: for functions with a kink there.
 template <class... Dims>
-Input away_from_zero(Dims... dims) { return {Input::Role::activation, Input::Fill::away_from_zero, {dims...}}; }
+Input away_from_zero(Dims... dims) {
+  return {Input::Role::activation, Input::Fill::away_from_zero, {dims...}};
+}
+/// Neighbours lie apart, so that a row of few elements has a variance worth dividing by.
 template <class... Dims>
-Input weight(Dims... dims) { return {Input::Role::weight, Input::Fill::normal, {dims...}}; }
+Input spread(Dims... dims) {
+  return {Input::Role::activation, Input::Fill::spread, {dims...}};
+}
+template <class... Dims>
+Input weight(Dims... dims) {
+  return {Input::Role::weight, Input::Fill::normal, {dims...}};
+}
 /// Rows that sum to one.
 template <class... Dims>
-Input distribution(Dims... dims) { return {Input::Role::constant, Input::Fill::distribution, {dims...}}; }
+Input distribution(Dims... dims) {
+  return {Input::Role::constant, Input::Fill::distribution, {dims...}};
+}
 
 /// What a row computes: one value, or the three of split_heads.
 struct Outputs {

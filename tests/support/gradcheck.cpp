@@ -8,8 +8,10 @@ namespace {
 
 Numbers draw(const Input& input, RandomStream& random) {
   Numbers values(input.shape.numel());
+  int sign = 1;
   for (double& v : values) {
     v = random.normal();
+    if (input.fill == Input::Fill::spread) v = 0.5 * v + 1.5 * (sign = -sign);
     if (input.fill == Input::Fill::away_from_zero) v += v < 0 ? -0.1 : 0.1;
     if (input.fill == Input::Fill::distribution) v = std::exp(v);
   }
@@ -54,7 +56,8 @@ Var forward(const Case& row, const Values& values, std::deque<Param>& params, co
   const std::vector<Var> ys = row.run(v).vars;
   std::vector<Tensor> r;
   for (size_t i = 0; i < ys.size(); ++i) {
-    if (values.projections.size() <= i) values.projections.push_back(normal_values(ys[i].value().numel(), row.title() + " projection " + std::to_string(i)));
+    if (values.projections.size() <= i)
+      values.projections.push_back(normal_values(ys[i].value().numel(), row.title() + " projection " + std::to_string(i)));
     r.push_back(on_device(ys[i].shape(), values.projections[i], ys[i].dtype(), options.device, MemoryKind::workspace));
     if (options.device == kCpu) result.outputs.push_back(ys[i].value().to_vector<double>());
   }
@@ -66,7 +69,8 @@ Var forward(const Case& row, const Values& values, std::deque<Param>& params, co
 Values draw_values(const Case& row, DType representable) {
   Values values;
   RandomStream random(RandomKey::of(test_seed(), row.title(), 0));
-  for (const Input& input : row.inputs) values.inputs.push_back(tensor_of(input.shape, draw(input, random), representable).to_vector<double>());
+  for (const Input& input : row.inputs)
+    values.inputs.push_back(tensor_of(input.shape, draw(input, random), representable).to_vector<double>());
   return values;
 }
 

@@ -27,12 +27,12 @@ struct RunOptions {
 };
 
 struct RunResult {
-  double loss = 0;  ///< the projection <r, y>
+  double loss = 0;                          ///< the projection <r, y>
   std::vector<Numbers> outputs, gradients;  ///< gradients of the inputs, in order; empty for constants
-  int64_t kept = 0;      ///< growth of live activation bytes after forward
-  int64_t left = 0;      ///< growth of them after backward
-  int64_t peak = 0;      ///< growth of the peak of all kinds
-  int64_t steps = 0;     ///< steps on the tape after forward
+  int64_t kept = 0;                         ///< growth of live activation bytes after forward
+  int64_t left = 0;                         ///< growth of them after backward
+  int64_t peak = 0;                         ///< growth of the peak of all kinds
+  int64_t steps = 0;                        ///< steps on the tape after forward
 };
 RunResult run_case(const Case& row, const Values& values, StoragePolicy& policy, const RunOptions& options = {});
 

@@ -36,14 +36,17 @@ inline Tensor tensor_of(const Shape& shape, const std::vector<double>& values, D
   dispatch_float(dtype, [&](auto tag) {
     using T = decltype(tag);
     for (size_t i = 0; i < values.size(); ++i) {
-      if constexpr (std::is_same_v<T, bf16>) out.data<T>()[i] = bf16(static_cast<float>(values[i]));
-      else out.data<T>()[i] = static_cast<T>(values[i]);
+      if constexpr (std::is_same_v<T, bf16>)
+        out.data<T>()[i] = bf16(static_cast<float>(values[i]));
+      else
+        out.data<T>()[i] = static_cast<T>(values[i]);
     }
   });
   return out;
 }
 
-inline Tensor normal_tensor(const Shape& shape, const std::string& stream, DType dtype = DType::f32, MemoryKind kind = MemoryKind::workspace) {
+inline Tensor normal_tensor(const Shape& shape, const std::string& stream, DType dtype = DType::f32,
+                            MemoryKind kind = MemoryKind::workspace) {
   return tensor_of(shape, normal_values(shape.numel(), stream), dtype, kind);
 }
 

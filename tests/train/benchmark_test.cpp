@@ -48,7 +48,8 @@ TEST_CASE("benchmark: the spread of values") {
 TEST_CASE("benchmark: fewer bits keep fewer bytes and err more") {
   const BenchmarkResult result = run_benchmark(tiny(), one_step({storage("exact"), storage("int8"), storage("int4"), storage("int2")}));
   REQUIRE(result.policies.size() == 4);
-  CHECK(result.policies[0].gradient_relative_error.maximum == 0);
+  // Rounding alone: the shipped exact policy, which is the reference, rebuilds what this one keeps.
+  CHECK(result.policies[0].gradient_relative_error.maximum < 1e-6);
   CHECK(result.policies[1].gradient_relative_error.minimum > 0);
   CHECK(result.policies[1].gradient_relative_error.maximum < 0.1);
   for (size_t i = 1; i < 4; ++i) {
@@ -85,7 +86,8 @@ TEST_CASE("benchmark: an exact policy beside dropout and clipping has the refere
   int64_t told = 0;
   options.progress = [&](const std::string&) { ++told; };
   const BenchmarkResult result = run_benchmark(config, options);
-  for (const PolicyResult& p : result.policies) CHECK(p.gradient_relative_error.maximum <= 1e-6);
+  CHECK(result.policies[0].gradient_relative_error.maximum == 0);
+  CHECK(result.policies[1].gradient_relative_error.maximum < 1e-6);
   CHECK(result.policies[0].activation_bytes_per_image.median == result.exact_activation_bytes_per_image);
   CHECK(told >= 5);
 }
@@ -135,7 +137,8 @@ TEST_CASE("benchmark: what cannot be measured is refused") {
   CHECK_THROWS_AS(run_benchmark(tiny(), options), UsageError);
   const StorageConfig astray{"astray", {{"*", "exact", {}, "here"}, {"blocks.7.*", "int8", {}, "astray.yaml:3"}}};
   CHECK_THROWS_WITH(run_benchmark(tiny(), one_step({astray})), Contains("astray.yaml:3") && Contains("blocks.7.*"));
-  CHECK_THROWS_WITH(run_benchmark(tiny({"optimizer.lr=1", "optimizer.weight_decay=1e12"}), one_step({storage("exact")})), Contains("the loss of step"));
+  const RunConfig diverging = tiny({"optimizer.lr=1", "optimizer.weight_decay=1e12"});
+  CHECK_THROWS_WITH(run_benchmark(diverging, one_step({storage("exact")})), Contains("the loss of step"));
 }
 
 TEST_CASE("version: names the build and its backends") {

@@ -55,7 +55,7 @@ class Tape {
   void inspect(const Tensor& t, const std::string& what);
 
   StoragePolicy& policy_;
-  uint64_t seed_, step_;
+  uint64_t id_, seed_, step_;
   std::vector<Step> steps_;
   std::vector<Tensor> gradients_;  // by slot
   std::unordered_map<Param*, int> uses_;
@@ -92,6 +92,8 @@ class Op {
   /// layer of its own. Undefined when not recording.
   Saved save(const char* slot, const Var& x) const;
   Saved save(const char* slot, const Tensor& x) const;
+  /// True if the policy would keep the tensor's own buffer at this slot: then a view pins all of it.
+  bool shares_input(const char* slot, DType dtype) const;
   /// Keeps a small exact statistic (rstd, log-sum-exp); returns it.
   Tensor keep(const char* slot, const Tensor& statistic) const;
   Target gradient(const Var& input) const;

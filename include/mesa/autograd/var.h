@@ -50,7 +50,8 @@ class Var {
   friend class Op;
   friend class Tape;
   Tensor value_;
-  int slot_ = -1;  // gradient slot on the tape that recorded it
+  int slot_ = -1;     // gradient slot on the tape that recorded it
+  uint64_t tape_ = 0;  // that tape's number
   Param* param_ = nullptr;
   std::shared_ptr<const Recipe> recipe_;
 };

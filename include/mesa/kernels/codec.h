@@ -37,7 +37,8 @@ MESA_KERNEL(quantize_current, const Tensor& x, GroupLayout layout, int bits, boo
 MESA_KERNEL(dequantize, const Tensor& codes, GroupLayout layout, int bits, const Tensor& step, const Tensor& offset, const Tensor& y);
 
 /// Running estimates (Pan et al. 2021): with r = hi - lo and m = lo of the tensor just seen, alpha <- decay alpha + (1 - decay) r and
-/// beta <- decay beta + (1 - decay) m; decay 0 calibrates. All [groups] f32.
+/// beta <- decay beta + (1 - decay) m; decay 0 or a constant group
+/// (alpha 0) calibrates. All [groups] f32.
 MESA_KERNEL(update_range, const Tensor& alpha, const Tensor& beta, const Tensor& lo, const Tensor& hi, double decay);
 /// step[g] <- alpha[g] / (2^bits - 1), offset[g] <- beta[g]: the scale that codes are packed with, a copy that later updates leave alone.
 MESA_KERNEL(freeze_range, const Tensor& alpha, const Tensor& beta, int bits, const Tensor& step, const Tensor& offset);

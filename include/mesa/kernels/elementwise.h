@@ -28,6 +28,8 @@ MESA_KERNEL(relu_grad, const Tensor& dy, const Tensor& x, const Tensor& dx);
 /// y <- x Phi(x), exact erf form (Hendrycks and Gimpel, 2016); dx <- dy (Phi(x) + x phi(x)).
 MESA_KERNEL(gelu, const Tensor& x, const Tensor& y);
 MESA_KERNEL(gelu_grad, const Tensor& dy, const Tensor& x, const Tensor& dx);
+/// y and the slope dy/dx in one pass: both need the same exponential.
+MESA_KERNEL(gelu_and_slope, const Tensor& x, const Tensor& y, const Tensor& slope);
 
 /// y[i] <- keep_i ? x[i] / (1 - p) : 0 with keep_i = uniform(random_word(key, i)) >= p. The gradient is the same call on dy.
 MESA_KERNEL(dropout, const Tensor& x, const Tensor& y, double p, RandomKey key);

@@ -28,8 +28,8 @@ Var matmul(const Var& a, const Var& b, bool transpose_b = false);
 std::array<Var, 3> split_heads(const Var& qkv, int64_t heads);
 /// [B, H, N, D] -> [B, N, H D].
 Var merge_heads(const Var& x);
-/// softmax(scale q k^T) v for all heads at once: qkv [B, N, 3C] -> [B, N, C] (Vaswani et al. 2017). Keeps q, k, v, o and the rows'
-/// log-sum-exp, never N x N. From lossy storage the rows are normalized again, since decoded q and k no longer sum to one with it.
+/// softmax(scale q k^T) v for all heads at once: qkv [B, N, 3C] -> [B, N, C] (Vaswani et al. 2017). Keeps q, k, v and, while
+/// these are exact, o and the rows' log-sum-exp; never N x N. From lossy storage rows are normalized again and nothing else is needed.
 Var attention(const Var& qkv, int64_t heads, double scale);
 
 // ---- normalization and activation ----

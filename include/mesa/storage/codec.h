@@ -46,10 +46,8 @@ class Codec {
   virtual int64_t packed_bytes(const Shape& shape, DType dtype, const Site& site) const = 0;
   /// The largest |unpack(pack(x)) - x| of an element of a group that spans [lo, hi]. The rounding of the element's own dtype comes on top.
   virtual double error_bound(double lo, double hi) const = 0;
-  /// True if pack keeps x itself (its buffer) and unpack returns it.
-  virtual bool shares_input() const { return false; }
-  /// False if unpack returns exactly what pack was given.
-  virtual bool lossy() const { return !shares_input(); }
+  /// True if pack keeps an x of this dtype itself (its buffer) and unpack returns it.
+  virtual bool shares_input(DType) const { return false; }
   /// Running state for the checkpoint: tensors by name. load_state throws if names or shapes do not fit.
   virtual std::map<std::string, Tensor> state() const { return {}; }
   virtual void load_state(const std::map<std::string, Tensor>& state);

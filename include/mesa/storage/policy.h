@@ -32,8 +32,11 @@ class StoragePolicy {
   StoragePolicy(StoragePolicy&&) noexcept;
   StoragePolicy& operator=(StoragePolicy&&) noexcept;
 
-  /// Keeps what the rule of this site says. `recipe` (may be null) is how to rebuild x from what is saved already.
-  Saved save(const Tensor& x, const Site& site, const std::shared_ptr<const Recipe>& recipe);
+  /// Keeps what the rule of this site says. `recipe` (may be null) is how to rebuild x from what is saved already. A `constant` x depends
+  /// on nothing trainable, so nothing before it was saved: where a rule says rebuild, the matching rule before that one holds.
+  Saved save(const Tensor& x, const Site& site, const std::shared_ptr<const Recipe>& recipe, bool constant = false);
+  /// True if this site's codec would keep x's own buffer.
+  bool shares_input(const Site& site, DType dtype);
   /// Registers an exact statistic that an op captures itself.
   void keep(const Tensor& statistic, const Site& site);
   /// A new forward pass: random numbers of (seed, step), no buffer known yet.

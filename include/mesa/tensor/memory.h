@@ -50,7 +50,7 @@ class Buffer {
   MemoryKind kind_ = MemoryKind::workspace;
 };
 
-/// Thread-safe. Blocks are rounded up to size classes (at most 1/8 waste) and cached for reuse when released.
+/// Thread-safe. Blocks are rounded up to size classes (at most 1/8 waste, or 2 MiB) and cached for reuse when released.
 class Allocator {
  public:
   static Allocator& of(Device device);

@@ -14,17 +14,24 @@ struct TrainingState {
   int64_t step = 0;         ///< updates tried so far: selects the learning rate
   int64_t micro_step = 0;   ///< forward passes so far: selects the random numbers
   int64_t bad_steps = 0, bad_in_a_row = 0;
+  int64_t bad_samples = 0;  ///< pictures that were replaced
   double epoch_loss = 0;    ///< sum over the images of the current epoch
   int64_t epoch_images = 0;
   double epoch_seconds = 0, train_seconds = 0;
   int64_t train_images = 0;
+  double interval_loss = 0;  ///< sum over the images since the last line of metrics.jsonl
+  int64_t interval_images = 0;
+  double interval_seconds = 0, interval_wait = 0;
   double best_top1 = -1;
+  int64_t evaluated_step = -1;  ///< `step` at the last evaluation, whose results follow; -1: none yet
+  double eval_top1 = 0, eval_top5 = 0, eval_loss = 0, train_loss = 0;
+  int64_t peak_bytes = 0;
 };
 
 /// Files: model.safetensors (weights; metadata: the resolved config and the class names), state.safetensors (moments, running ranges),
 /// state.json, manifest.json. Replaces `folder` in one step; throws Error and leaves the old one when that fails.
-void save_checkpoint(const std::string& folder, const RunConfig& config, const std::vector<std::string>& class_names, const ParamStore& params,
-                     const AdamW& optimizer, const StoragePolicy& policy, const TrainingState& state);
+void save_checkpoint(const std::string& folder, const RunConfig& config, const std::vector<std::string>& class_names,
+                     const ParamStore& params, const AdamW& optimizer, const StoragePolicy& policy, const TrainingState& state);
 
 /// The weights' file of a checkpoint with the config they were trained by.
 struct LoadedModel {
@@ -35,12 +42,31 @@ struct LoadedModel {
 /// `path`: a checkpoint's folder, a run's folder (its best, else its last checkpoint), or a model.safetensors. Verifies checksums.
 LoadedModel load_model(const std::string& path);
 /// The checkpoint folder that `path` stands for; `prefer` is "best" or "last" when it is a run's folder. Throws Error if there is none.
+/// Only reads: the run that owns the folder may be writing beside it.
 std::string resolve_checkpoint(const std::string& path, const std::string& prefer);
 
 /// Copies weights into the parameters. Throws Error listing what is missing, unexpected or of another shape (the first few).
 void load_weights(ParamStore& params, const std::map<std::string, Tensor>& weights, const std::string& source);
 
-/// Restores everything from a verified checkpoint folder.
-TrainingState load_checkpoint(const std::string& folder, ParamStore& params, AdamW& optimizer, StoragePolicy& policy);
+/// The checkpoint that --resume means, or "" for a fresh start. "auto": the newest of the run's folder `output` that verifies; one that
+/// does not is named on stderr and passed over. Throws Error if checkpoints are there but none is whole, or if the path is missing.
+std::string find_checkpoint(const std::string& wish, const std::string& output);
+
+/// Restores everything from a verified checkpoint folder. Running ranges are taken up only where the storage rules are still the same.
+struct LoadedRun {
+  TrainingState state;
+  RunConfig config;  ///< by which the checkpoint was trained
+};
+LoadedRun load_checkpoint(const std::string& folder, const RunConfig& config, ParamStore& params, AdamW& optimizer,
+                          StoragePolicy& policy);
+
+/// True if `path` is in `folder` or below it.
+bool lies_in(const std::string& path, const std::string& folder);
+
+/// What differs from the run that wrote the checkpoint, as text for the user. Throws UsageError for a key that decides the order of the
+/// data while the checkpoint stands within an epoch.
+std::string describe_changes(const LoadedRun& loaded, const RunConfig& config);
+/// The keys that have another value now and change what is computed, each with its value then: {"train.epochs", "3"}.
+std::vector<std::pair<std::string, std::string>> changed_keys(const RunConfig& then, const RunConfig& now);
 
 }  // namespace mesa

@@ -14,15 +14,19 @@ namespace mesa {
 VitConfig model_config(const RunConfig& config, int64_t classes);
 /// bf16 or f32 for matrix products. Throws UsageError with the reason where the CPU has no bf16 products (unless train.force_precision).
 DType compute_dtype(const RunConfig& config);
-/// The device; `auto` takes the best that this build and machine have. Throws Error with the reason if it is not to be had.
+/// The device; `auto` takes the best that this build and machine have. Throws UsageError with the reason if it is not to be had.
 Device choose_device(const std::string& name);
 /// Both halves of the data; kind `random` is noise with random labels, for benchmarks.
 DatasetPair make_datasets(const RunConfig& config, const VitConfig& model);
+/// The same for training: refuses, with the key's place, a batch or a number of classes that does not fit the data.
+DatasetPair make_training_data(const RunConfig& config, const VitConfig& model);
 /// How many classes the data has without opening it, 0 if only opening tells.
 int64_t known_classes(const RunConfig& config);
 TransformOptions make_transform(const RunConfig& config, const VitConfig& model);
 LoaderOptions make_loader_options(const RunConfig& config, bool train);
 StoragePolicy make_policy(const StorageConfig& storage);
+/// The rules of configs/storage/exact.yaml, built in: what plans and benchmarks compare with, whatever files lie around.
+StorageConfig reference_storage();
 /// Images as the model takes them: u8 [B, H, W, C] -> f32 [B, C, H, W], normalized.
 Tensor prepare_images(const Tensor& pixels, const TransformOptions& transform);
 

@@ -1,0 +1,70 @@
+// A run of a second: the config that the tests of the apps share, and how they read its folder.
+#pragma once
+#include <catch2/catch.hpp>
+#include <filesystem>
+#include <fstream>
+#include <nlohmann/json.hpp>
+#include <sstream>
+
+#include "support/data_files.h"
+#include "support/process.h"
+
+namespace mesa::testing {
+
+using Args = std::vector<std::string>;
+using Json = nlohmann::json;
+
+inline const char* const kTinyConfig =
+    "model: {name: vit, image_size: 16, patch_size: 8, width: 24, depth: 1, heads: 3, pool: mean}\n"
+    "data: {kind: shapes, train_size: 96, test_size: 32, workers: 1}\n"
+    "train: {epochs: 2, batch_size: 16, log_interval: 1, threads: 1}\n"
+    "optimizer: {lr: 1e-3}\n"
+    "storage: int8\n";
+
+/// A temporary folder with tiny.yaml in it; programs run there.
+class TinyRun {
+ public:
+  TinyRun() { write("tiny.yaml", kTinyConfig); }
+  std::string path(const std::string& name) const { return (folder_.path() / name).string(); }
+  void write(const std::string& name, const std::string& text) const { std::ofstream(path(name), std::ios::binary) << text; }
+  Json json(const std::string& name) const { return Json::parse(read_text(path(name))); }
+  bool exists(const std::string& name) const { return std::filesystem::exists(path(name)); }
+
+  Args train_args(const Args& sets, const std::string& output = "run", const Args& more = {}) const {
+    Args args{"--config", "tiny.yaml", "--output", output};
+    for (const std::string& set : sets) args.insert(args.end(), {"--set", set});
+    args.insert(args.end(), more.begin(), more.end());
+    return args;
+  }
+  ProcessResult train(const Args& sets = {}, const std::string& output = "run", const Args& more = {}) const {
+    return call("mesa-train", train_args(sets, output, more));
+  }
+  ProcessResult eval(const Args& args) const { return call("mesa-eval", args); }
+  ProcessResult call(const std::string& program, const Args& args) const { return mesa::testing::run(program, args, {}, path(".")); }
+  Process start(const Args& sets, const std::string& output, const Args& more = {}) const {
+    return Process("mesa-train", train_args(sets, output, more), {}, path("."));
+  }
+
+  /// metrics.jsonl without what depends on the clock.
+  std::vector<Json> metrics(const std::string& output) const {
+    std::vector<Json> rows;
+    std::istringstream lines(read_text(path(output + "/metrics.jsonl")));
+    for (std::string line; std::getline(lines, line);) {
+      rows.push_back(Json::parse(line));
+      rows.back().erase("images_per_second");
+      rows.back().erase("data_wait");
+    }
+    return rows;
+  }
+  /// summary.csv without what depends on the clock: images_per_second and seconds.
+  std::vector<std::vector<std::string>> curve(const std::string& output) const {
+    auto rows = read_csv(path(output + "/summary.csv"));
+    for (auto& row : rows) row.resize(10), row[6] = row[9] = "";
+    return rows;
+  }
+
+ private:
+  TemporaryFolder folder_;
+};
+
+}  // namespace mesa::testing

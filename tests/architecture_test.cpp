@@ -1,0 +1,121 @@
+// The table of floors in docs/architecture.md as code: an include that points up, or to a sibling, fails here.
+#include <catch2/catch.hpp>
+#include <filesystem>
+#include <fstream>
+#include <map>
+#include <regex>
+#include <set>
+#include <string>
+
+namespace {
+
+namespace fs = std::filesystem;
+
+/// What each floor may include from others; everything may include itself.
+const std::map<std::string, std::set<std::string>>& floors() {
+  static const std::map<std::string, std::set<std::string>> allowed = [] {
+    std::map<std::string, std::set<std::string>> table;
+    const auto floor = [&](const std::string& name, const std::set<std::string>& parents) {
+      std::set<std::string> all{name};
+      for (const std::string& parent : parents) all.insert(table.at(parent).begin(), table.at(parent).end());
+      table[name] = all;
+    };
+    floor("base", {});
+    floor("tensor", {"base"});
+    floor("kernels", {"tensor"});
+    floor("storage", {"kernels"});
+    floor("data", {"tensor"});
+    floor("autograd", {"storage"});
+    floor("ops", {"autograd", "kernels"});
+    floor("optim", {"autograd", "kernels"});
+    floor("dist", {"autograd", "kernels"});
+    floor("nn", {"ops"});
+    floor("models", {"nn"});
+    floor("train", {"models", "optim", "dist", "data"});
+    floor("apps", {"train"});
+    return table;
+  }();
+  return allowed;
+}
+
+/// The floor that a source file stands on, by its path from the root.
+std::string floor_of(const fs::path& path) {
+  auto part = path.begin();
+  const std::string top = *part++;
+  if (top == "kernels" || top == "apps") return top;
+  if (top == "include") ++part;  // include/mesa/<floor>
+  return part == path.end() ? "" : part->string();
+}
+
+struct Source {
+  fs::path path;
+  std::vector<std::string> lines;
+};
+
+const std::vector<Source>& sources() {
+  static const std::vector<Source> all = [] {
+    std::vector<Source> found;
+    const fs::path root = MESA_SOURCE_DIR;
+    for (const char* top : {"include", "src", "kernels", "apps", "tests"}) {
+      if (!fs::exists(root / top)) continue;
+      for (const auto& entry : fs::recursive_directory_iterator(root / top)) {
+        const std::string kind = entry.path().extension();
+        if (kind != ".h" && kind != ".cpp" && kind != ".cu" && kind != ".cuh") continue;
+        Source source{fs::relative(entry.path(), root), {}};
+        std::ifstream file(entry.path());
+        for (std::string line; std::getline(file, line);) source.lines.push_back(line);
+        found.push_back(std::move(source));
+      }
+    }
+    return found;
+  }();
+  return all;
+}
+
+}  // namespace
+
+TEST_CASE("architecture: includes point down") {
+  static const std::regex include(R"re(^\s*#\s*include\s*"mesa/([a-z_]+)/)re");
+  int seen = 0;
+  for (const Source& source : sources()) {
+    if (*source.path.begin() == "tests") continue;
+    const std::string floor = floor_of(source.path);
+    INFO(source.path.string());
+    if (floors().count(floor) == 0) {
+      FAIL_CHECK("stands on no floor of the table: '" << floor << "'");
+      continue;
+    }
+    for (const std::string& line : source.lines) {
+      std::smatch match;
+      if (!std::regex_search(line, match, include)) continue;
+      ++seen;
+      INFO(floor << " includes: " << line);
+      CHECK(floors().at(floor).count(match[1]) == 1);
+    }
+  }
+  CHECK(seen > 100);
+}
+
+TEST_CASE("architecture: quoted includes beside mesa/ stay inside their floor") {
+  static const std::regex include(R"re(^\s*#\s*include\s*"([^"]+)")re");
+  for (const Source& source : sources()) {
+    if (*source.path.begin() == "tests") continue;
+    for (const std::string& line : source.lines) {
+      std::smatch match;
+      if (!std::regex_search(line, match, include) || match[1].str().starts_with("mesa/")) continue;
+      INFO(source.path.string() << ": " << line);
+      CHECK(match[1].str().find("..") == std::string::npos);
+    }
+  }
+}
+
+TEST_CASE("architecture: files stay readable") {
+  const std::string unfinished[] = {std::string("TO") + "DO", std::string("FIX") + "ME"};
+  for (const Source& source : sources()) {
+    INFO(source.path.string());
+    CHECK(source.lines.size() <= 500);
+    for (size_t i = 0; i < source.lines.size(); ++i)
+      for (const std::string& word : unfinished)
+        if (source.lines[i].find(word) != std::string::npos) FAIL_CHECK("line " << i + 1 << " says " << word);
+  }
+}

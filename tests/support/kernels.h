@@ -1,0 +1,40 @@
+// What tests of kernels share: random tensors, every implementation that this CPU runs, and comparison with doubles.
+#pragma once
+#include <catch2/catch.hpp>
+#include <cmath>
+
+#include "mesa/kernels/kernel.h"
+#include "support/random.h"
+
+namespace mesa::testing {
+
+/// Normal values times `spread`; the seed stands in every failure.
+inline Tensor random(const Shape& shape, DType dtype, const std::string& name, double spread = 1) {
+  UNSCOPED_INFO(seed_note());
+  std::vector<double> values = normal_values(shape.numel(), name);
+  for (double& v : values) v *= spread;
+  return tensor_of(shape, values, dtype);
+}
+
+/// The implementations of a kernel that this CPU runs.
+template <class Signature>
+std::vector<Signature*> implementations(const kernels::Kernel<Signature>& kernel) {
+  std::vector<Signature*> out{kernel.plain};
+  if (cpu_isa() >= Isa::avx2) out.push_back(kernel.avx2);
+  if (cpu_isa() >= Isa::avx512) out.push_back(kernel.avx512);
+  return out;
+}
+
+/// y holds `want` up to `tolerance`, relative to magnitude 1 or more.
+inline void expect(const Tensor& y, const std::vector<double>& want, double tolerance) {
+  const std::vector<double> got = y.to_vector<double>();
+  REQUIRE(got.size() == want.size());
+  double worst = 0;
+  for (size_t i = 0; i < got.size(); ++i) {
+    const double error = std::fabs(got[i] - want[i]) / std::max(1.0, std::fabs(want[i]));
+    worst = error <= worst ? worst : error;  // a NaN stays
+  }
+  CHECK(worst <= tolerance);
+}
+
+}  // namespace mesa::testing

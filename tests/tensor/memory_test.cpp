@@ -1,0 +1,98 @@
+// The allocator: what the meter says, what is reused, names that are never reused.
+#include "mesa/tensor/memory.h"
+
+#include <catch2/catch.hpp>
+#include <set>
+#include <thread>
+
+#include "mesa/tensor/tensor.h"
+
+using namespace mesa;
+using Catch::Matchers::Contains;
+
+TEST_CASE("memory: the meter counts what is asked for, by kind, and the peak with its parts") {
+  for (Device device : {kCpu, kMeta}) {
+    Allocator& memory = Allocator::of(device);
+    memory.reset_peak();
+    const MemoryUse before = memory.use();
+    {
+      const Tensor a = Tensor::empty({1000}, DType::f32, device, MemoryKind::activations);
+      const Tensor w = Tensor::empty({10}, DType::f64, device, MemoryKind::workspace);
+      CHECK(memory.use().of(MemoryKind::activations) - before.of(MemoryKind::activations) == 4000);
+      CHECK(memory.use().of(MemoryKind::workspace) - before.of(MemoryKind::workspace) == 80);
+      CHECK(memory.use().total - before.total == 4080);
+      w.buffer()->retag(MemoryKind::activations);
+      CHECK(memory.use().of(MemoryKind::activations) - before.of(MemoryKind::activations) == 4080);
+      CHECK(memory.use().total - before.total == 4080);
+    }
+    CHECK(memory.use().total == before.total);
+    CHECK(memory.use().peak - before.total == 4080);
+    CHECK(memory.use().peak_kind[static_cast<int>(MemoryKind::activations)] >= 4000);
+    memory.reset_peak();
+    CHECK(memory.use().peak == before.total);
+  }
+}
+
+TEST_CASE("memory: a released block serves again without asking the system, under a new name") {
+  Allocator& memory = Allocator::of(kCpu);
+  auto first = memory.allocate(123456, MemoryKind::workspace);
+  const void* const address = first->data();
+  const uint64_t id = first->id();
+  first.reset();
+  const MemoryUse before = memory.use();
+  const auto second = memory.allocate(123400, MemoryKind::workspace);  // the same size class
+  CHECK(second->data() == address);
+  CHECK(second->id() != id);
+  CHECK(memory.use().system_allocations == before.system_allocations);
+  CHECK(memory.use().reserved == before.reserved);
+}
+
+TEST_CASE("memory: blocks are aligned and little is wasted") {
+  Allocator& memory = Allocator::of(kCpu);
+  for (int64_t bytes : {1, 63, 64, 65, 1000, 4097, 100001, 3000001, 5000000}) {
+    INFO(bytes);
+    memory.release_cached();  // so that the block comes from the system
+    const int64_t before = memory.use().reserved;
+    const auto block = memory.allocate(bytes, MemoryKind::workspace);
+    CHECK(reinterpret_cast<uintptr_t>(block->data()) % 64 == 0);
+    CHECK(block->bytes() == bytes);
+    CHECK(memory.use().reserved - before >= bytes);
+    if (bytes > 512) CHECK(memory.use().reserved - before <= bytes + std::max<int64_t>(bytes / 8 + 64, 2 << 20));
+  }
+  memory.release_cached();
+}
+
+TEST_CASE("memory: more than there is fails with the request and what is in use") {
+  const Tensor held = Tensor::empty({5000}, DType::f32, kCpu, MemoryKind::optimizer);
+  try {
+    Allocator::of(kCpu).allocate(int64_t{1} << 60, MemoryKind::activations);
+    FAIL("an exabyte was handed out");
+  } catch (const Error& error) {
+    CHECK_THAT(error.what(), Contains("out of memory") && Contains("were asked for activations") && Contains("optimizer"));
+  }
+  const auto empty = Allocator::of(kCpu).allocate(0, MemoryKind::workspace);
+  CHECK(empty->bytes() == 0);
+}
+
+TEST_CASE("memory: threads may allocate and release at once") {
+  Allocator& memory = Allocator::of(kCpu);
+  const int64_t before = memory.use().total;
+  std::vector<std::thread> threads;
+  for (int t = 0; t < 4; ++t)
+    threads.emplace_back([&memory, t] {
+      for (int i = 0; i < 2000; ++i) {
+        const auto a = memory.allocate(64 * (1 + (i * 7 + t) % 50), MemoryKind::workspace);
+        *static_cast<char*>(a->data()) = 1;
+      }
+    });
+  for (std::thread& t : threads) t.join();
+  CHECK(memory.use().total == before);
+}
+
+TEST_CASE("memory: sizes read well") {
+  CHECK(format_bytes(0) == "0 B");
+  CHECK(format_bytes(999) == "999 B");
+  CHECK(format_bytes(12300) == "12.3 kB");
+  CHECK(format_bytes(12300000) == "12.3 MB");
+  CHECK(format_bytes(2500000000) == "2.50 GB");
+}

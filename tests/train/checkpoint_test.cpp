@@ -1,0 +1,135 @@
+// Checkpoints: what is restored, what is refused, and what is left alone.
+#include "mesa/train/checkpoint.h"
+
+#include <catch2/catch.hpp>
+#include <cmath>
+#include <filesystem>
+
+#include "mesa/train/files.h"
+#include "mesa/train/setup.h"
+#include "support/data_files.h"
+
+using namespace mesa;
+using namespace mesa::testing;
+using Catch::Matchers::Contains;
+namespace fs = std::filesystem;
+
+namespace {
+
+RunConfig config_of(const std::vector<std::string>& sets = {}) {
+  const char* const text = "model: {name: vit, image_size: 16, patch_size: 8, width: 24, depth: 1, heads: 3, classes: 4}\nseed: 5\n";
+  return parse_config(text, "c.yaml", sets);
+}
+
+struct Parts {
+  RunConfig config;
+  BuiltModel model;
+  StoragePolicy policy;
+  AdamW optimizer;
+  explicit Parts(const RunConfig& c)
+      : config(c),
+        model(c, model_config(c, 4)),
+        policy(make_policy(c.storage)),
+        optimizer((model.params.allocate_gradients(), model.params.params()), {}) {}
+  void save(const std::string& folder, const TrainingState& state) {
+    save_checkpoint(folder, config, {"a", "b", "c", "d"}, model.params, optimizer, policy, state);
+  }
+  TrainingState load(const std::string& folder) { return load_checkpoint(folder, config, model.params, optimizer, policy).state; }
+};
+
+}  // namespace
+
+TEST_CASE("checkpoint: every field of the state comes back, NaN too") {
+  const TemporaryFolder folder;
+  const std::string path = (folder.path() / "last").string();
+  Parts parts(config_of());
+  TrainingState state;
+  state.epoch = 3, state.batch = 7, state.step = 1234567890123, state.micro_step = 4, state.bad_steps = 5, state.bad_in_a_row = 2;
+  state.epoch_loss = 0.1, state.interval_loss = 1e-300, state.best_top1 = 99.9, state.evaluated_step = 11;
+  state.eval_loss = std::nan(""), state.train_loss = std::numeric_limits<double>::infinity(), state.peak_bytes = 1 << 30;
+  parts.save(path, state);
+  const TrainingState back = parts.load(path);
+  CHECK(back.epoch == 3);
+  CHECK(back.step == 1234567890123);
+  CHECK(back.bad_in_a_row == 2);
+  CHECK(back.epoch_loss == 0.1);
+  CHECK(back.interval_loss == 1e-300);
+  CHECK(back.best_top1 == 99.9);
+  CHECK(back.evaluated_step == 11);
+  CHECK(std::isnan(back.eval_loss));
+  CHECK(back.peak_bytes == 1 << 30);
+}
+
+TEST_CASE("checkpoint: the same state writes the same bytes into any folder") {
+  const TemporaryFolder folder;
+  const auto at = [&](const char* name) { return (folder.path() / name).string(); };
+  Parts a(config_of({"output=here"})), b(config_of({"output=there"}));
+  a.save(at("a"), {}), b.save(at("b"), {});
+  for (const char* file : {"/model.safetensors", "/state.safetensors", "/state.json", "/manifest.json"})
+    CHECK(read_file(at("a") + file) == read_file(at("b") + file));
+  CHECK(load_model(at("a")).class_names == std::vector<std::string>{"a", "b", "c", "d"});
+}
+
+TEST_CASE("checkpoint: another model, a bare file of weights and things that are no checkpoint are refused") {
+  const TemporaryFolder folder;
+  const std::string path = (folder.path() / "last").string();
+  Parts small(config_of()), wide(config_of({"model.width=48"})), deep(config_of({"model.depth=2"}));
+  small.save(path, {});
+  CHECK_THAT(error_of([&] { wide.load(path); }), Contains("another model") && Contains("24]") && Contains("48]"));
+  CHECK_THAT(error_of([&] { deep.load(path); }), Contains("missing blocks.1.norm1.weight") && Contains("more"));
+  CHECK_THAT(error_of([&] { small.load(path + "/model.safetensors"); }), Contains("file of weights"));
+  CHECK_THAT(error_of([&] { load_model(folder.path().string()); }), Contains("neither a checkpoint"));
+  CHECK_THAT(error_of([&] { find_checkpoint("absent", "run"); }), Contains("no checkpoint at absent"));
+  CHECK(find_checkpoint("auto", (folder.path() / "absent").string()).empty());
+  CHECK(find_checkpoint("", "run").empty());
+}
+
+TEST_CASE("checkpoint: reading one removes nothing beside it") {
+  const TemporaryFolder folder;
+  const std::string run = (folder.path() / "run").string();
+  Parts parts(config_of());
+  parts.save(run + "/checkpoints/last", {});
+  const std::vector<std::string> others{"run.old", "run.tmp", "run/checkpoints/last.tmp", "run/checkpoints/best.tmp"};
+  for (const std::string& name : others) folder.write(name + "/file", {1});
+  CHECK(resolve_checkpoint(run, "best") == run + "/checkpoints/last");
+  load_model(run);
+  for (const std::string& name : others) CHECK(fs::exists(folder.path() / name / "file"));
+}
+
+TEST_CASE("checkpoint: truncated at every 64th part and with any bit flipped it is refused, never read") {
+  const TemporaryFolder folder;
+  const std::string path = (folder.path() / "last").string();
+  Parts parts(config_of());
+  parts.save(path, {});
+  for (const std::string file : {"/model.safetensors", "/state.safetensors", "/state.json", "/manifest.json"}) {
+    const std::string whole = read_file(path + file);
+    for (size_t i = 0; i < 64; ++i) {
+      std::string cut = whole.substr(0, whole.size() * i / 64), flipped = whole;
+      flipped[whole.size() * i / 64] ^= static_cast<char>(1 << (i % 8));
+      for (const std::string& damaged : {cut, flipped}) {
+        OutputFile out(path + file);
+        out.write(damaged);
+        out.close();
+        CHECK_THROWS_AS(parts.load(path), Error);
+      }
+    }
+    OutputFile out(path + file);
+    out.write(whole);
+    out.close();
+  }
+  CHECK_NOTHROW(parts.load(path));
+}
+
+TEST_CASE("checkpoint: changed keys are told apart from harmless ones") {
+  const RunConfig then = config_of();
+  CHECK(changed_keys(then, config_of({"output=x", "data.workers=7", "train.log_interval=3"})).empty());
+  const auto changed = changed_keys(then, config_of({"train.epochs=77", "optimizer.lr=0.5", "storage=[{match: \"*\", codec: bf16}]"}));
+  REQUIRE(changed.size() == 3);
+  CHECK(changed[0] == std::pair<std::string, std::string>("train.epochs", "10"));
+  CHECK(changed[1].first == "optimizer.lr");
+  CHECK(changed[2] == std::pair<std::string, std::string>("storage", "exact"));
+  LoadedRun loaded{{}, then};
+  CHECK_NOTHROW(describe_changes(loaded, config_of({"seed=6"})));
+  loaded.state.batch = 1;
+  CHECK_THROWS_AS(describe_changes(loaded, config_of({"seed=6"})), UsageError);
+}

@@ -1,0 +1,58 @@
+// From a config to objects: what is refused, with the key's place, before anything expensive is built.
+#include "mesa/train/setup.h"
+
+#include <catch2/catch.hpp>
+
+#include "support/data_files.h"
+
+using namespace mesa;
+using namespace mesa::testing;
+using Catch::Matchers::Contains;
+
+namespace {
+
+RunConfig config_of(const std::vector<std::string>& sets) {
+  return parse_config("model: {name: vit, image_size: 16, patch_size: 8, width: 24, depth: 1, heads: 3}\n", "s.yaml", sets);
+}
+
+}  // namespace
+
+TEST_CASE("setup: the fields that are set change the table's entry, the data say the classes") {
+  const VitConfig vit = model_config(config_of({"model.pool=mean", "model.drop_path=0.1"}), 7);
+  CHECK(vit.width == 24);
+  CHECK(vit.classes == 7);
+  CHECK_FALSE(vit.class_token);
+  CHECK(vit.drop_path == 0.1);
+  CHECK(model_config(config_of({"model.classes=3"}), 7).classes == 3);
+  CHECK(model_config(parse_config("model: {name: deit_small_patch16_224}\n", "d.yaml"), 0).width == 384);
+}
+
+TEST_CASE("setup: what cannot be is a usage error with the key and its place") {
+  const auto usage = [](auto&& f) {
+    try {
+      f();
+    } catch (const UsageError& e) {
+      return std::string(e.what());
+    }
+    return std::string("no UsageError");
+  };
+  CHECK_THAT(usage([] { choose_device("cuda"); }), Contains("cuda"));
+  CHECK(choose_device("auto").kind == DeviceKind::cpu);
+  CHECK_THAT(usage([] { model_config(config_of({"model.name=deit_smal"}), 0); }), Contains("--set model.name") && Contains("deit_small"));
+  CHECK_THAT(usage([] { make_datasets(config_of({"data.kind=idx"}), {}); }), Contains("data.path"));
+  const RunConfig big = config_of({"data.kind=random", "data.train_size=100", "train.batch_size=100"});
+  CHECK_NOTHROW(make_training_data(big, model_config(big, 0)));
+  RunConfig bigger = big;
+  bigger.train.batch_size = 101;
+  CHECK_THAT(usage([&] { make_training_data(bigger, model_config(bigger, 0)); }), Contains("train.batch_size") && Contains("100"));
+  const RunConfig few = config_of({"model.classes=9", "data.train_size=64"});
+  CHECK_THAT(usage([&] { make_training_data(few, model_config(few, 0)); }), Contains("model.classes") && Contains("10 classes"));
+  CHECK_THAT(usage([] { BuiltModel(config_of({"train.frozen=[nothing.*]"}), model_config(config_of({}), 2)); }), Contains("train.frozen"));
+}
+
+TEST_CASE("setup: the normalization fits the channels") {
+  const RunConfig gray = config_of({"model.channels=1", "data.kind=image_folder"});
+  const TransformOptions t = make_transform(gray, model_config(gray, 2));
+  REQUIRE(t.mean.size() == 1);
+  CHECK(t.mean[0] == Approx((0.485 + 0.456 + 0.406) / 3).epsilon(1e-5));
+}

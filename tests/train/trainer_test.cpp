@@ -1,0 +1,166 @@
+// The trainer in this process: what a full disk, NaN and infinity do to a run.
+#include "mesa/train/trainer.h"
+
+#include <cerrno>
+#include <catch2/catch.hpp>
+#include <filesystem>
+#include <fstream>
+#include <iostream>
+#include <limits>
+#include <nlohmann/json.hpp>
+#include <omp.h>
+#include <sstream>
+
+#include "mesa/tensor/memory.h"
+#include "mesa/train/checkpoint.h"
+#include "mesa/train/files.h"
+#include "mesa/train/safetensors.h"
+#include "support/data_files.h"
+
+using namespace mesa;
+using namespace mesa::testing;
+using Catch::Matchers::Contains;
+namespace fs = std::filesystem;
+
+namespace {
+
+const char* const kTiny =
+    "model: {name: vit, image_size: 16, patch_size: 8, width: 24, depth: 1, heads: 3, pool: mean}\n"
+    "data: {kind: shapes, train_size: 96, test_size: 32, workers: 1}\n"
+    "train: {epochs: 2, batch_size: 16, log_interval: 1, threads: 1}\n"
+    "optimizer: {lr: 1e-3}\n"
+    "storage: [{match: \"*\", codec: int8, groups: heads, range: running}, {match: \"patch_embed.proj:x\", codec: exact}]\n";
+
+struct Trainer {
+  TemporaryFolder folder;
+  int threads = omp_get_max_threads();
+  ~Trainer() {
+    set_file_fault({});
+    omp_set_num_threads(threads);
+  }
+  std::string path(const std::string& name) const { return (folder.path() / name).string(); }
+  std::string text(const std::string& name) const { return read_file(path(name)); }
+  int run(std::vector<std::string> sets = {}, const std::string& resume = "") const {
+    RunConfig config = parse_config(kTiny, "tiny.yaml", sets);
+    config.output = path("run");
+    return train(config, {resume, true});
+  }
+};
+
+/// Puts a NaN into a parameter of a checkpoint, which stays whole as a folder.
+void poison(const std::string& folder, const std::string& name) {
+  std::map<std::string, std::string> files;
+  for (const char* file : {"state.json", "state.safetensors"}) files[file] = read_file(folder + "/" + file);
+  const SafetensorsFile model = read_safetensors(folder + "/model.safetensors");
+  for (const NamedTensor& tensor : model.tensors)
+    if (tensor.name == name) tensor.tensor.data<float>()[3] = std::numeric_limits<float>::quiet_NaN();
+  write_folder_atomically(folder, [&](const std::string& at) {
+    write_safetensors(at + "/model.safetensors", model.tensors, model.metadata);
+    for (const auto& [file, text] : files) {
+      OutputFile out(at + "/" + file);
+      out.write(text);
+      out.close();
+    }
+  });
+}
+
+}  // namespace
+
+TEST_CASE("trainer: a disk that is full for a while costs nothing but the old checkpoints") {
+  const Trainer t;
+  REQUIRE(t.run({"train.epochs=1"}) == 0);
+  const std::string before = t.text("run/checkpoints/last/model.safetensors");
+  SECTION("to the end: the exit code tells, the old checkpoint is whole") {
+    set_file_fault([](std::string_view operation, const std::string& path) {
+      return operation == "write" && path.find("/run/config.yaml") == std::string::npos && path.find(".tmp") != std::string::npos &&
+                     path.find("checkpoints") != std::string::npos
+                 ? ENOSPC
+                 : 0;
+    });
+    CHECK(t.run({"train.epochs=3"}, "auto") == 1);
+    set_file_fault({});
+    CHECK(t.text("run/checkpoints/last/model.safetensors") == before);
+    CHECK_NOTHROW(verify_folder(t.path("run/checkpoints/last")));
+    CHECK_THAT(t.text("run/log.txt"), Contains("could not be written") && Contains("No space left"));
+    CHECK(nlohmann::json::parse(t.text("run/summary.json"))["epochs"] == 3);
+    CHECK(t.run({"train.epochs=3"}, "auto") == 0);  // and there is room again
+  }
+  SECTION("rows that found no room are written later, none torn") {
+    int failures = 3;
+    set_file_fault([&](std::string_view operation, const std::string& path) {
+      const bool table = path.find("metrics.jsonl") != std::string::npos || path.find("summary.csv") != std::string::npos;
+      return operation == "write" && table && path.find(".tmp") == std::string::npos && failures-- > 0 ? ENOSPC : 0;
+    });
+    CHECK(t.run({"train.epochs=3"}, "auto") == 0);
+    std::istringstream lines(t.text("run/metrics.jsonl"));
+    int64_t step = 0;
+    for (std::string line; std::getline(lines, line);) CHECK(nlohmann::json::parse(line)["step"] == ++step);
+    CHECK(step == 18);
+    CHECK(failures < 0);
+  }
+}
+
+TEST_CASE("trainer: NaN in a checkpoint's weights is named, stops the run, and spares the checkpoints") {
+  const Trainer t;
+  REQUIRE(t.run({"train.epochs=1"}) == 0);
+  const std::string last = t.path("run/checkpoints/last");
+  const std::string best = t.text("run/checkpoints/best/model.safetensors");
+  poison(last, "blocks.0.mlp.fc1.weight");
+  const std::string poisoned = read_file(last + "/model.safetensors");
+  CHECK(t.run({"train.epochs=3", "train.max_bad_steps=4"}, "auto") == 1);
+  const std::string log = t.text("run/log.txt");
+  CHECK_THAT(log, Contains("blocks.0.mlp.fc1.weight (element 3)") && Contains("4 steps in a row were not finite"));
+  CHECK(t.text("run/checkpoints/best/model.safetensors") == best);
+  CHECK(read_file(last + "/model.safetensors") == poisoned);
+  CHECK_NOTHROW(verify_folder(t.path("run/checkpoints/failed")));
+  CHECK(nlohmann::json::parse(t.text("run/checkpoints/failed/state.json"))["bad_steps"] == 4);
+  // The last line of the table counts them too.
+  const std::string table = t.text("run/metrics.jsonl");
+  CHECK_THAT(table.substr(table.rfind("{\"step\"")), Contains("\"bad_steps\":4") && Contains("\"loss\":null"));
+}
+
+TEST_CASE("trainer: a learning rate of 1e15 ends in skipped, named steps and a checkpoint") {
+  const Trainer t;
+  SECTION("from the start") {
+    CHECK(t.run({"optimizer.lr=1e15", "train.max_bad_steps=3"}) == 1);
+    CHECK_THAT(t.text("run/log.txt"), Contains("is skipped") && Contains("first bad value is in") && Contains("3 steps in a row"));
+    CHECK((fs::exists(t.path("run/checkpoints/last")) || fs::exists(t.path("run/checkpoints/failed"))));
+  }
+  SECTION("after a good epoch, whose checkpoint stays") {
+    REQUIRE(t.run({"train.epochs=1"}) == 0);
+    const std::string good = t.text("run/checkpoints/last/model.safetensors");
+    CHECK(t.run({"train.epochs=3", "optimizer.lr=1e15", "train.max_bad_steps=3"}, "auto") == 1);
+    CHECK(t.text("run/checkpoints/last/model.safetensors") == good);
+    CHECK(t.run({"train.epochs=3"}, "auto") == 0);
+  }
+}
+
+TEST_CASE("trainer: the system is asked for no memory after the first epoch") {
+  const Trainer t;
+  REQUIRE(t.run({"train.epochs=1", "data.train_size=16"}) == 0);  // one step warms the caches of this process
+  fs::remove_all(t.path("run"));
+  REQUIRE(t.run({"train.epochs=1"}) == 0);
+  const int64_t short_run = Allocator::of(kCpu).use().system_allocations;
+  fs::remove_all(t.path("run"));
+  REQUIRE(t.run({"train.epochs=6"}) == 0);
+  CHECK(Allocator::of(kCpu).use().system_allocations == short_run);
+}
+
+TEST_CASE("trainer: a damaged picture ends the run with its name and a state to resume") {
+  const Trainer t;
+  fs::create_directories(t.path("data"));
+  for (const char* part : {"train", "val"})
+    for (int i = 0; i < 40; ++i)
+      t.folder.write(concat("data/", part, "/", i % 2 ? "a" : "b", "/", i, ".png"), encode_png(test_image(16, 16, 3)));
+  const std::vector<std::string> sets{"data.kind=image_folder", "data.path=" + t.path("data"), "data.train_size=0", "data.test_size=0",
+                                      "train.batch_size=4", "train.epochs=3", "data.prefetch=1"};
+  REQUIRE(t.run(sets) == 0);
+  fs::remove_all(t.path("run"));
+  t.folder.write("data/train/a/1.png", Bytes{1, 2, 3});
+  const std::string error = error_of([&] { t.run(sets); });
+  CHECK_THAT(error, Contains("1.png") && Contains("at epoch 1"));
+  auto skipping = sets;
+  skipping.push_back("data.on_bad_sample=skip");
+  CHECK(t.run(skipping, "auto") == 0);
+  CHECK_THAT(t.text("run/log.txt"), Contains("bad sample"));
+}
