@@ -46,7 +46,7 @@ void matmul_f64(const Tensor& a, const Tensor& b, const Tensor& c, const Tensor&
           bias.defined() ? bias.data<double>() : nullptr, accumulate, a, b, c);
 }
 
-/// bf16 where the CPU has no such products: widen, multiply, round.
+/// bf16 where the CPU has no such products, or slow ones: widen, multiply, round.
 void matmul_widened(const Tensor& a, const Tensor& b, const Tensor& c, const Tensor& bias, bool accumulate) {
   const Tensor wide_a = empty_like(a, DType::f32), wide_b = empty_like(b, DType::f32);
   copy(a, wide_a);
@@ -76,7 +76,7 @@ void matmul(const Tensor& a, const Tensor& b, const Tensor& c, const Tensor& bia
   if (c.is_meta() || c.numel() == 0) return;
   check(c.device().kind == DeviceKind::cpu, "this build has no matrix product on ", to_string(c.device().kind));
   if (c.dtype() == DType::f64) return matmul_f64(a, b, c, bias, accumulate);
-  if (a.dtype() == DType::bf16 && !native_bf16()) return matmul_widened(a, b, c, bias, accumulate);
+  if (a.dtype() == DType::bf16 && !onednn::fast_bf16()) return matmul_widened(a, b, c, bias, accumulate);
   onednn::matmul(a, plain_right(a, b), c, bias, accumulate);
 }
 

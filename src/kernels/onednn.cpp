@@ -111,6 +111,11 @@ bool has_bf16() {
   return dnnl::get_effective_cpu_isa() >= dnnl::cpu_isa::avx512_core_bf16;
 }
 
+bool fast_bf16() {
+  static const bool fast = has_bf16() && (!__builtin_cpu_is("intel") || dnnl::get_effective_cpu_isa() >= dnnl::cpu_isa::avx512_core_amx);
+  return fast;
+}
+
 std::string version() {
   const dnnl_version_t* v = dnnl_version();
   return concat("oneDNN ", v->major, ".", v->minor, ".", v->patch);

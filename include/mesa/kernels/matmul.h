@@ -9,7 +9,7 @@ namespace mesa::kernels {
 /// bias [N] f32 (f64 for f64), optional.
 void matmul(const Tensor& a, const Tensor& b, const Tensor& c, const Tensor& bias = {}, bool accumulate = false);
 
-/// True if bf16 products run natively here; otherwise they are computed after widening to fp32 (right, slow).
+/// True if this CPU multiplies bf16; otherwise, and where that is slower than fp32, products are computed after widening to fp32.
 bool native_bf16();
 /// "oneDNN 2.6.3", for --version.
 std::string matmul_backend();
