@@ -4,6 +4,7 @@
 #include <sstream>
 
 #include "mesa/base/error.h"
+#include "mesa/base/files.h"
 #include "mesa/data/dataset.h"
 #include "mesa/data/formats.h"
 
@@ -74,8 +75,7 @@ class Cifar : public Dataset {
 std::vector<std::string> read_names(const fs::path& path, int classes) {
   std::vector<std::string> names;
   if (fs::exists(path)) {
-    const auto bytes = read_bytes(path.string(), 1 << 20);
-    std::istringstream lines(std::string(bytes.begin(), bytes.end()));
+    std::istringstream lines(read_text(path.string(), 1 << 20));
     for (std::string line; std::getline(lines, line);) {
       while (!line.empty() && static_cast<unsigned char>(line.back()) <= ' ') line.pop_back();
       if (!line.empty()) names.push_back(line);

@@ -7,6 +7,7 @@
 #include <optional>
 
 #include "mesa/base/error.h"
+#include "mesa/base/files.h"
 #include "mesa/data/dataset.h"
 #include "mesa/data/formats.h"
 

@@ -1,28 +1,14 @@
 #include "mesa/data/image.h"
 
-#include <fcntl.h>
-#include <sys/stat.h>
-#include <unistd.h>
-
-#include <cerrno>
 #include <cstring>
 
 #include "mesa/base/error.h"
+#include "mesa/base/files.h"
 
 namespace mesa {
 
 namespace {
 constexpr int64_t kMaxImageFile = int64_t{1} << 30;
-
-struct FileDescriptor {
-  explicit FileDescriptor(const std::string& path) : fd(::open(path.c_str(), O_RDONLY | O_CLOEXEC)) {}
-  ~FileDescriptor() {
-    if (fd >= 0) ::close(fd);
-  }
-  FileDescriptor(const FileDescriptor&) = delete;
-  FileDescriptor& operator=(const FileDescriptor&) = delete;
-  int fd;
-};
 
 /// (dy, dx) of a step in the upright picture, seen in the stored one, and the corner where it starts.
 struct Walk {
@@ -43,25 +29,6 @@ Walk walk_of(int orientation, int64_t height, int64_t width) {
   }
 }
 }  // namespace
-
-std::vector<uint8_t> read_bytes(const std::string& path, int64_t max_bytes) {
-  const FileDescriptor file(path);
-  check(file.fd >= 0, path, ": cannot be opened: ", std::strerror(errno));
-  struct stat status {};
-  check(::fstat(file.fd, &status) == 0, path, ": cannot be examined: ", std::strerror(errno));
-  check(S_ISREG(status.st_mode), path, ": is not a file");
-  check(status.st_size <= max_bytes, path, ": has ", status.st_size, " bytes; at most ", max_bytes, " are read");
-  std::vector<uint8_t> bytes(static_cast<size_t>(status.st_size));
-  size_t done = 0;
-  while (done < bytes.size()) {
-    const ssize_t n = ::read(file.fd, bytes.data() + done, bytes.size() - done);
-    if (n < 0 && errno == EINTR) continue;
-    check(n >= 0, path, ": cannot be read: ", std::strerror(errno));
-    check(n > 0, path, ": became shorter while it was read");
-    done += static_cast<size_t>(n);
-  }
-  return bytes;
-}
 
 void detail::check_dimensions(uint64_t width, uint64_t height, size_t size, uint64_t pixels_per_byte, const std::string& name,
                               const DecodeOptions& options) {

@@ -66,6 +66,8 @@ void AdamW::load_state(const std::map<std::string, Tensor>& state, int64_t steps
   steps_ = steps;
 }
 
+double clipping_scale(double limit, double norm) { return limit > 0 ? std::min(1.0, limit / (norm + 1e-6)) : 1.0; }
+
 double Schedule::at(int64_t step) const {
   if (step < warmup_steps) return warmup_lr + (lr - warmup_lr) * static_cast<double>(step) / static_cast<double>(warmup_steps);
   if (kind == Kind::constant || total_steps <= warmup_steps) return lr;

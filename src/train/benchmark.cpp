@@ -96,7 +96,7 @@ class Contestant {
       tape.backward(loss);
     }
     const auto backward_done = Clock::now();
-    if (update) optimizer_->step(config_.optimizer.lr, clipping_scale());
+    if (update) optimizer_->step(config_.optimizer.lr, scale_of_gradients());
     const auto end = Clock::now();
     sample.forward_ms = milliseconds(start, forward_done);
     sample.backward_ms = milliseconds(forward_done, backward_done);
@@ -111,12 +111,8 @@ class Contestant {
     return sample;
   }
 
-  double clipping_scale() const {
-    const double limit = config_.train.clip_norm;
-    if (limit <= 0) return 1;
-    const double norm = optimizer_->gradient_norm();
-    return norm > limit ? limit / norm : 1;
-  }
+  /// What a training run does before its optimizer step; without clipping it only looks whether the norm is finite.
+  double scale_of_gradients() const { return clipping_scale(config_.train.clip_norm, optimizer_->gradient_norm()); }
 
   /// What is there now and was not at `before_` belongs to this model: running ranges and bf16 copies come with the first step.
   void take_over_what_stayed() {

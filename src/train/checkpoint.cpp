@@ -8,6 +8,7 @@
 #include <set>
 
 #include "config_keys.h"
+#include "mesa/base/files.h"
 #include "mesa/kernels/elementwise.h"
 #include "mesa/train/files.h"
 #include "mesa/train/safetensors.h"
@@ -130,7 +131,7 @@ LoadedRun load_checkpoint(const std::string& folder, const RunConfig& config, Pa
   check(fs::is_directory(folder), folder, " is a file of weights; to resume, the folder of a whole checkpoint is needed");
   LoadedModel model = load_model(folder);
   load_weights(params, model.weights, folder + "/" + kModelFile);
-  const json state = json::parse(read_file(folder + "/" + kStateFile), nullptr, false);
+  const json state = json::parse(read_text(folder + "/" + kStateFile), nullptr, false);
   check(state.is_object() && state.value("format", 0) == kStateFormat, folder, "/", kStateFile,
         " is not a training state that this version reads");
   LoadedRun out;

@@ -13,6 +13,8 @@
 #include <nlohmann/json.hpp>
 #include <vector>
 
+#include "mesa/base/files.h"
+
 namespace mesa {
 namespace fs = std::filesystem;
 namespace {
@@ -146,7 +148,7 @@ nlohmann::json read_manifest(const std::string& folder) {
   const std::string path = folder + "/" + kManifest;
   if (!is_folder(folder)) throw Error(concat(folder, (exists(folder) ? " is not a folder" : " does not exist")));
   if (!exists(path)) throw Error(concat(path, " is missing: not a checkpoint, or one whose writing was interrupted"));
-  const std::string text = read_file(path, kMaxManifestBytes);
+  const std::string text = read_text(path, kMaxManifestBytes);
   const nlohmann::json manifest = nlohmann::json::parse(text, nullptr, false);
   const bool readable = manifest.is_object() && manifest.contains("format") && manifest["format"].is_number_integer();
   if (readable && manifest["format"] > kManifestFormat && manifest["format"] < 1000)
@@ -248,26 +250,6 @@ void OutputFile::close() {
   flush();
   const int fd = std::exchange(fd_, -1);
   if (fd >= 0 && ::close(fd) != 0) io_error("close", path_, errno);  // network file systems tell of a full disk here
-}
-
-std::string read_file(const std::string& path, int64_t limit) {
-  Descriptor file{::open(path.c_str(), O_RDONLY | O_CLOEXEC)};
-  if (file.fd < 0) io_error("open", path, errno);
-  struct stat status {};
-  if (::fstat(file.fd, &status) != 0) io_error("read", path, errno);
-  if (S_ISDIR(status.st_mode)) io_error("read", path, EISDIR);
-  check(status.st_size <= limit, path, " has ", status.st_size, " bytes, more than the ", limit, " that it may have");
-  std::string text;
-  text.reserve(static_cast<size_t>(status.st_size) + 1);
-  char block[1 << 14];
-  for (;;) {
-    const ssize_t got = ::read(file.fd, block, sizeof block);
-    if (got < 0 && errno == EINTR) continue;
-    if (got < 0) io_error("read", path, errno);
-    if (got == 0) return text;
-    text.append(block, static_cast<size_t>(got));
-    check(static_cast<int64_t>(text.size()) <= limit, path, " has more than the ", limit, " bytes that it may have");
-  }
 }
 
 void make_folders(const std::string& path) {

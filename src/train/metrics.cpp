@@ -15,6 +15,7 @@
 #include <nlohmann/json.hpp>
 #include <vector>
 
+#include "mesa/base/files.h"
 #include "mesa/tensor/memory.h"
 
 namespace mesa {
@@ -57,7 +58,7 @@ std::string kept_rows(const std::string& path, int64_t last_epoch) {
   std::string kept = std::string(kEpochHeader) + "\n";
   if (!std::filesystem::exists(path)) return kept;
   bool first = true;
-  for_each_line(read_file(path), [&](const std::string& line) {
+  for_each_line(read_text(path), [&](const std::string& line) {
     if (first && line != kEpochHeader) throw Error(concat(path, ": its first line is not that of a summary.csv; move the file away"));
     int64_t epoch = 0;
     const auto [end, code] = std::from_chars(line.data(), line.data() + line.size(), epoch);
@@ -70,7 +71,7 @@ std::string kept_rows(const std::string& path, int64_t last_epoch) {
 std::string kept_lines(const std::string& path, int64_t last_step) {
   std::string kept;
   if (!std::filesystem::exists(path)) return kept;
-  for_each_line(read_file(path), [&](const std::string& line) {
+  for_each_line(read_text(path), [&](const std::string& line) {
     const auto json = nlohmann::json::parse(line, nullptr, false);
     if (json.is_object() && json.contains("step") && json["step"].is_number_integer() && json["step"].get<int64_t>() <= last_step)
       kept += line + "\n";

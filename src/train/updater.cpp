@@ -73,8 +73,7 @@ UpdateResult Updater::operator()(int64_t count, const std::function<Batch()>& ne
     return result;
   }
   state.bad_in_a_row = 0;
-  const double clip = config_.train.clip_norm;
-  optimizer_.step(result.lr, clip > 0 && result.gradient_norm > clip ? clip / (result.gradient_norm + 1e-6) : 1.0);
+  optimizer_.step(result.lr, clipping_scale(config_.train.clip_norm, result.gradient_norm));
   return result;
 }
 

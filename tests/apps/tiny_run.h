@@ -6,11 +6,13 @@
 #include <nlohmann/json.hpp>
 #include <sstream>
 
+#include "mesa/base/files.h"
 #include "support/data_files.h"
 #include "support/process.h"
 
 namespace mesa::testing {
 
+using mesa::read_text;
 using Args = std::vector<std::string>;
 using Json = nlohmann::json;
 

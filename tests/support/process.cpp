@@ -11,6 +11,8 @@
 #include <sstream>
 #include <stdexcept>
 
+#include "mesa/base/files.h"
+
 namespace mesa::testing {
 namespace {
 
@@ -98,13 +100,6 @@ ProcessResult Process::finish(std::chrono::seconds limit) {
 
 ProcessResult run(const std::string& program, const std::vector<std::string>& args, const Environment& env, const std::string& folder) {
   return Process(program, args, env, folder).finish();
-}
-
-std::string read_text(const std::string& path) {
-  std::ifstream file(path, std::ios::binary);
-  std::ostringstream text;
-  text << file.rdbuf();
-  return text.str();
 }
 
 std::vector<std::vector<std::string>> read_csv(const std::string& path) {

@@ -41,7 +41,6 @@ class Process {
 ProcessResult run(const std::string& program, const std::vector<std::string>& args, const Environment& env = {},
                   const std::string& folder = ".");
 
-std::string read_text(const std::string& path);
 /// Lines of a CSV file without quotes, as cells.
 std::vector<std::vector<std::string>> read_csv(const std::string& path);
 

@@ -5,6 +5,7 @@
 #include <cmath>
 #include <filesystem>
 
+#include "mesa/base/files.h"
 #include "mesa/train/files.h"
 #include "mesa/train/setup.h"
 #include "support/data_files.h"
@@ -66,7 +67,7 @@ TEST_CASE("checkpoint: the same state writes the same bytes into any folder") {
   Parts a(config_of({"output=here"})), b(config_of({"output=there"}));
   a.save(at("a"), {}), b.save(at("b"), {});
   for (const char* file : {"/model.safetensors", "/state.safetensors", "/state.json", "/manifest.json"})
-    CHECK(read_file(at("a") + file) == read_file(at("b") + file));
+    CHECK(read_text(at("a") + file) == read_text(at("b") + file));
   CHECK(load_model(at("a")).class_names == std::vector<std::string>{"a", "b", "c", "d"});
 }
 
@@ -102,7 +103,7 @@ TEST_CASE("checkpoint: truncated at every 64th part and with any bit flipped it 
   Parts parts(config_of());
   parts.save(path, {});
   for (const std::string file : {"/model.safetensors", "/state.safetensors", "/state.json", "/manifest.json"}) {
-    const std::string whole = read_file(path + file);
+    const std::string whole = read_text(path + file);
     for (size_t i = 0; i < 64; ++i) {
       std::string cut = whole.substr(0, whole.size() * i / 64), flipped = whole;
       flipped[whole.size() * i / 64] ^= static_cast<char>(1 << (i % 8));

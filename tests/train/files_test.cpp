@@ -11,6 +11,8 @@
 #include <set>
 #include <vector>
 
+#include "mesa/base/files.h"
+
 using namespace mesa;
 namespace fs = std::filesystem;
 using Catch::Matchers::Contains;
@@ -44,7 +46,7 @@ void write_checkpoint(const std::string& path, const std::string& content) {
 std::string load(const std::string& path) {
   if (!recover_folder(path)) return "";
   verify_folder(path);
-  const std::string text = read_file(path + "/weights");
+  const std::string text = read_text(path + "/weights");
   return text.substr(0, text.size() - 7);
 }
 
@@ -181,10 +183,10 @@ TEST_CASE("files: places that cannot be written are named with the reason") {
   CHECK_THROWS_WITH(OutputFile("/proc/none/x"), Contains("cannot open /proc/none/x: "));
   CHECK_THROWS_WITH(OutputFile(dir.path.string()), Contains("Is a directory"));
   CHECK_THROWS_WITH(make_folders(dir.at("file")), Contains("file"));
-  CHECK_THROWS_WITH(read_file(dir.path.string()), Contains("Is a directory"));
-  CHECK_THROWS_WITH(read_file(dir.at("none")), Contains("No such file"));
-  CHECK_THROWS_WITH(read_file(dir.at("file"), 0), Contains("more than the 0"));
-  CHECK_THROWS_WITH(read_file("/dev/zero", 1000), Contains("more than the 1000"));
+  CHECK_THROWS_WITH(read_text(dir.path.string()), Contains("is not a file"));
+  CHECK_THROWS_WITH(read_text(dir.at("none")), Contains("No such file"));
+  CHECK_THROWS_WITH(read_text(dir.at("file"), 0), Contains("at most 0 are read"));
+  CHECK_THROWS_WITH(read_text("/dev/zero", 1000), Contains("is not a file"));
 }
 
 TEST_CASE("files: damage is found wherever it is") {
@@ -196,7 +198,7 @@ TEST_CASE("files: damage is found wherever it is") {
     out.close();
   });
   for (const char* name : {"weights", "manifest.json"}) {
-    const std::string file = path + "/" + name, whole = read_file(file);
+    const std::string file = path + "/" + name, whole = read_text(file);
     for (size_t bit = 0; bit<whole.size() * 8; bit += whole.size()> 500 ? 37 : 1) {
       std::string damaged = whole;
       damaged[bit / 8] = static_cast<char>(damaged[bit / 8] ^ (1 << bit % 8));
@@ -238,7 +240,7 @@ TEST_CASE("files: logs are appended and a full disk is reported once") {
     out.write(std::string(200'000, 'b'));
     out.write("c\n");
   }
-  CHECK(read_file(dir.at("log")) == "a\n" + std::string(200'000, 'b') + "c\n");
+  CHECK(read_text(dir.at("log")) == "a\n" + std::string(200'000, 'b') + "c\n");
   OutputFile more(dir.at("log"), OutputFile::Mode::append);
   more.write("d\n");
   more.flush();
@@ -256,12 +258,12 @@ TEST_CASE("files: one file is replaced in one step") {
   const Folder dir;
   write_file_atomically(dir.at("x"), "one");
   write_file_atomically(dir.at("x"), "two");
-  CHECK(read_file(dir.at("x")) == "two");
+  CHECK(read_text(dir.at("x")) == "two");
   for (const char* operation : {"open", "write", "sync", "rename"}) {
     set_file_fault([&](std::string_view o, const std::string&) { return o == operation ? ENOSPC : 0; });
     CHECK_THROWS_WITH(write_file_atomically(dir.at("x"), "three"), Contains("No space left"));
     set_file_fault({});
-    CHECK(read_file(dir.at("x")) == "two");
+    CHECK(read_text(dir.at("x")) == "two");
     CHECK_FALSE(fs::exists(dir.at("x.tmp")));
   }
 }

@@ -9,6 +9,8 @@
 #include <fstream>
 #include <nlohmann/json.hpp>
 
+#include "mesa/base/files.h"
+
 using namespace mesa;
 namespace fs = std::filesystem;
 using Catch::Matchers::Contains;
@@ -46,7 +48,7 @@ TEST_CASE("metrics: summary.csv has its columns and a row for each epoch") {
     EpochLog log(dir.at("summary.csv"));
     log.append(epoch_row(1));
   }
-  CHECK(read_file(dir.at("summary.csv")) ==
+  CHECK(read_text(dir.at("summary.csv")) ==
         "epoch,train_loss,eval_loss,eval_top1,eval_top5,lr,images_per_second,activation_bytes_per_image,peak_bytes,seconds\n"
         "1,1.5,0.30000000000000004,95.25,,0.001,812.5,1e+06,123456789,3.25\n");
 }
@@ -70,10 +72,10 @@ TEST_CASE("metrics: a resumed run's files equal those of an uninterrupted one") 
     IntervalLog steps(dir.at("b.jsonl"), 30);
     for (int i = 4; i <= 6; ++i) second.append(epoch_row(i)), steps.append(interval_row(10 * i));
   }
-  CHECK(read_file(dir.at("a.csv")) == read_file(dir.at("b.csv")));
-  CHECK(read_file(dir.at("a.jsonl")) == read_file(dir.at("b.jsonl")));
+  CHECK(read_text(dir.at("a.csv")) == read_text(dir.at("b.csv")));
+  CHECK(read_text(dir.at("a.jsonl")) == read_text(dir.at("b.jsonl")));
   EpochLog missing(dir.at("c.csv"), 3);  // resumed in another folder: starts anew
-  CHECK_THAT(read_file(dir.at("c.csv")), Catch::Matchers::StartsWith("epoch,"));
+  CHECK_THAT(read_text(dir.at("c.csv")), Catch::Matchers::StartsWith("epoch,"));
   std::ofstream(dir.at("d.csv")) << "name,price\n1,2\n";
   CHECK_THROWS_WITH(EpochLog(dir.at("d.csv"), 3), Contains("d.csv") && Contains("not that of a summary.csv"));
 }
@@ -81,14 +83,14 @@ TEST_CASE("metrics: a resumed run's files equal those of an uninterrupted one") 
 TEST_CASE("metrics: JSON has null for what was not measured") {
   const Folder dir;
   IntervalLog(dir.at("m.jsonl")).append(interval_row(10));
-  const auto line = nlohmann::json::parse(read_file(dir.at("m.jsonl")));
+  const auto line = nlohmann::json::parse(read_text(dir.at("m.jsonl")));
   CHECK(line["step"] == 10);
   CHECK(line["grad_norm"].is_null());
   RunSummary summary;
   summary.top1 = 95.5;
   summary.storage = "int8";
   write_summary_json(dir.at("summary.json"), summary);
-  const auto json = nlohmann::json::parse(read_file(dir.at("summary.json")));
+  const auto json = nlohmann::json::parse(read_text(dir.at("summary.json")));
   CHECK(json["top1"] == 95.5);
   CHECK(json["eval_loss"].is_null());
   for (const char* key : {"top1", "top5", "eval_loss", "train_loss", "epochs", "steps", "images_per_second", "parameters",
@@ -99,7 +101,7 @@ TEST_CASE("metrics: JSON has null for what was not measured") {
 TEST_CASE("metrics: memory.csv quotes shapes") {
   const Folder dir;
   write_memory_csv(dir.at("memory.csv"), std::vector<MemoryRow>{{"blocks.0.mlp.gelu:x", "[2, 3]", "int8", 24, 6}});
-  CHECK(read_file(dir.at("memory.csv")) == "site,shape,codec,exact_bytes,kept_bytes\nblocks.0.mlp.gelu:x,\"[2, 3]\",int8,24,6\n");
+  CHECK(read_text(dir.at("memory.csv")) == "site,shape,codec,exact_bytes,kept_bytes\nblocks.0.mlp.gelu:x,\"[2, 3]\",int8,24,6\n");
 }
 
 TEST_CASE("metrics: writers report a place that cannot be written") {

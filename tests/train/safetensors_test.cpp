@@ -5,6 +5,7 @@
 #include <cstring>
 #include <filesystem>
 
+#include "mesa/base/files.h"
 #include "mesa/train/files.h"
 
 using namespace mesa;
@@ -74,7 +75,7 @@ TEST_CASE("safetensors: what is written reads back bit for bit") {
 
   const std::string path = std::filesystem::temp_directory_path() / "mesa-safetensors-test";
   write_safetensors(path, tensors, metadata);
-  CHECK(read_file(path) == bytes);
+  CHECK(read_text(path) == bytes);
   const SafetensorsFile again = read_safetensors(path);
   CHECK(format_safetensors(again.tensors, again.metadata) == bytes);
   std::filesystem::resize_file(path, bytes.size() - 1);

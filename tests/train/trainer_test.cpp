@@ -11,6 +11,7 @@
 #include <omp.h>
 #include <sstream>
 
+#include "mesa/base/files.h"
 #include "mesa/tensor/memory.h"
 #include "mesa/train/checkpoint.h"
 #include "mesa/train/files.h"
@@ -39,7 +40,7 @@ struct Trainer {
     omp_set_num_threads(threads);
   }
   std::string path(const std::string& name) const { return (folder.path() / name).string(); }
-  std::string text(const std::string& name) const { return read_file(path(name)); }
+  std::string text(const std::string& name) const { return read_text(path(name)); }
   int run(std::vector<std::string> sets = {}, const std::string& resume = "") const {
     RunConfig config = parse_config(kTiny, "tiny.yaml", sets);
     config.output = path("run");
@@ -50,7 +51,7 @@ struct Trainer {
 /// Puts a NaN into a parameter of a checkpoint, which stays whole as a folder.
 void poison(const std::string& folder, const std::string& name) {
   std::map<std::string, std::string> files;
-  for (const char* file : {"state.json", "state.safetensors"}) files[file] = read_file(folder + "/" + file);
+  for (const char* file : {"state.json", "state.safetensors"}) files[file] = read_text(folder + "/" + file);
   const SafetensorsFile model = read_safetensors(folder + "/model.safetensors");
   for (const NamedTensor& tensor : model.tensors)
     if (tensor.name == name) tensor.tensor.data<float>()[3] = std::numeric_limits<float>::quiet_NaN();
@@ -106,12 +107,12 @@ TEST_CASE("trainer: NaN in a checkpoint's weights is named, stops the run, and s
   const std::string last = t.path("run/checkpoints/last");
   const std::string best = t.text("run/checkpoints/best/model.safetensors");
   poison(last, "blocks.0.mlp.fc1.weight");
-  const std::string poisoned = read_file(last + "/model.safetensors");
+  const std::string poisoned = read_text(last + "/model.safetensors");
   CHECK(t.run({"train.epochs=3", "train.max_bad_steps=4"}, "auto") == 1);
   const std::string log = t.text("run/log.txt");
   CHECK_THAT(log, Contains("blocks.0.mlp.fc1.weight (element 3)") && Contains("4 steps in a row were not finite"));
   CHECK(t.text("run/checkpoints/best/model.safetensors") == best);
-  CHECK(read_file(last + "/model.safetensors") == poisoned);
+  CHECK(read_text(last + "/model.safetensors") == poisoned);
   CHECK_NOTHROW(verify_folder(t.path("run/checkpoints/failed")));
   CHECK(nlohmann::json::parse(t.text("run/checkpoints/failed/state.json"))["bad_steps"] == 4);
   // The last line of the table counts them too.

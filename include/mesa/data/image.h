@@ -37,9 +37,6 @@ int exif_orientation(const uint8_t* segment, size_t size);
 /// Turns and mirrors stored pixels upright, as EXIF orientation 1..8 asks; 5..8 exchange height and width.
 Image apply_orientation(Image image, int orientation);
 
-/// All bytes of a regular file; the error says whether it is missing, a folder, unreadable or larger than `max_bytes`.
-std::vector<uint8_t> read_bytes(const std::string& path, int64_t max_bytes = int64_t{1} << 34);
-
 namespace detail {
 Image decode_jpeg(const uint8_t* bytes, size_t size, const std::string& name, const DecodeOptions& options);
 Image decode_png(const uint8_t* bytes, size_t size, const std::string& name, const DecodeOptions& options);

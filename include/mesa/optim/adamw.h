@@ -39,6 +39,9 @@ class AdamW {
   int64_t steps_ = 0;
 };
 
+/// Factor that brings a gradient of this norm down to `limit` (0: no limit), as torch.nn.utils.clip_grad_norm_ does.
+double clipping_scale(double limit, double norm);
+
 /// Linear warm-up, then cosine to min_lr or constant. A function of the step alone, so that resuming needs no state.
 struct Schedule {
   enum class Kind { cosine, constant } kind = Kind::cosine;

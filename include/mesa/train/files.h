@@ -32,9 +32,6 @@ class OutputFile {
   int fd_ = -1;
 };
 
-/// The whole file; refuses one larger than `limit` bytes before memory is taken.
-std::string read_file(const std::string& path, int64_t limit = int64_t{1} << 40);
-
 /// mkdir -p with mesa::Error.
 void make_folders(const std::string& path);
 
