@@ -1,15 +1,13 @@
 // mesa-bench: storage policies side by side on one training step. Parses, measures, reports.
 #include <unistd.h>
 
-#include <CLI/CLI.hpp>
-#include <cstdio>
 #include <iostream>
 #include <optional>
 
+#include "app.h"
 #include "mesa/train/benchmark.h"
 #include "mesa/train/files.h"
 #include "mesa/train/plan.h"
-#include "mesa/train/version.h"
 
 namespace {
 
@@ -36,7 +34,6 @@ constexpr const char* kFooter =
     "Exit codes: 0 done, 1 failed, 2 wrong usage or config.";
 
 void add_options(CLI::App& app, Arguments& args) {
-  app.set_version_flag("--version", mesa::version_text());
   app.add_option("--config", args.config, "Config file, or the name of a shipped one")->required()->type_name("FILE");
   app.add_option("--storage", args.storage, "Storage policies, separated by commas: shipped ones, or paths (default: the config's)")
       ->delimiter(',')
@@ -74,7 +71,8 @@ void print_plans(const mesa::RunConfig& config, const std::vector<mesa::StorageC
   }
 }
 
-void run(const Arguments& args) {
+int run(const Arguments& args) {
+  if (!args.json.empty()) mesa::check_can_write(args.json);
   std::vector<std::string> overrides = args.overrides;
   if (!args.device.empty()) overrides.push_back("device=" + args.device);
   if (args.threads) overrides.push_back(mesa::concat("train.threads=", *args.threads));
@@ -88,29 +86,15 @@ void run(const Arguments& args) {
   const mesa::BenchmarkResult result = measure(config, options);
   std::cout << mesa::format_benchmark(result) << std::flush;
   if (!args.json.empty()) mesa::write_file_atomically(args.json, mesa::benchmark_json(result));
+  return 0;
 }
 
 }  // namespace
 
 int main(int argc, char** argv) {
   CLI::App app("Compares storage policies on one training step: speed, bytes kept, and error of the gradients.", "mesa-bench");
+  Arguments args;
+  add_options(app, args);
   app.footer(kFooter);
-  try {
-    Arguments args;
-    add_options(app, args);
-    app.parse(argc, argv);
-    run(args);
-    return 0;
-  } catch (const CLI::Success& e) {
-    return app.exit(e);
-  } catch (const CLI::ParseError& e) {
-    std::cerr << "mesa-bench: " << e.what() << "\nRun mesa-bench --help for more information.\n";
-    return 2;
-  } catch (const mesa::UsageError& e) {
-    std::cerr << "mesa-bench: " << e.what() << "\n";
-    return 2;
-  } catch (const std::exception& e) {
-    std::cerr << "mesa-bench: " << e.what() << "\n";
-    return 1;
-  }
+  return mesa::run_app(app, argc, argv, [&] { return run(args); });
 }

@@ -1,21 +1,27 @@
 // mesa-eval: how well a checkpoint does; it alone says which model and which preprocessing.
-#include <omp.h>
 #include <unistd.h>
 
-#include <CLI/CLI.hpp>
+#include <algorithm>
 #include <chrono>
-#include <cstdio>
 #include <nlohmann/json.hpp>
 
+#include "app.h"
 #include "mesa/train/checkpoint.h"
 #include "mesa/train/evaluate.h"
 #include "mesa/train/files.h"
-#include "mesa/train/version.h"
 
 namespace {
 
+/// "0", "1", ...: what a data set without names calls its classes.
+bool are_numbers(const std::vector<std::string>& names) {
+  for (size_t i = 0; i < names.size(); ++i)
+    if (names[i] != std::to_string(i)) return false;
+  return true;
+}
+
 /// Labels are numbers in the order of the class names: other names would give a wrong result, not an error.
 void check_classes(const std::vector<std::string>& trained, const std::vector<std::string>& data, const std::string& checkpoint) {
+  if (trained.size() == data.size() && (are_numbers(trained) || are_numbers(data))) return;
   for (size_t i = 0; i < std::max(trained.size(), data.size()); ++i) {
     const std::string then = i < trained.size() ? "'" + trained[i] + "'" : "missing", now = i < data.size() ? "'" + data[i] + "'" : "missing";
     if (then == now) continue;
@@ -35,27 +41,33 @@ void show(int64_t done, int64_t total) {
 
 int evaluate_checkpoint(const std::string& path, const std::string& data, int64_t batch_size, const std::vector<std::string>& overrides,
                         const std::string& json) {
+  if (!json.empty()) mesa::check_can_write(json);
   mesa::LoadedModel loaded = mesa::load_model(path);
   mesa::RunConfig& config = loaded.config;
   if (!overrides.empty()) config = mesa::parse_config(mesa::to_yaml(config), path, overrides);
+  if (!data.empty() && (config.data.kind == "shapes" || config.data.kind == "random"))
+    throw mesa::UsageError(mesa::concat("--data: the run's data are generated (data.kind: ", config.data.kind, "), they have no folder"));
   if (!data.empty()) config.data.path = data;
   if (batch_size > 0) config.train.eval_batch_size = batch_size;
-  if (config.train.threads > 0) omp_set_num_threads(static_cast<int>(config.train.threads));
+  mesa::use_threads(config);
   const mesa::VitConfig vit = mesa::model_config(config, static_cast<int64_t>(loaded.class_names.size()));
   const mesa::TransformOptions transform = mesa::make_transform(config, vit);
   mesa::BuiltModel model(config, vit);
   mesa::load_weights(model.params, loaded.weights, path);
-  const mesa::DatasetPair sets = mesa::make_datasets(config, vit);
-  check_classes(loaded.class_names, sets.test->class_names(), path);
-  mesa::Loader loader(sets.test, transform, mesa::make_loader_options(config, false));
-  const int64_t total = sets.test->size();
+  if (const std::string bad = mesa::first_bad_parameter(model.params); !bad.empty())
+    throw mesa::Error(mesa::concat(path, ": the weights are not finite, first in ", bad));
+  const auto test = mesa::make_datasets(config, vit, false).test;
+  check_classes(loaded.class_names, test->class_names(), path);
+  mesa::Loader loader(test, transform, mesa::make_loader_options(config, false));
+  const int64_t total = test->size();
   const mesa::EvalResult result = mesa::evaluate(model.net, loader, transform, {}, [&](int64_t done) { show(done, total); });
+  for (const std::string& sample : loader.skipped_samples()) std::fprintf(stderr, "warning: a bad sample is left out: %s\n", sample.c_str());
   std::printf("top-1 %.2f %%, top-5 %.2f %%, loss %.4f, %lld images, %.1f images/s\n", result.top1, result.top5, result.loss,
               static_cast<long long>(result.images), result.images_per_second());
   if (!json.empty()) {
     const nlohmann::json out{{"checkpoint", path}, {"top1", result.top1}, {"top5", result.top5}, {"loss", result.loss},
-                             {"images", result.images}, {"images_per_second", result.images_per_second()}};
-    mesa::write_file_atomically(json, out.dump(2) + "\n");
+                             {"images", result.images}, {"left_out", result.left_out}, {"images_per_second", result.images_per_second()}};
+    mesa::write_file_atomically(json, out.dump(2, ' ', false, nlohmann::json::error_handler_t::replace) + "\n");
   }
   return 0;
 }
@@ -68,24 +80,10 @@ int main(int argc, char** argv) {
   std::vector<std::string> overrides;
   int64_t batch_size = 0;
   app.add_option("checkpoint", checkpoint, "a checkpoint's folder, a run's folder (its best), or a model.safetensors")->required();
-  app.add_option("--data", data, "folder of the data (default: where the run had it)");
-  app.add_option("--batch-size", batch_size, "images a batch")->check(CLI::PositiveNumber);
+  app.add_option("--data", data, "folder of the data (default: where the run had it); training files need not be there");
+  app.add_option("--batch-size", batch_size, "images a batch")->check(CLI::Range(int64_t{1}, int64_t{1'000'000}));
   app.add_option("--set", overrides, "override one key of the run's config (repeatable)")->type_name("KEY=VALUE")->expected(1)->take_all();
   app.add_option("--json", json, "also write the result to this file");
-  app.set_version_flag("--version", mesa::version_text());
   app.footer("Exit codes: 0 done; 1 failed; 2 wrong usage or config.");
-  try {
-    app.parse(argc, argv);
-  } catch (const CLI::ParseError& e) {
-    return app.exit(e) == 0 ? 0 : 2;
-  }
-  try {
-    return evaluate_checkpoint(checkpoint, data, batch_size, overrides, json);
-  } catch (const mesa::UsageError& e) {
-    std::fprintf(stderr, "mesa-eval: %s\n", e.what());
-    return 2;
-  } catch (const std::exception& e) {
-    std::fprintf(stderr, "mesa-eval: %s\n", e.what());
-    return 1;
-  }
+  return mesa::run_app(app, argc, argv, [&] { return evaluate_checkpoint(checkpoint, data, batch_size, overrides, json); });
 }

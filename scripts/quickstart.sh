@@ -25,9 +25,16 @@ cmake --build "$build" -j "$(nproc)" --target mesa-train mesa-eval mesa-bench
 echo "built in $((SECONDS - start)) s"
 
 run=runs/quickstart-$(date +%Y%m%d-%H%M%S)
+arguments=("$@")
+for ((i = 0; i < $#; ++i)); do
+  case "${arguments[i]}" in
+    --output) run=${arguments[i + 1]:?--output needs a folder} ; unset "arguments[i]" "arguments[i + 1]"; break ;;
+    --output=*) run=${arguments[i]#--output=}; unset "arguments[i]"; break ;;
+  esac
+done
 say "3/4  Training a small vision transformer on the built-in shapes; everything it writes goes to $run"
 start=$SECONDS
-"$build/bin/mesa-train" --config configs/quickstart.yaml --output "$run" "$@" </dev/null
+"$build/bin/mesa-train" --config configs/quickstart.yaml --output "$run" "${arguments[@]}" </dev/null
 echo "trained in $((SECONDS - start)) s"
 
 say "4/4  Evaluating the best checkpoint, which says by itself what model and data it needs"

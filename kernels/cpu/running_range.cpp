@@ -1,4 +1,7 @@
 // Running range estimates: alpha <- decay alpha + (1 - decay) (hi - lo), beta <- decay beta + (1 - decay) lo.
+#include <algorithm>
+#include <limits>
+
 #include "mesa/kernels/codec.h"
 
 namespace mesa::kernels::MESA_ISA {
@@ -9,7 +12,9 @@ void update_range(const Tensor& alpha, const Tensor& beta, const Tensor& lo, con
   const float *l = lo.data<float>(), *h = hi.data<float>();
   for (int64_t g = 0; g < alpha.numel(); ++g) {
     const double keep = a[g] == 0 ? 0 : decay;  // a group that was constant so far calibrates again
-    a[g] = static_cast<float>(keep * a[g] + (1 - keep) * (static_cast<double>(h[g]) - l[g]));
+    const double extent = static_cast<double>(h[g]) - l[g];
+    // An extent beyond f32 would stay infinite in the average for ever.
+    a[g] = static_cast<float>(std::min<double>(keep * a[g] + (1 - keep) * extent, std::numeric_limits<float>::max()));
     b[g] = static_cast<float>(keep * b[g] + (1 - keep) * l[g]);
   }
 }

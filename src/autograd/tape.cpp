@@ -28,13 +28,6 @@ Tape::~Tape() { current_tape = previous_; }
 
 Tape* Tape::current() { return current_tape; }
 
-int64_t Tape::gradient_bytes() const {
-  int64_t bytes = 0;
-  for (const Tensor& g : gradients_)
-    if (g.defined()) bytes += g.bytes();
-  return bytes;
-}
-
 void Tape::backward(const Var& loss, const std::function<void(Param&)>& ready, double scale) {
   check(loss.value().numel() == 1, "backward starts from a loss of one element, not from a tensor of shape ", loss.shape());
   const Tensor one = empty_like(loss.value());
@@ -43,10 +36,14 @@ void Tape::backward(const Var& loss, const std::function<void(Param&)>& ready, d
 }
 
 void Tape::backward(const std::vector<Var>& outputs, const std::vector<Tensor>& gradients, const std::function<void(Param&)>& ready) {
+  check(gradients.size() == outputs.size(), gradients.size(), " gradients for ", outputs.size(), " outputs");
+  check(!run_, "this tape was run back already: backward consumes it");
+  run_ = true;
   for (size_t i = 0; i < outputs.size(); ++i) {
     check(outputs[i].slot_ >= 0 && outputs[i].tape_ == id_,
           "backward from a value that this tape did not compute from anything trainable");
-    check(gradients[i].shape() == outputs[i].shape(), "a gradient of shape ", gradients[i].shape(), " for an output of shape ", outputs[i].shape());
+    check(gradients[i].shape() == outputs[i].shape() && gradients[i].dtype() == outputs[i].dtype(), "a gradient of shape ", gradients[i].shape(), " ",
+          to_string(gradients[i].dtype()), " for an output of shape ", outputs[i].shape(), " ", to_string(outputs[i].dtype()));
     accumulate(outputs[i].slot_, gradients[i]);
   }
   run(ready);

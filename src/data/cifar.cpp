@@ -119,13 +119,15 @@ DatasetPair open_cifar(const DataOptions& options) {
   const fs::path test_file = folder / (ten ? "test_batch.bin" : "test.bin");
   const char* wanted = ten ? "data_batch_1.bin, ... and test_batch.bin (cifar-10-binary.tar.gz unpacked)"
                            : "train.bin and test.bin (cifar-100-binary.tar.gz unpacked)";
-  check(!train_files.empty(), folder.string(), ": no training files; ", options.kind, " needs ", wanted);
+  check(!options.train || !train_files.empty(), folder.string(), ": no training files; ", options.kind, " needs ", wanted);
   check(fs::exists(test_file), test_file.string(), ": is missing; ", options.kind, " needs ", wanted);
   const auto names = read_names(folder / (ten ? "batches.meta.txt" : "fine_label_names.txt"), layout.classes);
-  auto train = std::make_shared<Cifar>(train_files, layout, names);
-  auto test = std::make_shared<Cifar>(std::vector<std::string>{test_file.string()}, layout, names);
-  return {first_samples(std::move(train), options.train_size, "data.train_size", folder.string()),
-          first_samples(std::move(test), options.test_size, "data.test_size", test_file.string())};
+  DatasetPair pair;
+  if (options.train)
+    pair.train = first_samples(std::make_shared<Cifar>(train_files, layout, names), options.train_size, "data.train_size", folder.string());
+  pair.test = first_samples(std::make_shared<Cifar>(std::vector<std::string>{test_file.string()}, layout, names), options.test_size,
+                            "data.test_size", test_file.string());
+  return pair;
 }
 
 }  // namespace mesa

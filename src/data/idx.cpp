@@ -133,7 +133,7 @@ class IdxPair : public Dataset {
     check(channels_ == 1 || channels_ == 3, images_path, ": has ", channels_, " channels; 1 or 3 are read");
     for (size_t i = 0; i < labels.values.size(); ++i)
       check(labels.values[i] < classes, labels_path, ": record ", i, " has label ", int{labels.values[i]}, ", but labels go from 0 to ",
-            classes - 1, " (data.classes)");
+            classes - 1, " (model.classes)");
     labels_ = labels.values;
     for (int64_t i = 0; i < classes; ++i) names_.push_back(std::to_string(i));
   }
@@ -185,13 +185,20 @@ std::shared_ptr<const Dataset> open_pair(const fs::path& folder, const std::stri
 DatasetPair open_idx(const DataOptions& options) {
   const fs::path folder(options.path);
   check(fs::is_directory(folder), "data.path: ", options.path, " is not a folder");
-  check(options.classes >= 0 && options.classes <= 256, "data.classes must lie in 1..256 for idx, it is ", options.classes);
+  check(options.classes >= 0 && options.classes <= 256, "model.classes must lie in 1..256 for idx, it is ", options.classes);
   const int64_t classes = options.classes == 0 ? 10 : options.classes;
-  const auto train = open_pair(folder, "train", classes), test = open_pair(folder, "t10k", classes);
+  const auto test = open_pair(folder, "t10k", classes);
+  const int64_t wanted[] = {options.train_size, options.test_size};
+  const auto test_part = [&] {
+    check(wanted[1] <= test->size(), "data.test_size asks for ", wanted[1], " pictures, but ", options.path, " holds ", test->size());
+    return subset(test, 0, wanted[1] > 0 ? wanted[1] : test->size());
+  };
+  // For evaluation one pair alone is the test set, unless the sizes say that training had a part of it.
+  if (!options.train && test && (wanted[0] == 0 || wanted[1] == 0)) return {nullptr, test_part()};
+  const auto train = open_pair(folder, "train", classes);
   check(train || test, options.path,
         ": no IDX files; needed are train-images-idx3-ubyte, train-labels-idx1-ubyte, t10k-images-idx3-ubyte and ",
         "t10k-labels-idx1-ubyte, plain or .gz");
-  const int64_t wanted[] = {options.train_size, options.test_size};
   if (!train || !test) {
     const auto whole = train ? train : test;
     check(wanted[0] > 0 && wanted[1] > 0, options.path, ": only one pair of files is there, ", whole->size(),
@@ -201,8 +208,7 @@ DatasetPair open_idx(const DataOptions& options) {
     return {subset(whole, 0, wanted[0]), subset(whole, wanted[0], wanted[1])};
   }
   check(wanted[0] <= train->size(), "data.train_size asks for ", wanted[0], " pictures, but ", options.path, " holds ", train->size());
-  check(wanted[1] <= test->size(), "data.test_size asks for ", wanted[1], " pictures, but ", options.path, " holds ", test->size());
-  return {subset(train, 0, wanted[0] > 0 ? wanted[0] : train->size()), subset(test, 0, wanted[1] > 0 ? wanted[1] : test->size())};
+  return {subset(train, 0, wanted[0] > 0 ? wanted[0] : train->size()), test_part()};
 }
 
 }  // namespace mesa

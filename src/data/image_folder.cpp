@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <cctype>
 #include <filesystem>
+#include <nlohmann/json.hpp>
 
 #include "mesa/base/error.h"
 #include "mesa/data/dataset.h"
@@ -50,10 +51,18 @@ bool is_picture(const fs::path& path) {
   return ending == ".jpg" || ending == ".jpeg" || ending == ".png";
 }
 
+/// Checkpoints and results keep the class names as JSON: better an error now than after the first epoch.
+void check_utf8(const std::string& name, const fs::path& folder) try {
+  nlohmann::json(name).dump();
+} catch (const nlohmann::json::exception&) {
+  fail("", folder.string(), ": the name of the class folder '", name, "' is not UTF-8; rename it (convmv does)");
+}
+
 std::vector<std::string> class_folders(const fs::path& folder) {
   std::vector<std::string> names;
   for (const auto& entry : fs::directory_iterator(folder))
     if (entry.is_directory() && !is_hidden(entry.path())) names.push_back(entry.path().filename().string());
+  for (const std::string& name : names) check_utf8(name, folder);
   std::sort(names.begin(), names.end());
   return names;
 }
@@ -88,6 +97,13 @@ std::shared_ptr<const Dataset> random_part(std::shared_ptr<const Dataset> all, i
   return subset(std::move(all), 0, count, std::move(order));
 }
 
+std::shared_ptr<const Dataset> test_part(const DataOptions& options, const fs::path& test, const std::vector<std::string>& names,
+                                         const DecodeOptions& decode) {
+  check(!names.empty(), test.string(), ": holds no class folders");
+  auto all = std::make_shared<ImageFolder>(list_files(test, names), names, decode);
+  return random_part(all, options.test_size, options.seed, "data.test_part", "data.test_size", test.string());
+}
+
 DatasetPair open_split(const DataOptions& options, const fs::path& train, const fs::path& test, const DecodeOptions& decode) {
   const auto names = class_folders(train), test_names = class_folders(test);
   check(!names.empty(), train.string(), ": holds no class folders");
@@ -96,19 +112,19 @@ DatasetPair open_split(const DataOptions& options, const fs::path& train, const 
   check(extra.empty(), test.string(), ": has the class '", extra, "', which ", train.string(),
         " lacks; both must have the same class folders");
   auto train_set = std::make_shared<ImageFolder>(list_files(train, names), names, decode);
-  auto test_set = std::make_shared<ImageFolder>(list_files(test, names), names, decode);
   return {random_part(train_set, options.train_size, options.seed, "data.train_part", "data.train_size", train.string()),
-          random_part(test_set, options.test_size, options.seed, "data.test_part", "data.test_size", test.string())};
+          test_part(options, test, names, decode)};
 }
 
 DatasetPair open_unsplit(const DataOptions& options, const fs::path& folder, const DecodeOptions& decode) {
   const auto names = class_folders(folder);
   check(!names.empty(), folder.string(), ": holds neither train/ and val/ (or validation/, test/) nor class folders");
+  if (!options.train && options.test_size == 0) return {nullptr, test_part(options, folder, names, decode)};
   check(options.test_size > 0, folder.string(),
         ": has class folders but no train/ and val/: set data.test_size to split it at random (by seed)");
   auto whole = std::make_shared<ImageFolder>(list_files(folder, names), names, decode);
   const int64_t test_size = options.test_size;
-  const int64_t train_size = options.train_size > 0 ? options.train_size : whole->size() - test_size;
+  const int64_t train_size = options.train && options.train_size > 0 ? options.train_size : whole->size() - test_size;
   check(test_size < whole->size() && train_size <= whole->size() - test_size, folder.string(), ": holds ", whole->size(),
         " pictures, too few for data.test_size ", test_size, " and data.train_size ", options.train_size);
   auto order = std::make_shared<const std::vector<int64_t>>(permutation(whole->size(), options.seed, "data.split", 0));
@@ -121,9 +137,13 @@ DatasetPair open_image_folder(const DataOptions& options) {
   check(fs::is_directory(folder), "data.path: ", options.path, " is not a folder");
   const DecodeOptions decode{options.max_pixels, static_cast<int>(options.image_size * kDecodeMargin)};
   const fs::path train = folder / "train";
+  for (const char* name : {"val", "validation", "test"}) {
+    const fs::path test = folder / name;
+    if (!fs::is_directory(test)) continue;
+    if (!options.train) return {nullptr, test_part(options, test, class_folders(test), decode)};
+    if (fs::is_directory(train)) return open_split(options, train, test, decode);
+  }
   if (!fs::is_directory(train)) return open_unsplit(options, folder, decode);
-  for (const char* name : {"val", "validation", "test"})
-    if (fs::is_directory(folder / name)) return open_split(options, train, folder / name, decode);
   fail("", folder.string(), ": has train/ but none of val/, validation/, test/");
 }
 

@@ -11,6 +11,7 @@
 #include <exception>
 #include <mutex>
 #include <set>
+#include <system_error>
 #include <thread>
 
 #include "mesa/base/error.h"
@@ -84,6 +85,7 @@ class Loader::Impl {
   Slot new_slot() const;
   Slot free_slot() const;
   void post_jobs();
+  void end_threads();
   void work();
   void fill(Job& job, int64_t from, int64_t count);
   void fill_one(Job& job, int64_t position);
@@ -123,19 +125,28 @@ Loader::Impl::Impl(std::shared_ptr<const Dataset> dataset, const TransformOption
   chunk_ = std::clamp<int64_t>(options.batch_size / (2 * workers), 1, 16);
   for (int64_t i = 0; i < options.prefetch + 2; ++i) slots_.push_back(new_slot());  // one in the caller's hands, one about to be
   const SignalsBlocked blocked;
-  for (int64_t i = 0; i < workers; ++i) {
-    threads_.emplace_back([this] { work(); });
-    pthread_setname_np(threads_.back().native_handle(), "mesa-data");
+  try {
+    for (int64_t i = 0; i < workers; ++i) {
+      threads_.emplace_back([this] { work(); });
+      pthread_setname_np(threads_.back().native_handle(), "mesa-data");
+    }
+  } catch (const std::system_error& e) {
+    const size_t started = threads_.size();
+    end_threads();
+    fail("only ", started, " of ", workers, " loader threads could be started (", e.what(), "); lower data.workers");
   }
 }
 
-Loader::Impl::~Impl() {
+Loader::Impl::~Impl() { end_threads(); }
+
+void Loader::Impl::end_threads() {
   {
     const std::lock_guard lock(mutex_);
     stop_ = true;
   }
   work_ready_.notify_all();
   for (auto& thread : threads_) thread.join();
+  threads_.clear();
 }
 
 int64_t Loader::Impl::batches_per_epoch() const {
@@ -212,6 +223,8 @@ std::optional<Batch> Loader::Impl::next() {
     jobs_.pop_front();
   }
   report(*job);
+  for (int64_t i = 0; i < job->size; ++i)
+    if (!job->skips[i].empty()) job->batch.replaced.push_back(i);
   post_jobs();
   return std::move(job->batch);
 }

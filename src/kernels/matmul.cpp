@@ -13,7 +13,10 @@ void check_operands(const Tensor& a, const Tensor& b, const Tensor& c, const Ten
   check(fits, "cannot multiply ", a.shape(), " by ", b.shape(), " into ", c.shape());
   check(a.dtype() == b.dtype() && (c.dtype() == a.dtype() || (a.dtype() == DType::bf16 && c.dtype() == DType::f32)), "no matrix product of ",
         to_string(a.dtype()), " and ", to_string(b.dtype()), " into ", to_string(c.dtype()));
-  check(!bias.defined() || (bias.rank() == 1 && bias.dim(0) == c.dim(-1)), "a bias does not fit the product's last extent ", c.dim(-1));
+  check(!bias.defined() || (bias.rank() == 1 && bias.dim(0) == c.dim(-1) && bias.is_contiguous()), "a bias of shape ", bias.shape(),
+        " does not fit the product's last extent ", c.dim(-1));
+  const DType wide = c.dtype() == DType::f64 ? DType::f64 : DType::f32;
+  check(!bias.defined() || bias.dtype() == wide, "a bias of ", to_string(bias.dtype()), " in a product that adds in ", to_string(wide));
 }
 
 /// One product of strided matrices in double: for gradient checks, where right matters and fast does not.
@@ -46,6 +49,13 @@ void matmul_f64(const Tensor& a, const Tensor& b, const Tensor& c, const Tensor&
           bias.defined() ? bias.data<double>() : nullptr, accumulate, a, b, c);
 }
 
+/// An inner extent of 0: oneDNN does not define it.
+void sum_of_nothing(const Tensor& c, const Tensor& bias, bool accumulate) {
+  check(c.is_contiguous(), "a product over no elements needs a contiguous result");
+  if (!accumulate) fill(c, 0);
+  if (bias.defined()) add_rows(c, bias, c);
+}
+
 /// bf16 where the CPU has no such products, or slow ones: widen, multiply, round.
 void matmul_widened(const Tensor& a, const Tensor& b, const Tensor& c, const Tensor& bias, bool accumulate) {
   const Tensor wide_a = empty_like(a, DType::f32), wide_b = empty_like(b, DType::f32);
@@ -74,6 +84,7 @@ Tensor plain_right(const Tensor& a, const Tensor& b) {
 void matmul(const Tensor& a, const Tensor& b, const Tensor& c, const Tensor& bias, bool accumulate) {
   check_operands(a, b, c, bias);
   if (c.is_meta() || c.numel() == 0) return;
+  if (a.dim(-1) == 0) return sum_of_nothing(c, bias, accumulate);
   check(c.device().kind == DeviceKind::cpu, "this build has no matrix product on ", to_string(c.device().kind));
   if (c.dtype() == DType::f64) return matmul_f64(a, b, c, bias, accumulate);
   if (a.dtype() == DType::bf16 && !onednn::fast_bf16()) return matmul_widened(a, b, c, bias, accumulate);

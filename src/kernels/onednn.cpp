@@ -87,6 +87,13 @@ const Product& cached(const Tensor& a, const Tensor& b, const Tensor& c, const T
   return found->second;
 }
 
+/// An instruction set of oneDNN is a set of bits; they have no order.
+bool reaches(dnnl::cpu_isa isa) {
+  engine();
+  const auto wanted = static_cast<unsigned>(isa);
+  return (static_cast<unsigned>(dnnl::get_effective_cpu_isa()) & wanted) == wanted;
+}
+
 }  // namespace
 
 void matmul(const Tensor& a, const Tensor& b, const Tensor& c, const Tensor& bias, bool accumulate) {
@@ -106,13 +113,10 @@ void matmul(const Tensor& a, const Tensor& b, const Tensor& c, const Tensor& bia
   }
 }
 
-bool has_bf16() {
-  engine();
-  return dnnl::get_effective_cpu_isa() >= dnnl::cpu_isa::avx512_core_bf16;
-}
+bool has_bf16() { return cpu_has_bf16() && reaches(dnnl::cpu_isa::avx512_core_bf16); }
 
 bool fast_bf16() {
-  static const bool fast = has_bf16() && (!__builtin_cpu_is("intel") || dnnl::get_effective_cpu_isa() >= dnnl::cpu_isa::avx512_core_amx);
+  static const bool fast = has_bf16() && (!__builtin_cpu_is("intel") || reaches(dnnl::cpu_isa::avx512_core_amx));
   return fast;
 }
 

@@ -56,7 +56,13 @@ Var scale(const Var& x, double s) {
 Var bias(const Var& x, const Var& b) {
   const Op op("bias", {x, b});
   const int64_t n = b.value().numel();
-  check(n > 0 && x.value().numel() % n == 0 && b.dim(-1) == x.dim(-1), "cannot add ", b.shape(), " to the rows of ", x.shape());
+  bool fits = n > 0 && b.value().rank() > 0 && b.value().rank() <= x.value().rank();
+  bool leading = true;  // extents of 1 in front of those that must equal x's last ones
+  for (int i = 0; fits && i < b.value().rank(); ++i) {
+    leading = leading && b.dim(i) == 1;
+    fits = leading || b.dim(i) == x.dim(i - b.value().rank());
+  }
+  check(fits, "cannot add ", b.shape(), " to the rows of ", x.shape());
   const Tensor y = empty_like(x.value());
   kernels::add_rows(x.value(), b.value(), y);
   return op.record(y, [n, to_x = op.wants(x), db = op.gradient(b)](const Tensor& dy) -> Grads {

@@ -49,13 +49,14 @@ Var attention(const Var& qkv, int64_t heads, double scale) {
   const std::array<Saved, 3> saved = save_thirds(op, x);
   // Rows of exp(scale q k^T - lse) from decoded q and k do not sum to one, so they are normalized again and neither lse nor o is read.
   const bool exact = saved[0].error() == 0 && saved[1].error() == 0 && saved[2].error() == 0;
-  const Saved so = exact ? op.save("o", o) : Saved();  // one copy with the projection behind, which keeps the same buffer
+  // One copy with the projection behind, which keeps the same buffer; where that is lossy, delta comes from P and dP instead.
+  const Saved so = exact && op.shares_input("o", o.dtype()) ? op.save("o", o) : Saved();
   if (exact) op.keep("lse", lse);
   const Tensor rows = exact ? lse : Tensor();
   return op.record(o, [=, shape = qkv.shape(), type = qkv.dtype()](const Tensor& d_o) -> Grads {
     const Tensor dqkv = Tensor::empty(shape, type, d_o.device());
     Tensor q = by_head(saved[0].get(), heads), k = by_head(saved[1].get(), heads), v = by_head(saved[2].get(), heads);
-    kernels::attention_grad(d_o, q, k, v, so.defined() && so.error() == 0 ? so.get() : Tensor(), rows, scale,
+    kernels::attention_grad(d_o, q, k, v, so.defined() ? so.get() : Tensor(), rows, scale,
                             by_head(third(dqkv, 0), heads), by_head(third(dqkv, 1), heads), by_head(third(dqkv, 2), heads));
     return {dqkv};
   });

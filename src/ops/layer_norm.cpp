@@ -6,6 +6,7 @@ namespace mesa {
 
 Var layer_norm(const Var& x, const Var& gamma, const Var& beta, double eps, std::optional<DType> out) {
   const Op op("layer_norm", {x, gamma, beta});
+  check(x.value().rank() >= 1, "layer_norm needs rows, not a single number");
   check(gamma.value().numel() == x.dim(-1) && beta.value().numel() == x.dim(-1), "gamma has ", gamma.value().numel(), " and beta ",
         beta.value().numel(), " elements but x ends in ", x.dim(-1));
   const DType type_y = out.value_or(x.dtype());

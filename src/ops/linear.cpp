@@ -14,7 +14,8 @@ Tensor flatten(const Tensor& x) { return x.reshape({x.rows(), x.dim(-1)}); }
 
 Var linear(const Var& x, const Var& w, const Var& b, std::optional<DType> out) {
   const Op op("linear", b.defined() ? std::vector<Var>{x, w, b} : std::vector<Var>{x, w});
-  check(w.value().rank() == 2 && x.value().rank() >= 1 && x.dim(-1) == w.dim(1), "linear: x ends in ", x.dim(-1), " but the weight is ", w.shape());
+  check(x.value().rank() >= 1, "linear needs rows, not a single number");
+  check(w.value().rank() == 2 && x.dim(-1) == w.dim(1), "linear: x ends in ", x.dim(-1), " but the weight is ", w.shape());
   const Tensor weight = weight_as(w, x.dtype());
   const Tensor y = Tensor::empty(x.shape().with(-1, w.dim(0)), out.value_or(x.dtype()), x.value().device());
   kernels::matmul(flatten(x.value()), weight.transpose(0, 1), flatten(y), b.value());

@@ -24,7 +24,7 @@ class Bf16Codec : public Codec {
     kernels::copy(x, codes);
     int64_t bad = -1;
     kernels::first_nonfinite(codes, &bad);
-    if (bad >= 0) ++context.check->nonfinite;
+    if (bad >= 0) ++context.check->nonfinite;  // whether, not how many
     return {{codes}, x.shape(), x.dtype(), {}};
   }
   Tensor unpack(const Packed& packed) const override {

@@ -4,6 +4,8 @@
 
 #include <algorithm>
 
+#include "mesa/kernels/elementwise.h"
+
 namespace mesa {
 
 Tensor Saved::get() const {
@@ -62,7 +64,7 @@ struct StoragePolicy::Impl {
   std::vector<std::string> order;
   std::map<std::string, SiteState> sites;
   std::map<ViewKey, std::weak_ptr<const Saved::Entry>> kept;  // of this pass
-  std::map<std::string, Tensor> pending_state;
+  std::map<std::string, Tensor> pending_state, committed;
   uint64_t seed = 0, step = 0;
   std::string first_nonfinite;
 
@@ -129,6 +131,7 @@ std::shared_ptr<const Saved::Entry> StoragePolicy::Impl::pack(const Tensor& x, S
   } else {
     kernels::RangeCheck range;
     entry->packed = state.codec->pack(x, {site, RandomKey::of(seed, site.name(), step), &range});
+    check(!entry->packed.parts.empty(), "the codec ", state.rule->codec, " packed nothing");
     state.record.saturated += range.saturated;
     state.record.nonfinite += range.nonfinite;
     if (range.nonfinite > 0 && first_nonfinite.empty()) first_nonfinite = site.name();
@@ -182,7 +185,10 @@ Saved StoragePolicy::save(const Tensor& x, const Site& site, const std::shared_p
 }
 
 void StoragePolicy::keep(const Tensor& statistic, const Site& site) {
-  SiteRecord& record = impl_->site_state(site).record;
+  auto [found, fresh] = impl_->sites.try_emplace(site.name());  // no rule applies, so none is matched by it
+  if (fresh) impl_->order.push_back(site.name());
+  SiteRecord& record = found->second.record;
+  record.site = site;
   count_as_activation(statistic);
   record.shape = statistic.shape();
   record.dtype = statistic.dtype();
@@ -232,9 +238,26 @@ std::map<std::string, Tensor> StoragePolicy::state() const {
   return out;
 }
 
+void StoragePolicy::commit() {
+  for (const auto& [key, tensor] : state()) {
+    Tensor& slot = impl_->committed[key];
+    if (!slot.defined()) slot = Tensor::empty(tensor.shape(), tensor.dtype(), tensor.device(), MemoryKind::optimizer);
+    kernels::copy(tensor, slot);
+  }
+}
+
+void StoragePolicy::roll_back() {
+  for (auto& [site_name, site] : impl_->sites)
+    if (site.codec && !site.codec->state().empty()) site.codec = make_codec(site.rule->codec, site.rule->options);
+  impl_->pending_state = impl_->committed;
+  for (auto& [site_name, site] : impl_->sites) impl_->load_pending(site);
+}
+
 void StoragePolicy::load_state(std::map<std::string, Tensor> state) {
   impl_->pending_state = std::move(state);
+  impl_->committed.clear();
   for (auto& [site_name, site] : impl_->sites) impl_->load_pending(site);
+  commit();
 }
 
 }  // namespace mesa

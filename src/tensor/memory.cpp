@@ -50,6 +50,15 @@ class Allocator::Impl {
     }
   }
 
+  void release_cached() {
+    for (auto& [capacity, blocks] : cached)
+      for (void* block : blocks) {
+        give_back(block, capacity);
+        use.reserved -= capacity;
+      }
+    cached.clear();
+  }
+
   Device device;
   std::mutex mutex;
   MemoryUse use;
@@ -100,6 +109,10 @@ std::shared_ptr<Buffer> Allocator::allocate(int64_t bytes, MemoryKind kind) {
     free_list.pop_back();
   } else {
     buffer->data_ = impl_->take(buffer->capacity_);
+    if (buffer->data_ == nullptr) {  // blocks of other sizes may be waiting in the cache
+      impl_->release_cached();
+      buffer->data_ = impl_->take(buffer->capacity_);
+    }
     const bool failed = buffer->data_ == nullptr && impl_->device.kind != DeviceKind::meta;
     check(!failed, "out of memory: ", format_bytes(bytes), " more were asked for ", to_string(kind), "; in use: ", describe(impl_->use));
     impl_->use.reserved += buffer->capacity_;
@@ -139,12 +152,7 @@ void Allocator::reset_peak() {
 
 void Allocator::release_cached() {
   const std::lock_guard lock(impl_->mutex);
-  for (auto& [capacity, blocks] : impl_->cached)
-    for (void* block : blocks) {
-      impl_->give_back(block, capacity);
-      impl_->use.reserved -= capacity;
-    }
-  impl_->cached.clear();
+  impl_->release_cached();
 }
 
 std::string format_bytes(int64_t bytes) {

@@ -40,6 +40,7 @@ Tensor Tensor::zeros(const Shape& shape, DType dtype, Device device, MemoryKind 
 }
 
 bool Tensor::is_contiguous() const {
+  if (numel_ == 0) return true;
   int64_t step = 1;
   for (int i = rank() - 1; i >= 0; --i) {
     if (shape_[i] != 1 && strides_[i] != step) return false;
@@ -51,10 +52,10 @@ bool Tensor::is_contiguous() const {
 bool Tensor::has_uniform_rows() const {
   if (rank() == 0 || numel_ == 0) return true;
   if (shape_[-1] != 1 && strides_[-1] != 1) return false;
-  int64_t step = 0;  // unknown until the first axis of extent > 1
+  int64_t step = -1;  // unknown until the first axis of extent > 1
   for (int i = rank() - 2; i >= 0; --i) {
     if (shape_[i] == 1) continue;
-    if (step != 0 && strides_[i] != step) return false;
+    if (step != -1 && strides_[i] != step) return false;
     step = strides_[i] * shape_[i];
   }
   return true;
@@ -122,6 +123,7 @@ Tensor Tensor::as_strided(const Shape& shape, const Shape& strides, int64_t offs
   out.strides_ = strides;
   out.offset_ = offset;
   out.numel_ = shape.numel();
+  check(offset >= 0, "a view that begins at ", offset);
   int64_t last = offset;
   for (int i = 0; i < shape.rank(); ++i) last += (shape[i] - 1) * strides[i];
   check(out.numel_ == 0 || (last + 1) * size_of(dtype_) <= buffer_->bytes(), "a view of shape ", shape, " leaves its buffer");

@@ -242,7 +242,7 @@ BenchmarkResult run_benchmark(const RunConfig& config, const BenchmarkOptions& o
   check(options.training_steps >= 0, "cannot train for ", options.training_steps, " steps");
   const VitConfig model = model_config(config, known_classes(config));
   const Device device = choose_device(config.device);
-  omp_set_num_threads(config.train.threads > 0 ? static_cast<int>(config.train.threads) : omp_get_num_procs());
+  use_threads(config);
   const std::vector<StorageConfig> policies = options.policies.empty() ? std::vector{config.storage} : options.policies;
 
   BenchmarkResult result;

@@ -64,7 +64,7 @@ void save_checkpoint(const std::string& folder, const RunConfig& config, const s
     std::vector<NamedTensor> weights;
     for (const Param& param : params.params()) weights.push_back({param.name, param.value});
     write_safetensors(at + "/" + kModelFile, weights,
-                      {{"format", "pt"}, {"mesa.config", to_yaml(trained_by)}, {"mesa.class_names", json(class_names).dump()}});
+                      {{"format", "pt"}, {"mesa.config", to_yaml(trained_by)}, {"mesa.class_names", json(class_names).dump(-1, ' ', false, json::error_handler_t::replace)}});
     std::vector<NamedTensor> tensors = prefixed("optimizer/", optimizer.state());
     for (NamedTensor& range : prefixed("storage/", policy.state())) tensors.push_back(std::move(range));
     write_safetensors(at + "/" + kStateTensors, tensors);
@@ -86,9 +86,9 @@ std::string resolve_checkpoint(const std::string& path, const std::string& prefe
 
 LoadedModel load_model(const std::string& path) {
   const std::string at = resolve_checkpoint(path, "best");
-  const bool folder = fs::is_directory(at);
-  if (folder) verify_folder(at);
-  const std::string file = folder ? at + "/" + kModelFile : at;
+  const std::string file = fs::is_directory(at) ? at + "/" + kModelFile : at;
+  const std::string folder = fs::absolute(file).parent_path().string();
+  if (fs::is_directory(at) || fs::exists(folder + "/" + kStateFile)) verify_folder(folder);  // a file taken out of its checkpoint stands alone
   SafetensorsFile tensors = read_safetensors(file);
   const auto config = tensors.metadata.find("mesa.config"), names = tensors.metadata.find("mesa.class_names");
   check(config != tensors.metadata.end(), file, " does not say which model it belongs to (no mesa.config in its metadata)");

@@ -103,6 +103,7 @@ void check_config(const RunConfig& c) {
   if (m.name.empty()) c.refuse("model.name", "is empty");
   if (m.width && m.heads && *m.width % *m.heads != 0)
     c.refuse("model.width", "a width of ", *m.width, " cannot be divided among ", *m.heads, " heads");
+  if (m.channels && *m.channels != 1 && *m.channels != 3) c.refuse("model.channels", "must be 1 or 3, it is ", *m.channels);
   if (m.image_size && m.patch_size && *m.image_size % *m.patch_size != 0)
     c.refuse("model.image_size", "an image of ", *m.image_size, " pixels cannot be cut into patches of ", *m.patch_size);
   check_pair(c, "data.crop_scale", c.data.crop_scale);

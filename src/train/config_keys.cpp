@@ -45,9 +45,9 @@ const Key kKeys[] = {
     KEY(data.kind, one_of("shapes|cifar10|cifar100|idx|image_folder|random"),
         "Data set; `shapes` is drawn, `random` is noise for benchmarks"),
     KEY(data.path, any(), "Folder of the data set"),
-    KEY(data.train_size, count(0), "Training images to use; 0 = all (10,000 of a generated set)"),
-    KEY(data.test_size, count(0), "Test images to use; 0 = all (2,000 of a generated set)"),
-    KEY(data.workers, count(0, 1024), "Loader threads; 0 = load in the training thread"),
+    KEY(data.train_size, count(0), "Training images to use; 0 = all (10,000 of `shapes`, 1,024 of `random`)"),
+    KEY(data.test_size, count(0), "Test images to use; 0 = all (2,000 of `shapes`, 256 of `random`)"),
+    KEY(data.workers, count(0, 1024), "Loader threads; 0 = one for every four processors, at least one"),
     KEY(data.prefetch, count(1, 4096), "Batches made ahead of training"),
     KEY(data.on_bad_sample, one_of("error|skip"), "A damaged image stops the run, or is replaced, counted and listed"),
     KEY(data.max_pixels, count(1, 1e12), "Images that claim more pixels are refused before memory is taken"),
@@ -73,7 +73,7 @@ const Key kKeys[] = {
     KEY(train.eval_batch_size, count(0, 1e6), "Batch size of the evaluation; 0 = `train.batch_size`"),
     KEY(train.log_interval, count(1), "Steps between two log lines"),
     KEY(train.max_bad_steps, count(1, 1e6), "Steps with a non-finite loss or gradient in a row that stop the run"),
-    KEY(train.threads, count(0, 4096), "Compute threads; 0 = all cores"),
+    KEY(train.threads, count(0, 4096), "Compute threads; 0 = `OMP_NUM_THREADS`, or all cores"),
     KEY(train.steps, count(0, 1e12), "Stop after this many steps in all; 0 = train all epochs"),
     KEY(train.checkpoint_interval, count(0, 1e12), "Steps between checkpoints; 0 = after each epoch only"),
     KEY(train.frozen, any(), "Globs of parameter names that are not trained, such as `[blocks.0.*, pos_embed]`"),
@@ -91,8 +91,8 @@ const Key kKeys[] = {
     KEY(schedule.min_lr, at_least(0), "Learning rate at the end of the cosine; at most `optimizer.lr`"),
 
     KEY(seed, between(0, 9e18), "Seed of initialization, data order, augmentation, dropout and stochastic rounding"),
-    KEY(device, one_of("auto|cpu|cuda"), "Where to train; `auto` takes a GPU if there is one"),
-    KEY(output, any(), "Folder of the run; empty = chosen from the config's name"),
+    KEY(device, one_of("auto|cpu|cuda"), "Where to train; `auto` takes the best that this build and machine have"),
+    KEY(output, any(), "Folder of the run; empty = `runs/<date>-vit-<width>x<depth>-<image size>`"),
 };
 #undef KEY
 

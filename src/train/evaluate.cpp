@@ -1,5 +1,6 @@
 #include "mesa/train/evaluate.h"
 
+#include <algorithm>
 #include <chrono>
 
 namespace mesa {
@@ -19,6 +20,25 @@ int64_t count_top(const Tensor& logits, const Tensor& labels, int64_t k) {
   return hits;
 }
 
+namespace {
+
+/// The batch without the pictures that stand in for damaged ones: they would be counted twice.
+Batch without_replacements(const Batch& batch) {
+  const int64_t n = batch.labels.numel(), kept = n - static_cast<int64_t>(batch.replaced.size());
+  Shape shape = batch.images.shape();
+  shape[0] = kept;
+  Batch out{Tensor::empty(shape, DType::u8), Tensor::empty({kept}, DType::i64), batch.epoch, batch.index, {}, {}};
+  const int64_t bytes = batch.images.numel() / n;
+  for (int64_t from = 0, to = 0; from < n; ++from) {
+    if (std::find(batch.replaced.begin(), batch.replaced.end(), from) != batch.replaced.end()) continue;
+    std::copy_n(batch.images.data<uint8_t>() + from * bytes, bytes, out.images.data<uint8_t>() + to * bytes);
+    out.labels.data<int64_t>()[to++] = batch.labels.data<int64_t>()[from];
+  }
+  return out;
+}
+
+}  // namespace
+
 EvalResult evaluate(const Vit& net, Loader& loader, const TransformOptions& transform, const std::function<bool()>& stop,
                     const std::function<void(int64_t done)>& progress) {
   const auto start = std::chrono::steady_clock::now();
@@ -31,8 +51,11 @@ EvalResult evaluate(const Vit& net, Loader& loader, const TransformOptions& tran
       result.complete = false;
       break;
     }
-    const auto batch = loader.next();
+    auto batch = loader.next();
     if (!batch) break;
+    result.left_out += static_cast<int64_t>(batch->replaced.size());
+    if (!batch->replaced.empty()) batch = without_replacements(*batch);
+    if (batch->labels.numel() == 0) continue;
     const Var logits = net(prepare_images(batch->images, transform));
     const int64_t n = batch->labels.numel();
     loss += static_cast<double>(*cross_entropy(logits, batch->labels).value().data<float>()) * static_cast<double>(n);

@@ -260,7 +260,30 @@ void make_folders(const std::string& path) {
   check(is_folder(path), path, " exists and is not a folder");
 }
 
-void write_file_atomically(const std::string& path, std::string_view content) {
+/// A pipe, a terminal, /dev/stdout: what can only be written to, not replaced.
+bool is_special(const std::string& path) {
+  std::error_code ignored;
+  const fs::file_status status = fs::status(path, ignored);
+  return (fs::exists(status) && !fs::is_regular_file(status) && !fs::is_directory(status)) || path.starts_with("/dev/") || path.starts_with("/proc/");
+}
+
+void check_can_write(const std::string& path) {
+  check(!is_folder(path), path, " is a folder");
+  if (is_special(path)) return;
+  const std::string trial = path + ".tmp";
+  OutputFile(trial).close();
+  ::unlink(trial.c_str());
+}
+
+void write_file_atomically(const std::string& given, std::string_view content) {
+  if (is_special(given)) {
+    OutputFile out(given);
+    out.write(content);
+    out.close();
+    return;
+  }
+  // What a link points to is replaced, not the link.
+  const std::string path = fs::is_symlink(given) ? (fs::path(given).parent_path() / fs::read_symlink(given)).string() : given;
   const std::string temporary = path + ".tmp";
   try {
     OutputFile out(temporary);

@@ -117,9 +117,9 @@ std::string format_plan(const Plan& plan, int64_t batch_size, bool all) {
   std::string out = concat("parameters        ", plan.parameters, "\n");
   const double kept = static_cast<double>(plan.activation_bytes), exact = static_cast<double>(plan.exact_activation_bytes);
   char text[256];
-  std::snprintf(text, sizeof text, "kept activations  %s a batch of %lld, %s an image; exact storage keeps %s (%.1f times as much)\n",
+  std::snprintf(text, sizeof text, "kept activations  %s a batch of %lld, %lld bytes an image; exact storage keeps %s (%.1f times as much)\n",
                 format_bytes(plan.activation_bytes).c_str(), static_cast<long long>(batch_size),
-                format_bytes(plan.activation_bytes / batch_size).c_str(), format_bytes(plan.exact_activation_bytes).c_str(),
+                static_cast<long long>(plan.activation_bytes / batch_size), format_bytes(plan.exact_activation_bytes).c_str(),
                 kept > 0 ? exact / kept : 0.0);
   out += text;
   MemoryUse at_peak;

@@ -84,7 +84,10 @@ void RunFolder::append(const IntervalRow& row) {
 
 void RunFolder::write_memory(const std::vector<SiteRecord>& sites) {
   std::vector<MemoryRow> rows;
-  for (const SiteRecord& r : sites) rows.push_back({r.site.name(), to_string(r.shape), r.codec, r.exact_bytes, r.kept_bytes});
+  for (const SiteRecord& r : sites) {
+    const double share = r.elements > 0 ? static_cast<double>(r.saturated) / static_cast<double>(r.elements) : 0;
+    rows.push_back({r.site.name(), to_string(r.shape), r.codec, r.exact_bytes, r.kept_bytes, share});
+  }
   attempt("memory.csv", [&] { write_memory_csv(path_ + "/memory.csv", rows); });
 }
 

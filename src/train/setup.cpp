@@ -1,9 +1,23 @@
 #include "mesa/train/setup.h"
 
+#include <omp.h>
+
+#include "mesa/kernels/elementwise.h"
 #include "mesa/kernels/image.h"
 #include "mesa/kernels/matmul.h"
 
 namespace mesa {
+
+/// Of the model's keys that a complaint names, one that was set, on the command line if possible: there the reader looks first.
+static std::string culprit(const RunConfig& config, const std::string& complaint) {
+  std::string found = "model.name";
+  for (const char* key : {"model.image_size", "model.patch_size", "model.width", "model.heads", "model.mlp_ratio"}) {
+    if (complaint.find(key) == std::string::npos) continue;
+    if (config.where(key).starts_with("--set")) return key;
+    if (config.where(key) != "default") found = key;
+  }
+  return found;
+}
 
 VitConfig model_config(const RunConfig& config, int64_t classes) {
   const ModelConfig& m = config.model;
@@ -31,7 +45,7 @@ VitConfig model_config(const RunConfig& config, int64_t classes) {
   try {
     vit.validate();
   } catch (const Error& e) {
-    config.refuse("model.name", e.what());
+    config.refuse(culprit(config, e.what()), e.what());
   }
   return vit;
 }
@@ -47,6 +61,10 @@ DType compute_dtype(const RunConfig& config) {
 Device choose_device(const std::string& name) {
   if (name == "cuda") throw UsageError("device: cuda: this build of Mesa has no CUDA backend; use --device cpu");
   return kCpu;
+}
+
+void use_threads(const RunConfig& config) {
+  if (config.train.threads > 0) omp_set_num_threads(static_cast<int>(config.train.threads));
 }
 
 namespace {
@@ -102,16 +120,17 @@ int64_t known_classes(const RunConfig& config) {
   return kind == "shapes" || kind == "cifar10" || kind == "idx" ? 10 : 0;
 }
 
-DatasetPair make_datasets(const RunConfig& config, const VitConfig& model) {
+DatasetPair make_datasets(const RunConfig& config, const VitConfig& model, bool train) {
   const DataConfig& d = config.data;
   const uint64_t seed = static_cast<uint64_t>(config.seed);
   if (d.kind == "random") {
-    const int64_t train = d.train_size > 0 ? d.train_size : 1024, test = d.test_size > 0 ? d.test_size : 256;
-    return {std::make_shared<RandomDataset>(train, model, seed, "random.train"),
-            std::make_shared<RandomDataset>(test, model, seed, "random.test")};
+    const int64_t train_size = d.train_size > 0 ? d.train_size : 1024, test_size = d.test_size > 0 ? d.test_size : 256;
+    return {std::make_shared<RandomDataset>(train_size, model, seed, "random.train"),
+            std::make_shared<RandomDataset>(test_size, model, seed, "random.test")};
   }
   DataOptions options;
   options.kind = d.kind;
+  options.train = train;
   options.path = d.path;
   options.train_size = d.train_size;
   options.test_size = d.test_size;
@@ -148,10 +167,18 @@ TransformOptions make_transform(const RunConfig& config, const VitConfig& model)
   t.interpolation = parse_interpolation(d.interpolation, "data.interpolation");
   t.crop_pct = d.crop_pct;
   default_normalization(d.kind, t.mean, t.std);
-  if (!d.mean.empty()) t.mean.assign(d.mean.begin(), d.mean.end());
-  if (!d.std.empty()) t.std.assign(d.std.begin(), d.std.end());
   fit_channels(t.mean, t.channels);
   fit_channels(t.std, t.channels);
+  const auto take = [&](const char* key, const std::vector<double>& given, std::vector<float>& into) {
+    if (given.empty()) return;
+    if (static_cast<int64_t>(given.size()) != t.channels)
+      config.refuse(key, "has ", given.size(), " values, but the model sees ", t.channels, " channels");
+    into.assign(given.begin(), given.end());
+  };
+  take("data.mean", d.mean, t.mean);
+  take("data.std", d.std, t.std);
+  if (t.crop_padding > t.image_size)
+    config.refuse("data.crop_padding", t.crop_padding, " pixels of padding are more than the picture's side of ", t.image_size);
   try {
     t.validate();
   } catch (const UsageError&) {
@@ -203,6 +230,15 @@ BuiltModel::BuiltModel(const RunConfig& config, const VitConfig& model, Device d
       config.refuse("train.frozen", e.what());
     }
   }
+}
+
+std::string first_bad_parameter(const ParamStore& params) {
+  for (const Param& param : params.params()) {
+    int64_t at = -1;
+    kernels::first_nonfinite(param.value, &at);
+    if (at >= 0) return concat(param.name, " (element ", at, ")");
+  }
+  return "";
 }
 
 }  // namespace mesa

@@ -7,7 +7,7 @@
 namespace mesa {
 namespace {
 
-constexpr int kSignals[] = {SIGTERM, SIGINT, SIGHUP, SIGUSR1, SIGPIPE};
+constexpr int kSignals[] = {SIGTERM, SIGINT, SIGHUP, SIGUSR1, SIGPIPE, SIGXFSZ};
 constexpr int kCount = sizeof kSignals / sizeof *kSignals;
 constexpr double kSameSignal = 0.2;  // seconds
 
@@ -38,7 +38,7 @@ SignalGuard::SignalGuard() {
   sigemptyset(&action.sa_mask);
   action.sa_flags = SA_RESTART;
   for (int i = 0; i < kCount; ++i) {
-    action.sa_handler = kSignals[i] == SIGPIPE ? SIG_IGN : on_signal;
+    action.sa_handler = kSignals[i] == SIGPIPE || kSignals[i] == SIGXFSZ ? SIG_IGN : on_signal;
     sigaction(kSignals[i], nullptr, &previous[i]);
     const bool nohup = kSignals[i] == SIGHUP && previous[i].sa_handler == SIG_IGN;
     if (!nohup) sigaction(kSignals[i], &action, nullptr);

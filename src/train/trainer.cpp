@@ -46,6 +46,7 @@ class Run {
   Batch next_batch();
   void report(const UpdateResult& result, double seconds);
   void show(const UpdateResult& result);
+  void report_saturation();
   bool end_epoch();
   bool save(const std::string& which);
   int stopped_by_signal();
@@ -82,8 +83,9 @@ class Run {
   std::unique_ptr<RunFolder> folder_;
   std::unique_ptr<Progress> progress_;
   std::string changes_;  // against the checkpoint
-  bool finished_before_ = false, saved_ = true, memory_written_ = false;
-  int64_t bad_samples_before_ = 0, reported_skips_ = 0;
+  bool finished_before_ = false, saved_ = true, memory_written_ = false, saturation_told_ = false;
+  int64_t bad_samples_before_ = 0;
+  size_t reported_skips_ = 0, reported_left_out_ = 0;
   double last_wait_ = 0;
 };
 
@@ -180,7 +182,7 @@ int Run::operator()() {
   const TrainingState start = state_;
   try {
     return loop();
-  } catch (const Error& e) {
+  } catch (const std::exception& e) {
     // Such as a damaged picture after hours: what was trained is kept, and can be resumed once the cause is mended.
     const std::string place = concat("epoch ", state_.epoch + 1, ", step ", state_.step);
     folder_->warn(concat("error at ", place, ": ", e.what()));
@@ -245,7 +247,7 @@ void Run::report(const UpdateResult& result, double seconds) {
     state_.epoch_loss += sum, state_.interval_loss += sum;
     state_.epoch_images += result.images, state_.interval_images += result.images;
   }
-  for (; reported_skips_ < static_cast<int64_t>(train_loader_.skipped_samples().size()); ++reported_skips_)
+  for (; reported_skips_ < train_loader_.skipped_samples().size(); ++reported_skips_)
     warn("a bad sample is replaced: " + train_loader_.skipped_samples()[reported_skips_]);
   show(result);
 }
@@ -270,10 +272,28 @@ void Run::show(const UpdateResult& result) {
   state_.interval_loss = state_.interval_seconds = state_.interval_wait = 0;
 }
 
+/// The epoch's saturation goes into memory.csv; a warning about the worst site comes once, since it would be much the same every epoch.
+void Run::report_saturation() {
+  constexpr double kWorthAWarning = 0.05;
+  folder_->write_memory(policy_.sites());
+  const auto share = [](const SiteRecord& s) { return s.elements > 0 ? static_cast<double>(s.saturated) / static_cast<double>(s.elements) : 0; };
+  SiteRecord worst;
+  for (const SiteRecord& site : policy_.sites())
+    if (share(site) > share(worst)) worst = site;
+  if (!saturation_told_ && share(worst) > kWorthAWarning) {
+    warn(concat(std::lround(100 * share(worst)), " % of the elements of ", worst.site.name(),
+                " lay outside its running range in this epoch, more than at any other site (memory.csv); range: current would keep them"));
+    saturation_told_ = true;
+  }
+  policy_.reset_counts();
+}
+
 /// Evaluates, logs and saves. False if a signal interrupts the evaluation, which is then done again after the resume.
 bool Run::end_epoch() {
   const EvalResult eval = evaluate(model_.net, eval_loader_, transform_, [] { return SignalGuard::received() != 0; });
   if (!eval.complete) return false;
+  for (; reported_left_out_ < eval_loader_.skipped_samples().size(); ++reported_left_out_)
+    warn("a bad test sample is left out: " + eval_loader_.skipped_samples()[reported_left_out_]);
   state_.evaluated_step = state_.step;
   state_.eval_top1 = eval.top1, state_.eval_top5 = eval.top5, state_.eval_loss = eval.loss;
   state_.train_loss = state_.epoch_images > 0 ? state_.epoch_loss / static_cast<double>(state_.epoch_images) : kNotMeasured;
@@ -282,6 +302,7 @@ bool Run::end_epoch() {
   const int64_t epoch = state_.epoch + 1;
   folder_->append(EpochRow{epoch, state_.train_loss, eval.loss, eval.top1, eval.top5, lr, rate, bytes_per_image(), peak_bytes(),
                            state_.epoch_seconds});
+  report_saturation();
   char text[200];
   std::snprintf(text, sizeof text, ": train loss %.4f, eval loss %.4f, top-1 %.2f %%, top-5 %.2f %%, %.1f images/s", state_.train_loss,
                 eval.loss, eval.top1, eval.top5, rate);
@@ -291,8 +312,9 @@ bool Run::end_epoch() {
     state_.batch = state_.epoch_images = 0;
     state_.epoch_loss = state_.epoch_seconds = 0;
   }
-  const bool best = eval.top1 > state_.best_top1;
-  if (best) state_.best_top1 = eval.top1;
+  // A run resumed into another folder has no best checkpoint there, whatever the old one reached.
+  const bool best = eval.top1 > state_.best_top1 || !std::filesystem::exists(folder_->checkpoint("best"));
+  state_.best_top1 = std::max(state_.best_top1, eval.top1);
   const bool best_saved = !best || save("best");
   saved_ = save("last") && best_saved;
   return true;
@@ -309,7 +331,7 @@ bool Run::save(const std::string& which) {
   try {
     save_checkpoint(folder_->checkpoint(which), config_, data_.train->class_names(), model_.params, optimizer_, policy_, state_);
     return true;
-  } catch (const Error& e) {
+  } catch (const std::exception& e) {
     warn(concat("the checkpoint '", which, "' could not be written: ", e.what()));
     return false;
   }
@@ -370,10 +392,6 @@ int Run::finish() {
   return 1;
 }
 
-void use_threads(const RunConfig& config) {
-  if (config.train.threads > 0) omp_set_num_threads(static_cast<int>(config.train.threads));
-}
-
 }  // namespace
 
 int train(RunConfig config, const TrainOptions& options) {
@@ -384,11 +402,14 @@ int train(RunConfig config, const TrainOptions& options) {
 
 std::string dry_run(const RunConfig& config) {
   choose_device(config.device);
-  const VitConfig model = model_config(config, known_classes(config));
+  VitConfig model = model_config(config, known_classes(config));
+  const bool readable = config.data.kind == "image_folder" && std::filesystem::is_directory(config.data.path);
+  const int64_t classes = readable ? make_datasets(config, model, false).test->classes() : known_classes(config);
+  model = model_config(config, classes);
   compute_dtype(config);
   make_transform(config, model);
   RunConfig resolved = config;
-  if (known_classes(config) > 0) resolved.model.classes = model.classes;
+  if (classes > 0) resolved.model.classes = model.classes;
   return concat(to_yaml(resolved), "\n", format_plan(plan_run(config, model), config.train.batch_size));
 }
 

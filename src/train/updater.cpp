@@ -7,15 +7,6 @@
 
 namespace mesa {
 
-std::string first_bad_parameter(const ParamStore& params) {
-  for (const Param& param : params.params()) {
-    int64_t at = -1;
-    kernels::first_nonfinite(param.value, &at);
-    if (at >= 0) return concat(param.name, " (element ", at, ")");
-  }
-  return "";
-}
-
 Updater::Updater(const RunConfig& config, BuiltModel& model, StoragePolicy& policy, AdamW& optimizer, const Schedule& schedule,
                  const TransformOptions& transform)
     : config_(config), model_(model), policy_(policy), optimizer_(optimizer), schedule_(schedule), transform_(transform) {}
@@ -70,9 +61,11 @@ UpdateResult Updater::operator()(int64_t count, const std::function<Batch()>& ne
                         samples_of(*suspect));
     ++state.bad_steps;
     ++state.bad_in_a_row;
+    policy_.roll_back();
     return result;
   }
   state.bad_in_a_row = 0;
+  policy_.commit();
   optimizer_.step(result.lr, clipping_scale(config_.train.clip_norm, result.gradient_norm));
   return result;
 }

@@ -15,9 +15,6 @@ struct UpdateResult {
   std::string bad;          ///< why the update was skipped and where the first NaN or infinity appeared; empty for a good one
 };
 
-/// "blocks.0.norm1.weight (element 7)": the first parameter that holds a NaN or infinity, or "".
-std::string first_bad_parameter(const ParamStore& params);
-
 class Updater {
  public:
   Updater(const RunConfig& config, BuiltModel& model, StoragePolicy& policy, AdamW& optimizer, const Schedule& schedule,

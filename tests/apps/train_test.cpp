@@ -35,9 +35,12 @@ TEST_CASE("apps: a run leaves every file, and they agree") {
     std::istringstream lines(read_text(tiny.path("run/memory.csv")));
     std::string line;
     std::getline(lines, line);
-    CHECK(line == "site,shape,codec,exact_bytes,kept_bytes");
+    CHECK(line == "site,shape,codec,exact_bytes,kept_bytes,saturated");
     int64_t kept = 0;
-    while (std::getline(lines, line)) kept += std::stoll(line.substr(line.rfind(',') + 1));
+    while (std::getline(lines, line)) {
+      line.resize(line.rfind(','));  // the last column is the share that saturated
+      kept += std::stoll(line.substr(line.rfind(',') + 1));
+    }
     CHECK(static_cast<double>(kept) == 16 * summary["activation_bytes_per_image"].get<double>());
   }
   SECTION("the steady state takes no more memory") {
@@ -222,4 +225,12 @@ TEST_CASE("apps: labels beyond the model's classes are refused") {
   INFO(result.err);
   CHECK((result.code == 1 || result.code == 2));
   CHECK_THAT(result.err, Contains("12"));
+}
+
+TEST_CASE("apps: the quickstart reaches what it promises", "[slow]") {
+  const TinyRun tiny;
+  const ProcessResult result = tiny.call("mesa-train", {"--config", "quickstart.yaml", "--output", "run"});
+  INFO(result.err);
+  REQUIRE(result.code == 0);
+  CHECK(tiny.json("run/summary.json")["top1"].get<double>() >= 95);
 }

@@ -251,6 +251,16 @@ TEST_CASE("tape: tapes nest, and a failing backward leaves them as they were") {
   CHECK(Tape::current() == nullptr);
 }
 
+TEST_CASE("tape: backward consumes the tape, and needs a gradient for each output") {
+  StoragePolicy policy = simple_policy({{"*", "exact", {}, ""}});
+  const TinyVit net;
+  Tape tape(policy);
+  const Var loss = net.loss();
+  CHECK_THAT(error_of([&] { tape.backward({loss}, std::vector<Tensor>{}); }), Contains("0 gradients for 1 outputs"));
+  tape.backward(loss);
+  CHECK_THAT(error_of([&] { tape.backward(loss); }), Contains("was run back already"));
+}
+
 TEST_CASE("tape: errors begin with the scope path") {
   Param a = make_param("a", {2, 3}), b = make_param("b", {3, 2});
   StoragePolicy policy = simple_policy({{"*", "exact", {}, ""}});

@@ -236,7 +236,7 @@ TEST_CASE("IDX sets of one pair are split without overlap", "[data]") {
   CHECK(open_datasets(options_for("idx", path)).test->size() == 10);
   labels[4] = 10;
   folder.write("train-labels.idx1-ubyte", idx_bytes({10}, labels));
-  CHECK_THAT(open_error(options_for("idx", path)), Contains("record 4 has label 10") && Contains("data.classes"));
+  CHECK_THAT(open_error(options_for("idx", path)), Contains("record 4 has label 10") && Contains("model.classes"));
   labels.pop_back();
   folder.write("train-labels.idx1-ubyte", idx_bytes({9}, labels));
   CHECK_THAT(open_error(options_for("idx", path)), Contains("9 labels for the 10 pictures"));

@@ -326,3 +326,50 @@ TEST_CASE("stochastic rounding leaves the gradient of a linear layer unbiased") 
   }
   CHECK(z_nearest > 6);  // the same test finds the bias of rounding to nearest
 }
+
+TEST_CASE("running ranges: a bad update leaves no trace") {
+  StoragePolicy policy = simple_policy({{"*", "int8", kRunning, ""}});
+  const auto save = [&](const char* path, std::vector<float> values) {
+    return policy.save(Tensor::from<float>({static_cast<int64_t>(values.size())}, values), {path, "x"}, nullptr);
+  };
+  const auto alpha = [&](const char* path) {
+    const auto state = policy.state();
+    const auto found = state.find(std::string(path) + ":x/alpha");
+    return found == state.end() ? -1.0 : found->second.to_vector<double>()[0];
+  };
+  policy.begin(1, 1);
+  save("a", {-1, 3});
+  policy.commit();
+  policy.begin(1, 2);
+  save("a", {-1e20f, 1e20f});
+  save("new", {0, 1});
+  CHECK(alpha("a") > 1e18);
+  policy.roll_back();
+  CHECK(alpha("a") == 4);
+  CHECK(alpha("new") == -1);  // calibrates at its first good update
+  save("a", {-1, 3});
+  save("new", {0, 2});
+  CHECK(alpha("a") == 4);
+  CHECK(alpha("new") == 2);
+  StoragePolicy extreme = simple_policy({{"*", "int8", kRunning, ""}});
+  extreme.begin(1, 1);
+  extreme.save(Tensor::from<float>({2}, {-3e38f, 3e38f}), {"a", "x"}, nullptr);
+  CHECK(std::isfinite(extreme.state().at("a:x/alpha").to_vector<double>()[0]));
+}
+
+TEST_CASE("policy: a rule for an exact statistic matches no site") {
+  StoragePolicy policy = simple_policy({{"*", "exact", {}, ""}, {"*:rstd", "int8", {}, "s.yaml:2"}});
+  const TinyVit net;
+  Tape tape(policy);
+  net.loss();
+  CHECK_THAT(error_of([&] { policy.check_rules_matched(); }), Contains("s.yaml:2") && Contains("matches no site"));
+}
+
+TEST_CASE("policy: attention keeps no output that its backward would not read") {
+  StoragePolicy policy = simple_policy({{"*", "exact", {}, ""}, {"*.attention:o", "int8", {}, ""}});
+  const TinyVit net;
+  Tape tape(policy);
+  net.loss();
+  for (const SiteRecord& site : policy.sites())
+    if (site.site.name().ends_with("attention:o")) CHECK(site.kept_bytes == 0);
+}

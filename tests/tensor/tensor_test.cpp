@@ -55,6 +55,13 @@ TEST_CASE("tensor: contiguity and uniform rows") {
   CHECK(Tensor::empty({}, DType::f64).numel() == 1);
 }
 
+TEST_CASE("tensor: without elements everything is contiguous") {
+  const Tensor x = Tensor::empty({2, 0, 3}, DType::f32);
+  CHECK(x.is_contiguous());
+  CHECK(x.reshape({0, 6}).numel() == 0);
+  CHECK_FALSE(Tensor::empty({12}, DType::f32).as_strided({2, 2, 3}, {3, 0, 1}, 0).has_uniform_rows());
+}
+
 TEST_CASE("tensor: what cannot be is refused") {
   const Tensor x = counting({2, 3});
   CHECK_THROWS_WITH(x.reshape({4}), Contains("cannot reshape [2, 3] to [4]"));

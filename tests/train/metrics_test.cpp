@@ -100,8 +100,8 @@ TEST_CASE("metrics: JSON has null for what was not measured") {
 
 TEST_CASE("metrics: memory.csv quotes shapes") {
   const Folder dir;
-  write_memory_csv(dir.at("memory.csv"), std::vector<MemoryRow>{{"blocks.0.mlp.gelu:x", "[2, 3]", "int8", 24, 6}});
-  CHECK(read_text(dir.at("memory.csv")) == "site,shape,codec,exact_bytes,kept_bytes\nblocks.0.mlp.gelu:x,\"[2, 3]\",int8,24,6\n");
+  write_memory_csv(dir.at("memory.csv"), std::vector<MemoryRow>{{"blocks.0.mlp.gelu:x", "[2, 3]", "int8", 24, 6, 0.25}});
+  CHECK(read_text(dir.at("memory.csv")) == "site,shape,codec,exact_bytes,kept_bytes,saturated\nblocks.0.mlp.gelu:x,\"[2, 3]\",int8,24,6,0.25\n");
 }
 
 TEST_CASE("metrics: writers report a place that cannot be written") {

@@ -25,7 +25,7 @@ class Tape {
   static Tape* current();
 
   /// Gradients of `loss` (one element) into every trainable parameter. `ready` is called once for each parameter, as soon as nothing more
-  /// will be added to its gradient. `scale` multiplies the loss (1 / accumulated steps).
+  /// will be added to its gradient. Once only: the tape is consumed. `scale` multiplies the loss (1 / accumulated steps).
   void backward(const Var& loss, const std::function<void(Param&)>& ready = {}, double scale = 1.0);
   /// The same from given gradients of several outputs (Jacobian-vector product).
   void backward(const std::vector<Var>& outputs, const std::vector<Tensor>& gradients, const std::function<void(Param&)>& ready = {});
@@ -33,8 +33,6 @@ class Tape {
   StoragePolicy& policy() { return policy_; }
   RandomKey random(const std::string& stream) const { return RandomKey::of(seed_, stream, step_); }
   int64_t steps() const { return static_cast<int64_t>(steps_.size()); }
-  /// Bytes of gradients waiting in slots.
-  int64_t gradient_bytes() const;
 
   /// Checks every op's result and gradient for NaN and infinity; the first bad one is named by first_bad(). Slow: for finding a culprit.
   void check_finite(bool on) { check_finite_ = on; }
@@ -59,7 +57,7 @@ class Tape {
   std::vector<Step> steps_;
   std::vector<Tensor> gradients_;  // by slot
   std::unordered_map<Param*, int> uses_;
-  bool check_finite_ = false;
+  bool run_ = false, check_finite_ = false;
   std::string first_bad_;
   Tape* previous_;
 };

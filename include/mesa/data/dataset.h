@@ -33,12 +33,14 @@ struct DataOptions {
   std::string path;             ///< the folder of the files; unused by shapes
   /// How many pictures to train and test on; 0 takes all (shapes: 10,000 and 2,000). They split a set that comes in one piece.
   int64_t train_size = 0, test_size = 0;
+  bool train = true;       ///< false: only the test half is opened; the training files need not be there
   uint64_t seed = 0;       ///< draws the shapes, the random part of a folder, and the split of an unsplit one
   int64_t image_size = 0;  ///< what the model will see, so that large JPEGs may be decoded at a fraction; 0 decodes in full
   int64_t classes = 0;     ///< idx: how many labels there are; 0 means 10
   int64_t max_pixels = DecodeOptions{}.max_pixels;  ///< refuse pictures that claim more
 };
 
+/// `train` is empty where DataOptions::train is false.
 struct DatasetPair {
   std::shared_ptr<const Dataset> train, test;
 };

@@ -44,6 +44,7 @@ struct Batch {
   Tensor labels;  ///< i64 [B]
   int64_t epoch = 0, index = 0;
   std::vector<int64_t> sample_indices;  ///< of the pictures that are there, replacements included
+  std::vector<int64_t> replaced;        ///< positions in the batch that hold another picture because theirs is damaged
 };
 
 /// Used from one thread. Order, augmentation and replacements depend on (data set, options.seed, epoch) and not on `workers` or `prefetch`.

@@ -22,7 +22,7 @@ MESA_KERNEL(add_rows, const Tensor& a, const Tensor& b, const Tensor& y);
 /// for every thread count). db is f32 or f64.
 MESA_KERNEL(sum_rows, const Tensor& dy, const Tensor& db, bool accumulate);
 
-/// y <- max(x, 0); dx <- x > 0 ? dy : 0.
+/// y <- max(x, 0); dx <- x <= 0 ? 0 : dy, so that a NaN passes dy (as in PyTorch).
 MESA_KERNEL(relu, const Tensor& x, const Tensor& y);
 MESA_KERNEL(relu_grad, const Tensor& dy, const Tensor& x, const Tensor& dx);
 /// y <- x Phi(x), exact erf form (Hendrycks and Gimpel, 2016); dx <- dy (Phi(x) + x phi(x)).

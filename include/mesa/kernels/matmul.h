@@ -1,4 +1,4 @@
-// Matrix products through oneDNN (fp32, bf16 with fp32 accumulation), and a plain path for fp64 and for CPUs that oneDNN does not serve.
+// Matrix products through oneDNN (fp32, bf16 with fp32 accumulation), and a plain path for fp64.
 #pragma once
 #include "mesa/kernels/kernel.h"
 

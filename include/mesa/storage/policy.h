@@ -50,6 +50,10 @@ class StoragePolicy {
   /// Throws UsageError for a rule that matched no site so far, listing the nearest sites.
   void check_rules_matched() const;
 
+  /// Running state as it is now is what roll_back() returns to: after a good update. A bad update must leave no trace in the ranges.
+  void commit();
+  void roll_back();
+
   /// Running state by "site/name", for the checkpoint. load_state is taken up when a site is first used.
   std::map<std::string, Tensor> state() const;
   void load_state(std::map<std::string, Tensor> state);

@@ -55,7 +55,7 @@ struct TrainConfig {
   int64_t eval_batch_size = 0;  ///< 0 = batch_size
   int64_t log_interval = 50;    ///< steps
   int64_t max_bad_steps = 10;
-  int64_t threads = 0;              ///< 0 = all cores
+  int64_t threads = 0;              ///< 0 = OMP_NUM_THREADS, or all cores
   int64_t steps = 0;                ///< 0 = all
   int64_t checkpoint_interval = 0;  ///< steps; 0 = after each epoch only
   std::vector<std::string> frozen;  ///< globs of parameter names

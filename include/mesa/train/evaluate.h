@@ -10,6 +10,7 @@ struct EvalResult {
   double loss = 0;             ///< mean cross-entropy without smoothing
   double top1 = 0, top5 = 0;   ///< percent; top5 counts the best min(5, classes)
   int64_t images = 0;
+  int64_t left_out = 0;        ///< damaged pictures that data.on_bad_sample: skip leaves out of all of these
   double seconds = 0;
   bool complete = true;        ///< false if it was interrupted
   double images_per_second() const { return seconds > 0 ? static_cast<double>(images) / seconds : 0; }

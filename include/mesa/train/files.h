@@ -35,7 +35,10 @@ class OutputFile {
 /// mkdir -p with mesa::Error.
 void make_folders(const std::string& path);
 
-/// Replaces a file in one step: readers see the old content or the new, also after a crash.
+/// Throws Error if a result could not be written there later.
+void check_can_write(const std::string& path);
+/// Replaces a file in one step: readers see the old content or the new, also after a crash. A symbolic link stays one; pipes and devices
+/// are written to as they are.
 void write_file_atomically(const std::string& path, std::string_view content);
 
 /// Replaces a folder in one step. `write_files` fills a temporary folder beside `path` (plain files only); each file is synced,

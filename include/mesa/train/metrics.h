@@ -38,6 +38,7 @@ struct IntervalRow {
 struct MemoryRow {
   std::string site, shape, codec;
   int64_t exact_bytes = 0, kept_bytes = 0;
+  double saturated = 0;  ///< share of the elements that lay outside a running range
 };
 
 struct RunSummary {

@@ -16,8 +16,11 @@ VitConfig model_config(const RunConfig& config, int64_t classes);
 DType compute_dtype(const RunConfig& config);
 /// The device; `auto` takes the best that this build and machine have. Throws UsageError with the reason if it is not to be had.
 Device choose_device(const std::string& name);
+/// Compute threads: train.threads, or where it is 0 what OMP_NUM_THREADS says, or all cores.
+void use_threads(const RunConfig& config);
 /// Both halves of the data; kind `random` is noise with random labels, for benchmarks.
-DatasetPair make_datasets(const RunConfig& config, const VitConfig& model);
+/// `train` false: only the test half is opened, and `train` of the pair is empty.
+DatasetPair make_datasets(const RunConfig& config, const VitConfig& model, bool train = true);
 /// The same for training: refuses, with the key's place, a batch or a number of classes that does not fit the data.
 DatasetPair make_training_data(const RunConfig& config, const VitConfig& model);
 /// How many classes the data has without opening it, 0 if only opening tells.
@@ -36,5 +39,8 @@ struct BuiltModel {
   ParamStore params;
   Vit net;
 };
+
+/// "blocks.0.norm1.weight (element 7)": the first parameter that holds a NaN or infinity, or "".
+std::string first_bad_parameter(const ParamStore& params);
 
 }  // namespace mesa

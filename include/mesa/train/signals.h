@@ -7,6 +7,7 @@ namespace mesa {
 inline constexpr int kExitResumable = 75;
 
 /// RAII: handles the signals while it lives, and ignores SIGPIPE: a reader of the progress that goes away must not end the training.
+/// SIGXFSZ too: a limit on the size of files is met like a full disk.
 /// SIGHUP stays ignored where it was (nohup). Two signals within a fifth of a second count as one: `timeout` and mpirun send them twice.
 class SignalGuard {
  public:

@@ -1,0 +1,55 @@
+// Matrix products against sums in double, over dtypes, transposes, biases and empty extents.
+#include "mesa/kernels/matmul.h"
+
+#include <catch2/catch.hpp>
+
+#include "support/data_files.h"
+#include "support/kernels.h"
+
+using namespace mesa;
+using namespace mesa::testing;
+using Catch::Matchers::Contains;
+
+namespace {
+
+std::vector<double> product(const Tensor& a, const Tensor& b, const std::vector<double>& start) {
+  const int64_t M = a.dim(0), K = a.dim(1), N = b.dim(1);
+  const std::vector<double> x = a.to_vector<double>(), y = b.to_vector<double>();
+  std::vector<double> out = start;
+  for (int64_t i = 0; i < M; ++i)
+    for (int64_t j = 0; j < N; ++j)
+      for (int64_t k = 0; k < K; ++k) out[i * N + j] += x[i * K + k] * y[k * N + j];
+  return out;
+}
+
+}  // namespace
+
+TEST_CASE("matmul: every dtype, transpose, bias and accumulation", "[kernels]") {
+  struct Mix {
+    DType in, out;
+    double tolerance;
+  };
+  for (const Mix& mix : {Mix{DType::f64, DType::f64, 1e-13}, Mix{DType::f32, DType::f32, 2e-5}, Mix{DType::bf16, DType::f32, 2e-5}, Mix{DType::bf16, DType::bf16, 0.01}})
+    for (const auto& [M, K, N] : {std::tuple<int64_t, int64_t, int64_t>{1, 1, 1}, {7, 33, 5}, {600, 20, 17}, {3, 0, 4}, {0, 3, 4}, {64, 64, 64}})
+      for (int variant = 0; variant < 16; ++variant) {
+        const bool left = variant & 1, right = variant & 2, biased = variant & 4, accumulate = variant & 8;
+        CAPTURE(to_string(mix.in), to_string(mix.out), M, K, N, left, right, biased, accumulate);
+        const Tensor a = left ? random({K, M}, mix.in, "a").transpose(0, 1) : random({M, K}, mix.in, "a");
+        const Tensor b = right ? random({N, K}, mix.in, "b").transpose(0, 1) : random({K, N}, mix.in, "b");
+        const Tensor bias = biased ? random({N}, mix.out == DType::f64 ? DType::f64 : DType::f32, "bias") : Tensor();
+        const Tensor c = random({M, N}, mix.out, "c");
+        std::vector<double> start = accumulate ? c.to_vector<double>() : std::vector<double>(M * N);
+        if (biased)
+          for (int64_t i = 0; i < M * N; ++i) start[i] += bias.to_vector<double>()[i % N];
+        const std::vector<double> want = product(a, b, start);
+        kernels::matmul(a, b, c, bias, accumulate);
+        expect(c, want, mix.tolerance);
+      }
+}
+
+TEST_CASE("matmul: a bias of another dtype or with gaps is refused", "[kernels]") {
+  const Tensor a = random({2, 3}, DType::f32, "a"), b = random({3, 4}, DType::f32, "b"), c = random({2, 4}, DType::f32, "c");
+  CHECK_THAT(error_of([&] { kernels::matmul(a, b, c, random({4}, DType::bf16, "bias")); }), Contains("a bias of bf16"));
+  CHECK_THAT(error_of([&] { kernels::matmul(a, b, c, random({4, 2}, DType::f32, "bias").select(1, 0)); }), Contains("does not fit"));
+  CHECK_THAT(error_of([&] { kernels::matmul(a, b, c, random({3}, DType::f32, "bias")); }), Contains("does not fit"));
+}
