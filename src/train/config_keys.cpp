@@ -121,7 +121,7 @@ struct Reader {
     if ((a.low_open ? x > a.low : x >= a.low) && (a.high_open ? x < a.high : x <= a.high)) return;
     std::string text = "must be ";
     if (std::isfinite(a.low)) text += (a.low_open ? "above " : "at least ") + number_text(a.low);
-    if (std::isfinite(a.high) && a.high < 1e15) text += (a.high_open ? " and below " : " and at most ") + number_text(a.high);
+    if (std::isfinite(a.high) && (a.high < 1e15 || x > a.high)) text += (a.high_open ? " and below " : " and at most ") + number_text(a.high);
     wrong(v, text, ", not ", v.text);
   }
 

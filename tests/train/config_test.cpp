@@ -88,6 +88,7 @@ TEST_CASE("config: each kind of mistake is refused with its place") {
       {"optimizer:\n  lr: .nan\n", "run.yaml:2: optimizer.lr: must be finite, not .nan"},
       {"optimizer:\n  lr: inf\n", "run.yaml:2: optimizer.lr: must be finite, not inf"},
       {"optimizer:\n  lr: 1e999\n", "run.yaml:2: optimizer.lr: 1e999 is out of range"},
+      {"optimizer:\n  lr: 1e30\n", "run.yaml:2: optimizer.lr: must be above 0 and at most 1e+15, not 1e30"},
       {"optimizer:\n  lr: fast\n", "run.yaml:2: optimizer.lr: 'fast' is not a number"},
       {"optimizer:\n  beta2: 1\n", "run.yaml:2: optimizer.beta2: must be at least 0 and below 1, not 1"},
       {"model:\n  drop_path: 1.5\n", "run.yaml:2: model.drop_path: must be at least 0 and below 1"},
