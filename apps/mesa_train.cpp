@@ -41,8 +41,7 @@ int run(Arguments& args) {
     std::fputs(mesa::dry_run(config).c_str(), stdout);
     return 0;
   }
-  // From the set-up on, a signal ends in a resumable state. Never destroyed: one that comes after "done" must not kill a finished run.
-  [[maybe_unused]] static const auto& signals = *new mesa::SignalGuard;
+  mesa::handle_signals();  // from the set-up on, a signal ends in a resumable state
   return mesa::train(std::move(config), args.options);
 }
 

@@ -49,7 +49,7 @@ const Key kKeys[] = {
     KEY(data.test_size, count(0), "Test images to use; 0 = all (2,000 of `shapes`, 256 of `random`)"),
     KEY(data.workers, count(0, 1024), "Loader threads; 0 = one for every four processors, at least one"),
     KEY(data.prefetch, count(1, 4096), "Batches made ahead of training"),
-    KEY(data.on_bad_sample, one_of("error|skip"), "A damaged image stops the run, or is replaced, counted and listed"),
+    KEY(data.on_bad_sample, one_of("error|skip"), "A damaged image stops the run; or it is replaced (left out in evaluation), counted and listed"),
     KEY(data.max_pixels, count(1, 1e12), "Images that claim more pixels are refused before memory is taken"),
     KEY(data.crop, one_of("none|pad|resized"), "Training crop: none, shifted by zero padding, or random resized crop"),
     KEY(data.crop_padding, count(0, 65536), "Pixels of padding on each side for `crop: pad`"),

@@ -195,7 +195,7 @@ int Run::operator()() {
 
 int Run::loop() {
   while (!done()) {
-    if (!train_epoch()) return SignalGuard::received() != 0 ? stopped_by_signal() : stopped_by_bad_steps();
+    if (!train_epoch()) return received_signal() != 0 ? stopped_by_signal() : stopped_by_bad_steps();
     if (!end_epoch()) return stopped_by_signal();
   }
   return finish();
@@ -206,7 +206,7 @@ bool Run::train_epoch() {
   const int64_t batches = train_loader_.batches_per_epoch();
   if (state_.batch < batches && !steps_used_up()) train_loader_.start_epoch(state_.epoch, state_.batch);
   while (state_.batch < batches && !steps_used_up()) {
-    if (SignalGuard::received() != 0) return false;
+    if (received_signal() != 0) return false;
     const double start = now();
     const TrainingState before = state_;
     try {
@@ -290,7 +290,7 @@ void Run::report_saturation() {
 
 /// Evaluates, logs and saves. False if a signal interrupts the evaluation, which is then done again after the resume.
 bool Run::end_epoch() {
-  const EvalResult eval = evaluate(model_.net, eval_loader_, transform_, [] { return SignalGuard::received() != 0; });
+  const EvalResult eval = evaluate(model_.net, eval_loader_, transform_, [] { return received_signal() != 0; });
   if (!eval.complete) return false;
   for (; reported_left_out_ < eval_loader_.skipped_samples().size(); ++reported_left_out_)
     warn("a bad test sample is left out: " + eval_loader_.skipped_samples()[reported_left_out_]);
@@ -340,7 +340,7 @@ bool Run::save(const std::string& which) {
 int Run::stopped_by_signal() {
   const bool saved = save("last");
   write_summary();
-  const std::string place = concat("stopped by signal ", SignalGuard::received(), " after step ", state_.step);
+  const std::string place = concat("stopped by signal ", received_signal(), " after step ", state_.step);
   if (!saved) return warn(place + " without a checkpoint of this moment"), 1;
   say(concat(place, "; continue with --resume --output ", config_.output));
   return kExitResumable;
