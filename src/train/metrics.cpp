@@ -181,13 +181,13 @@ std::string format_progress(const ProgressState& s, int width) {
   const std::vector<Field> fields{
       {text_of("epoch %lld/%lld", static_cast<long long>(s.epoch), static_cast<long long>(s.epochs)), 0},
       {text_of("%3.0f%%", 100 * done), 1},
-      {text_of("step %lld/%lld", static_cast<long long>(s.step), static_cast<long long>(s.steps)), 7},
+      {text_of("step %lld/%lld", static_cast<long long>(s.step), static_cast<long long>(s.steps)), 8},
       {"ETA " + format_duration(s.eta_seconds), 2},
       {text_of("loss %.4f", s.loss), 3},
       {text_of("%.*f img/s", s.images_per_second < 100 ? 1 : 0, s.images_per_second), 4},
-      {text_of("lr %.2e", s.lr), 5},
-      {text_of("data wait %.1f%%", 100 * s.data_wait), 6},
-      {"kept " + format_bytes(static_cast<int64_t>(s.activation_bytes)), 8},
+      {text_of("lr %.1e", s.lr), 5},
+      {text_of("wait %.1f%%", 100 * s.data_wait), 6},
+      {"kept " + format_bytes(static_cast<int64_t>(s.activation_bytes)), 7},
   };
   size_t used = 0;
   std::vector<bool> shown(fields.size(), false);

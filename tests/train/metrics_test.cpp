@@ -113,9 +113,10 @@ TEST_CASE("progress: a line is never wider than it may be") {
   for (int width = 1; width < 200; ++width) CHECK(static_cast<int>(format_progress(state(), width).size()) <= width);
   const std::string wide = format_progress(state(), 199);
   for (const char* part :
-       {"epoch 3/10", "[=", " 32%", "step 50/157", "ETA 12:34", "loss 1.2346", "812 img/s", "lr 1.00e-03", "data wait 1.2%", "kept 4.5 MB"})
+       {"epoch 3/10", "[=", " 32%", "step 50/157", "ETA 12:34", "loss 1.2346", "812 img/s", "lr 1.0e-03", "wait 1.2%", "kept 4.5 MB"})
     CHECK_THAT(wide, Contains(part));
   CHECK_THAT(format_progress(state(), 40), Contains("epoch 3/10") && Contains("ETA 12:34"));
+  CHECK_THAT(format_progress(state(), 79), Contains("lr 1.0e-03") && Contains("wait 1.2%"));
   CHECK_THAT(format_progress(state(), 0), !Contains("[=") && Contains("kept 4.5 MB"));
   CHECK(format_progress(ProgressState{}, 80).size() <= 80);
   CHECK(format_duration(3723) == "1:02:03");
