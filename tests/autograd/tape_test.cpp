@@ -5,6 +5,7 @@
 #include <set>
 
 #include "mesa/base/scope.h"
+#include "support/errors.h"
 #include "support/gradcheck.h"
 #include "support/tiny_vit.h"
 
@@ -34,15 +35,6 @@ Var watch(const Var& x, const std::function<void()>& note) {
 /// A gradient of ones into `y`.
 void backward_of_ones(Tape& tape, const Var& y, const std::function<void(Param&)>& ready = {}) {
   tape.backward({y}, {tensor_of(y.shape(), Numbers(y.value().numel(), 1.0), y.dtype())}, ready);
-}
-
-std::string error_of(const std::function<void()>& f) {
-  try {
-    f();
-  } catch (const Error& e) {
-    return e.what();
-  }
-  return "no error";
 }
 
 }  // namespace

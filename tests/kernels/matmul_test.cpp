@@ -3,7 +3,7 @@
 
 #include <catch2/catch.hpp>
 
-#include "support/data_files.h"
+#include "support/errors.h"
 #include "support/kernels.h"
 
 using namespace mesa;

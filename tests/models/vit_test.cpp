@@ -6,6 +6,7 @@
 #include <set>
 
 #include "mesa/base/scope.h"
+#include "support/errors.h"
 #include "support/gradcheck.h"
 #include "support/tiny_vit.h"
 
@@ -14,15 +15,6 @@ using namespace mesa::testing;
 using Catch::Matchers::Contains;
 
 namespace {
-
-std::string error_of(const std::function<void()>& f) {
-  try {
-    f();
-  } catch (const Error& e) {
-    return e.what();
-  }
-  return "no error";
-}
 
 /// Parameters without memory.
 struct Plan {

@@ -3,7 +3,7 @@
 
 #include "mesa/autograd/tape.h"
 #include "mesa/ops/ops.h"
-#include "support/data_files.h"
+#include "support/errors.h"
 #include "support/random.h"
 
 using namespace mesa;

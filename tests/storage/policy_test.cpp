@@ -5,6 +5,7 @@
 
 #include "mesa/base/scope.h"
 #include "support/audit.h"
+#include "support/errors.h"
 #include "support/gradcheck.h"
 #include "support/tiny_vit.h"
 
@@ -14,15 +15,6 @@ using Catch::Matchers::Contains;
 using Catch::Matchers::StartsWith;
 
 namespace {
-
-std::string error_of(const std::function<void()>& f) {
-  try {
-    f();
-  } catch (const Error& e) {
-    return e.what();
-  }
-  return "no error";
-}
 
 SiteRecord record_of(const StoragePolicy& policy, const std::string& name) {
   for (const SiteRecord& record : policy.sites())

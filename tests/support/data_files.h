@@ -6,8 +6,8 @@
 #include <string>
 #include <vector>
 
-#include "mesa/base/error.h"
 #include "mesa/data/image.h"
+#include "support/errors.h"
 
 namespace mesa::testing {
 
@@ -42,16 +42,5 @@ Bytes gzip(const Bytes& bytes);
 Bytes idx_bytes(const std::vector<uint32_t>& dims, const Bytes& values);
 /// A CIFAR file of `records` records with the given label in each, pixels counting up from the record number.
 Bytes cifar_bytes(int records, int label_bytes, int label);
-
-/// The text of the mesa::Error that `f` throws, "" if none; other exceptions pass.
-template <class F>
-std::string error_of(F&& f) {
-  try {
-    f();
-  } catch (const Error& error) {
-    return error.what();
-  }
-  return "";
-}
 
 }  // namespace mesa::testing
