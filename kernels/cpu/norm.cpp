@@ -16,6 +16,41 @@ template <class A>
   return gamma * xhat + beta;
 }
 
+template <class A>
+A fold(A* lane) {
+  for (int half = kLanes / 2; half > 0; half /= 2)
+    for (int l = 0; l < half; ++l) lane[l] += lane[l + half];
+  return lane[0];
+}
+
+// The two sums of a row run in kLanes chains whatever the compiler makes of them: one long chain of additions loses digits.
+
+/// sum_c x[c].
+template <class X>
+Acc<X> sum_of(const X* x, int64_t n) {
+  Acc<X> lane[kLanes] = {};
+  int64_t c = 0;
+  for (; c + kLanes <= n; c += kLanes) {
+#pragma omp simd
+    for (int l = 0; l < kLanes; ++l) lane[l] += load(x + c + l);
+  }
+  for (int l = 0; c + l < n; ++l) lane[l] += load(x + c + l);
+  return fold(lane);
+}
+
+/// sum_c (x[c] - mean)^2.
+template <class X>
+Acc<X> sum_of_squares(const X* x, Acc<X> mean, int64_t n) {
+  Acc<X> lane[kLanes] = {};
+  int64_t c = 0;
+  for (; c + kLanes <= n; c += kLanes) {
+#pragma omp simd
+    for (int l = 0; l < kLanes; ++l) lane[l] += (load(x + c + l) - mean) * (load(x + c + l) - mean);
+  }
+  for (int l = 0; c + l < n; ++l) lane[l] += (load(x + c + l) - mean) * (load(x + c + l) - mean);
+  return fold(lane);
+}
+
 template <class X, class Y>
 struct NormRows {
   using A = Acc<X>;
@@ -30,13 +65,8 @@ struct NormRows {
   void operator()(int64_t row) const {
     const X* px = x[row];
     Y* py = y[row];
-    A sum = 0, squares = 0;
-#pragma omp simd reduction(+ : sum)
-    for (int64_t c = 0; c < width; ++c) sum += load(px + c);
-    const A mean = sum / static_cast<A>(width);
-#pragma omp simd reduction(+ : squares)
-    for (int64_t c = 0; c < width; ++c) squares += (load(px + c) - mean) * (load(px + c) - mean);
-    const A scale = A(1) / std::sqrt(squares / static_cast<A>(width) + static_cast<A>(eps));
+    const A mean = sum_of(px, width) / static_cast<A>(width);
+    const A scale = A(1) / std::sqrt(sum_of_squares(px, mean, width) / static_cast<A>(width) + static_cast<A>(eps));
     if (rstd) rstd[row] = scale;
     if (xhat) {
       Y* ph = xhat + row * width;

@@ -26,10 +26,11 @@ constexpr Case kCases[] = {{1, 1}, {2, 3}, {5, 17}, {67, 64}, {33, 197}, {130, 7
 
 struct Reference {
   std::vector<double> y, xhat, rstd;
+  std::vector<double> terms;  ///< |gamma xhat| + |beta|: what y is a sum of, and so what its rounding is relative to
 };
 Reference normalize(const std::vector<double>& x, int64_t width, const std::vector<double>& gamma, const std::vector<double>& beta,
                     double eps) {
-  Reference out{x, x, {}};
+  Reference out{x, x, {}, x};
   for (size_t row = 0; row < x.size(); row += width) {
     double mean = 0, variance = 0;
     for (int64_t c = 0; c < width; ++c) mean += x[row + c] / width;
@@ -38,6 +39,7 @@ Reference normalize(const std::vector<double>& x, int64_t width, const std::vect
     for (int64_t c = 0; c < width; ++c) {
       out.xhat[row + c] = (x[row + c] - mean) * out.rstd.back();
       out.y[row + c] = gamma[c] * out.xhat[row + c] + beta[c];
+      out.terms[row + c] = std::fabs(gamma[c] * out.xhat[row + c]) + std::fabs(beta[c]);
     }
   }
   return out;
@@ -58,12 +60,12 @@ TEST_CASE("layer_norm follows its definition", "[kernels]") {
           normalize(x.to_vector<double>(), width, gamma.to_vector<double>(), beta.to_vector<double>(), 1e-3);
       for (auto* run : implementations(kernels::layer_norm)) {
         run(x, gamma, beta, 1e-3, y, xhat, rstd);
-        expect(y, want.y, tolerance(to));
+        expect(y, want.y, tolerance(to), want.terms);
         expect(xhat, want.xhat, tolerance(to));
         expect(rstd, want.rstd, tolerance(wide(from)));
         kernels::fill(y, 0);
         run(x, gamma, beta, 1e-3, y, Tensor(), Tensor());
-        expect(y, want.y, tolerance(to));
+        expect(y, want.y, tolerance(to), want.terms);
       }
     }
 }
@@ -82,6 +84,18 @@ TEST_CASE("layer_norm reads strided rows and keeps far-off means exact", "[kerne
   kernels::copy(Tensor::from<double>({40, 64}, shifted), far);
   kernels::layer_norm(far, gamma, beta, 1e-6, y, Tensor(), Tensor());
   expect(y, normalize(shifted, 64, ones, zeros, 1e-6).y, 64 * 1000 * 0x1p-24);  // as the sum of a row is rounded
+}
+
+TEST_CASE("layer_norm's variance does not lose digits in long rows", "[kernels]") {
+  const int64_t width = 4096;  // one chain of so many equal terms is off by 1e-5
+  std::vector<double> values(width);
+  for (int64_t c = 0; c < width; ++c) values[c] = c % 2 ? 1.1f : -1.1f;
+  const Tensor x = tensor_of({1, width}, values, DType::f32), y = empty_like(x), rstd = Tensor::empty({1}, DType::f32);
+  const Tensor gamma = tensor_of({width}, std::vector<double>(width, 1), DType::f32), beta = Tensor::zeros({width}, DType::f32);
+  for (auto* run : implementations(kernels::layer_norm)) {
+    run(x, gamma, beta, 0, y, Tensor(), rstd);
+    CHECK(std::fabs(rstd.data<float>()[0] * 1.1f - 1) <= 3e-6);
+  }
 }
 
 TEST_CASE("affine repeats layer_norm's output bit for bit", "[kernels]") {

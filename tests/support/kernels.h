@@ -25,13 +25,15 @@ std::vector<Signature*> implementations(const kernels::Kernel<Signature>& kernel
   return out;
 }
 
-/// y holds `want` up to `tolerance`, relative to magnitude 1 or more.
-inline void expect(const Tensor& y, const std::vector<double>& want, double tolerance) {
+/// y holds `want` up to `tolerance`, relative to magnitude 1 or more; where an element is a sum that may cancel, `terms` says how large
+/// its terms are together.
+inline void expect(const Tensor& y, const std::vector<double>& want, double tolerance, const std::vector<double>& terms = {}) {
   const std::vector<double> got = y.to_vector<double>();
   REQUIRE(got.size() == want.size());
   double worst = 0;
   for (size_t i = 0; i < got.size(); ++i) {
-    const double error = std::fabs(got[i] - want[i]) / std::max(1.0, std::fabs(want[i]));
+    const double magnitude = std::max(std::fabs(want[i]), terms.empty() ? 0.0 : terms[i]);
+    const double error = std::fabs(got[i] - want[i]) / std::max(1.0, magnitude);
     worst = error <= worst ? worst : error;  // a NaN stays
   }
   CHECK(worst <= tolerance);
