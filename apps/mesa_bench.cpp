@@ -7,6 +7,7 @@
 #include "app.h"
 #include "mesa/train/benchmark.h"
 #include "mesa/train/files.h"
+#include "mesa/train/kernel_benchmark.h"
 #include "mesa/train/plan.h"
 
 namespace {
@@ -16,7 +17,7 @@ struct Arguments {
   std::vector<std::string> storage, overrides;
   int64_t steps = 10, warmup = 2;
   std::optional<int64_t> threads;
-  bool phases = false;
+  bool phases = false, kernels = false;
 };
 
 constexpr const char* kFooter =
@@ -29,6 +30,7 @@ constexpr const char* kFooter =
     "\n"
     "Examples:\n"
     "  mesa-bench --config bench/deit_tiny.yaml --storage exact,int8,int4\n"
+    "  mesa-bench --config bench/deit_small.yaml --set train.batch_size=128 --set train.precision=bf16 --kernels\n"
     "  mesa-bench --config bench/deit_tiny.yaml --storage int8,./mine.yaml --set train.precision=bf16 --json bench.json\n"
     "\n"
     "Exit codes: 0 done, 1 failed, 2 wrong usage or config.";
@@ -44,6 +46,7 @@ void add_options(CLI::App& app, Arguments& args) {
   app.add_option("--set", args.overrides, "Override values of the config")->type_name("KEY=VALUE");
   app.add_option("--device", args.device, "auto, cpu or cuda (default: the config's)")->type_name("DEVICE");
   app.add_option("--threads", args.threads, "OpenMP threads, 0 for all cores (default: the config's)")->type_name("N");
+  app.add_flag("--kernels", args.kernels, "Time every kernel of a step alone instead: GB/s beside a measured copy, TFLOP/s of products");
   app.add_flag("--phases", args.phases, "Print first what each policy keeps at each site");
 }
 
@@ -71,12 +74,22 @@ void print_plans(const mesa::RunConfig& config, const std::vector<mesa::StorageC
   }
 }
 
+int time_kernels(const mesa::RunConfig& config, const std::string& json) {
+  const LiveLine line;
+  const mesa::KernelReport report = mesa::run_kernel_benchmark(config, [&](const std::string& kernel) { line.show(kernel); });
+  line.show("");
+  std::cout << mesa::format_kernels(report) << std::flush;
+  if (!json.empty()) mesa::write_file_atomically(json, mesa::kernels_json(report));
+  return 0;
+}
+
 int run(const Arguments& args) {
   if (!args.json.empty()) mesa::check_can_write(args.json);
   std::vector<std::string> overrides = args.overrides;
   if (!args.device.empty()) overrides.push_back("device=" + args.device);
   if (args.threads) overrides.push_back(mesa::concat("train.threads=", *args.threads));
   const mesa::RunConfig config = mesa::load_config(args.config, overrides);
+  if (args.kernels) return time_kernels(config, args.json);
   mesa::BenchmarkOptions options;
   for (const std::string& name : args.storage) options.policies.push_back(mesa::load_storage(name));
   if (options.policies.empty()) options.policies.push_back(config.storage);

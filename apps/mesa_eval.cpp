@@ -40,7 +40,7 @@ void show(int64_t done, int64_t total) {
 }
 
 int evaluate_checkpoint(const std::string& path, const std::string& data, int64_t batch_size, const std::vector<std::string>& overrides,
-                        const std::string& json) {
+                        const std::string& device, const std::string& json) {
   if (!json.empty()) mesa::check_can_write(json);
   mesa::LoadedModel loaded = mesa::load_model(path);
   mesa::RunConfig& config = loaded.config;
@@ -52,15 +52,15 @@ int evaluate_checkpoint(const std::string& path, const std::string& data, int64_
   mesa::use_threads(config);
   const mesa::VitConfig vit = mesa::model_config(config, static_cast<int64_t>(loaded.class_names.size()));
   const mesa::TransformOptions transform = mesa::make_transform(config, vit);
-  mesa::BuiltModel model(config, vit);
+  mesa::BuiltModel model(config, vit, mesa::choose_device(device));
   mesa::load_weights(model.params, loaded.weights, path);
   if (const std::string bad = mesa::first_bad_parameter(model.params); !bad.empty())
     throw mesa::Error(mesa::concat(path, ": the weights are not finite, first in ", bad));
   const auto test = mesa::make_datasets(config, vit, false).test;
   check_classes(loaded.class_names, test->class_names(), path);
-  mesa::Loader loader(test, transform, mesa::make_loader_options(config, false));
+  mesa::Loader loader(test, transform, mesa::make_loader_options(config, false, model.device));
   const int64_t total = test->size();
-  const mesa::EvalResult result = mesa::evaluate(model.net, loader, transform, {}, [&](int64_t done) { show(done, total); });
+  const mesa::EvalResult result = mesa::evaluate(model, loader, transform, {}, [&](int64_t done) { show(done, total); });
   for (const std::string& sample : loader.skipped_samples()) std::fprintf(stderr, "warning: a bad sample is left out: %s\n", sample.c_str());
   std::printf("top-1 %.2f %%, top-5 %.2f %%, loss %.4f, %lld images, %.1f images/s\n", result.top1, result.top5, result.loss,
               static_cast<long long>(result.images), result.images_per_second());
@@ -76,14 +76,17 @@ int evaluate_checkpoint(const std::string& path, const std::string& data, int64_
 
 int main(int argc, char** argv) {
   CLI::App app("Evaluates a checkpoint: top-1, top-5, loss, images/s.", "mesa-eval");
-  std::string checkpoint, data, json;
+  std::string checkpoint, data, json, device = "auto";
   std::vector<std::string> overrides;
   int64_t batch_size = 0;
   app.add_option("checkpoint", checkpoint, "a checkpoint's folder, a run's folder (its best), or a model.safetensors")->required();
   app.add_option("--data", data, "folder of the data (default: where the run had it); training files need not be there");
   app.add_option("--batch-size", batch_size, "images a batch")->check(CLI::Range(int64_t{1}, int64_t{1'000'000}));
   app.add_option("--set", overrides, "override one key of the run's config (repeatable)")->type_name("KEY=VALUE")->expected(1)->take_all();
+  app.add_option("--device", device, "auto, cpu or cuda: where to compute, wherever it was trained")
+      ->check(CLI::IsMember({"auto", "cpu", "cuda"}))
+      ->capture_default_str();
   app.add_option("--json", json, "also write the result to this file");
   app.footer("Exit codes: 0 done; 1 failed; 2 wrong usage or config.");
-  return mesa::run_app(app, argc, argv, [&] { return evaluate_checkpoint(checkpoint, data, batch_size, overrides, json); });
+  return mesa::run_app(app, argc, argv, [&] { return evaluate_checkpoint(checkpoint, data, batch_size, overrides, device, json); });
 }

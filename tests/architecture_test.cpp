@@ -109,6 +109,21 @@ TEST_CASE("architecture: quoted includes beside mesa/ stay inside their floor") 
   }
 }
 
+TEST_CASE("architecture: CUDA headers appear only where the CUDA backend stands") {
+  static const std::regex include(R"re(^\s*#\s*include\s*<(cuda|cublas|cudnn|nccl|device_primitives)[^>]*>)re");
+  int seen = 0;
+  for (const Source& source : sources()) {
+    const std::string path = source.path.string();
+    if (*source.path.begin() == "tests" || path.starts_with("kernels/cuda/") || path.ends_with("_cuda.cpp")) continue;
+    for (const std::string& line : source.lines) {
+      INFO(path << ": " << line);
+      CHECK_FALSE(std::regex_search(line, include));
+      ++seen;
+    }
+  }
+  CHECK(seen > 1000);
+}
+
 TEST_CASE("architecture: files stay readable") {
   const std::string unfinished[] = {std::string("TO") + "DO", std::string("FIX") + "ME"};
   for (const Source& source : sources()) {

@@ -21,7 +21,7 @@ class SignCodec : public Codec {
     const Tensor bits = Tensor::zeros({(n + 7) / 8}, DType::u8), scales = Tensor::zeros({runs}, DType::f32);
     for (int64_t i = 0; i < n; ++i) {
       if (!std::isfinite(values[i])) {
-        ++context.check->nonfinite;  // a bad value must not hide in a code
+        ++context.counts.data<int64_t>()[1];  // a bad value must not hide in a code
         continue;
       }
       if (values[i] > 0) bits.data<uint8_t>()[i / 8] |= static_cast<uint8_t>(1 << i % 8);

@@ -13,8 +13,8 @@ namespace {
 template <class T>
 struct Constants {
   T shrink, beta1, rest1, beta2, rest2, rate, root, eps, gradient_scale;
-  explicit Constants(const AdamWStep& s)
-      : shrink(static_cast<T>(1 - s.lr * s.weight_decay)), beta1(static_cast<T>(s.beta1)), rest1(static_cast<T>(1 - s.beta1)),
+  Constants(const AdamWStep& s, double weight_decay)
+      : shrink(static_cast<T>(1 - s.lr * weight_decay)), beta1(static_cast<T>(s.beta1)), rest1(static_cast<T>(1 - s.beta1)),
         beta2(static_cast<T>(s.beta2)), rest2(static_cast<T>(1 - s.beta2)),
         rate(static_cast<T>(s.lr / (1 - std::pow(s.beta1, static_cast<double>(s.step))))),
         root(static_cast<T>(1 / std::sqrt(1 - std::pow(s.beta2, static_cast<double>(s.step))))), eps(static_cast<T>(s.eps)),
@@ -36,13 +36,11 @@ void update(const Constants<T>& c, T* w, const T* g, T* m, T* v, bf16* copy, int
   }
 }
 
-}  // namespace
-
-void adamw(const Tensor& w, const Tensor& g, const Tensor& m, const Tensor& v, const Tensor& copy, AdamWStep step) {
+void update(const AdamWSlot& slot, const AdamWStep& step) {
+  const Tensor &w = slot.w, &g = slot.g, &m = slot.m, &v = slot.v, &copy = slot.copy;
   check_alike(w, g, "adamw: gradient");
   check_alike(w, m, "adamw: first moment");
   check_alike(w, v, "adamw: second moment");
-  check(step.step >= 1, "adamw: steps are counted from 1");
   bf16* narrow = nullptr;
   if (copy.defined()) {
     check_alike(w, copy, "adamw: bf16 copy");
@@ -52,12 +50,19 @@ void adamw(const Tensor& w, const Tensor& g, const Tensor& m, const Tensor& v, c
     using T = decltype(tag);
     T *pw = w.data<T>(), *pm = m.data<T>(), *pv = v.data<T>();
     const T* pg = g.data<T>();
-    const Constants<T> constants(step);
+    const Constants<T> constants(step, slot.weight_decay);
     parallel_elements(w.numel(), [=](int64_t begin, int64_t end) {
       if (narrow) update<T, true>(constants, pw, pg, pm, pv, narrow, begin, end);
       else update<T, false>(constants, pw, pg, pm, pv, narrow, begin, end);
     });
   });
+}
+
+}  // namespace
+
+void adamw(const std::vector<AdamWSlot>& slots, AdamWStep step) {
+  check(step.step >= 1, "adamw: steps are counted from 1");
+  for (const AdamWSlot& slot : slots) update(slot, step);
 }
 
 }  // namespace mesa::kernels::MESA_ISA

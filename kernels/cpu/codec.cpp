@@ -122,8 +122,8 @@ void quantize_unwatched(const Rows& rows, const Job& job, int64_t n, bool stocha
   }
 }
 
-RangeCheck quantize_watched(const Rows& rows, const Job& job, int64_t n, bool stochastic, std::vector<Extremes>& found) {
-  RangeCheck seen;
+OddCounts quantize_watched(const Rows& rows, const Job& job, int64_t n, bool stochastic, std::vector<Extremes>& found) {
+  OddCounts seen;
   with_watch(job.layout, found.data(), [&](auto& watch) {
     quantize_all(rows, job, n, stochastic, watch);
     seen.saturated = watch.saturated();
@@ -176,23 +176,19 @@ int64_t quantize_blocks(const Rows& rows, const Job& job, int64_t n, bool stocha
 }  // namespace
 
 void quantize(const Tensor& x, GroupLayout layout, int bits, bool stochastic, RandomKey key, const Tensor& step, const Tensor& offset,
-              const Tensor& codes, const Tensor& lo, const Tensor& hi, RangeCheck* found_odd) {
+              const Tensor& codes, const Tensor& lo, const Tensor& hi, const Tensor& counts) {
   check_layout(x, layout);
   const int64_t n = x.numel();
   const Job job{layout, bits, key, per_group(step, layout), per_group(offset, layout), code_bytes(codes, n, bits)};
   float* const low = lo.defined() ? per_group(lo, layout) : nullptr;
   float* const high = hi.defined() ? per_group(hi, layout) : nullptr;
   const Rows rows(x);
-  if (!low && !high && !found_odd) {
+  if (!low && !high && !counts.defined()) {
     if (n > 0) quantize_unwatched(rows, job, n, stochastic);
     return;
   }
   std::vector<Extremes> found(layout.groups);
-  const RangeCheck seen = n > 0 ? quantize_watched(rows, job, n, stochastic, found) : RangeCheck{};
-  if (found_odd) {
-    found_odd->saturated += seen.saturated;
-    found_odd->nonfinite += seen.nonfinite;
-  }
+  add_counts(counts, n > 0 ? quantize_watched(rows, job, n, stochastic, found) : OddCounts{});
   for (int64_t g = 0; g < layout.groups; ++g) {
     if (low) low[g] = found[g].lo();
     if (high) high[g] = found[g].hi();
@@ -200,20 +196,18 @@ void quantize(const Tensor& x, GroupLayout layout, int bits, bool stochastic, Ra
 }
 
 void quantize_current(const Tensor& x, GroupLayout layout, int bits, bool stochastic, RandomKey key, const Tensor& step,
-                      const Tensor& offset, const Tensor& codes, RangeCheck* found_odd) {
+                      const Tensor& offset, const Tensor& codes, const Tensor& counts) {
   check_layout(x, layout);
   const int64_t n = x.numel();
   const Job job{layout, bits, key, per_group(step, layout), per_group(offset, layout), code_bytes(codes, n, bits)};
   if (n == 0) return;
-  RangeCheck seen;
   if (is_short_groups(layout)) {
-    seen.nonfinite = quantize_blocks(Rows(x), job, n, stochastic);
+    add_counts(counts, {0, quantize_blocks(Rows(x), job, n, stochastic)});
   } else {
-    group_range(x, layout, offset, step, &seen);  // step holds the maxima until it is known
+    group_range(x, layout, offset, step, counts);  // step holds the maxima until it is known
     for (int64_t g = 0; g < layout.groups; ++g) job.step[g] = step_of_range(job.offset[g], job.step[g], bits);
     quantize_unwatched(Rows(x), job, n, stochastic);
   }
-  if (found_odd) found_odd->nonfinite += seen.nonfinite;
 }
 
 }  // namespace mesa::kernels::MESA_ISA

@@ -3,7 +3,7 @@
 
 namespace mesa::kernels::MESA_ISA {
 
-void group_range(const Tensor& x, GroupLayout layout, const Tensor& lo, const Tensor& hi, RangeCheck* found_odd) {
+void group_range(const Tensor& x, GroupLayout layout, const Tensor& lo, const Tensor& hi, const Tensor& counts) {
   check_layout(x, layout);
   float *const low = per_group(lo, layout), *const high = per_group(hi, layout);
   const int64_t n = x.numel();
@@ -32,8 +32,7 @@ void group_range(const Tensor& x, GroupLayout layout, const Tensor& lo, const Te
       }
     });
     if (!all_finite(found)) {
-      const int64_t nonfinite = careful_scan(rows, layout, n, found, [](int64_t, float) {});
-      if (found_odd) found_odd->nonfinite += nonfinite;
+      add_counts(counts, {0, careful_scan(rows, layout, n, found, [](int64_t, float) {})});
     }
   }
   for (int64_t g = 0; g < layout.groups; ++g) {

@@ -15,6 +15,17 @@ constexpr int64_t kPiece = 1024;
 /// Elements of one unit of parallel work: whole pieces, so that no byte of codes is shared by two threads.
 constexpr int64_t kChunk = 16 * kPiece;
 
+/// Elements that a pass found outside the range, or not finite.
+struct OddCounts {
+  int64_t saturated = 0, nonfinite = 0;
+};
+inline void add_counts(const Tensor& counts, const OddCounts& seen) {
+  if (!counts.defined()) return;
+  check(counts.numel() == 2 && counts.is_contiguous(), "counts of odd elements of shape ", counts.shape(), "; there are two");
+  counts.data<int64_t>()[0] += seen.saturated;
+  counts.data<int64_t>()[1] += seen.nonfinite;
+}
+
 /// A tensor of uniform rows, read in logical order as floats.
 class Rows {
  public:

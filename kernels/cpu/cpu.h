@@ -1,4 +1,4 @@
-// What the CPU kernels share: loads and stores of any floating dtype, dispatch over dtypes, parallel loops, blocks of random numbers.
+// What the CPU kernels share: loads and stores of any floating dtype, parallel loops, blocks of random numbers.
 // Everything stands in an anonymous namespace: the same names compiled for several instruction sets must not be merged by the linker.
 #pragma once
 #include <omp.h>
@@ -9,16 +9,12 @@
 #include <type_traits>
 #include <vector>
 
+#include "mesa/kernels/common.h"
 #include "mesa/base/random.h"
 #include "mesa/kernels/scalar.h"
-#include "mesa/tensor/tensor.h"
 
 namespace mesa::kernels::MESA_ISA {
 namespace {
-
-/// The type that sums and formulas run in: float for f32 and bf16, double for f64.
-template <class T>
-using Acc = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
 template <class T>
 [[gnu::always_inline]] inline Acc<T> load(const T* p) {
@@ -37,60 +33,6 @@ template <class T, class V>
     *p = static_cast<T>(value);
   }
 }
-
-// --- dispatch -------------------------------------------------------------------------------------------------------------------
-
-/// f(tag) with float or bf16.
-template <class F>
-void dispatch_narrow(DType dtype, F&& f) {
-  if (dtype == DType::f32) f(float{});
-  else if (dtype == DType::bf16) f(bf16{});
-  else fail("tensors of ", to_string(dtype), " do not mix with f32 or bf16 here");
-}
-/// f(tag) with float or double.
-template <class F>
-void dispatch_wide(DType dtype, F&& f) {
-  if (dtype == DType::f32) f(float{});
-  else if (dtype == DType::f64) f(double{});
-  else fail("a tensor of ", to_string(dtype), " where f32 or f64 is needed");
-}
-/// f(a, b): both f64, or any mix of f32 and bf16.
-template <class F>
-void dispatch(DType a, DType b, F&& f) {
-  if (a == DType::f64 && b == DType::f64) return f(double{}, double{});
-  dispatch_narrow(a, [&](auto ta) { dispatch_narrow(b, [&](auto tb) { f(ta, tb); }); });
-}
-template <class F>
-void dispatch(DType a, DType b, DType c, F&& f) {
-  if (a == DType::f64 && b == DType::f64 && c == DType::f64) return f(double{}, double{}, double{});
-  dispatch_narrow(a, [&](auto ta) {
-    dispatch_narrow(b, [&](auto tb) { dispatch_narrow(c, [&](auto tc) { f(ta, tb, tc); }); });
-  });
-}
-
-// --- contracts ------------------------------------------------------------------------------------------------------------------
-
-inline void check_flat(const Tensor& x, const char* what) {
-  check(x.defined() && x.is_contiguous(), what, " must be a contiguous tensor");
-}
-inline void check_alike(const Tensor& x, const Tensor& y, const char* what) {
-  check(x.numel() == y.numel(), what, ": tensors of shapes ", x.shape(), " and ", y.shape());
-  check(x.is_contiguous() && y.is_contiguous(), what, " needs contiguous tensors");
-}
-
-/// Rows of `width` elements at a constant distance.
-template <class T>
-struct Rows {
-  T* base;
-  int64_t stride;
-  T* operator[](int64_t row) const { return base + row * stride; }
-};
-template <class T>
-Rows<T> rows_of(const Tensor& x) {
-  check(x.has_uniform_rows(), "a tensor of shape ", x.shape(), " must consist of uniform rows");
-  return {x.data<T>(), x.row_stride()};
-}
-inline int64_t width_of(const Tensor& x) { return x.rank() == 0 ? 1 : x.dim(-1); }
 
 // --- parallel loops -------------------------------------------------------------------------------------------------------------
 

@@ -73,18 +73,36 @@ void sum_rows(const Tensor& dy, const Tensor& db, bool accumulate) {
   });
 }
 
-void sum_squares(const Tensor& x, double* result) {
-  check_flat(x, "sum_squares: x");
-  std::vector<double> partial((x.numel() + kSumElements - 1) / kSumElements);
+void sum_squares(const std::vector<Tensor>& xs, const Tensor& result) {
+  double total = 0;
+  for (const Tensor& x : xs) {
+    check_flat(x, "sum_squares: x");
+    std::vector<double> partial((x.numel() + kSumElements - 1) / kSumElements);
+    dispatch_float(x.dtype(), [&](auto tag) {
+      const auto* px = x.data<decltype(tag)>();
+      double* sums = partial.data();
+      parallel_chunks(x.numel(), kSumElements, 1,
+                      [=](int64_t c, int64_t begin, int64_t end) { sums[c] = sum_of_squares(px + begin, end - begin); });
+    });
+    double sum = 0;
+    for (double part : partial) sum += part;
+    total += sum;
+  }
+  *result.data<double>() = total;
+}
+
+void count_nonfinite(const Tensor& x, const Tensor& counts) {
+  check_flat(x, "count_nonfinite: x");
+  std::vector<int64_t> found((x.numel() + kSumElements - 1) / kSumElements, 0);
   dispatch_float(x.dtype(), [&](auto tag) {
-    using T = decltype(tag);
-    const T* px = x.data<T>();
-    double* sums = partial.data();
-    parallel_chunks(x.numel(), kSumElements, 1,
-                    [=](int64_t c, int64_t begin, int64_t end) { sums[c] = sum_of_squares(px + begin, end - begin); });
+    const auto* px = x.data<decltype(tag)>();
+    int64_t* out = found.data();
+    parallel_chunks(x.numel(), kSumElements, 1, [=](int64_t c, int64_t begin, int64_t end) {
+      if (all_finite(px + begin, end - begin)) return;
+      for (int64_t i = begin; i < end; ++i) out[c] += !all_finite(px + i, 1);
+    });
   });
-  *result = 0;
-  for (double sum : partial) *result += sum;
+  for (int64_t count : found) counts.data<int64_t>()[1] += count;
 }
 
 void first_nonfinite(const Tensor& x, int64_t* result) {

@@ -156,8 +156,9 @@ int64_t Loader::Impl::batches_per_epoch() const {
 
 Loader::Impl::Slot Loader::Impl::new_slot() const {
   const int64_t b = options_.batch_size, side = transform_.image_size;
-  return {Tensor::empty({b, side, side, transform_.channels}, DType::u8, kCpu, MemoryKind::inputs),
-          Tensor::empty({b}, DType::i64, kCpu, MemoryKind::inputs)};
+  const Device memory = options_.pinned ? kPinned : kCpu;
+  return {Tensor::empty({b, side, side, transform_.channels}, DType::u8, memory, MemoryKind::inputs),
+          Tensor::empty({b}, DType::i64, memory, MemoryKind::inputs)};
 }
 
 /// Runs on the caller's thread, so that "nobody else holds it" cannot change under it. A caller who keeps many batches gets more memory.

@@ -32,9 +32,39 @@ Tensor score_buffer(const Tensor& q, DType dtype) {
   return Tensor::empty({images_per_turn(q), q.dim(1), q.dim(2), q.dim(2)}, dtype, q.device());
 }
 
+/// [B, N, C] -> [B, H, N, C/H], a view.
+Tensor by_head(const Tensor& x, int64_t heads) { return x.split_last(x.dim(-1) / heads).transpose(1, 2); }
+
+bool has_fused_kernel(const Tensor& o, int64_t heads) {
+  const int64_t head = o.dim(2) / heads;
+  return is_gpu(o.device()) && fused_attention.cuda != nullptr && o.dtype() == DType::bf16 && (head == 32 || head == 64) &&
+         o.dim(1) <= 1024;
+}
+
+Tensor decode(const AttentionOperand& x, const Tensor& like) {
+  if (x.values.defined()) return x.values;
+  const Tensor values = Tensor::empty(like.shape(), like.dtype(), like.device());
+  dequantize(x.coded.codes, x.coded.layout, x.coded.bits, x.coded.step, x.coded.offset, values);
+  return values;
+}
+
+/// cuDNN's backward needs an o and a log-sum-exp that belong to its q, k and v: where these were decoded, its forward runs again.
+void cudnn_grad(const Tensor& d_o, const AttentionOperand& q_rows, const AttentionOperand& k_rows, const AttentionOperand& v_rows, const Tensor& o,
+                const Tensor& lse, int64_t heads, double scale, const Tensor& dq, const Tensor& dk, const Tensor& dv) {
+  const Tensor q = decode(q_rows, dq), k = decode(k_rows, dk), v = decode(v_rows, dv);
+  if (o.defined() && lse.defined()) return cudnn_attention_grad(d_o, q, k, v, o, lse, heads, scale, dq, dk, dv);
+  const Tensor own_o = empty_like(d_o, dq.dtype()), own_lse = Tensor::empty({dq.dim(0), heads, dq.dim(1)}, DType::f32, dq.device());
+  cudnn_attention(q, k, v, heads, scale, own_o, own_lse);
+  cudnn_attention_grad(d_o, q, k, v, own_o, own_lse, heads, scale, dq, dk, dv);
+}
+
 }  // namespace
 
-void attention(const Tensor& q, const Tensor& k, const Tensor& v, double scale, const Tensor& o, const Tensor& lse) {
+void attention(const Tensor& q_rows, const Tensor& k_rows, const Tensor& v_rows, int64_t heads, double scale, const Tensor& o_rows,
+               const Tensor& lse, AttentionBy by) {
+  if (by == AttentionBy::cudnn) return cudnn_attention(q_rows, k_rows, v_rows, heads, scale, o_rows, lse);
+  if (has_fused_kernel(o_rows, heads)) return fused_attention(q_rows, k_rows, v_rows, heads, scale, o_rows, lse);
+  const Tensor q = by_head(q_rows, heads), k = by_head(k_rows, heads), v = by_head(v_rows, heads), o = by_head(o_rows, heads);
   const Tensor scores = score_buffer(q, score_type(q));
   const Tensor rounded = q.dtype() == scores.dtype() ? scores : score_buffer(q, q.dtype());
   by_turns(q, [&](int64_t from, int64_t count) {
@@ -46,8 +76,15 @@ void attention(const Tensor& q, const Tensor& k, const Tensor& v, double scale, 
   });
 }
 
-void attention_grad(const Tensor& d_o, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& o, const Tensor& lse, double scale,
-                    const Tensor& dq, const Tensor& dk, const Tensor& dv) {
+void attention_grad(const Tensor& d_o, const AttentionOperand& q_rows, const AttentionOperand& k_rows, const AttentionOperand& v_rows,
+                    const Tensor& o, const Tensor& lse, int64_t heads, double scale, const Tensor& dq_rows, const Tensor& dk_rows,
+                    const Tensor& dv_rows, AttentionBy by) {
+  if (by == AttentionBy::cudnn) return cudnn_grad(d_o, q_rows, k_rows, v_rows, o, lse, heads, scale, dq_rows, dk_rows, dv_rows);
+  if (has_fused_kernel(dq_rows, heads))
+    return fused_attention_grad(d_o, q_rows, k_rows, v_rows, o, lse, heads, scale, dq_rows, dk_rows, dv_rows);
+  const Tensor q = by_head(decode(q_rows, dq_rows), heads), k = by_head(decode(k_rows, dq_rows), heads);
+  const Tensor v = by_head(decode(v_rows, dq_rows), heads);
+  const Tensor dq = by_head(dq_rows, heads), dk = by_head(dk_rows, heads), dv = by_head(dv_rows, heads);
   const DType wide = score_type(q);
   const bool narrow = q.dtype() != wide;
   const Tensor probabilities = score_buffer(q, wide), gradients = score_buffer(q, wide);

@@ -4,6 +4,15 @@
 #include "onednn.h"
 
 namespace mesa::kernels {
+
+namespace cuda {
+// kernels/cuda/cublaslt.cpp; null in a build without CUDA.
+/// As matmul; arguments are checked already.
+[[gnu::weak]] void product(const Tensor& a, const Tensor& b, const Tensor& c, const Tensor& bias, bool accumulate);
+/// dw <- (dw +) dy^T x and db <- sum of dy's rows in one product; false if the library has no such product for these operands.
+[[gnu::weak]] bool product_and_row_sums(const Tensor& dy, const Tensor& x, const Tensor& dw, bool accumulate, const Tensor& db);
+}  // namespace cuda
+
 namespace {
 
 void check_operands(const Tensor& a, const Tensor& b, const Tensor& c, const Tensor& bias) {
@@ -85,10 +94,17 @@ void matmul(const Tensor& a, const Tensor& b, const Tensor& c, const Tensor& bia
   check_operands(a, b, c, bias);
   if (c.is_meta() || c.numel() == 0) return;
   if (a.dim(-1) == 0) return sum_of_nothing(c, bias, accumulate);
-  check(c.device().kind == DeviceKind::cpu, "this build has no matrix product on ", to_string(c.device().kind));
+  if (c.device().kind == DeviceKind::cuda) return cuda::product(a, b, c, bias, accumulate);
   if (c.dtype() == DType::f64) return matmul_f64(a, b, c, bias, accumulate);
   if (a.dtype() == DType::bf16 && !onednn::fast_bf16()) return matmul_widened(a, b, c, bias, accumulate);
   onednn::matmul(a, plain_right(a, b), c, bias, accumulate);
+}
+
+void matmul_weight_grad(const Tensor& dy, const Tensor& x, const Tensor& dw, bool accumulate_w, const Tensor& db, bool accumulate_b) {
+  const bool gpu = dw.device().kind == DeviceKind::cuda;
+  if (gpu && db.defined() && !accumulate_b && cuda::product_and_row_sums(dy, x, dw, accumulate_w, db)) return;
+  matmul(dy.transpose(0, 1), x, dw, {}, accumulate_w);
+  if (db.defined()) sum_rows(dy, db, accumulate_b);
 }
 
 bool native_bf16() {

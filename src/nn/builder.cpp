@@ -87,7 +87,9 @@ Param& Builder::param(const std::string& name, const Shape& shape, Init init, bo
     std::vector<float> values(shape.numel());
     RandomStream random(RandomKey::of(seed_, param.name, 0));
     for (float& v : values) v = static_cast<float>(draw(random, init));
-    kernels::copy(Tensor::from<float>(shape, values), param.value);
+    const Tensor drawn = Tensor::empty(shape, master_);
+    kernels::copy(Tensor::from<float>(shape, values), drawn);
+    transfer(drawn, param.value);
   }
   return store_.add(std::move(param));
 }

@@ -107,7 +107,7 @@ Var Attention::operator()(const Var& x) const {
   const auto mixed = [&] {
     if (kind == AttentionKind::explicit_) return explicit_attention(packed, heads, scale_by, attn_drop);
     const Scope scope("attention");
-    return attention(packed, heads, scale_by);
+    return attention(packed, heads, scale_by, kind == AttentionKind::cudnn ? kernels::AttentionBy::cudnn : kernels::AttentionBy::engine);
   };
   return scoped_dropout("proj_drop", proj(mixed()), drop);
 }

@@ -35,16 +35,22 @@ std::array<Saved, 3> save_thirds(const Op& op, const Tensor& qkv) {
   return saved;
 }
 
+/// Codes go to the kernel as they are, so that it may decode them on the way in.
+kernels::AttentionOperand operand(const Saved& saved) {
+  if (const auto coded = saved.coded()) return {{}, *coded};
+  return {saved.get(), {}};
+}
+
 }  // namespace
 
-Var attention(const Var& qkv, int64_t heads, double scale) {
+Var attention(const Var& qkv, int64_t heads, double scale, kernels::AttentionBy by) {
   const Op op("attention", {qkv});
   check_packed(qkv, heads);
   const int64_t B = qkv.dim(0), N = qkv.dim(1), C = qkv.dim(2) / 3;
   const Tensor x = qkv.value();
   const Tensor o = Tensor::empty({B, N, C}, x.dtype(), x.device());
   const Tensor lse = Tensor::empty({B, heads, N}, x.dtype() == DType::f64 ? DType::f64 : DType::f32, x.device());
-  kernels::attention(by_head(third(x, 0), heads), by_head(third(x, 1), heads), by_head(third(x, 2), heads), scale, by_head(o, heads), lse);
+  kernels::attention(third(x, 0), third(x, 1), third(x, 2), heads, scale, o, lse, by);
   if (!op.recording()) return Var(o);
   const std::array<Saved, 3> saved = save_thirds(op, x);
   // Rows of exp(scale q k^T - lse) from decoded q and k do not sum to one, so they are normalized again and neither lse nor o is read.
@@ -55,9 +61,8 @@ Var attention(const Var& qkv, int64_t heads, double scale) {
   const Tensor rows = exact ? lse : Tensor();
   return op.record(o, [=, shape = qkv.shape(), type = qkv.dtype()](const Tensor& d_o) -> Grads {
     const Tensor dqkv = Tensor::empty(shape, type, d_o.device());
-    Tensor q = by_head(saved[0].get(), heads), k = by_head(saved[1].get(), heads), v = by_head(saved[2].get(), heads);
-    kernels::attention_grad(d_o, q, k, v, so.defined() ? so.get() : Tensor(), rows, scale,
-                            by_head(third(dqkv, 0), heads), by_head(third(dqkv, 1), heads), by_head(third(dqkv, 2), heads));
+    kernels::attention_grad(d_o, operand(saved[0]), operand(saved[1]), operand(saved[2]), so.defined() ? so.get() : Tensor(), rows, heads,
+                            scale, third(dqkv, 0), third(dqkv, 1), third(dqkv, 2), by);
     return {dqkv};
   });
 }

@@ -12,16 +12,19 @@ Tensor mean(const Tensor& per_sample) {
 
 }  // namespace
 
+void check_labels(const Tensor& labels, int64_t classes) {
+  for (int64_t i = 0; i < labels.numel(); ++i) {
+    const int64_t label = labels.data<int64_t>()[i];
+    check(label >= 0 && label < classes, "sample ", i, " of the batch has label ", label, " but there are ", classes, " classes");
+  }
+}
+
 Var cross_entropy(const Var& logits, const Tensor& labels, double smoothing) {
   const Op op("cross_entropy", {logits});
   check(logits.value().rank() == 2 && labels.rank() == 1 && labels.dim(0) == logits.dim(0) && labels.dtype() == DType::i64,
         "cross_entropy: logits ", logits.shape(), " need as many i64 labels, not ", labels.shape(), " of ", to_string(labels.dtype()));
   check(smoothing >= 0 && smoothing < 1, "label smoothing is ", smoothing, "; it must lie in [0, 1)");
-  if (labels.device().kind == DeviceKind::cpu)
-    for (int64_t i = 0; i < labels.numel(); ++i) {
-      const int64_t label = labels.data<int64_t>()[i];
-      check(label >= 0 && label < logits.dim(1), "sample ", i, " of the batch has label ", label, " but there are ", logits.dim(1), " classes");
-    }
+  if (labels.device().kind == DeviceKind::cpu) check_labels(labels, logits.dim(1));
   const Tensor x = op.keep("logits", logits.value());
   const Tensor losses = Tensor::empty({logits.dim(0)}, x.dtype(), x.device());
   kernels::cross_entropy(x, labels, smoothing, losses);

@@ -27,10 +27,14 @@ Var linear(const Var& x, const Var& w, const Var& b, std::optional<DType> out) {
       dy = empty_like(dy, type_x);
       kernels::copy(flatten(dy_), dy);
     }
-    Grads grads{Tensor(), dw.into([&](const Tensor& out, bool accumulate) {
-      kernels::matmul(dy.transpose(0, 1), flatten(sx.get()), out, {}, accumulate);
-    })};
-    if (has_bias) grads.push_back(db.into([&](const Tensor& out, bool accumulate) { kernels::sum_rows(dy, out, accumulate); }));
+    Grads grads(has_bias ? 3 : 2);
+    // One product computes both; the targets only say where the two gradients go.
+    Tensor to_w, to_b;
+    bool add_w = false, add_b = false;
+    grads[1] = dw.into([&](const Tensor& out, bool add) { to_w = out, add_w = add; });
+    if (has_bias) grads[2] = db.into([&](const Tensor& out, bool add) { to_b = out, add_b = add; });
+    if (to_w.defined()) kernels::matmul_weight_grad(dy, flatten(sx.get()), to_w, add_w, to_b, add_b);
+    else if (to_b.defined()) kernels::sum_rows(dy, to_b, add_b);
     if (to_x) {
       grads[0] = Tensor::empty(shape_x, type_x, dy.device());
       kernels::matmul(dy, weight, flatten(grads[0]));

@@ -29,10 +29,13 @@ Var patch_embed(const Var& images, const Var& w, const Var& b, DType compute, DT
       kernels::copy(dy, narrow);
       dy = narrow;
     }
-    Grads grads{Tensor(), dw.into([&](const Tensor& to, bool add) {
-                  kernels::matmul(dy.transpose(0, 1), patches_of(sx.get()), to.reshape({C, P}), {}, add);
-                }),
-                db.into([&](const Tensor& to, bool add) { kernels::sum_rows(dy, to, add); })};
+    Grads grads(3);
+    Tensor to_w, to_b;
+    bool add_w = false, add_b = false;
+    grads[1] = dw.into([&](const Tensor& to, bool add) { to_w = to, add_w = add; });
+    grads[2] = db.into([&](const Tensor& to, bool add) { to_b = to, add_b = add; });
+    if (to_w.defined()) kernels::matmul_weight_grad(dy, patches_of(sx.get()), to_w.reshape({C, P}), add_w, to_b, add_b);
+    else if (to_b.defined()) kernels::sum_rows(dy, to_b, add_b);
     if (to_x) {
       const Tensor dpatches = Tensor::empty({B, N, P}, compute, dy.device());
       kernels::matmul(dy, weight, dpatches.reshape({B * N, P}));

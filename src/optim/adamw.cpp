@@ -14,7 +14,7 @@ AdamW::AdamW(std::deque<Param>& params, const AdamWConfig& config) : config_(con
     Slot slot{&param, {}, {}};
     for (Tensor* moment : {&slot.m, &slot.v}) {
       *moment = Tensor::empty(param.value.shape(), param.value.dtype(), param.value.device(), MemoryKind::optimizer);
-      kernels::fill(*moment, 0);
+      clear(*moment);
     }
     slots_.push_back(std::move(slot));
   }
@@ -22,27 +22,25 @@ AdamW::AdamW(std::deque<Param>& params, const AdamWConfig& config) : config_(con
 }
 
 double AdamW::gradient_norm(double scale) const {
-  double total = 0;
-  for (const Slot& slot : slots_) {
-    if (!slot.param->grad_written) continue;
-    double sum = 0;
-    kernels::sum_squares(slot.param->grad, &sum);
-    total += sum;
-  }
-  return std::sqrt(total) * scale;
+  std::vector<Tensor> gradients;
+  for (const Slot& slot : slots_)
+    if (slot.param->grad_written) gradients.push_back(slot.param->grad);
+  if (gradients.empty()) return 0;
+  const Tensor squares = Tensor::empty({1}, DType::f64, gradients.front().device());
+  kernels::sum_squares(gradients, squares);
+  return std::sqrt(squares.to_vector<double>()[0]) * scale;
 }
 
 void AdamW::step(double lr, double gradient_scale) {
   ++steps_;
+  std::vector<kernels::AdamWSlot> slots;
   for (Slot& slot : slots_) {
     Param& param = *slot.param;
     if (!param.grad_written) continue;  // took no part in this step
-    const double decay = param.decay ? config_.weight_decay : 0.0;
-    const bool has_copy = param.bf16_copy().defined();
-    kernels::adamw(param.value, param.grad, slot.m, slot.v, param.bf16_copy(),
-                   kernels::AdamWStep{lr, config_.beta1, config_.beta2, config_.eps, decay, gradient_scale, steps_});
-    param.touch(has_copy);
+    slots.push_back({param.value, param.grad, slot.m, slot.v, param.bf16_copy(), param.decay ? config_.weight_decay : 0.0});
+    param.touch(param.bf16_copy().defined());
   }
+  kernels::adamw(slots, kernels::AdamWStep{lr, config_.beta1, config_.beta2, config_.eps, gradient_scale, steps_});
 }
 
 std::map<std::string, Tensor> AdamW::state() const {
@@ -61,7 +59,7 @@ void AdamW::load_state(const std::map<std::string, Tensor>& state, int64_t steps
       check(found != state.end(), "the optimizer state has no ", slot.param->name, suffix);
       check(found->second.shape() == moment.shape() && found->second.dtype() == moment.dtype(), "the optimizer state's ", slot.param->name, suffix,
             " is ", found->second.shape(), ", not ", moment.shape());
-      kernels::copy(found->second, moment);
+      transfer(found->second, moment);
     }
   steps_ = steps;
 }

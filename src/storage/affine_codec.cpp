@@ -81,7 +81,7 @@ class AffineCodec : public Codec {
     const Tensor step = Tensor::empty({groups}, DType::f32, x.device());
     const Tensor offset = Tensor::empty({groups}, DType::f32, x.device());
     if (!s_.running) {
-      kernels::quantize_current(x, packed.layout, s_.bits, s_.stochastic, context.random, step, offset, codes, context.check);
+      kernels::quantize_current(x, packed.layout, s_.bits, s_.stochastic, context.random, step, offset, codes, context.counts);
     } else {
       pack_running(x, packed.layout, context, step, offset, codes);
     }
@@ -93,6 +93,10 @@ class AffineCodec : public Codec {
     const Tensor x = Tensor::empty(packed.shape, packed.dtype, packed.parts[0].device());
     kernels::dequantize(packed.parts[0], packed.layout, s_.bits, packed.parts[1], packed.parts[2], x);
     return x;
+  }
+
+  std::optional<kernels::Coded> coded(const Packed& packed) const override {
+    return kernels::Coded{packed.parts[0], packed.parts[1], packed.parts[2], packed.layout, s_.bits};
   }
 
   int64_t packed_bytes(const Shape& shape, DType, const Site& site) const override {
@@ -115,7 +119,7 @@ class AffineCodec : public Codec {
     const Tensor &alpha = state.at("alpha"), &beta = state.at("beta");
     check(alpha.dtype() == DType::f32 && beta.dtype() == DType::f32 && alpha.rank() == 1 && alpha.shape() == beta.shape(),
           "the checkpoint's running range has the wrong form");
-    alpha_ = own_copy(alpha);
+    alpha_ = own_copy(alpha);  // moved to the tensors' device when the first of them comes
     beta_ = own_copy(beta);
   }
 
@@ -125,7 +129,7 @@ class AffineCodec : public Codec {
   /// Updates must not reach the tensors of whoever handed the state over (another policy, a checkpoint in memory).
   static Tensor own_copy(const Tensor& x) {
     const Tensor y = Tensor::empty(x.shape(), x.dtype(), x.device(), MemoryKind::optimizer);
-    kernels::copy(x, y);
+    transfer(x, y);
     return y;
   }
 
@@ -146,14 +150,15 @@ class AffineCodec : public Codec {
       beta_ = Tensor::empty(step.shape(), DType::f32, x.device(), MemoryKind::optimizer);
       kernels::fill(alpha_, 0);
       kernels::fill(beta_, 0);
-      kernels::RangeCheck ignored;  // quantize counts the same elements again
-      kernels::group_range(x, layout, lo, hi, &ignored);
+      kernels::group_range(x, layout, lo, hi, Tensor());  // quantize counts the elements that are not finite
       kernels::update_range(alpha_, beta_, lo, hi, 0.0);
     }
+    alpha_ = to(alpha_, x.device(), MemoryKind::optimizer);
+    beta_ = to(beta_, x.device(), MemoryKind::optimizer);
     check(alpha_.shape() == step.shape(), "the running range of ", context.site.name(), " has ", alpha_.numel(), " groups but the tensor has ",
           step.numel());
     kernels::freeze_range(alpha_, beta_, s_.bits, step, offset);
-    kernels::quantize(x, layout, s_.bits, s_.stochastic, context.random, step, offset, codes, lo, hi, context.check);
+    kernels::quantize(x, layout, s_.bits, s_.stochastic, context.random, step, offset, codes, lo, hi, context.counts);
     if (!first) kernels::update_range(alpha_, beta_, lo, hi, s_.decay);
   }
 

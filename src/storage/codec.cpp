@@ -16,7 +16,7 @@ std::map<std::string, Registered>& registry() {
     const std::vector<std::string> affine{"groups", "range", "decay", "rounding"};
     for (int bits : {8, 4, 2}) all["int" + std::to_string(bits)] = {affine, [bits](const CodecOptions& o) { return make_affine_codec(bits, o); }};
     all["exact"] = {{}, [](const CodecOptions&) { return make_exact_codec(); }};
-    all["host"] = all["exact"];  // on the CPU, host memory is where the tensor is
+    all["host"] = {{}, [](const CodecOptions&) { return make_host_codec(); }};
     all["bf16"] = {{}, [](const CodecOptions&) { return make_bf16_codec(); }};
     all["rebuild"] = {{}, [](const CodecOptions&) { return std::unique_ptr<Codec>(); }};  // keeps nothing: the policy follows the recipe
     return all;

@@ -22,9 +22,7 @@ class Bf16Codec : public Codec {
     if (x.dtype() == DType::bf16) return {{x}, x.shape(), x.dtype(), {}};
     const Tensor codes = empty_like(x, DType::bf16);
     kernels::copy(x, codes);
-    int64_t bad = -1;
-    kernels::first_nonfinite(codes, &bad);
-    if (bad >= 0) ++context.check->nonfinite;  // whether, not how many
+    kernels::count_nonfinite(codes, context.counts);
     return {{codes}, x.shape(), x.dtype(), {}};
   }
   Tensor unpack(const Packed& packed) const override {

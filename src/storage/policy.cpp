@@ -12,8 +12,15 @@ Tensor Saved::get() const {
   check(defined(), "a backward pass asks for an activation that was not kept");
   if (entry_->recipe) return (*entry_->recipe)();
   const Packed& packed = entry_->packed;
-  if (packed.parts[0].is_meta() && !entry_->codec->shares_input(packed.dtype)) return Tensor::empty(packed.shape, packed.dtype, packed.parts[0].device());
+  if (packed.parts[0].is_meta() && (entry_->codec->leaves(packed.parts[0].device()) || !entry_->codec->shares_input(packed.dtype)))
+    return Tensor::empty(packed.shape, packed.dtype, packed.parts[0].device());
   return entry_->codec->unpack(packed);
+}
+
+std::optional<kernels::Coded> Saved::coded() const {
+  check(defined(), "a backward pass asks for an activation that was not kept");
+  if (entry_->recipe || entry_->packed.parts[0].is_meta()) return {};
+  return entry_->codec->coded(entry_->packed);
 }
 
 double Saved::error() const { return defined() && entry_->codec ? entry_->codec->error_bound(0, 1) : 0; }
@@ -56,6 +63,7 @@ struct StoragePolicy::Impl {
     const StorageRule* rule = nullptr;
     const StorageRule* fallback = nullptr;  // the last matching rule that does not rebuild
     std::shared_ptr<Codec> codec;  // null for rebuild
+    Tensor counts;                 // this site's row of the counters
   };
 
   std::string name;
@@ -67,9 +75,15 @@ struct StoragePolicy::Impl {
   std::map<std::string, Tensor> pending_state, committed;
   uint64_t seed = 0, step = 0;
   std::string first_nonfinite;
+  // Elements that codecs found odd since the last harvest: rows of [2] i64 where the tensors live, so that no pack waits for a device.
+  std::vector<Tensor> counters;
+  int64_t rows_used = 0;  // of the last block
+  bool counting = false;
 
   SiteState& site_state(const Site& site);
   void load_pending(SiteState& state);
+  Tensor counts_of(SiteState& state, Device device);
+  void harvest();
   std::shared_ptr<const Saved::Entry> pack(const Tensor& x, SiteState& state);
 };
 
@@ -121,26 +135,58 @@ void StoragePolicy::Impl::load_pending(SiteState& state) {
   state.codec->load_state(mine);
 }
 
+/// Blocks of rows that double: a model's few hundred sites are read back in a handful of copies.
+Tensor StoragePolicy::Impl::counts_of(SiteState& state, Device device) {
+  if (!state.counts.defined()) {
+    if (counters.empty() || rows_used == counters.back().dim(0)) {
+      counters.push_back(Tensor::zeros({counters.empty() ? 8 : 2 * counters.back().dim(0), 2}, DType::i64, device));
+      rows_used = 0;
+    }
+    state.counts = counters.back().select(0, rows_used++);
+  }
+  return state.counts;
+}
+
+/// Adds what was counted to the sites' records and starts from 0 again. Waits for the device.
+void StoragePolicy::Impl::harvest() {
+  if (!counting) return;
+  counting = false;
+  std::map<uint64_t, Tensor> on_host;
+  for (const Tensor& block : counters) {
+    const Tensor copy = Tensor::empty(block.shape(), block.dtype());
+    transfer(block, copy);
+    on_host[block.buffer()->id()] = copy;
+    clear(block);
+  }
+  for (const std::string& site_name : order) {
+    SiteState& site = sites.at(site_name);
+    if (!site.counts.defined()) continue;
+    const int64_t* found = on_host.at(site.counts.buffer()->id()).data<int64_t>() + site.counts.offset();
+    site.record.saturated += found[0];
+    site.record.nonfinite += found[1];
+    if (found[1] > 0 && first_nonfinite.empty()) first_nonfinite = site_name;
+  }
+}
+
 std::shared_ptr<const Saved::Entry> StoragePolicy::Impl::pack(const Tensor& x, SiteState& state) {
   auto entry = std::make_shared<Saved::Entry>();
   entry->codec = state.codec;
   const Site& site = state.record.site;
-  if (x.is_meta() && !state.codec->shares_input(x.dtype())) {  // a plan: the promised bytes, no codes
-    const Tensor promised = Tensor::empty({state.codec->packed_bytes(x.shape(), x.dtype(), site)}, DType::u8, x.device());
+  const bool leaves = state.codec->leaves(x.device());
+  if (x.is_meta() && (leaves || !state.codec->shares_input(x.dtype()))) {  // a plan: the promised bytes, no codes
+    counts_of(state, x.device());
+    const Tensor promised = Tensor::empty({leaves ? 0 : state.codec->packed_bytes(x.shape(), x.dtype(), site)}, DType::u8, x.device());
     entry->packed = {{promised}, x.shape(), x.dtype(), {}};
   } else {
-    kernels::RangeCheck range;
-    entry->packed = state.codec->pack(x, {site, RandomKey::of(seed, site.name(), step), &range});
+    entry->packed = state.codec->pack(x, {site, RandomKey::of(seed, site.name(), step), counts_of(state, x.device())});
     check(!entry->packed.parts.empty(), "the codec ", state.rule->codec, " packed nothing");
-    state.record.saturated += range.saturated;
-    state.record.nonfinite += range.nonfinite;
-    if (range.nonfinite > 0 && first_nonfinite.empty()) first_nonfinite = site.name();
+    counting = true;
   }
   state.record.elements += x.numel();
   state.record.kept_bytes = 0;
   for (const Tensor& part : entry->packed.parts) {
     count_as_activation(part);
-    state.record.kept_bytes += counted_bytes(part);
+    if (part.device() == x.device()) state.record.kept_bytes += counted_bytes(part);
   }
   return entry;
 }
@@ -198,6 +244,7 @@ void StoragePolicy::keep(const Tensor& statistic, const Site& site) {
 }
 
 void StoragePolicy::begin(uint64_t seed, uint64_t step) {
+  impl_->harvest();
   impl_->seed = seed;
   impl_->step = step;
   impl_->kept.clear();
@@ -205,15 +252,20 @@ void StoragePolicy::begin(uint64_t seed, uint64_t step) {
 }
 
 const std::string& StoragePolicy::name() const { return impl_->name; }
-const std::string& StoragePolicy::first_nonfinite() const { return impl_->first_nonfinite; }
+const std::string& StoragePolicy::first_nonfinite() const {
+  impl_->harvest();
+  return impl_->first_nonfinite;
+}
 
 std::vector<SiteRecord> StoragePolicy::sites() const {
+  impl_->harvest();
   std::vector<SiteRecord> out;
   for (const auto& site_name : impl_->order) out.push_back(impl_->sites.at(site_name).record);
   return out;
 }
 
 void StoragePolicy::reset_counts() {
+  impl_->harvest();
   for (auto& [site_name, state] : impl_->sites) state.record.elements = state.record.saturated = state.record.nonfinite = 0;
 }
 
@@ -241,8 +293,9 @@ std::map<std::string, Tensor> StoragePolicy::state() const {
 void StoragePolicy::commit() {
   for (const auto& [key, tensor] : state()) {
     Tensor& slot = impl_->committed[key];
-    if (!slot.defined()) slot = Tensor::empty(tensor.shape(), tensor.dtype(), tensor.device(), MemoryKind::optimizer);
-    kernels::copy(tensor, slot);
+    if (!slot.defined() || slot.device() != tensor.device())
+      slot = Tensor::empty(tensor.shape(), tensor.dtype(), tensor.device(), MemoryKind::optimizer);
+    transfer(tensor, slot);
   }
 }
 

@@ -1,5 +1,6 @@
 #include "mesa/tensor/memory.h"
 
+#include <sanitizer/asan_interface.h>
 #include <sys/mman.h>
 
 #include <atomic>
@@ -9,7 +10,9 @@
 #include <mutex>
 #include <vector>
 
+#include "mesa/base/cuda.h"
 #include "mesa/base/error.h"
+#include "mesa/base/scope.h"
 
 namespace mesa {
 
@@ -53,6 +56,7 @@ class Allocator::Impl {
   void release_cached() {
     for (auto& [capacity, blocks] : cached)
       for (void* block : blocks) {
+        ASAN_UNPOISON_MEMORY_REGION(block, static_cast<size_t>(capacity));
         give_back(block, capacity);
         use.reserved -= capacity;
       }
@@ -78,6 +82,19 @@ class CpuMemory : public Allocator::Impl {
   }
   void give_back(void* data, int64_t) override { std::free(data); }
 };
+/// One stream does all work in order, so that a block released while a kernel still uses it may be handed out at once.
+class CudaMemory : public Allocator::Impl {
+ public:
+  CudaMemory() : Impl(kCuda) {}
+  void* take(int64_t bytes) override { return cuda::allocate(bytes); }
+  void give_back(void* data, int64_t) override { cuda::release(data); }
+};
+class PinnedMemory : public Allocator::Impl {
+ public:
+  PinnedMemory() : Impl(kPinned) {}
+  void* take(int64_t bytes) override { return cuda::allocate_pinned(bytes); }
+  void give_back(void* data, int64_t) override { cuda::release_pinned(data); }
+};
 }  // namespace
 
 Allocator::Allocator(std::unique_ptr<Impl> impl) : impl_(std::move(impl)) {}
@@ -87,12 +104,13 @@ Allocator& Allocator::of(Device device) {
   // Never destroyed: tensors in static storage may outlive any order of destruction.
   static Allocator& cpu = *new Allocator(std::make_unique<CpuMemory>());
   static Allocator& meta = *new Allocator(std::make_unique<Impl>(kMeta));
-  switch (device.kind) {
-    case DeviceKind::cpu: return cpu;
-    case DeviceKind::meta: return meta;
-    case DeviceKind::cuda: break;
-  }
-  fail("this build has no memory for device ", to_string(device.kind));
+  static Allocator& meta_cuda = *new Allocator(std::make_unique<Impl>(kMetaCuda));
+  if (device == kCpu) return cpu;
+  if (device.kind == DeviceKind::meta) return device == kMetaCuda ? meta_cuda : meta;
+  check(cuda::available(), "device cuda: ", cuda::unavailable());
+  static Allocator& gpu = *new Allocator(std::make_unique<CudaMemory>());
+  static Allocator& pinned = *new Allocator(std::make_unique<PinnedMemory>());
+  return device == kPinned ? pinned : gpu;
 }
 
 std::shared_ptr<Buffer> Allocator::allocate(int64_t bytes, MemoryKind kind) {
@@ -113,13 +131,18 @@ std::shared_ptr<Buffer> Allocator::allocate(int64_t bytes, MemoryKind kind) {
       impl_->release_cached();
       buffer->data_ = impl_->take(buffer->capacity_);
     }
-    const bool failed = buffer->data_ == nullptr && impl_->device.kind != DeviceKind::meta;
-    check(!failed, "out of memory: ", format_bytes(bytes), " more were asked for ", to_string(kind), "; in use: ", describe(impl_->use));
+    if (buffer->data_ == nullptr && impl_->device.kind != DeviceKind::meta)
+      throw OutOfMemory(concat(Scope::path(), Scope::path().empty() ? "" : ": ", "out of memory on ", to_string(impl_->device.kind), ": ",
+                               format_bytes(bytes), " more were asked for ", to_string(kind), "; in use: ", describe(impl_->use)));
     impl_->use.reserved += buffer->capacity_;
     ++impl_->use.system_allocations;
   }
   buffer->bytes_ = bytes;
   impl_->count(kind, bytes);
+  if (buffer->data_ != nullptr) {  // under AddressSanitizer neither the rest of a block nor a cached block may be touched
+    ASAN_POISON_MEMORY_REGION(buffer->data_, static_cast<size_t>(buffer->capacity_));
+    ASAN_UNPOISON_MEMORY_REGION(buffer->data_, static_cast<size_t>(bytes));
+  }
   return buffer;
 }
 
@@ -128,6 +151,7 @@ Buffer::~Buffer() {
   Allocator::Impl& impl = *Allocator::of(device_).impl_;
   const std::lock_guard lock(impl.mutex);
   impl.count(kind_, -bytes_);
+  if (data_ != nullptr) ASAN_POISON_MEMORY_REGION(data_, static_cast<size_t>(capacity_));
   impl.cached[capacity_].push_back(data_);
 }
 

@@ -1,5 +1,7 @@
 #include "mesa/tensor/tensor.h"
 
+#include "mesa/base/cuda.h"
+
 namespace mesa {
 
 namespace {
@@ -34,8 +36,7 @@ Tensor Tensor::empty(const Shape& shape, DType dtype, Device device, MemoryKind 
 
 Tensor Tensor::zeros(const Shape& shape, DType dtype, Device device, MemoryKind kind) {
   Tensor out = empty(shape, dtype, device, kind);
-  check(device.kind != DeviceKind::cuda, "Tensor::zeros is for host memory; use kernels::fill");
-  if (out.buffer_->data() != nullptr) std::memset(out.raw(), 0, out.bytes());
+  clear(out);
   return out;
 }
 
@@ -130,9 +131,41 @@ Tensor Tensor::as_strided(const Shape& shape, const Shape& strides, int64_t offs
   return out;
 }
 
+void clear(const Tensor& x) {
+  check(x.is_contiguous(), "a strided tensor of shape ", x.shape(), " cannot be cleared");
+  if (x.is_meta() || x.numel() == 0) return;
+  if (x.device().kind == DeviceKind::cuda) cuda::clear(x.raw(), x.bytes());
+  else std::memset(x.raw(), 0, x.bytes());
+}
+
+void transfer(const Tensor& from, const Tensor& to) {
+  check(from.shape() == to.shape() && from.dtype() == to.dtype() && from.is_contiguous() && to.is_contiguous(), "a transfer from ",
+        from.shape(), " ", to_string(from.dtype()), " to ", to.shape(), " ", to_string(to.dtype()), ": both must be alike and contiguous");
+  if (from.is_meta() || to.is_meta() || from.numel() == 0) return;
+  const bool from_gpu = from.device().kind == DeviceKind::cuda, to_gpu = to.device().kind == DeviceKind::cuda;
+  if (from_gpu && to_gpu) cuda::copy_on_device(to.raw(), from.raw(), from.bytes());
+  else if (from_gpu) cuda::copy_to_host(to.raw(), from.raw(), from.bytes());
+  else if (to_gpu) cuda::copy_to_device(to.raw(), from.raw(), from.bytes());
+  else std::memcpy(to.raw(), from.raw(), from.bytes());
+}
+
+Tensor to(const Tensor& x, Device device, MemoryKind kind) {
+  if (!x.defined() || x.device() == device) return x;
+  if (x.is_contiguous()) {
+    const Tensor out = Tensor::empty(x.shape(), x.dtype(), device, kind);
+    transfer(x, out);
+    return out;
+  }
+  int64_t span = 1;  // from the first element to the last
+  for (int i = 0; i < x.rank(); ++i) span += (x.dim(i) - 1) * x.strides()[i];
+  const Tensor whole = to(x.as_strided({span}, {1}, x.offset()), device, kind);
+  return whole.as_strided(x.shape(), x.strides(), 0);
+}
+
 template <class T>
 std::vector<T> Tensor::to_vector() const {
-  check(device().kind == DeviceKind::cpu, "to_vector needs a CPU tensor, not one on ", to_string(device().kind));
+  if (device().kind == DeviceKind::cuda) return to(*this, kCpu).to_vector<T>();
+  check(device().kind == DeviceKind::cpu, "to_vector needs a tensor with memory, not one on ", to_string(device().kind));
   std::vector<T> out;
   out.reserve(numel_);
   const auto visit = [&](auto tag) {

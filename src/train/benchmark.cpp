@@ -9,6 +9,7 @@
 #include <memory>
 #include <nlohmann/json.hpp>
 
+#include "mesa/base/cuda.h"
 #include "mesa/kernels/elementwise.h"
 #include "mesa/kernels/matmul.h"
 
@@ -32,9 +33,8 @@ struct FixedBatch {
     for (float& pixel : pixels) pixel = static_cast<float>(random.normal());
     std::vector<int64_t> classes(static_cast<size_t>(B));
     for (int64_t& label : classes) label = static_cast<int64_t>(random.below(static_cast<uint64_t>(model.classes)));
-    images = Tensor::empty(shape, DType::f32, device, MemoryKind::inputs);
-    kernels::copy(Tensor::from<float>(shape, pixels), images);
-    labels = Tensor::from<int64_t>({B}, classes, MemoryKind::inputs);
+    images = to(Tensor::from<float>(shape, pixels, MemoryKind::inputs), device, MemoryKind::inputs);
+    labels = to(Tensor::from<int64_t>({B}, classes, MemoryKind::inputs), device, MemoryKind::inputs);
   }
 };
 
@@ -90,13 +90,15 @@ class Contestant {
       Tape tape(policy_, static_cast<uint64_t>(config_.seed), step);
       const Var loss = cross_entropy(built_.net(batch.images), batch.labels, config_.train.label_smoothing);
       sample.activation_bytes = memory_.use().of(MemoryKind::activations) - before_[static_cast<int>(MemoryKind::activations)];
-      const double value = *loss.value().data<float>();
+      const double value = to(loss.value(), kCpu).data<float>()[0];  // waits for a GPU, so that the clock sees the whole pass
       check(std::isfinite(value), "the loss of step ", step, " with storage ", policy_.name(), " is ", value);
       forward_done = Clock::now();
       tape.backward(loss);
     }
+    if (built_.device.kind == DeviceKind::cuda) cuda::synchronize();
     const auto backward_done = Clock::now();
     if (update) optimizer_->step(config_.optimizer.lr, scale_of_gradients());
+    if (built_.device.kind == DeviceKind::cuda) cuda::synchronize();
     const auto end = Clock::now();
     sample.forward_ms = milliseconds(start, forward_done);
     sample.backward_ms = milliseconds(forward_done, backward_done);
@@ -136,8 +138,9 @@ double relative_error(ParamStore& params, ParamStore& exact) {
     const Param& expected = *reference++;
     if (!expected.grad_written) continue;
     check(param.grad_written, "no gradient reached ", param.name);
-    const float* g = param.grad.data<float>();
-    const float* e = expected.grad.data<float>();
+    const Tensor mine = to(param.grad, kCpu), theirs = to(expected.grad, kCpu);
+    const float* g = mine.data<float>();
+    const float* e = theirs.data<float>();
     const int64_t n = param.grad.numel();
 #pragma omp parallel for reduction(+ : difference, norm)
     for (int64_t i = 0; i < n; ++i) {

@@ -43,7 +43,7 @@ std::string state_json(const TrainingState& state, int64_t optimizer_steps) {
 
 std::vector<NamedTensor> prefixed(const std::string& prefix, const std::map<std::string, Tensor>& tensors) {
   std::vector<NamedTensor> out;
-  for (const auto& [name, tensor] : tensors) out.push_back({prefix + name, tensor});
+  for (const auto& [name, tensor] : tensors) out.push_back({prefix + name, to(tensor, kCpu)});
   return out;
 }
 
@@ -62,7 +62,7 @@ void save_checkpoint(const std::string& folder, const RunConfig& config, const s
     RunConfig trained_by = config;
     trained_by.output.clear();  // the same training writes the same bytes wherever it goes
     std::vector<NamedTensor> weights;
-    for (const Param& param : params.params()) weights.push_back({param.name, param.value});
+    for (const Param& param : params.params()) weights.push_back({param.name, to(param.value, kCpu)});
     write_safetensors(at + "/" + kModelFile, weights,
                       {{"format", "pt"}, {"mesa.config", to_yaml(trained_by)}, {"mesa.class_names", json(class_names).dump(-1, ' ', false, json::error_handler_t::replace)}});
     std::vector<NamedTensor> tensors = prefixed("optimizer/", optimizer.state());
@@ -103,6 +103,18 @@ LoadedModel load_model(const std::string& path) {
   return out;
 }
 
+namespace {
+
+/// Converted on the host, then moved.
+void fill_parameter(Param& param, const Tensor& values) {
+  const Tensor converted = Tensor::empty(values.shape(), param.value.dtype());
+  kernels::copy(values, converted);
+  transfer(converted, param.value);
+  param.touch();
+}
+
+}  // namespace
+
 void load_weights(ParamStore& params, const std::map<std::string, Tensor>& weights, const std::string& source) {
   std::vector<std::string> problems;
   std::map<std::string, Tensor> rest = weights;
@@ -115,7 +127,7 @@ void load_weights(ParamStore& params, const std::map<std::string, Tensor>& weigh
     if (found->second.shape() != param.value.shape() || !is_floating(found->second.dtype()))
       problems.push_back(concat(param.name, " is ", found->second.shape(), " but the model has ", param.value.shape()));
     else
-      kernels::copy(found->second, param.value), param.touch();
+      fill_parameter(param, found->second);
     rest.erase(found);
   }
   for (const auto& [name, tensor] : rest) problems.push_back("unexpected " + name + " " + to_string(tensor.shape()));

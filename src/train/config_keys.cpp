@@ -40,7 +40,7 @@ const Key kKeys[] = {
     KEY(model.drop_rate, fraction(), "Dropout after the embedding, the projections and the MLP layers"),
     KEY(model.attn_drop_rate, fraction(), "Dropout on the attention weights"),
     KEY(model.drop_path, fraction(), "Stochastic depth of the last block; rises linearly from 0 over the depth"),
-    KEY(model.attention, one_of("fused|explicit"), "`fused` never forms the N x N map; `explicit` is matmul, softmax, matmul"),
+    KEY(model.attention, one_of("fused|explicit|cudnn"), "`fused` never forms the N x N map; `explicit` is matmul, softmax, matmul; `cudnn` is fused by cuDNN (a GPU and bf16)"),
 
     KEY(data.kind, one_of("shapes|cifar10|cifar100|idx|image_folder|random"),
         "Data set; `shapes` is drawn, `random` is noise for benchmarks"),

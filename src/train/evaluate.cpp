@@ -39,7 +39,7 @@ Batch without_replacements(const Batch& batch) {
 
 }  // namespace
 
-EvalResult evaluate(const Vit& net, Loader& loader, const TransformOptions& transform, const std::function<bool()>& stop,
+EvalResult evaluate(const BuiltModel& model, Loader& loader, const TransformOptions& transform, const std::function<bool()>& stop,
                     const std::function<void(int64_t done)>& progress) {
   const auto start = std::chrono::steady_clock::now();
   EvalResult result;
@@ -56,11 +56,12 @@ EvalResult evaluate(const Vit& net, Loader& loader, const TransformOptions& tran
     result.left_out += static_cast<int64_t>(batch->replaced.size());
     if (!batch->replaced.empty()) batch = without_replacements(*batch);
     if (batch->labels.numel() == 0) continue;
-    const Var logits = net(prepare_images(batch->images, transform));
-    const int64_t n = batch->labels.numel();
-    loss += static_cast<double>(*cross_entropy(logits, batch->labels).value().data<float>()) * static_cast<double>(n);
-    top1 += count_top(logits.value(), batch->labels, 1);
-    top5 += count_top(logits.value(), batch->labels, std::min<int64_t>(5, logits.dim(1)));
+    const SentBatch sent = send(std::move(*batch), model.net.config().classes, model.device);
+    const Tensor logits = to(model.net(prepare(sent, transform).images).value(), kCpu), labels = sent.host.labels;
+    const int64_t n = labels.numel();
+    loss += static_cast<double>(*cross_entropy(logits, labels).value().data<float>()) * static_cast<double>(n);
+    top1 += count_top(logits, labels, 1);
+    top5 += count_top(logits, labels, std::min<int64_t>(5, logits.dim(1)));
     result.images += n;
     if (progress) progress(result.images);
   }

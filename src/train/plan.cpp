@@ -1,7 +1,12 @@
 #include "mesa/train/plan.h"
 
+#include <unistd.h>
+
+#include <algorithm>
 #include <cstdio>
 #include <regex>
+
+#include "mesa/base/cuda.h"
 
 namespace mesa {
 namespace {
@@ -12,26 +17,32 @@ struct MetaStep {
   MemoryUse peak;
 };
 
+/// Where a plan for this config's device lives.
+Device plan_device(const RunConfig& config) { return is_gpu(choose_device(config.device)) ? kMetaCuda : kMeta; }
+
 /// The batches that a loader holds: those made ahead, one in the trainer's hands, one about to be.
 struct LoaderRing {
   LoaderRing(const RunConfig& config, const VitConfig& model, int64_t batch)
-      : pixels(Tensor::empty({config.data.prefetch + 2, batch, model.image_size, model.image_size, model.channels}, DType::u8, kMeta,
+      : pixels(Tensor::empty({batches(config), batch, model.image_size, model.image_size, model.channels}, DType::u8, plan_device(config),
                              MemoryKind::inputs)),
-        labels(Tensor::empty({config.data.prefetch + 2, batch}, DType::i64, kMeta, MemoryKind::inputs)) {}
+        labels(Tensor::empty({batches(config), batch}, DType::i64, plan_device(config), MemoryKind::inputs)) {}
+  /// A GPU's memory holds the one that it works on and the one that comes next.
+  static int64_t batches(const RunConfig& config) { return plan_device(config) == kMetaCuda ? 2 : config.data.prefetch + 2; }
   Tensor pixels, labels;
 };
 
-Tensor meta_images(const VitConfig& model, int64_t batch) {
-  return Tensor::empty({batch, model.channels, model.image_size, model.image_size}, DType::f32, kMeta, MemoryKind::inputs);
+Tensor meta_images(const VitConfig& model, int64_t batch, Device device) {
+  return Tensor::empty({batch, model.channels, model.image_size, model.image_size}, DType::f32, device, MemoryKind::inputs);
 }
 
 /// One step and one evaluation of the real code on meta tensors.
 MetaStep meta_step(const RunConfig& config, const VitConfig& model, StoragePolicy& policy) {
-  Allocator& memory = Allocator::of(kMeta);
+  const Device device = plan_device(config);
+  Allocator& memory = Allocator::of(device);
   const MemoryUse before = memory.use();
   memory.reset_peak();
   MetaStep out;
-  BuiltModel built(config, model, kMeta);
+  BuiltModel built(config, model, device);
   built.params.allocate_gradients();
   AdamW optimizer(built.params.params(), {});
   const int64_t B = config.train.batch_size;
@@ -40,12 +51,12 @@ MetaStep meta_step(const RunConfig& config, const VitConfig& model, StoragePolic
   const Tensor labels = training.labels.select(0, 0);
   {
     Tape tape(policy);
-    const Var loss = cross_entropy(built.net(meta_images(model, B)), labels, config.train.label_smoothing);
+    const Var loss = cross_entropy(built.net(meta_images(model, B, device)), labels, config.train.label_smoothing);
     out.activation_bytes = memory.use().of(MemoryKind::activations) - before.of(MemoryKind::activations);
     tape.backward(loss);
   }
   optimizer.step(config.optimizer.lr);
-  built.net(meta_images(model, eval_batch));
+  built.net(meta_images(model, eval_batch, device));
   out.parameters = built.params.count();
   out.peak = memory.use();
   out.sites = policy.sites();
@@ -112,6 +123,46 @@ std::vector<Line> lines_of(const Plan& plan, bool all) {
 }
 
 }  // namespace
+
+int64_t largest_batch(const RunConfig& config, const VitConfig& model, int64_t bytes) {
+  const auto fits = [&](int64_t batch) {
+    RunConfig other = config;
+    other.train.batch_size = batch;
+    other.train.eval_batch_size = std::min(config.train.eval_batch_size > 0 ? config.train.eval_batch_size : batch, batch);
+    StoragePolicy policy = make_policy(config.storage);
+    return meta_step(other, model, policy).peak.peak <= bytes;
+  };
+  if (!fits(1)) return 0;
+  int64_t low = 1, high = 2;
+  while (high < (int64_t{1} << 24) && fits(high)) low = high, high *= 2;
+  while (high - low > std::max<int64_t>(1, low / 64)) {  // to the next percent or two
+    const int64_t middle = (low + high) / 2;
+    (fits(middle) ? low : high) = middle;
+  }
+  return low;
+}
+
+int64_t available_memory(Device device) {
+  const int64_t reserved = Allocator::of(device).use().reserved;
+  if (device.kind == DeviceKind::cuda) return cuda::device_memory().free + reserved;
+  return static_cast<int64_t>(sysconf(_SC_AVPHYS_PAGES)) * sysconf(_SC_PAGESIZE) + reserved;
+}
+
+std::string explain_out_of_memory(const RunConfig& config, const VitConfig& model, int64_t bytes) {
+  const Plan plan = plan_run(config, model);
+  MemoryUse at_peak;
+  at_peak.live = plan.peak.peak_kind;
+  std::string out = concat("the plan of train.batch_size ", config.train.batch_size, ": ", format_bytes(plan.peak.peak), " (", describe(at_peak),
+                           ") of ", format_bytes(bytes), " that there are");
+  std::vector<Line> lines = lines_of(plan, false);
+  std::stable_sort(lines.begin(), lines.end(), [](const Line& a, const Line& b) { return a.kept * a.count > b.kept * b.count; });
+  for (size_t i = 0; i < lines.size() && i < 4 && lines[i].kept > 0; ++i)
+    out += concat(i ? ", " : "\nkeeping most: ", lines[i].site, " ", format_bytes(lines[i].kept * lines[i].count), " as ", lines[i].codec);
+  const int64_t batch = largest_batch(config, model, bytes - bytes / 32);  // scratch and the allocator's rounding
+  if (batch > 0 && batch < config.train.batch_size) out += concat("\ntrain.batch_size=", batch, " would fit");
+  else if (batch == 0) out += "\nnot even a batch of 1 would fit";
+  return out + "\nfewer bits keep less: storage: int8, int4 or int2";
+}
 
 std::string format_plan(const Plan& plan, int64_t batch_size, bool all) {
   std::string out = concat("parameters        ", plan.parameters, "\n");

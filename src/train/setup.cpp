@@ -2,6 +2,8 @@
 
 #include <omp.h>
 
+#include "mesa/base/cuda.h"
+#include "mesa/kernels/attention.h"
 #include "mesa/kernels/elementwise.h"
 #include "mesa/kernels/image.h"
 #include "mesa/kernels/matmul.h"
@@ -17,6 +19,13 @@ static std::string culprit(const RunConfig& config, const std::string& complaint
     if (config.where(key) != "default") found = key;
   }
   return found;
+}
+
+static void check_cudnn(const RunConfig& config) {
+  const auto refuse = [&](const auto&... why) { config.refuse("model.attention", "cudnn ", why..., "; use fused"); };
+  if (kernels::cudnn_attention.cuda == nullptr) refuse("is not in this build of Mesa");
+  if (choose_device(config.device).kind != DeviceKind::cuda) refuse("needs a GPU, and this run is on the CPU (device: ", config.device, ")");
+  if (config.train.precision != "bf16") refuse("needs train.precision: bf16, not ", config.train.precision);
 }
 
 VitConfig model_config(const RunConfig& config, int64_t classes) {
@@ -39,8 +48,9 @@ VitConfig model_config(const RunConfig& config, int64_t classes) {
   vit.drop_rate = m.drop_rate;
   vit.attn_drop_rate = m.attn_drop_rate;
   vit.drop_path = m.drop_path;
-  vit.attention = m.attention == "explicit" ? AttentionKind::explicit_ : AttentionKind::fused;
-  if (vit.attn_drop_rate > 0 && vit.attention == AttentionKind::fused)
+  vit.attention = m.attention == "explicit" ? AttentionKind::explicit_ : m.attention == "cudnn" ? AttentionKind::cudnn : AttentionKind::fused;
+  if (vit.attention == AttentionKind::cudnn) check_cudnn(config);
+  if (vit.attn_drop_rate > 0 && vit.attention != AttentionKind::explicit_)
     config.refuse("model.attn_drop_rate", "dropout on attention weights needs model.attention: explicit");
   try {
     vit.validate();
@@ -50,17 +60,24 @@ VitConfig model_config(const RunConfig& config, int64_t classes) {
   return vit;
 }
 
-DType compute_dtype(const RunConfig& config) {
+DType compute_dtype(const RunConfig& config, Device device) {
   if (config.train.precision != "bf16") return DType::f32;
-  if (!kernels::native_bf16() && !config.train.force_precision)
+  if (device.kind == DeviceKind::cpu && !kernels::native_bf16() && !config.train.force_precision)
     config.refuse("train.precision", "this CPU has no bf16 matrix products (avx512_bf16), so bf16 would be slower than fp32; ",
                   "use fp32, or set train.force_precision: true");
   return DType::bf16;
 }
 
 Device choose_device(const std::string& name) {
-  if (name == "cuda") throw UsageError("device: cuda: this build of Mesa has no CUDA backend; use --device cpu");
+  if (name == "cpu") return kCpu;
+  if (cuda::available()) return kCuda;
+  if (name == "cuda") throw Error(concat("device cuda: ", cuda::unavailable(), "; --device cpu trains without a GPU"));
   return kCpu;
+}
+
+std::string describe_device(const std::string& wish, Device device) {
+  if (device.kind == DeviceKind::cuda) return "cuda: " + cuda::describe_device();
+  return wish == "auto" ? concat("cpu (", cuda::unavailable(), ")") : "cpu";
 }
 
 void use_threads(const RunConfig& config) {
@@ -189,10 +206,11 @@ TransformOptions make_transform(const RunConfig& config, const VitConfig& model)
   return t;
 }
 
-LoaderOptions make_loader_options(const RunConfig& config, bool train) {
+LoaderOptions make_loader_options(const RunConfig& config, bool train, Device device) {
   const int64_t eval_batch = config.train.eval_batch_size > 0 ? config.train.eval_batch_size : config.train.batch_size;
   LoaderOptions options = train ? LoaderOptions{} : LoaderOptions::evaluation(eval_batch);
   if (train) options.batch_size = config.train.batch_size;
+  options.pinned = device.kind == DeviceKind::cuda;
   options.workers = config.data.workers;
   options.prefetch = config.data.prefetch;
   options.seed = static_cast<uint64_t>(config.seed);
@@ -214,15 +232,32 @@ StorageConfig reference_storage() {
   return exact;
 }
 
-Tensor prepare_images(const Tensor& pixels, const TransformOptions& transform) {
+SentBatch send(Batch batch, int64_t classes, Device device) {
+  check_labels(batch.labels, classes);
+  SentBatch sent{std::move(batch), {}, {}, {}};
+  sent.pixels = sent.host.images, sent.labels = sent.host.labels;
+  if (device.kind != DeviceKind::cuda) return sent;
+  const auto copy = [&](Tensor& t) {  // a byte a value: four times less to move than floats
+    const Tensor there = Tensor::empty(t.shape(), t.dtype(), device, MemoryKind::inputs);
+    sent.arrival = cuda::copy_to_device_beside(there.raw(), t.raw(), t.bytes());
+    t = there;
+  };
+  copy(sent.pixels);
+  copy(sent.labels);
+  return sent;
+}
+
+Prepared prepare(const SentBatch& batch, const TransformOptions& transform) {
+  if (batch.arrival) cuda::wait_for(batch.arrival);
+  const Tensor& pixels = batch.pixels;
   const Shape shape{pixels.dim(0), pixels.dim(3), pixels.dim(1), pixels.dim(2)};
   const Tensor images = Tensor::empty(shape, DType::f32, pixels.device(), MemoryKind::inputs);
   kernels::normalize_images(pixels, transform.mean, transform.std, images);
-  return images;
+  return {images, batch.labels};
 }
 
 BuiltModel::BuiltModel(const RunConfig& config, const VitConfig& model, Device device)
-    : net(Builder(params, static_cast<uint64_t>(config.seed), compute_dtype(config), DType::f32, device), model) {
+    : device(device), net(Builder(params, static_cast<uint64_t>(config.seed), compute_dtype(config, device), DType::f32, device), model) {
   for (const std::string& glob : config.train.frozen) {
     try {
       params.freeze(glob);

@@ -43,7 +43,8 @@ class Run {
   void introduce();
   int loop();
   bool train_epoch();
-  Batch next_batch();
+  SentBatch next_batch();
+  void look_ahead();
   void report(const UpdateResult& result, double seconds);
   void show(const UpdateResult& result);
   void report_saturation();
@@ -56,7 +57,7 @@ class Run {
   void say(const std::string& text);
   void warn(const std::string& text);
   /// The peak of this process and of those that the run was resumed from.
-  int64_t peak_bytes() const { return std::max(state_.peak_bytes, Allocator::of(kCpu).use().peak); }
+  int64_t peak_bytes() const { return std::max(state_.peak_bytes, Allocator::of(model_.device).use().peak); }
   int64_t bad_samples() const { return bad_samples_before_ + train_loader_.skipped(); }
   double bytes_per_image() const {
     const int64_t bytes = updater_.activation_bytes() > 0 ? updater_.activation_bytes() : plan_.activation_bytes;
@@ -80,6 +81,8 @@ class Run {
   Schedule schedule_;
   Updater updater_;
   TrainingState state_;
+  std::optional<SentBatch> ahead_;
+  int64_t taken_ = 0;  // batches of this epoch
   std::unique_ptr<RunFolder> folder_;
   std::unique_ptr<Progress> progress_;
   std::string changes_;  // against the checkpoint
@@ -98,9 +101,9 @@ Run::Run(RunConfig config, const TrainOptions& options)
       data_(make_training_data(config_, vit_)),
       transform_(make_transform(config_, vit_ = model_config(config_, data_.train->classes()))),
       plan_(plan_run(config_, vit_)),
-      train_loader_(data_.train, transform_, make_loader_options(config_, true)),
-      eval_loader_(data_.test, transform_, make_loader_options(config_, false)),
-      model_(config_, vit_),
+      train_loader_(data_.train, transform_, make_loader_options(config_, true, choose_device(config_.device))),
+      eval_loader_(data_.test, transform_, make_loader_options(config_, false, choose_device(config_.device))),
+      model_(config_, vit_, choose_device(config_.device)),
       policy_(make_policy(config_.storage)),
       optimizer_((model_.params.allocate_gradients(), model_.params.params()), adamw_config(config_.optimizer)),
       updates_per_epoch_((train_loader_.batches_per_epoch() + config_.train.accumulation - 1) / config_.train.accumulation),
@@ -164,6 +167,7 @@ void Run::introduce() {
   say(concat("model: ", plan_.parameters, " parameters, ", config_.train.precision, ", ", omp_get_max_threads(), " threads, storage ",
              config_.storage.name, ": ", format_bytes(plan_.activation_bytes / batch), " kept per image, ",
              format_bytes(plan_.exact_activation_bytes / batch), " in exact storage"));
+  say("device: " + describe_device(config_.device, model_.device));
   say(concat("data: ", data_.train->size(), " training and ", data_.test->size(), " test images of ", data_.train->classes(),
              " classes; output: ", config_.output));
   if (!resume_.empty()) say(concat("resumed from ", resume_, " after epoch ", state_.epoch, ", step ", state_.step));
@@ -177,7 +181,7 @@ int Run::operator()() {
     say(concat("the run is finished already; raise train.", state_.epoch >= config_.train.epochs ? "epochs" : "steps", " to train on"));
     return finish();
   }
-  Allocator::of(kCpu).reset_peak();  // reading a checkpoint is no part of training
+  Allocator::of(model_.device).reset_peak();  // reading a checkpoint is no part of training
   if (!options_.quiet) progress_ = std::make_unique<Progress>(schedule_.total_steps, state_.step, config_.train.log_interval);
   const TrainingState start = state_;
   try {
@@ -185,11 +189,13 @@ int Run::operator()() {
   } catch (const std::exception& e) {
     // Such as a damaged picture after hours: what was trained is kept, and can be resumed once the cause is mended.
     const std::string place = concat("epoch ", state_.epoch + 1, ", step ", state_.step);
-    folder_->warn(concat("error at ", place, ": ", e.what()));
+    std::string what = e.what();
+    if (dynamic_cast<const OutOfMemory*>(&e)) what += "\n" + explain_out_of_memory(config_, vit_, available_memory(model_.device)) + "\n";
+    folder_->warn(concat("error at ", place, ": ", what));
     if (progress_) progress_->finish();
     progress_.reset();
     const bool kept = state_.step > start.step && save("last");
-    throw Error(concat(e.what(), " (at ", place, kept ? "; the state before it is saved: continue with --resume)" : ")"));
+    throw Error(concat(what, " (at ", place, kept ? "; the state before it is saved: continue with --resume)" : ")"));
   }
 }
 
@@ -204,6 +210,8 @@ int Run::loop() {
 /// The rest of the current epoch. False if a signal or too many bad steps ended it early, between two updates.
 bool Run::train_epoch() {
   const int64_t batches = train_loader_.batches_per_epoch();
+  ahead_.reset();
+  taken_ = state_.batch;
   if (state_.batch < batches && !steps_used_up()) train_loader_.start_epoch(state_.epoch, state_.batch);
   while (state_.batch < batches && !steps_used_up()) {
     if (received_signal() != 0) return false;
@@ -211,7 +219,7 @@ bool Run::train_epoch() {
     const TrainingState before = state_;
     try {
       const int64_t count = std::min(config_.train.accumulation, batches - state_.batch);  // fewer at the end of an epoch
-      const UpdateResult result = updater_(count, [this] { return next_batch(); }, state_);
+      const UpdateResult result = updater_(count, [this] { return next_batch(); }, [this] { look_ahead(); }, state_);
       state_.batch += count;
       report(result, now() - start);
     } catch (const Error&) {
@@ -225,10 +233,22 @@ bool Run::train_epoch() {
   return true;
 }
 
-Batch Run::next_batch() {
+SentBatch Run::next_batch() {
+  ++taken_;
+  if (ahead_) {
+    SentBatch batch = std::move(*ahead_);
+    ahead_.reset();
+    return batch;
+  }
   auto batch = train_loader_.next();
   check(batch.has_value(), "the loader ended before the epoch");
-  return std::move(*batch);
+  return send(std::move(*batch), vit_.classes, model_.device);
+}
+
+/// While a GPU works on one batch, the next one is on its way to it.
+void Run::look_ahead() {
+  if (model_.device.kind != DeviceKind::cuda || ahead_ || taken_ >= train_loader_.batches_per_epoch()) return;
+  if (auto batch = train_loader_.next()) ahead_ = send(std::move(*batch), vit_.classes, model_.device);
 }
 
 void Run::report(const UpdateResult& result, double seconds) {
@@ -290,7 +310,7 @@ void Run::report_saturation() {
 
 /// Evaluates, logs and saves. False if a signal interrupts the evaluation, which is then done again after the resume.
 bool Run::end_epoch() {
-  const EvalResult eval = evaluate(model_.net, eval_loader_, transform_, [] { return received_signal() != 0; });
+  const EvalResult eval = evaluate(model_, eval_loader_, transform_, [] { return received_signal() != 0; });
   if (!eval.complete) return false;
   for (; reported_left_out_ < eval_loader_.skipped_samples().size(); ++reported_left_out_)
     warn("a bad test sample is left out: " + eval_loader_.skipped_samples()[reported_left_out_]);
@@ -374,7 +394,7 @@ RunSummary Run::write_summary() {
   const double batch = static_cast<double>(config_.train.batch_size);
   s.exact_activation_bytes_per_image = static_cast<double>(plan_.exact_activation_bytes) / batch;
   s.peak_bytes = finished_before_ ? state_.peak_bytes : peak_bytes();
-  s.device = "cpu", s.storage = config_.storage.name, s.seed = config_.seed;
+  s.device = to_string(model_.device.kind), s.storage = config_.storage.name, s.seed = config_.seed;
   folder_->write_summary(s);
   return s;
 }
@@ -406,7 +426,7 @@ std::string dry_run(const RunConfig& config) {
   const bool readable = config.data.kind == "image_folder" && std::filesystem::is_directory(config.data.path);
   const int64_t classes = readable ? make_datasets(config, model, false).test->classes() : known_classes(config);
   model = model_config(config, classes);
-  compute_dtype(config);
+  compute_dtype(config, choose_device(config.device));
   make_transform(config, model);
   RunConfig resolved = config;
   if (classes > 0) resolved.model.classes = model.classes;

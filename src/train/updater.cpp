@@ -11,15 +11,16 @@ Updater::Updater(const RunConfig& config, BuiltModel& model, StoragePolicy& poli
                  const TransformOptions& transform)
     : config_(config), model_(model), policy_(policy), optimizer_(optimizer), schedule_(schedule), transform_(transform) {}
 
-double Updater::forward_backward(const Batch& batch, uint64_t micro_step, double scale) {
-  Allocator& memory = Allocator::of(kCpu);
+double Updater::forward_backward(const SentBatch& batch, uint64_t micro_step, double scale, const std::function<void()>& meanwhile) {
+  Allocator& memory = Allocator::of(model_.device);
   const int64_t before = memory.use().of(MemoryKind::activations);
   Tape tape(policy_, static_cast<uint64_t>(config_.seed), micro_step);
-  const Var loss = cross_entropy(model_.net(prepare_images(batch.images, transform_)), batch.labels, config_.train.label_smoothing);
+  const Prepared data = prepare(batch, transform_);
+  const Var loss = cross_entropy(model_.net(data.images), data.labels, config_.train.label_smoothing);
   activation_bytes_ = memory.use().of(MemoryKind::activations) - before;
-  const double value = *loss.value().data<float>();
-  if (std::isfinite(value)) tape.backward(loss, {}, scale);
-  return value;
+  tape.backward(loss, {}, scale);
+  meanwhile();
+  return to(loss.value(), kCpu).data<float>()[0];  // only now: until here a GPU need not be waited for
 }
 
 namespace {
@@ -33,12 +34,13 @@ std::string samples_of(const Batch& batch) {
 
 }  // namespace
 
-UpdateResult Updater::operator()(int64_t count, const std::function<Batch()>& next, TrainingState& state) {
+UpdateResult Updater::operator()(int64_t count, const std::function<SentBatch()>& next, const std::function<void()>& meanwhile,
+                                 TrainingState& state) {
   UpdateResult result;
   result.lr = schedule_.at(state.step);
   model_.params.clear_gradients();
   const double share = 1.0 / static_cast<double>(count);
-  std::optional<Batch> suspect;  // the last one that was used
+  std::optional<SentBatch> suspect;  // the last one that was used
   uint64_t suspect_step = 0;
   std::string packed;  // the site where a codec met a NaN or infinity
   for (int64_t i = 0; i < count; ++i) {
@@ -49,8 +51,8 @@ UpdateResult Updater::operator()(int64_t count, const std::function<Batch()>& ne
     suspect.reset();
     suspect = next();
     suspect_step = static_cast<uint64_t>(state.micro_step++);
-    result.loss += share * forward_backward(*suspect, suspect_step, share);
-    result.images += suspect->labels.numel();
+    result.loss += share * forward_backward(*suspect, suspect_step, share, meanwhile);
+    result.images += suspect->host.labels.numel();
     if (packed.empty()) packed = policy_.first_nonfinite();
   }
   ++state.step;
@@ -58,7 +60,7 @@ UpdateResult Updater::operator()(int64_t count, const std::function<Batch()>& ne
   if (!std::isfinite(result.gradient_norm) || !packed.empty()) {
     const char* what = !std::isfinite(result.loss) ? "the loss" : packed.empty() ? "the gradient" : "an activation";
     result.bad = concat(what, " is not finite; the first bad value is in ", find_culprit(*suspect, suspect_step, packed), "; ",
-                        samples_of(*suspect));
+                        samples_of(suspect->host));
     ++state.bad_steps;
     ++state.bad_in_a_row;
     policy_.roll_back();
@@ -70,13 +72,14 @@ UpdateResult Updater::operator()(int64_t count, const std::function<Batch()>& ne
   return result;
 }
 
-std::string Updater::find_culprit(const Batch& batch, uint64_t micro_step, const std::string& packed) {
+std::string Updater::find_culprit(const SentBatch& batch, uint64_t micro_step, const std::string& packed) {
   if (const std::string bad = first_bad_parameter(model_.params); !bad.empty()) return "the parameter " + bad;
   // The same step again, with every result and gradient looked at; a policy of its own leaves the run's ranges alone.
   StoragePolicy exact("exact", {{"*", "exact", {}, ""}});
   Tape tape(exact, static_cast<uint64_t>(config_.seed), micro_step);
   tape.check_finite(true);
-  const Var loss = cross_entropy(model_.net(prepare_images(batch.images, transform_)), batch.labels, config_.train.label_smoothing);
+  const Prepared data = prepare(batch, transform_);
+  const Var loss = cross_entropy(model_.net(data.images), data.labels, config_.train.label_smoothing);
   if (tape.first_bad().empty()) tape.backward(loss);
   model_.params.clear_gradients();
   if (!tape.first_bad().empty()) return tape.first_bad();

@@ -19,14 +19,15 @@ class Updater {
  public:
   Updater(const RunConfig& config, BuiltModel& model, StoragePolicy& policy, AdamW& optimizer, const Schedule& schedule,
           const TransformOptions& transform);
-  /// Takes `count` batches, one at a time, for one update, and advances step, micro_step and the counts of bad steps.
-  UpdateResult operator()(int64_t count, const std::function<Batch()>& next, TrainingState& state);
+  /// Takes `count` batches, one at a time, for one update, and advances step, micro_step and the counts of bad steps. `meanwhile` is called
+  /// each time a pass has been handed to the device, before its result is waited for.
+  UpdateResult operator()(int64_t count, const std::function<SentBatch()>& next, const std::function<void()>& meanwhile, TrainingState& state);
   /// Kept activations of the last forward pass, by the meter.
   int64_t activation_bytes() const { return activation_bytes_; }
 
  private:
-  double forward_backward(const Batch& batch, uint64_t micro_step, double scale);
-  std::string find_culprit(const Batch& batch, uint64_t micro_step, const std::string& packed);
+  double forward_backward(const SentBatch& batch, uint64_t micro_step, double scale, const std::function<void()>& meanwhile);
+  std::string find_culprit(const SentBatch& batch, uint64_t micro_step, const std::string& packed);
 
   const RunConfig& config_;
   BuiltModel& model_;

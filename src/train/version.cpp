@@ -1,10 +1,20 @@
 #include "mesa/train/version.h"
 
+#include "mesa/base/cuda.h"
 #include "mesa/base/device.h"
 #include "mesa/base/error.h"
 #include "mesa/kernels/matmul.h"
 
 namespace mesa {
+
+namespace {
+
+std::string cuda_text() {
+  if (cuda::available()) return cuda::describe_device();
+  return cuda::built() ? "built for CUDA " + cuda::toolkit_version() + ", but " + cuda::unavailable() : "not built";
+}
+
+}  // namespace
 
 std::string version_text() {
 #ifdef __clang__
@@ -14,7 +24,7 @@ std::string version_text() {
 #endif
   const char* const bf16 = kernels::native_bf16() ? "native bf16" : "no native bf16";
   return concat("mesa ", MESA_VERSION, " (commit ", MESA_COMMIT, ")\ncompiler  ", compiler, "\ncpu       ", to_string(cpu_isa()), ", ", bf16,
-                "\nmatmul    ", kernels::matmul_backend(), "\ncuda      not built");
+                "\nmatmul    ", kernels::matmul_backend(), "\ncuda      ", cuda_text());
 }
 
 }  // namespace mesa

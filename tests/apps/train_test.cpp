@@ -135,7 +135,6 @@ TEST_CASE("apps: wrong usage ends with 2 and one line that names the place") {
       {{"--config", "typo.yaml"}, {"typo.yaml:3", "epochz", "epochs"}},
       {{"--config", "tiny.yaml", "--resume"}, {"--output"}},
       {{"--config", "tiny.yaml", "--device", "tpu"}, {"--device"}},
-      {{"--config", "tiny.yaml", "--device", "cuda"}, {"cuda", "--device cpu"}},
       {tiny.train_args({"train.epochs=0"}), {"train.epochs", "at least 1"}},
       {tiny.train_args({"train.batch_size=97"}), {"train.batch_size", "larger than the data set of 96"}},
       {tiny.train_args({"model.classes=4"}), {"model.classes", "10 classes"}},

@@ -22,9 +22,9 @@ const Tensor& of(const SafetensorsFile& file, const std::string& name) {
 }
 
 Tensor as(const Tensor& x, DType dtype) {
-  const Tensor y = Tensor::empty(x.shape(), dtype, kCpu, MemoryKind::inputs);
+  const Tensor y = Tensor::empty(x.shape(), dtype);
   kernels::copy(x, y);
-  return y;
+  return to(y, test_device(), MemoryKind::inputs);
 }
 
 /// Norm-wise and, against the tensor's largest element, element by element.
@@ -64,15 +64,15 @@ struct Net {
   }
 
   Net(const SafetensorsFile& file, bool class_token, const Variant& v)
-      : model(Builder(store, 0, v.dtype, v.dtype), config(class_token, v.attention)), policy(policy_of(v.storage)) {
+      : model(Builder(store, 0, v.dtype, v.dtype, test_device()), config(class_token, v.attention)), policy(policy_of(v.storage)) {
     for (Param& param : store.params()) {
       const Tensor& w = of(file, "weight/" + param.name);
       REQUIRE(w.shape() == param.value.shape());
-      kernels::copy(w, param.value);
+      transfer(as(w, v.dtype), param.value);
     }
     store.allocate_gradients();
     images = as(of(file, "images"), v.dtype);
-    labels = of(file, "labels");
+    labels = to(of(file, "labels"), test_device(), MemoryKind::inputs);
   }
 
   /// Forward and backward; returns logits and loss.

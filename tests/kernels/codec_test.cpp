@@ -9,31 +9,34 @@
 #include <limits>
 #include <random>
 
+#include "support/device.h"
 #include "support/random.h"
 
 using namespace mesa;
 using namespace mesa::testing;
 using kernels::GroupLayout;
-using kernels::RangeCheck;
 
 namespace {
 
 constexpr float kInf = std::numeric_limits<float>::infinity(), kNan = std::numeric_limits<float>::quiet_NaN();
 
 struct Level {
-  const char* name;
-  decltype(&kernels::plain::group_range) group_range;
-  decltype(&kernels::plain::quantize) quantize;
-  decltype(&kernels::plain::quantize_current) quantize_current;
-  decltype(&kernels::plain::dequantize) dequantize;
+  std::string name;
+  std::function<decltype(kernels::plain::group_range)> group_range;
+  std::function<decltype(kernels::plain::quantize)> quantize;
+  std::function<decltype(kernels::plain::quantize_current)> quantize_current;
+  std::function<decltype(kernels::plain::dequantize)> dequantize;
 };
 
+/// The plain kernels first, then the others that this CPU has, or CUDA's: all must give the same bits.
 std::vector<Level> levels() {
-#define MESA_LEVEL(isa) \
-  Level { #isa, &kernels::isa::group_range, &kernels::isa::quantize, &kernels::isa::quantize_current, &kernels::isa::dequantize }
-  std::vector<Level> all = {MESA_LEVEL(plain), MESA_LEVEL(avx2), MESA_LEVEL(avx512)};
+#define MESA_LEVEL(isa, wrap) \
+  Level { #isa, wrap(kernels::isa::group_range), wrap(kernels::isa::quantize), wrap(kernels::isa::quantize_current), wrap(kernels::isa::dequantize) }
+  std::vector<Level> all = {MESA_LEVEL(plain, )};
+  if (test_device() == kCuda) return {all[0], MESA_LEVEL(cuda, staged)};
+  if (cpu_isa() >= Isa::avx2) all.push_back(MESA_LEVEL(avx2, ));
+  if (cpu_isa() >= Isa::avx512) all.push_back(MESA_LEVEL(avx512, ));
 #undef MESA_LEVEL
-  all.resize(static_cast<size_t>(cpu_isa()) + 1);
   return all;
 }
 
@@ -58,7 +61,9 @@ Tensor code_tensor(int64_t n, int bits) { return Tensor::from({(n * bits + 7) / 
 struct Coded {
   std::vector<uint8_t> codes;
   std::vector<float> step, offset, lo, hi;
-  RangeCheck odd;
+  struct {
+    int64_t saturated = 0, nonfinite = 0;
+  } odd;
 };
 
 void require_same(const Coded& a, const Coded& b) {
@@ -105,15 +110,17 @@ Coded run(const Level& level, const Tensor& x, const GroupLayout& layout, int bi
   const Tensor lo = floats(layout.groups), hi = floats(layout.groups), codes = code_tensor(x.numel(), bits);
   const Tensor step = scales ? Tensor::from({layout.groups}, scales->step) : floats(layout.groups);
   const Tensor offset = scales ? Tensor::from({layout.groups}, scales->offset) : floats(layout.groups);
+  const Tensor counts = Tensor::zeros({2}, DType::i64);
   if (scales) {
-    level.quantize(x, layout, bits, stochastic, key, step, offset, codes, lo, hi, &out.odd);
+    level.quantize(x, layout, bits, stochastic, key, step, offset, codes, lo, hi, counts);
     const Tensor unwatched = code_tensor(x.numel(), bits);
-    level.quantize(x, layout, bits, stochastic, key, step, offset, unwatched, {}, {}, nullptr);
+    level.quantize(x, layout, bits, stochastic, key, step, offset, unwatched, {}, {}, {});
     REQUIRE(unwatched.to_vector<uint8_t>() == codes.to_vector<uint8_t>());
   } else {
-    level.quantize_current(x, layout, bits, stochastic, key, step, offset, codes, &out.odd);
-    level.group_range(x, layout, lo, hi, nullptr);
+    level.quantize_current(x, layout, bits, stochastic, key, step, offset, codes, counts);
+    level.group_range(x, layout, lo, hi, {});
   }
+  out.odd = {counts.data<int64_t>()[0], counts.data<int64_t>()[1]};
   out.codes = codes.to_vector<uint8_t>();
   out.step = step.to_vector<float>(), out.offset = offset.to_vector<float>();
   out.lo = lo.to_vector<float>(), out.hi = hi.to_vector<float>();
@@ -137,7 +144,7 @@ std::vector<float> decode(const Coded& coded, const GroupLayout& layout, int bit
   for (const Level& level : levels()) {
     const Tensor y = Tensor::empty({n}, dtype), codes = Tensor::from({static_cast<int64_t>(coded.codes.size())}, coded.codes);
     level.dequantize(codes, layout, bits, Tensor::from({layout.groups}, coded.step), Tensor::from({layout.groups}, coded.offset), y);
-    if (level.name == std::string("plain")) first = y.to_vector<float>();
+    if (level.name == "plain") first = y.to_vector<float>();
     else REQUIRE(y.to_vector<float>() == first);
   }
   return first;
@@ -288,7 +295,7 @@ TEST_CASE("stochastic rounding is unbiased inside the range", "[codec]") {
     const Tensor codes = code_tensor(kElements, bits);
     std::vector<double> sum(kElements), squares(kElements);
     for (uint64_t s = 0; s < kSteps; ++s) {
-      kernels::quantize_current(x, layout, bits, true, RandomKey::of(12, "blocks.0.mlp.gelu:x", s), step, offset, codes, nullptr);
+      kernels::quantize_current(x, layout, bits, true, RandomKey::of(12, "blocks.0.mlp.gelu:x", s), step, offset, codes, Tensor());
       kernels::dequantize(codes, layout, bits, step, offset, y);
       for (int64_t e = 0; e < kElements; ++e) {
         const double error = double{y.data<float>()[e]} - values[e];
@@ -324,10 +331,9 @@ TEST_CASE("what is not finite is counted, coded and kept out of the ranges", "[c
         INFO("groups " << layout.groups << ", " << to_string(dtype) << ", " << level.name);
         require_same(run(level, x, layout, 4, true, {9, 9}, nullptr), current);
         require_same(run(level, x, layout, 4, true, {9, 9}, &current), reference(x, layout, 4, true, {9, 9}, &current));
-        RangeCheck odd{3, 4};  // counts are added
-        level.group_range(x, layout, floats(layout.groups), floats(layout.groups), &odd);
-        REQUIRE(odd.nonfinite == 9);
-        REQUIRE(odd.saturated == 3);
+        const Tensor counts = Tensor::from<int64_t>({2}, {3, 4});  // counts are added
+        level.group_range(x, layout, floats(layout.groups), floats(layout.groups), counts);
+        REQUIRE(counts.to_vector<int64_t>() == std::vector<int64_t>{3, 9});
       }
     }
   }
@@ -382,7 +388,7 @@ TEST_CASE("the number of threads changes nothing", "[codec]") {
 TEST_CASE("the codec refuses what it cannot hold", "[codec]") {
   const Tensor x = random_tensor({4, 6}, DType::f32, 1), one = floats(1);
   const auto quantize = [&](GroupLayout layout, int bits, int64_t bytes) {
-    kernels::quantize(x, layout, bits, false, RandomKey{}, one, one, Tensor::zeros({bytes}, DType::u8), Tensor(), Tensor(), nullptr);
+    kernels::quantize(x, layout, bits, false, RandomKey{}, one, one, Tensor::zeros({bytes}, DType::u8), Tensor(), Tensor(), Tensor());
   };
   REQUIRE_NOTHROW(quantize({1, 1, 24}, 8, 24));
   REQUIRE_THROWS_AS(quantize({1, 1, 25}, 8, 24), Error);

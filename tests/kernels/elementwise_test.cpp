@@ -56,7 +56,7 @@ void check_pairs(const K& kernel, const F& f, double slack = 1) {
       CAPTURE(n, to_string(mix.a), to_string(mix.b), to_string(mix.y));
       const Tensor a = random({n}, mix.a, "a", 2), b = random({n}, mix.b, "b", 2), y = Tensor::empty({n}, mix.y);
       const std::vector<double> va = a.to_vector<double>(), vb = b.to_vector<double>();
-      for (auto* run : implementations(kernel)) {
+      for (const auto& run : implementations(kernel)) {
         run(a, b, y);
         expect(y, [&](size_t i) { return f(va[i], vb[i]); }, slack);
       }
@@ -79,7 +79,7 @@ void check_map(const K& run, const F& f) {
 TEST_CASE("pointwise arithmetic", "[kernels]") {
   check_pairs(kernels::add, [](double a, double b) { return a + b; });
   check_pairs(kernels::mul, [](double a, double b) { return a * b; });
-  for (auto* run : implementations(kernels::scale))
+  for (const auto& run : implementations(kernels::scale))
     check_map([&](const Tensor& x, const Tensor& y) { run(x, -0.75, y); }, [](double x) { return -0.75 * x; });
   const Tensor y = Tensor::empty({70}, DType::bf16);
   kernels::fill(y, 1.5);
@@ -102,7 +102,7 @@ TEST_CASE("copy converts between dtypes and layouts", "[kernels]") {
       const Tensor x = random({2, 5, 3, 4, 33}, from, "x");
       const Tensor heads = x.select(2, 1).transpose(1, 2);  // [2, 4, 5, 33]
       const Tensor y = Tensor::empty({2, 5, 4, 33}, to).transpose(1, 2), z = Tensor::empty({33, 5, 4, 2}, to);
-      for (auto* run : implementations(kernels::copy)) {
+      for (const auto& run : implementations(kernels::copy)) {
         for (const Tensor& target : {Tensor::empty({2, 4, 5, 33}, to), y}) {
           run(heads, target);
           const std::vector<double> want = heads.to_vector<double>();
@@ -132,7 +132,7 @@ TEST_CASE("copy transposes matrices and repeats broadcast rows", "[kernels]") {
 
 TEST_CASE("bf16 stores round to nearest even and keep NaN", "[kernels]") {
   const std::vector<float> values{1.0f, 1.00390625f, 1.01171875f, 3e38f, 3.4e38f, float(kInfinity), float(kNan), -0.0f, 1e-40f};
-  for (auto* run : implementations(kernels::copy)) {
+  for (const auto& run : implementations(kernels::copy)) {
     std::vector<float> many;  // long enough for whole vectors
     for (int i = 0; i < 5; ++i) many.insert(many.end(), values.begin(), values.end());
     const Tensor x = Tensor::from<float>({45}, many), y = Tensor::empty({45}, DType::bf16);
@@ -148,14 +148,14 @@ TEST_CASE("rows are added and summed", "[kernels]") {
       CAPTURE(m, n, to_string(mix.a), to_string(mix.b), to_string(mix.y));
       const Tensor a = random({m, n}, mix.a, "a"), b = random({n}, mix.b, "b"), y = Tensor::empty({m, n}, mix.y);
       const std::vector<double> va = a.to_vector<double>(), vb = b.to_vector<double>();
-      for (auto* run : implementations(kernels::add_rows)) {
+      for (const auto& run : implementations(kernels::add_rows)) {
         run(a, b, y);
         expect(y, [&](size_t i) { return va[i] + vb[i % columns]; });
       }
       std::vector<double> sums(n);
       for (size_t i = 0; i < va.size(); ++i) sums[i % n] += va[i];
       const DType wide = mix.a == DType::f64 ? DType::f64 : DType::f32;
-      for (auto* run : implementations(kernels::sum_rows)) {
+      for (const auto& run : implementations(kernels::sum_rows)) {
         const Tensor db = Tensor::empty({n}, wide);
         run(a, db, false);
         const double slack = wide == DType::f64 ? 1e-12 : 1e-5;
@@ -170,8 +170,8 @@ TEST_CASE("rows are added and summed", "[kernels]") {
 TEST_CASE("relu and gelu and their gradients", "[kernels]") {
   const auto relu_slope = [](double x) { return x > 0 ? 1.0 : 0.0; };
   const auto gelu_slope = [](double x) { return normal_cdf(x) + x * normal_density(x); };
-  for (auto* run : implementations(kernels::relu)) check_map(run, [](double x) { return std::max(x, 0.0); });
-  for (auto* run : implementations(kernels::gelu)) check_map(run, [](double x) { return x * normal_cdf(x); });
+  for (const auto& run : implementations(kernels::relu)) check_map(run, [](double x) { return std::max(x, 0.0); });
+  for (const auto& run : implementations(kernels::gelu)) check_map(run, [](double x) { return x * normal_cdf(x); });
   check_pairs(kernels::relu_grad, [=](double dy, double x) { return dy * relu_slope(x); });
   const double largest = 10;  // |dy| scales the slope's absolute error where the slope itself is near 0
   check_pairs(kernels::gelu_grad, [=](double dy, double x) { return dy * gelu_slope(x); }, largest);
@@ -205,19 +205,19 @@ TEST_CASE("NaN passes through activations and infinities do not become NaN", "[k
     kernels::copy(Tensor::from<double>({4}, {kNan, kInfinity, -kInfinity, 1e30}), x);
     kernels::fill(ones, 1);
     const std::vector<double> relu{kNan, kInfinity, 0, x.to_vector<double>()[3]}, slope{kNan, 1, 0, 1};
-    for (auto* run : implementations(kernels::gelu)) {
+    for (const auto& run : implementations(kernels::gelu)) {
       run(x, y);
       expect(y, [&](size_t i) { return relu[i]; });
     }
-    for (auto* run : implementations(kernels::relu)) {
+    for (const auto& run : implementations(kernels::relu)) {
       run(x, y);
       expect(y, [&](size_t i) { return relu[i]; });
     }
-    for (auto* run : implementations(kernels::gelu_grad)) {
+    for (const auto& run : implementations(kernels::gelu_grad)) {
       run(ones, x, y);
       expect(y, [&](size_t i) { return slope[i]; });
     }
-    for (auto* run : implementations(kernels::gelu_grad)) {
+    for (const auto& run : implementations(kernels::gelu_grad)) {
       run(x, ones, y);
       CHECK(std::isnan(y.to_vector<double>()[0]));
     }
@@ -228,7 +228,7 @@ TEST_CASE("dropout keeps what the stream says", "[kernels]") {
   const RandomKey key = RandomKey::of(Catch::rngSeed(), "dropout", 7);
   for (const int64_t n : kSizes)
     for (const Mix& mix : kMixes)
-      for (auto* run : implementations(kernels::dropout)) {
+      for (const auto& run : implementations(kernels::dropout)) {
         const Tensor x = random({n}, mix.a, "x"), y = Tensor::empty({n}, mix.y);
         const std::vector<double> vx = x.to_vector<double>();
         run(x, y, 0.3, key);
@@ -257,7 +257,7 @@ TEST_CASE("dropout's statistics", "[kernels]") {
 TEST_CASE("drop_path decides once for each sample", "[kernels]") {
   const RandomKey key = RandomKey::of(Catch::rngSeed(), "path", 3);
   for (const DType dtype : {DType::f32, DType::bf16, DType::f64})
-    for (auto* run : implementations(kernels::drop_path)) {
+    for (const auto& run : implementations(kernels::drop_path)) {
       const Tensor x = random({29, 17, 41}, dtype, "x"), y = Tensor::empty({29, 17, 41}, dtype);
       const std::vector<double> vx = x.to_vector<double>();
       run(x, y, 0.4, key);
@@ -265,32 +265,37 @@ TEST_CASE("drop_path decides once for each sample", "[kernels]") {
     }
 }
 
-TEST_CASE("sum_squares and first_nonfinite", "[kernels]") {
+TEST_CASE("sum_squares, count_nonfinite and first_nonfinite", "[kernels]") {
   for (const int64_t n : kSizes)
     for (const DType dtype : {DType::f32, DType::bf16, DType::f64}) {
       const Tensor x = random({n}, dtype, "x");
-      double want = 0, got = 0;
+      double want = 0;
       for (const double v : x.to_vector<double>()) want += v * v;
-      for (auto* run : implementations(kernels::sum_squares)) {
-        run(x, &got);
-        CHECK(got == Approx(want).epsilon(1e-12));
+      const Tensor got = Tensor::empty({1}, DType::f64), counts = Tensor::from<int64_t>({2}, {5, 7});
+      for (const auto& run : implementations(kernels::sum_squares)) {
+        run({x, x, Tensor::empty({0}, dtype)}, got);
+        CHECK(got.data<double>()[0] == Approx(2 * want).epsilon(1e-12));
       }
+      for (const auto& run : implementations(kernels::count_nonfinite)) run(x, counts);
+      CHECK(counts.to_vector<int64_t>() == std::vector<int64_t>{5, 7});
       int64_t at = 5;
-      for (auto* run : implementations(kernels::first_nonfinite)) {
+      for (const auto& run : implementations(kernels::first_nonfinite)) {
         run(x, &at);
         CHECK(at == -1);
       }
       for (const double bad : {kNan, kInfinity, -kInfinity}) {
         kernels::fill(x.narrow(0, n / 2, (n + 1) / 2), bad);
-        for (auto* run : implementations(kernels::first_nonfinite)) {
+        for (const auto& run : implementations(kernels::first_nonfinite)) {
           run(x, &at);
           CHECK(at == n / 2);
         }
+        for (const auto& run : implementations(kernels::count_nonfinite)) {
+          clear(counts);
+          run(x, counts);
+          CHECK(counts.to_vector<int64_t>() == std::vector<int64_t>{0, (n + 1) / 2});
+        }
       }
     }
-  double zero = 1;
-  kernels::sum_squares(Tensor::empty({0}, DType::f32), &zero);
-  CHECK(zero == 0);
 }
 
 TEST_CASE("sums do not depend on the number of threads", "[kernels]") {
@@ -303,8 +308,9 @@ TEST_CASE("sums do not depend on the number of threads", "[kernels]") {
     const Tensor db = Tensor::empty({67}, DType::f32);
     kernels::sum_rows(x, db, false);
     sums.push_back(db.to_vector<float>());
-    squares.push_back(0);
-    kernels::sum_squares(x, &squares.back());
+    const Tensor square = Tensor::empty({1}, DType::f64);
+    kernels::sum_squares(std::vector{x}, square);
+    squares.push_back(square.data<double>()[0]);
   }
   omp_set_num_threads(threads);
   CHECK((sums[0] == sums[1] && sums[0] == sums[2]));

@@ -25,7 +25,7 @@ TEST_CASE("normalize_images turns pixels into planes", "[kernels]") {
       const Tensor pixels = Tensor::from<uint8_t>({2, size, size + 1, channels}, values);
       const std::vector<float> m(mean.begin(), mean.begin() + channels), d(deviation.begin(), deviation.begin() + channels);
       for (const DType dtype : kFloats)
-        for (auto* run : implementations(kernels::normalize_images)) {
+        for (const auto& run : implementations(kernels::normalize_images)) {
           const Tensor y = Tensor::empty({2, channels, size, size + 1}, dtype);
           run(pixels, m, d, y);
           const std::vector<double> got = y.to_vector<double>();
@@ -51,7 +51,7 @@ TEST_CASE("patches are extracted in convolution order and scattered back", "[ker
       const Tensor y = Tensor::empty({batch, 6, channels * p * p}, dtype), back = empty_like(x);
       const auto scatters = implementations(kernels::scatter_patches);
       size_t which = 0;
-      for (auto* run : implementations(kernels::extract_patches)) {
+      for (const auto& run : implementations(kernels::extract_patches)) {
         run(x, p, y);
         const std::vector<double> got = y.to_vector<double>();
         size_t i = 0, wrong = 0;
@@ -78,7 +78,7 @@ TEST_CASE("prepend_token puts the token first", "[kernels]") {
     const Tensor y = Tensor::empty({batch, tokens + 1, width}, dtype), rounded = Tensor::empty({width}, dtype);
     kernels::copy(token, rounded);
     const std::vector<double> vt = rounded.to_vector<double>(), vx = x.to_vector<double>();
-    for (auto* run : implementations(kernels::prepend_token)) {
+    for (const auto& run : implementations(kernels::prepend_token)) {
       run(token, x, y);
       const std::vector<double> got = y.to_vector<double>();
       size_t i = 0, wrong = 0;
@@ -101,11 +101,11 @@ TEST_CASE("mean_tokens and its gradient", "[kernels]") {
       for (int64_t i = 0; i < x.numel(); ++i)
         if (i / width % tokens >= from) means[i / width / tokens * width + i % width] += vx[i] / static_cast<double>(tokens - from);
       const double tolerance = dtype == DType::f64 ? 1e-14 : dtype == DType::f32 ? 1e-6 : 0.01;
-      for (auto* run : implementations(kernels::mean_tokens)) {
+      for (const auto& run : implementations(kernels::mean_tokens)) {
         run(x, from, y);
         for (size_t i = 0; i < means.size(); ++i) CHECK(y.to_vector<double>()[i] == Approx(means[i]).margin(tolerance).epsilon(tolerance));
       }
-      for (auto* run : implementations(kernels::mean_tokens_grad)) {
+      for (const auto& run : implementations(kernels::mean_tokens_grad)) {
         run(dy, from, dx);
         const std::vector<double> got = dx.to_vector<double>();
         double worst = 0;

@@ -65,11 +65,11 @@ TEST_CASE("cross entropy with labels", "[kernels]") {
         for (int64_t b = 0; b < batch; ++b) labels[b] = b * 7 % classes, targets[b * classes + labels[b]] += 1 - smoothing;
         const Tensor label = Tensor::from<int64_t>({batch}, labels), grad = empty_like(logits);
         const Want want = reference(logits.to_vector<double>(), targets, classes, 2.5);
-        for (auto* run : implementations(kernels::cross_entropy)) {
+        for (const auto& run : implementations(kernels::cross_entropy)) {
           run(logits, label, smoothing, loss);
           expect(loss, want.loss, tolerance(dtype));
         }
-        for (auto* run : implementations(kernels::cross_entropy_grad)) {
+        for (const auto& run : implementations(kernels::cross_entropy_grad)) {
           run(value(2.5, dtype), logits, label, smoothing, grad);
           expect(grad, want.grad, tolerance(dtype));
         }
@@ -85,11 +85,11 @@ TEST_CASE("cross entropy with soft targets", "[kernels]") {
       const Tensor targets = empty_like(logits), grad = empty_like(logits);
       kernels::softmax(random({batch, classes}, dtype, "targets"), targets);
       const Want want = reference(logits.to_vector<double>(), targets.to_vector<double>(), classes, 0.5);
-      for (auto* run : implementations(kernels::cross_entropy_soft)) {
+      for (const auto& run : implementations(kernels::cross_entropy_soft)) {
         run(logits, targets, loss);
         expect(loss, want.loss, tolerance(dtype));
       }
-      for (auto* run : implementations(kernels::cross_entropy_soft_grad)) {
+      for (const auto& run : implementations(kernels::cross_entropy_soft_grad)) {
         run(value(0.5, dtype), logits, targets, grad);
         expect(grad, want.grad, tolerance(dtype));
       }
@@ -120,7 +120,7 @@ TEST_CASE("mean_all is exact and does not depend on the number of threads", "[ke
       const Tensor x = random({n}, dtype, "x"), y = Tensor::empty({1}, dtype);
       double sum = 0;
       for (const double v : x.to_vector<double>()) sum += v;
-      for (auto* run : implementations(kernels::mean_all)) {
+      for (const auto& run : implementations(kernels::mean_all)) {
         run(x, y);
         expect(y, {sum / static_cast<double>(n)}, dtype == DType::f64 ? 1e-13 : 1e-7);
         const double first = y.to_vector<double>()[0];

@@ -58,7 +58,7 @@ TEST_CASE("layer_norm follows its definition", "[kernels]") {
       const Tensor rstd = Tensor::empty({rows}, wide(from));
       const Reference want =
           normalize(x.to_vector<double>(), width, gamma.to_vector<double>(), beta.to_vector<double>(), 1e-3);
-      for (auto* run : implementations(kernels::layer_norm)) {
+      for (const auto& run : implementations(kernels::layer_norm)) {
         run(x, gamma, beta, 1e-3, y, xhat, rstd);
         expect(y, want.y, tolerance(to), want.terms);
         expect(xhat, want.xhat, tolerance(to));
@@ -92,7 +92,7 @@ TEST_CASE("layer_norm's variance does not lose digits in long rows", "[kernels]"
   for (int64_t c = 0; c < width; ++c) values[c] = c % 2 ? 1.1f : -1.1f;
   const Tensor x = tensor_of({1, width}, values, DType::f32), y = empty_like(x), rstd = Tensor::empty({1}, DType::f32);
   const Tensor gamma = tensor_of({width}, std::vector<double>(width, 1), DType::f32), beta = Tensor::zeros({width}, DType::f32);
-  for (auto* run : implementations(kernels::layer_norm)) {
+  for (const auto& run : implementations(kernels::layer_norm)) {
     run(x, gamma, beta, 0, y, Tensor(), rstd);
     CHECK(std::fabs(rstd.data<float>()[0] * 1.1f - 1) <= 3e-6);
   }
@@ -140,7 +140,7 @@ TEST_CASE("layer_norm_grad follows its formula", "[kernels]") {
       }
       std::vector<double> twice_gamma = dgamma;
       for (double& v : twice_gamma) v *= 2;
-      for (auto* run : implementations(kernels::layer_norm_grad)) {
+      for (const auto& run : implementations(kernels::layer_norm_grad)) {
         const Tensor out = Tensor::empty({rows, width}, mix.dx), out_gamma = empty_like(gamma), out_beta = empty_like(gamma);
         run(dy, xhat, rstd, gamma, out, out_gamma, out_beta, false, false);
         expect(out, dx, tolerance(mix.dx));
@@ -177,7 +177,7 @@ TEST_CASE("NaN and infinity reach layer_norm's output", "[kernels]") {
     const Tensor x = random({3, 40}, DType::f32, "x"), y = empty_like(x);
     const Tensor gamma = random({40}, DType::f32, "gamma"), beta = random({40}, DType::f32, "beta");
     x.data<float>()[40 + 7] = static_cast<float>(bad);
-    for (auto* run : implementations(kernels::layer_norm)) {
+    for (const auto& run : implementations(kernels::layer_norm)) {
       run(x, gamma, beta, 1e-6, y, Tensor(), Tensor());
       for (int i = 0; i < 120; ++i) CHECK(std::isnan(y.data<float>()[i]) == (i / 40 == 1));
     }

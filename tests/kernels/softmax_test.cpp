@@ -52,11 +52,11 @@ TEST_CASE("softmax and its gradient", "[kernels]") {
       CAPTURE(width, to_string(from));
       const Tensor x = random({37, width}, from, "x", 4), y = Tensor::empty({37, width}, to), dx = empty_like(y);
       const Tensor dy = random({37, width}, from, "dy");
-      for (auto* run : implementations(kernels::softmax)) {
+      for (const auto& run : implementations(kernels::softmax)) {
         run(x, y);
         expect(y, softmax_of(x.to_vector<double>(), width, 1).p, tolerance(to));
       }
-      for (auto* run : implementations(kernels::softmax_grad)) {
+      for (const auto& run : implementations(kernels::softmax_grad)) {
         run(dy, y, dx);
         expect(dx, grad_of(dy.to_vector<double>(), y.to_vector<double>(), width, 1), tolerance(to));
       }
@@ -71,12 +71,12 @@ TEST_CASE("attention_softmax, its saved log-sum-exp and its gradient", "[kernels
       const Tensor s = random({6, 11, width}, from, "s", 20), p = Tensor::empty({6, 11, width}, to), again = empty_like(p);
       const Tensor lse = Tensor::empty({6, 11}, from);
       const Reference want = softmax_of(s.to_vector<double>(), width, scale);
-      for (auto* run : implementations(kernels::attention_softmax)) {
+      for (const auto& run : implementations(kernels::attention_softmax)) {
         run(s, scale, p, lse);
         expect(p, want.p, tolerance(to));
         expect(lse, want.lse, tolerance(from));
       }
-      for (auto* run : implementations(kernels::attention_probabilities)) {
+      for (const auto& run : implementations(kernels::attention_probabilities)) {
         run(s, scale, lse, again);
         expect(again, want.p, tolerance(to));
       }
@@ -88,7 +88,7 @@ TEST_CASE("attention_softmax, its saved log-sum-exp and its gradient", "[kernels
       std::vector<double> sums(66);
       for (size_t i = 0; i < ds.size(); ++i) sums[i / width] += dp_values[i] * q_values[i];
       kernels::copy(Tensor::from<double>({6, 11}, sums), delta);
-      for (auto* run : implementations(kernels::attention_softmax_grad)) {
+      for (const auto& run : implementations(kernels::attention_softmax_grad)) {
         run(dp, q, Tensor(), scale, again);
         expect(again, ds, tolerance(to));
         run(dp, q, delta, scale, again);
@@ -111,7 +111,7 @@ TEST_CASE("attention_softmax works in place and on strided rows", "[kernels]") {
 TEST_CASE("softmax survives large and infinite scores and lets NaN through", "[kernels]") {
   const float infinity = std::numeric_limits<float>::infinity();
   const int64_t width = 21;
-  for (auto* run : implementations(kernels::attention_softmax)) {
+  for (const auto& run : implementations(kernels::attention_softmax)) {
     const Tensor s = Tensor::zeros({4, width}, DType::f32), lse = Tensor::empty({4}, DType::f32);
     float* x = s.data<float>();
     for (int64_t j = 0; j < width; ++j) x[j] = 1e4f * static_cast<float>(j), x[width + j] = j == 3 ? 2.0f : -infinity;
@@ -141,7 +141,7 @@ TEST_CASE("attention_delta is the dot product of each head", "[kernels]") {
       want[(b * heads + h) * tokens + n] += vo[i] * vg[i];
     }
     const Tensor delta = Tensor::empty({batch, heads, tokens}, wide);
-    for (auto* run : implementations(kernels::attention_delta)) {
+    for (const auto& run : implementations(kernels::attention_delta)) {
       run(g, o, delta);
       expect(delta, want, tolerance(wide));
     }

@@ -77,19 +77,20 @@ class ProbeCodec : public Codec {
   Packed pack(const Tensor& x, const PackContext& context) override {
     site_ = context.site.name();
     Probe::get().seen[site_] = x.numel();
-    return {{copy(x)}, x.shape(), x.dtype(), {}};
+    return {{changed(x, "")}, x.shape(), x.dtype(), {}};
   }
-  Tensor unpack(const Packed& packed) const override {
-    const Tensor x = copy(packed.parts[0]);
-    const Probe& probe = Probe::get();
-    if (probe.site == site_) x.data<double>()[probe.element] += probe.change;
-    return x;
-  }
+  Tensor unpack(const Packed& packed) const override { return changed(packed.parts[0], site_); }
   int64_t packed_bytes(const Shape& shape, DType dtype, const Site&) const override { return shape.numel() * size_of(dtype); }
   double error_bound(double lo, double hi) const override { return Probe::get().share * (hi - lo); }
 
  private:
-  static Tensor copy(const Tensor& x) { return Tensor::from(x.shape(), x.to_vector<double>()); }
+  /// A copy of x, changed at the probed element if this is the probed site.
+  static Tensor changed(const Tensor& x, const std::string& site) {
+    std::vector<double> values = x.to_vector<double>();
+    const Probe& probe = Probe::get();
+    if (!site.empty() && probe.site == site) values[probe.element] += probe.change;
+    return to(Tensor::from(x.shape(), values), x.device());
+  }
   std::string site_;
 };
 

@@ -27,7 +27,7 @@ Numbers draw(const Input& input, RandomStream& random) {
 }
 
 Tensor on_device(const Shape& shape, const Numbers& values, DType dtype, Device device, MemoryKind kind) {
-  return device == kCpu ? tensor_of(shape, values, dtype, kind) : Tensor::empty(shape, dtype, device, kind);
+  return device.kind == DeviceKind::meta ? Tensor::empty(shape, dtype, device, kind) : to(tensor_of(shape, values, dtype, kind), device, kind);
 }
 
 /// <r, y> as an op of its own: its closure holds r only, so that nothing but the row's own ops decides what stays alive.
@@ -59,7 +59,7 @@ Var forward(const Case& row, const Values& values, std::deque<Param>& params, co
     if (values.projections.size() <= i)
       values.projections.push_back(normal_values(ys[i].value().numel(), row.title() + " projection " + std::to_string(i)));
     r.push_back(on_device(ys[i].shape(), values.projections[i], ys[i].dtype(), options.device, MemoryKind::workspace));
-    if (options.device == kCpu) result.outputs.push_back(ys[i].value().to_vector<double>());
+    if (options.device.kind != DeviceKind::meta) result.outputs.push_back(ys[i].value().to_vector<double>());
   }
   return project(ys, r, &result.loss);
 }
@@ -98,7 +98,7 @@ RunResult run_case(const Case& row, const Values& values, StoragePolicy& policy,
   }
   result.peak = memory.use().peak - before.total;
   for (size_t i = 0; i < params.size(); ++i) {
-    const bool wanted = row.inputs[i].role != Input::Role::constant && options.device == kCpu && params[i].grad.defined();
+    const bool wanted = row.inputs[i].role != Input::Role::constant && options.device.kind != DeviceKind::meta && params[i].grad.defined();
     result.gradients.push_back(wanted ? params[i].grad.to_vector<double>() : Numbers());
   }
   return result;

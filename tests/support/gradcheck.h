@@ -1,6 +1,7 @@
 // Runs a row of the case table: forward, backward against a random projection, and what the meter saw on the way.
 #pragma once
 #include "support/cases.h"
+#include "support/device.h"
 #include "support/random.h"
 
 namespace mesa::testing {
@@ -18,7 +19,7 @@ Values draw_values(const Case& row, DType representable = DType::f32);
 
 struct RunOptions {
   DType dtype = DType::f64;
-  Device device = kCpu;
+  Device device = test_device();
   /// Parameters are handed to the op as they are; otherwise activations come out of another op, as inside a model.
   bool leaves = false;
   uint64_t step = 3;

@@ -4,6 +4,7 @@
 #include <cmath>
 
 #include "mesa/kernels/kernel.h"
+#include "support/device.h"
 #include "support/random.h"
 
 namespace mesa::testing {
@@ -16,10 +17,11 @@ inline Tensor random(const Shape& shape, DType dtype, const std::string& name, d
   return tensor_of(shape, values, dtype);
 }
 
-/// The implementations of a kernel that this CPU runs.
+/// The implementations of a kernel that the test device has: one for each instruction set of this CPU, or the CUDA one.
 template <class Signature>
-std::vector<Signature*> implementations(const kernels::Kernel<Signature>& kernel) {
-  std::vector<Signature*> out{kernel.plain};
+std::vector<std::function<Signature>> implementations(const kernels::Kernel<Signature>& kernel) {
+  if (test_device() == kCuda) return {staged(kernel.cuda)};
+  std::vector<std::function<Signature>> out{kernel.plain};
   if (cpu_isa() >= Isa::avx2) out.push_back(kernel.avx2);
   if (cpu_isa() >= Isa::avx512) out.push_back(kernel.avx512);
   return out;

@@ -2,6 +2,7 @@
 #pragma once
 #include "mesa/models/vit.h"
 #include "mesa/optim/adamw.h"
+#include "support/device.h"
 #include "support/random.h"
 
 namespace mesa::testing {
@@ -18,11 +19,12 @@ struct TinyVit {
   Tensor images, labels;
 
   explicit TinyVit(const VitConfig& config = tiny_config(), int64_t batch = 4, DType dtype = DType::f32)
-      : model(Builder(store, 11, dtype, dtype), config) {
-    images = normal_tensor({batch, config.channels, config.image_size, config.image_size}, "images", dtype, MemoryKind::inputs);
+      : model(Builder(store, 11, dtype, dtype, test_device()), config) {
+    images = to(normal_tensor({batch, config.channels, config.image_size, config.image_size}, "images", dtype, MemoryKind::inputs), test_device(),
+                MemoryKind::inputs);
     std::vector<int64_t> classes;
     for (int64_t i = 0; i < batch; ++i) classes.push_back(i % config.classes);
-    labels = Tensor::from<int64_t>({batch}, classes, MemoryKind::inputs);
+    labels = to(Tensor::from<int64_t>({batch}, classes, MemoryKind::inputs), test_device(), MemoryKind::inputs);
     store.allocate_gradients();
   }
 
@@ -31,6 +33,6 @@ struct TinyVit {
 
 inline StoragePolicy simple_policy(std::vector<StorageRule> rules) { return StoragePolicy("test", std::move(rules)); }
 
-inline int64_t live_activations() { return Allocator::of(kCpu).use().of(MemoryKind::activations); }
+inline int64_t live_activations() { return Allocator::of(test_device()).use().of(MemoryKind::activations); }
 
 }  // namespace mesa::testing

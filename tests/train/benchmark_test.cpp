@@ -5,6 +5,8 @@
 
 #include "mesa/train/version.h"
 
+#include "support/device.h"
+
 using namespace mesa;
 using Catch::Matchers::Contains;
 
@@ -66,8 +68,10 @@ TEST_CASE("benchmark: bytes by kind and by site are those of the policy alone") 
   const BenchmarkResult alone = run_benchmark(tiny(), one_step({storage("int4")}));
   const BenchmarkResult among = run_benchmark(tiny(), one_step({storage("exact"), storage("int4"), storage("int8")}));
   const PolicyResult &a = alone.policies[0], &b = among.policies[1];
-  CHECK(a.bytes_by_kind == b.bytes_by_kind);
-  CHECK(a.peak_bytes.maximum == b.peak_bytes.maximum);
+  if (testing::test_device() == kCpu) {  // on a GPU the optimizer's table of a model that is gone may leave its cache in the meantime
+    CHECK(a.bytes_by_kind == b.bytes_by_kind);
+    CHECK(a.peak_bytes.maximum == b.peak_bytes.maximum);
+  }
   CHECK(a.activation_bytes_per_image.median == b.activation_bytes_per_image.median);
   CHECK(alone.exact_activation_bytes_per_image == among.exact_activation_bytes_per_image);
 
@@ -98,7 +102,7 @@ TEST_CASE("benchmark: the JSON and the table") {
   CHECK(json.at("model") == "vit");
   CHECK(json.at("batch_size") == 4);
   CHECK(json.at("precision") == "fp32");
-  CHECK(json.at("device") == "cpu");
+  CHECK(json.at("device") == to_string(testing::test_device().kind));
   CHECK(json.at("threads") == 1);
   REQUIRE(json.at("policies").size() == 2);
   const auto& policy = json.at("policies").at(1);
@@ -124,7 +128,7 @@ TEST_CASE("benchmark: the JSON and the table") {
   CHECK(found);
 
   const std::string text = format_benchmark(result);
-  CHECK_THAT(text, Contains("vit: ") && Contains("batch 4, fp32, cpu (1 thread, ") && Contains(result.matmul));
+  CHECK_THAT(text, Contains("vit: ") && Contains(concat("batch 4, fp32, ", to_string(testing::test_device().kind), " (1 thread, ")) && Contains(result.matmul));
   CHECK_THAT(text, Contains("\nexact ") && Contains("\nint8 ") && Contains("gradient error"));
 }
 
@@ -142,5 +146,5 @@ TEST_CASE("benchmark: what cannot be measured is refused") {
 }
 
 TEST_CASE("version: names the build and its backends") {
-  CHECK_THAT(version_text(), Contains("mesa ") && Contains("commit ") && Contains("cuda      not built"));
+  CHECK_THAT(version_text(), Contains("mesa ") && Contains("commit ") && Contains("\ncuda      "));
 }

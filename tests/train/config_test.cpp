@@ -94,7 +94,7 @@ TEST_CASE("config: each kind of mistake is refused with its place") {
       {"model:\n  drop_path: 1.5\n", "run.yaml:2: model.drop_path: must be at least 0 and below 1"},
       {"data:\n  flip: 1.5\n", "run.yaml:2: data.flip: must be at least 0 and at most 1"},
       {"model:\n  qkv_bias: yes\n", "run.yaml:2: model.qkv_bias: 'yes' is not true or false"},
-      {"model:\n  attention: fusd\n", "run.yaml:2: model.attention: 'fusd' is not one of fused, explicit; did you mean 'fused'?"},
+      {"model:\n  attention: fusd\n", "run.yaml:2: model.attention: 'fusd' is not one of fused, explicit, cudnn; did you mean 'fused'?"},
       {"data:\n  kind: imagefolder\n", "did you mean 'image_folder'?"},
       {"data:\n  mean: 0.5\n", "run.yaml:2: data.mean: '0.5' where a list is needed"},
       {"data:\n  mean: [a]\n", "run.yaml:2: data.mean: 'a' is not a number"},

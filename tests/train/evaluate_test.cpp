@@ -40,7 +40,7 @@ TEST_CASE("evaluate: the result does not depend on the batch size, and a stop is
   std::vector<EvalResult> results;
   for (int64_t batch : {1, 7, 8, 21, 64}) {
     Loader loader(data.test, transform, LoaderOptions::evaluation(batch));
-    results.push_back(evaluate(model.net, loader, transform));
+    results.push_back(evaluate(model, loader, transform));
     CHECK(results.back().complete);
     CHECK(results.back().images == 21);
     CHECK(results.back().top1 == results[0].top1);
@@ -49,8 +49,8 @@ TEST_CASE("evaluate: the result does not depend on the batch size, and a stop is
   }
   Loader loader(data.test, transform, LoaderOptions::evaluation(7));
   int asked = 0;
-  const EvalResult stopped = evaluate(model.net, loader, transform, [&] { return ++asked > 2; });
+  const EvalResult stopped = evaluate(model, loader, transform, [&] { return ++asked > 2; });
   CHECK_FALSE(stopped.complete);
   CHECK(stopped.images == 14);
-  CHECK(evaluate(model.net, loader, transform).images == 21);  // the loader starts over
+  CHECK(evaluate(model, loader, transform).images == 21);  // the loader starts over
 }

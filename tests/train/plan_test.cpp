@@ -4,8 +4,10 @@
 #include <catch2/catch.hpp>
 
 #include "mesa/kernels/matmul.h"
+#include "support/device.h"
 
 using namespace mesa;
+using namespace mesa::testing;
 
 TEST_CASE("plan: kept bytes equal the meter's exactly, in every storage, precision and attention") {
   const std::string storage = GENERATE("exact", "bf16", "int8", "int4", "int2", "rebuild");
@@ -20,15 +22,15 @@ TEST_CASE("plan: kept bytes equal the meter's exactly, in every storage, precisi
   const VitConfig vit = model_config(config, 10);
   const Plan plan = plan_run(config, vit);
 
-  BuiltModel model(config, vit);
+  BuiltModel model(config, vit, test_device());
   StoragePolicy policy = make_policy(config.storage);
   const Tensor images = Tensor::empty({6, 3, 16, 16}, DType::f32, kCpu, MemoryKind::inputs);
   for (int64_t i = 0; i < images.numel(); ++i) images.data<float>()[i] = static_cast<float>(i % 17) / 17;
-  const Tensor labels = Tensor::from<int64_t>({6}, {0, 1, 2, 3, 4, 5}, MemoryKind::inputs);
-  const auto kept_now = [] { return Allocator::of(kCpu).use().of(MemoryKind::activations); };
+  const Tensor labels = to(Tensor::from<int64_t>({6}, {0, 1, 2, 3, 4, 5}, MemoryKind::inputs), test_device(), MemoryKind::inputs);
+  const auto kept_now = [] { return Allocator::of(test_device()).use().of(MemoryKind::activations); };
   const int64_t before = kept_now();
   Tape tape(policy, 1, 2);
-  const Var loss = cross_entropy(model.net(images), labels);
+  const Var loss = cross_entropy(model.net(to(images, test_device(), MemoryKind::inputs)), labels);
   CHECK(kept_now() - before == plan.activation_bytes);
   CHECK(model.params.count() == plan.parameters);
   const auto sites = policy.sites();

@@ -3,6 +3,7 @@
 
 #include <catch2/catch.hpp>
 
+#include "mesa/base/cuda.h"
 #include "support/data_files.h"
 
 using namespace mesa;
@@ -36,8 +37,14 @@ TEST_CASE("setup: what cannot be is a usage error with the key and its place") {
     }
     return std::string("no UsageError");
   };
-  CHECK_THAT(usage([] { choose_device("cuda"); }), Contains("cuda"));
-  CHECK(choose_device("auto").kind == DeviceKind::cpu);
+  if (cuda::available()) {
+    CHECK((choose_device("cuda") == kCuda && choose_device("auto") == kCuda));
+  } else {
+    CHECK_THROWS_WITH(choose_device("cuda"), Contains("device cuda: " + cuda::unavailable()) && Contains("--device cpu"));
+    CHECK(choose_device("auto") == kCpu);
+    CHECK(describe_device("auto", kCpu) == "cpu (" + cuda::unavailable() + ")");
+  }
+  CHECK(choose_device("cpu") == kCpu);
   CHECK_THAT(usage([] { model_config(config_of({"model.name=deit_smal"}), 0); }), Contains("--set model.name") && Contains("deit_small"));
   CHECK_THAT(usage([] { make_datasets(config_of({"data.kind=idx"}), {}); }), Contains("data.path"));
   const RunConfig big = config_of({"data.kind=random", "data.train_size=100", "train.batch_size=100"});

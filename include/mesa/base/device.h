@@ -15,6 +15,10 @@ struct Device {
 
 inline constexpr Device kCpu{};
 inline constexpr Device kMeta{DeviceKind::meta, 0};
+inline constexpr Device kCuda{DeviceKind::cuda, 0};
+inline constexpr Device kPinned{DeviceKind::cpu, 1};       ///< host memory that a GPU copies from and to beside its work
+inline constexpr Device kMetaCuda{DeviceKind::meta, 1};    ///< the plan of a step on a GPU
+inline constexpr bool is_gpu(Device d) { return d.kind == DeviceKind::cuda || d == kMetaCuda; }
 
 const char* to_string(DeviceKind kind);
 

@@ -19,6 +19,12 @@ class UsageError : public Error {
   using Error::Error;
 };
 
+/// The system or the GPU has no more memory. Whoever knows the run may add what would fit.
+class OutOfMemory : public Error {
+ public:
+  using Error::Error;
+};
+
 template <class... Parts>
 std::string concat(const Parts&... parts) {
   std::ostringstream out;

@@ -26,6 +26,7 @@ struct LoaderOptions {
   bool shuffle = true;
   bool drop_last = true;  ///< leave out the last batch where it is not full
   OnBadSample on_bad_sample = OnBadSample::error;
+  bool pinned = false;  ///< batches in memory that a GPU reads directly
   /// A global batch has batch_size * world_size pictures; rank r takes the r-th, (r + world_size)-th, ... of it. Without drop_last the last
   /// one may be smaller on some ranks, or empty.
   int64_t rank = 0, world_size = 1;

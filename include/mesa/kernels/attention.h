@@ -1,15 +1,43 @@
 // Softmax attention for all heads at once, by rows of scores that are never kept.
 #pragma once
-#include "mesa/kernels/kernel.h"
+#include "mesa/kernels/codec.h"
 
 namespace mesa::kernels {
 
-/// o <- softmax(scale q k^T) v; lse [B, H, N] <- log of each row's sum (f32, f64 for f64). q, k, v, o [B, H, N, D], any strides with unit last.
-void attention(const Tensor& q, const Tensor& k, const Tensor& v, double scale, const Tensor& o, const Tensor& lse);
+/// One operand of the backward: values [B, N, C], or the codes of such a tensor, which a fused kernel decodes as it reads them.
+struct AttentionOperand {
+  Tensor values;
+  Coded coded;  ///< where values is undefined
+};
 
-/// dq, dk, dv from the gradient d_o of o, both [B, N, H D]. With o and lse (exact storage) the probabilities are exp(scale q k^T - lse) and
+/// Which kernels compute it: the best that the backend has, or cuDNN's (a GPU and bf16 only).
+enum class AttentionBy { engine, cudnn };
+
+/// o <- softmax(scale q k^T) v for each of `heads` heads; lse [B, H, N] <- log of each row's sum (f32, f64 for f64).
+/// q, k, v, o [B, N, C], C = H D: views of uniform rows with unit last stride, such as thirds of a packed projection.
+void attention(const Tensor& q, const Tensor& k, const Tensor& v, int64_t heads, double scale, const Tensor& o, const Tensor& lse,
+               AttentionBy by = AttentionBy::engine);
+
+/// dq, dk, dv from the gradient d_o of o, all [B, N, C]. With o and lse (exact storage) the probabilities are exp(scale q k^T - lse) and
 /// delta = sum_d dO O; without them (undefined) rows are normalized again and delta = sum_j P dP, so that all of it comes from one source.
-void attention_grad(const Tensor& d_o, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& o, const Tensor& lse, double scale,
-                    const Tensor& dq, const Tensor& dk, const Tensor& dv);
+void attention_grad(const Tensor& d_o, const AttentionOperand& q, const AttentionOperand& k, const AttentionOperand& v, const Tensor& o,
+                    const Tensor& lse, int64_t heads, double scale, const Tensor& dq, const Tensor& dk, const Tensor& dv,
+                    AttentionBy by = AttentionBy::engine);
+
+// One kernel for all of it, where a backend has one: CUDA, bf16, heads of 32 or 64 channels, at most 1,024 tokens. Deterministic.
+MESA_KERNEL(fused_attention, const Tensor& q, const Tensor& k, const Tensor& v, int64_t heads, double scale, const Tensor& o, const Tensor& lse);
+MESA_KERNEL(fused_attention_grad, const Tensor& d_o, const AttentionOperand& q, const AttentionOperand& k, const AttentionOperand& v,
+            const Tensor& o, const Tensor& lse, int64_t heads, double scale, const Tensor& dq, const Tensor& dk, const Tensor& dv);
+
+// The same by cuDNN, where the build has it: bf16, heads of a multiple of 8 channels. Deterministic. The backward needs o and lse.
+MESA_KERNEL(cudnn_attention, const Tensor& q, const Tensor& k, const Tensor& v, int64_t heads, double scale, const Tensor& o, const Tensor& lse);
+MESA_KERNEL(cudnn_attention_grad, const Tensor& d_o, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& o, const Tensor& lse,
+            int64_t heads, double scale, const Tensor& dq, const Tensor& dk, const Tensor& dv);
+namespace cuda {
+/// "" if cuDNN would run attention of these extents (q, k and v packed) on a GPU with these properties (cuDNN's JSON); otherwise why not.
+/// Needs no GPU, only a libcuda.so.1 to open (the toolkit's stub will do).
+[[gnu::weak]] std::string cudnn_attention_support(const std::string& device_properties, int64_t B, int64_t H, int64_t N, int64_t D,
+                                                  bool backward);
+}  // namespace cuda
 
 }  // namespace mesa::kernels

@@ -11,14 +11,11 @@ struct GroupLayout {
   bool consecutive = false;  ///< groups are runs of `inner` consecutive elements (outer 1); the last may be short
 };
 
-/// What the range reduction found, added to what is there; one in host memory per call.
-struct RangeCheck {
-  int64_t saturated = 0;   ///< finite elements outside the range: x - offset < -step/1000 or > (2^bits - 1 + 1/1000) step, in f32
-  int64_t nonfinite = 0;   ///< NaN or infinite elements
-};
+// `counts` [2] i64, where the tensor lives (undefined: not wanted), is added to: [0] saturated elements, that is finite ones outside the
+// range: x - offset < -step/1000 or > (2^bits - 1 + 1/1000) step, in f32; [1] NaN or infinite ones.
 
 /// lo[g], hi[g] (f32) <- minimum and maximum of each group over finite elements (0, 0 if there is none). x uniform rows, f32|bf16|f64.
-MESA_KERNEL(group_range, const Tensor& x, GroupLayout layout, const Tensor& lo, const Tensor& hi, RangeCheck* check);
+MESA_KERNEL(group_range, const Tensor& x, GroupLayout layout, const Tensor& lo, const Tensor& hi, const Tensor& counts);
 
 /// Packs x (uniform rows) into codes [ceil(numel bits / 8)] u8 with given step[g] > 0 or = 0 (a constant group: code 0), offset[g] (f32).
 /// Element e (logical order) lies in bits (e mod (8/bits)) * bits of byte e / (8/bits), low bits first.
@@ -28,11 +25,11 @@ MESA_KERNEL(group_range, const Tensor& x, GroupLayout layout, const Tensor& lo, 
 /// counted. f64 is rounded to f32 first. A group whose 1/step is not finite counts as constant.
 /// lo/hi, if defined, receive the groups' minimum and maximum as group_range gives them, in the same pass.
 MESA_KERNEL(quantize, const Tensor& x, GroupLayout layout, int bits, bool stochastic, RandomKey key, const Tensor& step,
-            const Tensor& offset, const Tensor& codes, const Tensor& lo, const Tensor& hi, RangeCheck* check);
+            const Tensor& offset, const Tensor& codes, const Tensor& lo, const Tensor& hi, const Tensor& counts);
 /// The range of each group and its codes (one visit if the groups are consecutive and short, otherwise two passes): offset = min,
 /// step = (max - min) / (2^bits - 1), or 0 where that is too small to divide by; both are written. Nothing finite saturates.
 MESA_KERNEL(quantize_current, const Tensor& x, GroupLayout layout, int bits, bool stochastic, RandomKey key, const Tensor& step,
-            const Tensor& offset, const Tensor& codes, RangeCheck* check);
+            const Tensor& offset, const Tensor& codes, const Tensor& counts);
 /// y <- fma(code, step[g], offset[g]), contiguous, f32|bf16|f64.
 MESA_KERNEL(dequantize, const Tensor& codes, GroupLayout layout, int bits, const Tensor& step, const Tensor& offset, const Tensor& y);
 
@@ -42,5 +39,12 @@ MESA_KERNEL(dequantize, const Tensor& codes, GroupLayout layout, int bits, const
 MESA_KERNEL(update_range, const Tensor& alpha, const Tensor& beta, const Tensor& lo, const Tensor& hi, double decay);
 /// step[g] <- alpha[g] / (2^bits - 1), offset[g] <- beta[g]: the scale that codes are packed with, a copy that later updates leave alone.
 MESA_KERNEL(freeze_range, const Tensor& alpha, const Tensor& beta, int bits, const Tensor& step, const Tensor& offset);
+
+/// Codes with everything that decodes them, as the attention kernels read them in place of the values.
+struct Coded {
+  Tensor codes, step, offset;
+  GroupLayout layout;
+  int bits = 8;
+};
 
 }  // namespace mesa::kernels

@@ -36,9 +36,11 @@ MESA_KERNEL(dropout, const Tensor& x, const Tensor& y, double p, RandomKey key);
 /// One decision for each index of axis 0 (element = that index): stochastic depth (Huang et al., 2016), scaled by 1 / (1 - p).
 MESA_KERNEL(drop_path, const Tensor& x, const Tensor& y, double p, RandomKey key);
 
-/// *result (host memory) <- sum of squares, in double, in a fixed order.
-MESA_KERNEL(sum_squares, const Tensor& x, double* result);
-/// *result <- index of the first NaN or infinity, or -1.
+/// result [1] f64, where the tensors live, <- the sum of squares of all elements of `xs`, in double, in a fixed order.
+MESA_KERNEL(sum_squares, const std::vector<Tensor>& xs, const Tensor& result);
+/// counts[1] (see mesa/kernels/codec.h) += the number of NaN and infinite elements.
+MESA_KERNEL(count_nonfinite, const Tensor& x, const Tensor& counts);
+/// *result (host memory) <- index of the first NaN or infinity, or -1. Waits for the device: for finding a culprit.
 MESA_KERNEL(first_nonfinite, const Tensor& x, int64_t* result);
 
 }  // namespace mesa::kernels

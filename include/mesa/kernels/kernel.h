@@ -2,10 +2,13 @@
 // A missing backend is a missing source file: the weak symbols below are then null and the call says so.
 #pragma once
 #include <type_traits>
+#include <vector>
 
 #include "mesa/tensor/tensor.h"
 
 namespace mesa::kernels {
+
+inline const Tensor& leading_tensor(const Tensor& t) { return t; }
 
 template <class Signature>
 struct Kernel {
@@ -15,11 +18,12 @@ struct Kernel {
   Signature* avx512;
   Signature* cuda;
 
-  /// Runs where the first tensor argument lives; on meta tensors nothing needs to be done.
+  /// Runs where the first tensor argument lives, and all others must live there too; on meta tensors nothing needs to be done.
   template <class... Args>
   void operator()(const Args&... args) const {
     const DeviceKind device = first_device(args...);
     if (device == DeviceKind::meta) return;
+    (check_device(device, args), ...);
     Signature* chosen = cuda;
     if (device == DeviceKind::cpu) chosen = cpu_isa() == Isa::avx512 ? avx512 : cpu_isa() == Isa::avx2 ? avx2 : plain;
     check(chosen != nullptr, "this build has no ", to_string(device), " kernel ", name);
@@ -29,8 +33,16 @@ struct Kernel {
  private:
   template <class First, class... Rest>
   static DeviceKind first_device(const First& first, const Rest&... rest) {
-    if constexpr (std::is_same_v<First, Tensor>) return first.device().kind;
+    if constexpr (requires { leading_tensor(first); }) return leading_tensor(first).device().kind;
+    else if constexpr (requires { leading_tensor(first.front()); }) return first.empty() ? DeviceKind::meta : leading_tensor(first.front()).device().kind;
     else return first_device(rest...);
+  }
+  template <class Arg>
+  void check_device(DeviceKind device, const Arg& arg) const {
+    if constexpr (std::is_same_v<Arg, Tensor>) {
+      if (arg.defined() && arg.device().kind != device)
+        fail("", name, ": one tensor is on ", to_string(device), " and another on ", to_string(arg.device().kind));
+    }
   }
 };
 

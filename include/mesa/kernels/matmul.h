@@ -9,6 +9,10 @@ namespace mesa::kernels {
 /// bias [N] f32 (f64 for f64), optional.
 void matmul(const Tensor& a, const Tensor& b, const Tensor& c, const Tensor& bias = {}, bool accumulate = false);
 
+/// The gradients of y = x w^T + b in one product: dw [O, I] <- (dw +) dy^T x, and, if db [O] is defined, db <- (db +) sum of dy's rows.
+/// dy [M, O], x [M, I] of one dtype, dw and db f32 (f64 for f64). The sum rides along in the product's epilogue where the backend can.
+void matmul_weight_grad(const Tensor& dy, const Tensor& x, const Tensor& dw, bool accumulate_w, const Tensor& db, bool accumulate_b);
+
 /// True if this CPU multiplies bf16; otherwise, and where that is slower than fp32, products are computed after widening to fp32.
 bool native_bf16();
 /// "oneDNN 2.6.3", for --version.

@@ -57,8 +57,14 @@ MESA_SCALAR double exp_(double x) { return exp(x); }
 
 /// exp(x) for -88.1 < x < 88: 2^n from its exponent field, 0 for n = -127.
 MESA_SCALAR float exp_in_range(float x) {
+#ifdef __CUDA_ARCH__
+  // The GPU's own exponential, two instructions instead of fourteen, without which kernels that should wait for memory wait for arithmetic.
+  // Relative error below 2^-21 + |x| 2^-24.
+  return __expf(x);
+#else
   const ReducedExp e = reduce_exp(x);
   return e.power * float_of((e.shifted << 23) + 0x3f800000u);
+#endif
 }
 /// exp(x) for x <= 0 (x up to 88 does no harm), cheaper than exp_: results below 2^-126 are 0.
 MESA_SCALAR float exp_nonpositive(float x) { return exp_in_range(x < -88.0f ? -88.0f : x); }
@@ -67,6 +73,15 @@ MESA_SCALAR double exp_nonpositive(double x) { return exp(x); }
 /// |x|, bounded where the normal distribution's tail vanishes, so that infinity times that tail stays 0; NaN stays NaN.
 MESA_SCALAR float tail_argument(float x) { return fabsf(x) > 13.27f ? 13.27f : fabsf(x); }  // exp_in_range(-13.27^2 / 2) is just 0
 MESA_SCALAR double tail_argument(double x) { return fabs(x) > 40.0 ? 40.0 : fabs(x); }
+
+/// 1 / x for normal results: rounded once, on a GPU within an ulp or two for a fifth of the instructions.
+MESA_SCALAR float reciprocal(float x) {
+#ifdef __CUDA_ARCH__
+  return __fdividef(1.0f, x);
+#else
+  return 1.0f / x;
+#endif
+}
 
 /// The standard normal distribution at a = tail_argument(x) >= 0.
 template <class T>
@@ -78,7 +93,7 @@ struct NormalTail {
 /// P is our minimax fit of the *relative* error (1.2e-7, before rounding), so the far tail is as good as the middle.
 MESA_SCALAR NormalTail<float> normal_tail(float a) {
   const float e = exp_in_range(-0.5f * a * a);
-  const float t = 1.0f / (1.0f + 0.3f * a);
+  const float t = reciprocal(1.0f + 0.3f * a);
   float p = 0.03603536758f;
   p = p * t - 0.1587097648f;
   p = p * t + 0.2089580206f;

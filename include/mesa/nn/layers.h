@@ -40,7 +40,7 @@ struct Mlp {
   Var operator()(const Var& x) const;
 };
 
-enum class AttentionKind { fused, explicit_ };
+enum class AttentionKind { fused, explicit_, cudnn };
 
 /// Multi-head self-attention (Vaswani et al. 2017). explicit_ spells out matmul, softmax, matmul.
 struct Attention {

@@ -3,6 +3,7 @@
 #include <array>
 
 #include "mesa/autograd/tape.h"
+#include "mesa/kernels/attention.h"
 
 namespace mesa {
 
@@ -30,7 +31,7 @@ std::array<Var, 3> split_heads(const Var& qkv, int64_t heads);
 Var merge_heads(const Var& x);
 /// softmax(scale q k^T) v for all heads at once: qkv [B, N, 3C] -> [B, N, C] (Vaswani et al. 2017). Keeps q, k, v and, while
 /// these are exact, o and the rows' log-sum-exp; never N x N. From lossy storage rows are normalized again and nothing else is needed.
-Var attention(const Var& qkv, int64_t heads, double scale);
+Var attention(const Var& qkv, int64_t heads, double scale, kernels::AttentionBy by = kernels::AttentionBy::engine);
 
 // ---- normalization and activation ----
 /// Over the last axis; y in `out` dtype, default x's. Keeps xhat and 1/std; y can be rebuilt as gamma xhat + beta.
@@ -56,7 +57,10 @@ Var select_token(const Var& x, int64_t index);
 Var mean_pool(const Var& x, int64_t from);
 
 // ---- loss ----
-/// Mean over the batch: logits [B, K], labels [B] i64, smoothing in [0, 1). Throws Error for a label outside 0..K-1, naming the sample.
+/// Throws Error for a label (host memory) outside 0..classes-1, naming the sample.
+void check_labels(const Tensor& labels, int64_t classes);
+/// Mean over the batch: logits [B, K], labels [B] i64, smoothing in [0, 1). Labels in host memory are checked; check those for a GPU before
+/// they are moved there.
 Var cross_entropy(const Var& logits, const Tensor& labels, double smoothing = 0);
 /// Soft targets [B, K], each row a distribution, in the logits' dtype.
 Var cross_entropy(const Var& logits, const Var& targets);

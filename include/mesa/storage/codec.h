@@ -3,6 +3,7 @@
 #include <functional>
 #include <map>
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -31,7 +32,7 @@ struct Packed {
 struct PackContext {
   const Site& site;
   RandomKey random;               ///< this site's numbers at this step
-  kernels::RangeCheck* check;     ///< saturated and non-finite elements are added here
+  const Tensor& counts;           ///< [2] i64 where x lives: saturated and non-finite elements are added here
 };
 
 /// One instance serves one site, so a codec may keep running state.
@@ -42,10 +43,14 @@ class Codec {
   virtual Packed pack(const Tensor& x, const PackContext& context) = 0;
   /// A tensor of the packed shape and dtype, contiguous unless the codec shares its input.
   virtual Tensor unpack(const Packed& packed) const = 0;
+  /// The same in the form that kernels can decode as they read, if this codec's codes have it.
+  virtual std::optional<kernels::Coded> coded(const Packed&) const { return {}; }
   /// The bytes that pack keeps for such a tensor: a promise that tests compare with the meter, and the plan of a dry run.
   virtual int64_t packed_bytes(const Shape& shape, DType dtype, const Site& site) const = 0;
   /// The largest |unpack(pack(x)) - x| of an element of a group that spans [lo, hi]. The rounding of the element's own dtype comes on top.
   virtual double error_bound(double lo, double hi) const = 0;
+  /// True if pack moves x out of this device's memory, so that nothing of it is kept there.
+  virtual bool leaves(Device) const { return false; }
   /// True if pack keeps an x of this dtype itself (its buffer) and unpack returns it.
   virtual bool shares_input(DType) const { return false; }
   /// Running state for the checkpoint: tensors by name. load_state throws if names or shapes do not fit.

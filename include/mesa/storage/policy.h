@@ -45,7 +45,7 @@ class StoragePolicy {
   const std::string& name() const;
   std::vector<SiteRecord> sites() const;  ///< in order of first use
   void reset_counts();
-  /// The first site of this pass where a NaN or infinity was packed, or "".
+  /// The first site of this pass where a NaN or infinity was packed, or "". Waits for the device, as sites() and begin() do.
   const std::string& first_nonfinite() const;
   /// Throws UsageError for a rule that matched no site so far, listing the nearest sites.
   void check_rules_matched() const;

@@ -13,6 +13,8 @@ class Saved {
   bool defined() const { return entry_ != nullptr; }
   /// Decodes or rebuilds the activation: a fresh tensor, or the kept one itself for exact storage.
   Tensor get() const;
+  /// What get() would decode, for a kernel that does so itself; empty for values kept in another form, or rebuilt.
+  std::optional<kernels::Coded> coded() const;
   /// How far get() may be from what was saved, as a share of the range of a group: 0 for exact and rebuilt values, 1/255 for 8 bits.
   double error() const;
 

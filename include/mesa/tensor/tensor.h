@@ -54,7 +54,7 @@ class Tensor {
   /// Any strides over the same buffer (bounds are checked against the buffer).
   Tensor as_strided(const Shape& shape, const Shape& strides, int64_t offset) const;
 
-  /// Copies a CPU tensor (any strides) out as T, converting from any floating dtype; integer dtypes only to themselves.
+  /// Copies a tensor (any strides) out as T, converting from any floating dtype; integer dtypes only to themselves.
   template <class T>
   std::vector<T> to_vector() const;
 
@@ -65,6 +65,13 @@ class Tensor {
   int64_t numel_ = 0;
   DType dtype_ = DType::f32;
 };
+
+/// Sets the bytes of a contiguous tensor to 0, wherever it lives.
+void clear(const Tensor& x);
+/// Copies elements between devices, or on one: both contiguous, of one shape and dtype. The source's host side may be reused at once.
+void transfer(const Tensor& from, const Tensor& to);
+/// x itself if it lives there, otherwise a copy; a strided x stays strided.
+Tensor to(const Tensor& x, Device device, MemoryKind kind = MemoryKind::workspace);
 
 inline Tensor empty_like(const Tensor& x) { return Tensor::empty(x.shape(), x.dtype(), x.device()); }
 inline Tensor empty_like(const Tensor& x, DType dtype) { return Tensor::empty(x.shape(), dtype, x.device()); }

@@ -20,7 +20,7 @@ struct ModelConfig {
   std::optional<std::string> pool;  ///< token | mean
   std::optional<bool> qkv_bias;
   double drop_rate = 0, attn_drop_rate = 0, drop_path = 0;
-  std::string attention = "fused";  ///< fused | explicit
+  std::string attention = "fused";  ///< fused | explicit | cudnn
   bool operator==(const ModelConfig&) const = default;
 };
 

@@ -17,7 +17,7 @@ struct EvalResult {
 };
 
 /// Runs every batch of the loader's epoch 0 without a tape. `stop` is asked before each batch; `progress` is told images done.
-EvalResult evaluate(const Vit& net, Loader& loader, const TransformOptions& transform, const std::function<bool()>& stop = {},
+EvalResult evaluate(const BuiltModel& model, Loader& loader, const TransformOptions& transform, const std::function<bool()>& stop = {},
                     const std::function<void(int64_t done)>& progress = {});
 
 /// How many of the batch's labels are among the `k` highest logits (ties resolved for the lower class, NaN counts as wrong).

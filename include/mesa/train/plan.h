@@ -16,6 +16,13 @@ struct Plan {
 /// storage rule matches a site. Throws UsageError.
 Plan plan_run(const RunConfig& config, const VitConfig& model);
 
+/// The largest train.batch_size whose planned peak stays within `bytes`, 0 if none does. Tens of plans: a second or so.
+int64_t largest_batch(const RunConfig& config, const VitConfig& model, int64_t bytes);
+/// What a reader of an out-of-memory error needs: the plan by kind, the sites that keep most, and the largest batch that fits `bytes`.
+std::string explain_out_of_memory(const RunConfig& config, const VitConfig& model, int64_t bytes);
+/// Bytes that this process may have on the device: what it has reserved and what is free.
+int64_t available_memory(Device device);
+
 /// The plan as text: totals, and a table of the sites with shape, codec, exact and kept bytes. Blocks that keep the same are shown once
 /// unless `all`.
 std::string format_plan(const Plan& plan, int64_t batch_size, bool all = false);

@@ -2,6 +2,7 @@
 #pragma once
 #include <string>
 
+#include "mesa/base/cuda.h"
 #include "mesa/data/loader.h"
 #include "mesa/models/vit.h"
 #include "mesa/optim/adamw.h"
@@ -12,10 +13,12 @@ namespace mesa {
 /// The model's configuration: the table entry that model.name selects, changed by the fields that are set. `classes` (of the data) fills in
 /// where the config is silent; 0 if unknown. Throws UsageError naming the key's place.
 VitConfig model_config(const RunConfig& config, int64_t classes);
-/// bf16 or f32 for matrix products. Throws UsageError with the reason where the CPU has no bf16 products (unless train.force_precision).
-DType compute_dtype(const RunConfig& config);
-/// The device; `auto` takes the best that this build and machine have. Throws UsageError with the reason if it is not to be had.
+/// bf16 or f32 for matrix products. Throws UsageError with the reason where `device` has no bf16 products (unless train.force_precision).
+DType compute_dtype(const RunConfig& config, Device device);
+/// The device; `auto` takes a GPU where one can be used. Throws Error with the reason if `cuda` is asked for and not to be had.
 Device choose_device(const std::string& name);
+/// What a reader of the log should know of that choice: "cpu (no NVIDIA GPU was found)", "cuda: NVIDIA H200, ...".
+std::string describe_device(const std::string& wish, Device device);
 /// Compute threads: train.threads, or where it is 0 what OMP_NUM_THREADS says, or all cores.
 void use_threads(const RunConfig& config);
 /// Both halves of the data; kind `random` is noise with random labels, for benchmarks.
@@ -26,16 +29,29 @@ DatasetPair make_training_data(const RunConfig& config, const VitConfig& model);
 /// How many classes the data has without opening it, 0 if only opening tells.
 int64_t known_classes(const RunConfig& config);
 TransformOptions make_transform(const RunConfig& config, const VitConfig& model);
-LoaderOptions make_loader_options(const RunConfig& config, bool train);
+LoaderOptions make_loader_options(const RunConfig& config, bool train, Device device);
 StoragePolicy make_policy(const StorageConfig& storage);
 /// The rules of configs/storage/exact.yaml, built in: what plans and benchmarks compare with, whatever files lie around.
 StorageConfig reference_storage();
-/// Images as the model takes them: u8 [B, H, W, C] -> f32 [B, C, H, W], normalized.
-Tensor prepare_images(const Tensor& pixels, const TransformOptions& transform);
+/// A batch as the model takes it, on its device: images f32 [B, C, H, W], normalized; labels i64 [B].
+struct Prepared {
+  Tensor images, labels;
+};
+/// A batch of the loader on its way to the device: on a GPU copied beside whatever it is working on.
+struct SentBatch {
+  Batch host;             ///< u8 [B, H, W, C] and i64 [B]; on a GPU it must live until the copy has arrived
+  Tensor pixels, labels;  ///< the same on the device
+  cuda::Mark arrival;     ///< null on the CPU
+};
+/// Checks the labels against `classes` and starts the copy.
+SentBatch send(Batch batch, int64_t classes, Device device);
+/// Normalizes on the device, once the copy has arrived.
+Prepared prepare(const SentBatch& batch, const TransformOptions& transform);
 
 /// A model with its parameters: what training, evaluation and benchmarks share.
 struct BuiltModel {
   BuiltModel(const RunConfig& config, const VitConfig& model, Device device = kCpu);
+  Device device;
   ParamStore params;
   Vit net;
 };

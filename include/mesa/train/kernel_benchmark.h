@@ -1,0 +1,26 @@
+// The speed of single kernels on the shapes of a model: bytes a second beside a measured copy, and products a second.
+#pragma once
+#include <functional>
+
+#include "mesa/train/benchmark.h"
+
+namespace mesa {
+
+struct KernelResult {
+  std::string name;
+  double bytes = 0, flops = 0;  ///< memory traffic and arithmetic of one call, by its definition; 0 where it is not what limits it
+  Spread ms;                    ///< of one call
+  double of_copy = 0;           ///< bytes a second as a share of copy's
+};
+struct KernelReport {
+  std::string device;
+  double copy_bytes_per_second = 0;
+  std::vector<KernelResult> kernels;
+};
+
+/// Every kernel that a training step of this config runs, each alone, on random values of the config's model, batch and precision.
+KernelReport run_kernel_benchmark(const RunConfig& config, const std::function<void(const std::string&)>& progress = {});
+std::string format_kernels(const KernelReport& report);
+std::string kernels_json(const KernelReport& report);
+
+}  // namespace mesa

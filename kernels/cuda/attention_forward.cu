@@ -1,0 +1,201 @@
+// o = softmax(scale q k^T) v and lse = log sum_j exp(scale s_j) in one pass over the keys. With maximum m and sum l of a row so far, new
+// scores s give m' = max(m, s), o <- exp(m - m') o + exp(s - m') v, and l likewise (Milakov and Gimelshein, 2018; Dao et al., 2022).
+#include "attention_tiles.cuh"
+#include "mesa/kernels/attention.h"
+
+namespace mesa::kernels::cuda {
+namespace {
+
+inline constexpr int kWarps = 4;
+
+/// Tiles of a warp: two share each fragment of k and v, which halves the traffic of shared memory; narrow heads are bound by global memory.
+template <int head>
+inline constexpr int kTilesPerWarp = head == 64 ? 2 : 1;
+
+struct Problem {
+  Extent extent;
+  Operand q, k, v, o;
+  float* lse;
+  float scale;  ///< times log2 e: exponentials are powers of two
+};
+
+/// 16 queries. Scores are in units of log2 from here on.
+template <int head>
+struct Queries {
+  uint32_t q[head / 16][4];
+  float o[head / 8][4];
+  float top[2], sum[2];  ///< of each half's row; the sum is of this lane's columns
+};
+
+/// A row keeps its old maximum until a score exceeds it by this much: rescaling is rare and exp2(s - m) <= 256 costs no precision.
+inline constexpr float kSlack = 8;
+
+/// s <- exp2(scale s - top), and the sums.
+template <int head, int n>
+__device__ inline void exponentials(float (&s)[n][4], Queries<head>& x, float scale) {
+  float top[2];
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    top[half] = s[0][2 * half];
+#pragma unroll
+    for (int j = 0; j < n; ++j) top[half] = fmaxf(top[half], fmaxf(s[j][2 * half], s[j][2 * half + 1]));
+    top[half] = scale * warp_reduce<4>(top[half], Max{});
+  }
+  if (__any_sync(kFullMask, top[0] > x.top[0] + kSlack || top[1] > x.top[1] + kSlack)) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      top[half] = fmaxf(top[half], x.top[half]);
+      const float factor = exp2_approx(x.top[half] - top[half]);
+      x.top[half] = top[half];
+      x.sum[half] *= factor;
+#pragma unroll
+      for (int j = 0; j < head / 8; ++j) {
+        x.o[j][2 * half] *= factor;
+        x.o[j][2 * half + 1] *= factor;
+      }
+    }
+  }
+#pragma unroll
+  for (int j = 0; j < n; ++j) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      s[j][i] = exp2_approx(fmaf(s[j][i], scale, -x.top[i / 2]));
+      x.sum[i / 2] += s[j][i];
+    }
+  }
+}
+
+/// The first `active` tiles of x meet `groups` times 16 keys, of which `valid` exist.
+template <int active, int groups, int head, int tiles>
+__device__ inline void attend(Queries<head> (&x)[tiles], const bf16* k, int valid, float scale) {
+  const bf16* v = k + kSecond<head>;
+  float s[active][2 * groups][4] = {};
+#pragma unroll
+  for (int g = 0; g < groups; ++g) {
+#pragma unroll
+    for (int i = 0; i < head / 16; ++i) {
+      uint32_t b[4];
+      load_right_transposed<head>(b, k + g * kTile * kPitch<head>, 16 * i);
+#pragma unroll
+      for (int t = 0; t < active; ++t) multiply_pair(s[t][2 * g], s[t][2 * g + 1], x[t].q[i], b);
+    }
+  }
+#pragma unroll
+  for (int t = 0; t < active; ++t) {
+    mask_columns(s[t], valid);
+    exponentials(s[t], x[t], scale);
+  }
+#pragma unroll
+  for (int g = 0; g < groups; ++g) {
+    uint32_t p[active][4];
+#pragma unroll
+    for (int t = 0; t < active; ++t) round_to_left(p[t], s[t][2 * g], s[t][2 * g + 1]);
+#pragma unroll
+    for (int i = 0; i < head / 16; ++i) {
+      uint32_t b[4];
+      load_right<head>(b, v + g * kTile * kPitch<head>, 16 * i);
+#pragma unroll
+      for (int t = 0; t < active; ++t) multiply_pair(x[t].o[2 * i], x[t].o[2 * i + 1], p[t], b);
+    }
+  }
+}
+
+/// A chunk of `rows` keys, 32 by 32 (more scores at once would not fit the registers), the last 16 alone if they are.
+template <int active, int head, int tiles>
+__device__ inline void attend_chunk(Queries<head> (&x)[tiles], const bf16* k, int rows, float scale) {
+#pragma unroll 1
+  for (int from = 0; from < rows; from += 2 * kTile) {
+    if (rows - from > kTile)
+      attend<active, 2>(x, k + from * kPitch<head>, rows - from, scale);
+    else
+      attend<active, 1>(x, k + from * kPitch<head>, rows - from, scale);
+  }
+}
+
+/// Blocks of a multiprocessor: as many as leave each thread the registers it needs.
+template <int head>
+inline constexpr int kBlocks = head == 64 ? 3 : 6;
+
+template <int head, int tiles>
+__global__ void __launch_bounds__(kWarps* kWarp, kBlocks<head>) attention_kernel(Problem p) {
+  const Extent& e = p.extent;
+  const Share share = share_of<head>(e);
+  const int warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp, chunks = e.chunks();
+  bf16* const q = dynamic_shared<bf16>();
+  bf16* const slots = q + warps * tiles * kTile * kPitch<head>;
+  const auto load_chunk = [&](int c) {
+    const int row = share.row + c * kChunk, rows = e.rows(c);
+    bf16* const k = slots + c % e.slots * kSlot<head>;
+    load_values<head>(k, p.k, row, share.column, rows, whole_tiles(rows));
+    load_values<head>(k + kSecond<head>, p.v, row, share.column, rows, whole_tiles(rows));
+    copy_async_commit();
+  };
+  load_values<head>(q, p.q, share.row + share.first * kTile, share.column, e.tokens - share.first * kTile, share.tiles * kTile);
+
+  // Tile warp + t warps of the share is tile t of the warp: no warp has two more than another.
+  Queries<head> x[tiles] = {};
+  const int active = share.tiles <= warp ? 0 : (share.tiles - warp - 1) / warps + 1;
+  for (int c = -1; c < chunks; ++c) {  // at -1 things are loaded, no more
+    if (c + 1 < chunks) load_chunk(c + 1);
+    if (c >= 0) {
+      const bf16* const k = slots + c % e.slots * kSlot<head>;
+      if (active == tiles)
+        attend_chunk<tiles>(x, k, e.rows(c), p.scale);
+      else if (active == 1)
+        attend_chunk<1>(x, k, e.rows(c), p.scale);
+    }
+    copy_async_wait<0>();
+    __syncthreads();
+    if (c >= 0) continue;
+#pragma unroll
+    for (int t = 0; t < tiles; ++t) {
+      x[t].top[0] = x[t].top[1] = -INFINITY;
+      if (t < active) load_left<head>(x[t].q, q + (warp + t * warps) * kTile * kPitch<head>);
+    }
+  }
+
+#pragma unroll
+  for (int t = 0; t < tiles; ++t) {
+    if (t >= active) break;
+    const int tile = warp + t * warps, token = (share.first + tile) * kTile;
+    float inverse[2];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const float sum = warp_reduce<4>(x[t].sum[half], Sum{});
+      const int at = token + threadIdx.x % kWarp / 4 + 8 * half;
+      inverse[half] = 1.0f / sum;
+      if (threadIdx.x % 4 == 0 && at < e.tokens) p.lse[share.line + at] = kLn2 * x[t].top[half] + std::log(sum);
+    }
+    store_product<head>(x[t].o, inverse, q + tile * kTile * kPitch<head>, p.o, share.row + token, share.column, e.tokens - token);
+  }
+}
+
+template <int head>
+void start(const Sizes& n, Problem p) {
+  constexpr int tiles = kTilesPerWarp<head>;
+  const Deal d = deal(n, kWarps * tiles, 2);
+  p.extent = d.extent;
+  const int warps = std::min(d.most_tiles, kWarps), elements = warps * tiles * kTile * kPitch<head> + slot_elements<head>(d.extent);
+  launch("fused_attention", &attention_kernel<head, tiles>, dim3(d.grid), dim3(warps * kWarp), elements * sizeof(bf16), p);
+}
+
+}  // namespace
+
+void fused_attention(const Tensor& q, const Tensor& k, const Tensor& v, int64_t heads, double scale, const Tensor& o, const Tensor& lse) {
+  const Sizes n = sizes_of(q, heads, scale);
+  n.check_lines(lse, "lse");
+  const Problem p{{},
+                  n.operand(q, "q"),
+                  n.operand(k, "k"),
+                  n.operand(v, "v"),
+                  n.operand(o, "o"),
+                  lse.data<float>(),
+                  static_cast<float>(scale * kLog2E)};
+  if (q.numel() == 0) return;
+  if (n.head == 64)
+    start<64>(n, p);
+  else
+    start<32>(n, p);
+}
+
+}  // namespace mesa::kernels::cuda

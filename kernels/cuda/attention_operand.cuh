@@ -1,0 +1,206 @@
+// How the fused attention reads its operands: heads of rows in global memory, given as bf16 values or as codes, become bf16 tiles in shared
+// memory; and how it writes rows back.
+#pragma once
+#include "cuda.h"
+#include "mesa/kernels/attention.h"
+#include "mesa/kernels/codec_scalar.h"
+
+namespace mesa::kernels::cuda {
+namespace {
+
+inline constexpr int64_t kMostTokens = 1024;
+
+/// Rows of a tile in shared memory lie head + 8 elements apart: eight rows at one column then lie in different banks.
+template <int head>
+inline constexpr int kPitch = head + 8;
+
+/// n / divisor and n % divisor for n < 2^31 without a division (Granlund and Montgomery, 1994).
+struct Divider {
+  uint32_t divisor = 1, magic = 1, shift = 0;
+
+  explicit Divider(int64_t by = 1) : divisor(static_cast<uint32_t>(std::min<int64_t>(by, int64_t{1} << 31))) {
+    while ((uint64_t{1} << shift) < divisor) ++shift;
+    magic = static_cast<uint32_t>((((uint64_t{1} << shift) - divisor) << 32) / divisor + 1);
+  }
+  __device__ uint32_t quotient(uint32_t n) const { return (__umulhi(n, magic) + n) >> shift; }
+  __device__ uint32_t remainder(uint32_t n) const { return n - quotient(n) * divisor; }
+};
+
+/// One of q, k, v, o and their gradients, [B, N, C], as the kernels see it.
+struct Operand {
+  bf16* values = nullptr;  ///< rows `stride` elements apart; null: codes
+  int64_t stride = 0;
+
+  const uint8_t* codes = nullptr;
+  const float *step = nullptr, *offset = nullptr;
+  int bits = 0;
+  int64_t channels = 0;
+  int64_t group_stride = 0;  ///< of rows, in the number that is divided into groups: 0 where each row has the same groups
+  int64_t inner = 1, groups = 1;
+  Divider by_inner, by_groups;
+  bool wide = false;     ///< elements beyond the Divider's 2^31
+  bool by_items = true;  ///< groups begin and end at multiples of kItem
+};
+
+/// Codes are decoded by runs of this many elements; heads are multiples of it.
+inline constexpr int kItem = 16;
+
+/// A tensor [batch, tokens, channels] whose rows can be moved 16 bytes at a time.
+inline Operand values_operand(const Tensor& x, int64_t batch, int64_t tokens, int64_t channels, const char* what) {
+  check(x.rank() == 3 && x.shape() == Shape({batch, tokens, channels}), "fused attention: ", what, " is ", x.shape(), ", not [", batch,
+        ", ", tokens, ", ", channels, "]");
+  check(x.has_uniform_rows(), "fused attention: the rows of ", what, " do not lie at one distance");
+  Operand out;
+  out.values = x.data<bf16>();
+  out.stride = x.row_stride();
+  check(out.stride % 8 == 0 && aligned(out.values, 16), "fused attention: the rows of ", what,
+        " must begin at multiples of 16 bytes; they lie ", out.stride, " elements apart",
+        aligned(out.values, 16) ? "" : ", the first elsewhere");
+  return out;
+}
+
+inline Operand coded_operand(const Coded& x, int64_t batch, int64_t tokens, int64_t channels, const char* what) {
+  const int64_t n = batch * tokens * channels;
+  const GroupLayout& layout = x.layout;
+  const int64_t whole = layout.outer * layout.groups * layout.inner;
+  check(x.bits == 8 || x.bits == 4 || x.bits == 2, "codes have 8, 4 or 2 bits, not ", x.bits);
+  check(layout.consecutive ? layout.outer == 1 && whole >= n && whole - layout.inner < n : whole == n, "fused attention: groups [",
+        layout.outer, ", ", layout.groups, ", ", layout.inner, "] do not cover the ", n, " elements of ", what);
+  check(x.codes.is_contiguous() && x.codes.numel() == n * x.bits / 8 && aligned(x.codes.raw(), 16), "fused attention: ", n, " codes of ",
+        x.bits, " bits do not fill ", x.codes.shape(), " from a multiple of 16 bytes");
+  for (const Tensor& t : {x.step, x.offset})
+    check(t.is_contiguous() && t.numel() >= layout.groups, layout.groups, " groups need as many numbers, not ", t.shape());
+  Operand out;
+  out.codes = x.codes.data<uint8_t>();
+  out.step = x.step.data<float>();
+  out.offset = x.offset.data<float>();
+  out.bits = x.bits;
+  out.channels = channels;
+  const bool rows_alike = layout.groups == 1 || channels % (layout.groups * layout.inner) == 0;
+  out.group_stride = rows_alike ? 0 : channels;
+  out.inner = layout.inner;
+  out.groups = layout.groups;
+  out.by_inner = Divider(layout.inner);
+  out.by_groups = Divider(layout.groups);
+  out.wide = !rows_alike && n >= int64_t{1} << 31;
+  out.by_items = layout.groups == 1 || layout.inner % kItem == 0;
+  return out;
+}
+
+/// The sizes of a call, checked.
+struct Sizes {
+  int64_t batch, tokens, channels, heads, head;
+
+  Operand operand(const Tensor& x, const char* what) const { return values_operand(x, batch, tokens, channels, what); }
+  Operand operand(const AttentionOperand& x, const char* what) const {
+    return x.values.defined() ? operand(x.values, what) : coded_operand(x.coded, batch, tokens, channels, what);
+  }
+  void check_lines(const Tensor& x, const char* what) const {
+    check(x.is_contiguous() && x.numel() == batch * heads * tokens, "fused attention: ", what, " is ", x.shape(), ", not [", batch, ", ",
+          heads, ", ", tokens, "]");
+  }
+};
+
+inline Sizes sizes_of(const Tensor& x, int64_t heads, double scale) {
+  check(x.rank() == 3 && heads > 0 && x.dim(2) % heads == 0, "fused attention: ", heads, " heads in a tensor of shape ", x.shape());
+  const Sizes n{x.dim(0), x.dim(1), x.dim(2), heads, x.dim(2) / heads};
+  check(n.head == 32 || n.head == 64, "fused attention: heads of 32 or 64 channels, not ", n.head);
+  check(n.tokens <= kMostTokens, "fused attention: at most ", kMostTokens, " tokens, not ", n.tokens);
+  check(scale > 0, "fused attention: the scale is ", scale, " but must be positive");
+  return n;
+}
+
+// --- tiles ------------------------------------------------------------------------------------------------------------------------
+
+__device__ inline int64_t group_of(const Operand& x, int64_t element) {
+  if (x.wide) return element / x.inner % x.groups;
+  return x.by_groups.remainder(x.by_inner.quotient(static_cast<uint32_t>(element)));
+}
+
+/// 16 codes of one group -> the bf16 values that dequantize gives.
+template <int bits>
+__device__ inline void decode_item(const uint8_t* codes, float step, float offset, bf16* to) {
+  constexpr int per_word = 32 / bits;
+  const auto packed = *reinterpret_cast<const Pack<uint32_t, kItem / per_word>*>(codes);
+#pragma unroll
+  for (int half = 0; half < kItem; half += 8) {
+    float y[8];
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      const uint32_t word = packed.v[(half + i) / per_word] >> (half + i) % per_word * bits;
+      y[i] = dequantize_value(static_cast<uint8_t>(word & ((1 << bits) - 1)), step, offset);
+    }
+    store_pack(to + half, y);
+  }
+}
+/// 16 codes, whatever their groups are.
+__device__ inline void decode_item(const Operand& x, int row, int column, bf16* to) {
+  const uint8_t* codes = x.codes + (static_cast<int64_t>(row) * x.channels + column) * x.bits / 8;
+  const int64_t first = row * x.group_stride + column;
+  if (x.by_items) {
+    const int64_t group = group_of(x, first);
+    const float step = __ldg(x.step + group), offset = __ldg(x.offset + group);
+    if (x.bits == 8)
+      decode_item<8>(codes, step, offset, to);
+    else if (x.bits == 4)
+      decode_item<4>(codes, step, offset, to);
+    else
+      decode_item<2>(codes, step, offset, to);
+  } else {
+#pragma unroll 1
+    for (int i = 0; i < kItem; ++i) {
+      const int64_t group = group_of(x, first + i);
+      const int q = codes[i * x.bits / 8] >> i * x.bits % 8 & ((1 << x.bits) - 1);
+      store(to + i, dequantize_value(static_cast<uint8_t>(q), __ldg(x.step + group), __ldg(x.offset + group)));
+    }
+  }
+}
+
+/// Rows row.. (of all B N) at column.. of x -> `rows` rows of the tile, zeros from the `valid`th on: padding must not hold a NaN. The
+/// values arrive in the background (copy_async_wait). All threads of the block take part.
+template <int head>
+__device__ inline void load_values(bf16* tile, const Operand& x, int row, int column, int valid, int rows) {
+  constexpr int lanes = head / 8;
+  const int first = threadIdx.x / lanes, step = blockDim.x / lanes, c = threadIdx.x % lanes * 8;
+  const bf16* from = x.values + static_cast<int64_t>(row + first) * x.stride + column + c;
+  bf16* to = tile + first * kPitch<head> + c;
+#pragma unroll 1
+  for (int r = first; r < rows; r += step, from += step * x.stride, to += step * kPitch<head>) {
+    if (r < valid)
+      copy_async_16(to, from);
+    else
+      *reinterpret_cast<uint4*>(to) = uint4{};
+  }
+}
+/// The same for values or codes.
+template <int head>
+__device__ inline void load_operand(bf16* tile, const Operand& x, int row, int column, int valid, int rows) {
+  if (x.values != nullptr) return load_values<head>(tile, x, row, column, valid, rows);
+  constexpr int items = head / kItem;
+  const int first = threadIdx.x / items, step = blockDim.x / items, c = threadIdx.x % items * kItem;
+#pragma unroll 1
+  for (int r = first; r < rows; r += step) {
+    bf16* to = tile + r * kPitch<head> + c;
+    if (r < valid)
+      decode_item(x, row + r, column + c, to);
+    else
+      reinterpret_cast<uint4*>(to)[0] = reinterpret_cast<uint4*>(to)[1] = uint4{};
+  }
+}
+
+/// This warp's 16 rows of the tile, the first `valid` of them, -> rows row.. at column.. of x.
+template <int head>
+__device__ inline void store_rows(const bf16* tile, const Operand& x, int row, int column, int valid) {
+  constexpr int lanes = head / 8;
+  const int lane = threadIdx.x % kWarp;
+#pragma unroll
+  for (int i = 0; i < 16 * lanes; i += kWarp) {
+    const int r = (i + lane) / lanes, c = lane % lanes * 8;
+    if (r < valid)
+      *reinterpret_cast<uint4*>(x.values + static_cast<int64_t>(row + r) * x.stride + column + c) =
+          *reinterpret_cast<const uint4*>(tile + r * kPitch<head> + c);
+  }
+}
+
+}  // namespace
+}  // namespace mesa::kernels::cuda

@@ -1,0 +1,266 @@
+// The codec on a GPU. A thread works on units: unit u is the 8 elements from 8 u on (logical order), which one call of Philox dithers and
+// whose codes are `bits` whole bytes.
+#pragma once
+#include <cfloat>
+#include <numeric>
+
+#include "cuda.h"
+#include "mesa/kernels/codec.h"
+#include "mesa/kernels/codec_scalar.h"
+
+namespace mesa::kernels::cuda {
+namespace {
+
+inline constexpr int kUnit = 8;
+
+// --- which group, which address ---------------------------------------------------------------------------------------------------
+
+/// n / divisor for n < 2^31, by a multiplication (Granlund and Montgomery 1994): m = ceil(2^s / divisor) is at most one divisor too large,
+/// scaled by 2^s, and s = 31 + ceil(log2 divisor) makes that too little to reach the next quotient.
+struct Divider {
+  uint32_t multiplier = 0;
+  int shift = 0;
+
+  Divider() = default;
+  explicit Divider(int64_t n) {
+    const uint64_t divisor = static_cast<uint64_t>(std::clamp<int64_t>(n, 1, int64_t{1} << 31));
+    shift = 31;
+    while (uint64_t{1} << (shift - 31) < divisor) ++shift;
+    multiplier = static_cast<uint32_t>(((uint64_t{1} << shift) + divisor - 1) / divisor);
+  }
+  __device__ uint32_t quotient(uint32_t n) const { return static_cast<uint32_t>(uint64_t{n} * multiplier >> shift); }
+};
+
+/// The groups of whole units: G = 1, unit u lies in group of(u); or, where each element is a group of its own, G = 8: its elements lie in
+/// groups 8 of(u) .. 8 of(u) + 7.
+struct UnitGroups {
+  Divider inner, groups;
+  uint32_t count = 1;
+
+  UnitGroups(const GroupLayout& layout, int G)
+      : inner(layout.inner * G / kUnit), groups(layout.groups / G), count(static_cast<uint32_t>(layout.groups / G)) {}
+  __device__ uint32_t of(uint32_t u) const {
+    const uint32_t run = inner.quotient(u);
+    return run - groups.quotient(run) * count;
+  }
+};
+
+/// 8 elements as they are loaded.
+template <class T>
+struct Unit;
+template <>
+struct Unit<float> {
+  float value[kUnit];
+  __device__ float operator[](int i) const { return value[i]; }
+  __device__ void push_front(float x) {
+#pragma unroll
+    for (int i = kUnit - 1; i > 0; --i) value[i] = value[i - 1];
+    value[0] = x;
+  }
+};
+template <>
+struct Unit<bf16> {
+  uint32_t pair[kUnit / 2];
+  __device__ float operator[](int i) const { return scalar::float_of(i % 2 ? pair[i / 2] & 0xffff0000u : pair[i / 2] << 16); }
+  __device__ void push_front(bf16 x) {
+#pragma unroll
+    for (int i = kUnit / 2 - 1; i > 0; --i) pair[i] = pair[i] << 16 | pair[i - 1] >> 16;
+    pair[0] = pair[0] << 16 | x.bits;
+  }
+};
+
+/// A tensor as units, 16 bytes a load. Rows consist of whole units; only a contiguous tensor may end within one.
+template <class T>
+struct Units {
+  const T* data;
+  int64_t gap = 0;     ///< from the end of a row to the next
+  Divider row;         ///< units in a row
+  uint32_t count = 0;  ///< units, of which
+  uint32_t whole = 0;  ///< so many have 8 elements, and the last, if it is not among them,
+  int rest = 0;        ///< so many
+
+  __device__ int valid(uint32_t u) const { return u < whole ? kUnit : rest; }
+
+  __device__ const T* at(uint32_t u) const {
+    const T* p = data + int64_t{u} * kUnit;
+    if (gap != 0) p += gap * row.quotient(u);
+    return p;
+  }
+  /// The elements between a unit and another, `units` farther on and as far into a row.
+  __device__ int64_t distance(uint32_t units) const { return int64_t{units} * kUnit + gap * row.quotient(units); }
+
+  /// The unit at such an address.
+  __device__ static Unit<T> load(const T* p) {
+    Unit<T> x;
+    constexpr int kStep = 16 / sizeof(T);
+#pragma unroll
+    for (int i = 0; i < kUnit; i += kStep) {
+      const Pack<uint32_t, 4> words = *reinterpret_cast<const Pack<uint32_t, 4>*>(p + i);
+      memcpy(reinterpret_cast<char*>(&x) + i * sizeof(T), &words, sizeof words);
+    }
+    return x;
+  }
+  __device__ Unit<T> load(uint32_t u) const { return u < whole ? load(at(u)) : load_rest(); }
+  /// The last element stands in for what is missing: that changes no range.
+  __device__ Unit<T> load_rest() const {
+    Unit<T> x{};
+#pragma unroll 1
+    for (int i = kUnit - 1; i >= 0; --i) x.push_front(data[int64_t{whole} * kUnit + min(i, rest - 1)]);
+    return x;
+  }
+};
+
+// --- codes --------------------------------------------------------------------------------------------------------------------------
+
+/// The scales of groups; without any, bounds that nothing finite lies outside of.
+struct Scales {
+  const float* __restrict__ step = nullptr;
+  const float* __restrict__ offset = nullptr;
+
+  template <int bits>
+  __device__ GroupScale of(int64_t g) const {
+    if constexpr (bits == 0) return {0.0f, 0.0f, -FLT_MAX, FLT_MAX};
+    else return group_scale(step[g], offset[g], bits);
+  }
+};
+
+/// Philox with its round keys made in advance: a thread then spends two multiplications and two xors on a round, and nothing else.
+struct Dither {
+  static constexpr int kRounds = 10;
+  uint32_t step_low, step_high, keys[2 * kRounds];
+  uint32_t exponent = 0x4b00u;  ///< of 2^23; a parameter, because nvcc would load a literal anew for every use
+
+  explicit Dither(RandomKey key) : step_low(static_cast<uint32_t>(key.step)), step_high(static_cast<uint32_t>(key.step >> 32)) {
+    uint32_t k0 = static_cast<uint32_t>(key.key), k1 = static_cast<uint32_t>(key.key >> 32);
+    for (int r = 0; r < kRounds; ++r, k0 += 0x9E3779B9u, k1 += 0xBB67AE85u) keys[2 * r] = k0, keys[2 * r + 1] = k1;
+  }
+
+  /// philox(u, step, key).
+  __device__ Philox4 words(uint32_t u) const {
+    uint32_t c0 = u, c1 = 0, c2 = step_low, c3 = step_high;
+#pragma unroll
+    for (int r = 0; r < kRounds; ++r) {
+      const uint64_t p0 = uint64_t{0xD2511F53u} * c0, p1 = uint64_t{0xCD9E8D57u} * c2;
+      c0 = static_cast<uint32_t>(p1 >> 32) ^ c1 ^ keys[2 * r];
+      c2 = static_cast<uint32_t>(p0 >> 32) ^ c3 ^ keys[2 * r + 1];
+      c1 = static_cast<uint32_t>(p1);
+      c3 = static_cast<uint32_t>(p0);
+    }
+    return {{c0, c1, c2, c3}};
+  }
+  /// dither_value of a word's low or high half h: 0x4b00hhhh is the float 2^23 + h, and 2^23 2^-16 - 2^-17 needs no more than 24 bits.
+  __device__ float value(uint32_t word, int half) const {
+    return std::fma(scalar::float_of(__byte_perm(word, exponent, half ? 0x5432u : 0x5410u)), 0x1p-16f, -(128.0f - 0x1p-17f));
+  }
+};
+
+template <int bits>
+using CodeWord = std::conditional_t<bits == 8, uint64_t, std::conditional_t<bits == 4, uint32_t, uint16_t>>;
+
+/// The codes of v, the sums that quantize_value clamps and truncates: here the conversion rounds down, saturates and makes NaN 0, and the
+/// packing clamps.
+template <int bits>
+__device__ inline CodeWord<bits> pack_codes(const float (&v)[kUnit]) {
+  uint64_t word = 0;
+  constexpr int kWordCodes = bits == 8 ? 4 : kUnit;
+#pragma unroll
+  for (int from = kUnit - kWordCodes; from >= 0; from -= kWordCodes) {
+    uint32_t codes = 0;
+#pragma unroll
+    for (int i = from + kWordCodes - 2; i >= from; i -= 2) codes = pack_clamped<bits>(__float2int_rd(v[i]), __float2int_rd(v[i + 1]), codes);
+    word = word << 32 | codes;
+  }
+  return static_cast<CodeWord<bits>>(word);
+}
+
+/// The codes of one unit; scale[i % G] is element i's.
+template <int bits, bool stochastic, class T, int G>
+__device__ inline CodeWord<bits> quantize_unit(const Unit<T>& x, uint32_t u, const Dither& dither, const GroupScale (&scale)[G]) {
+  Philox4 random{};
+  if constexpr (stochastic) random = dither.words(u);
+  float v[kUnit];
+#pragma unroll
+  for (int i = 0; i < kUnit; ++i) {
+    const float up = stochastic ? dither.value(random.word[i / 2], i % 2) : 0.5f;
+    v[i] = std::fma(x[i] - scale[i % G].offset, scale[i % G].inverse, up);
+  }
+  return pack_codes<bits>(v);
+}
+
+/// The first `valid` codes of a unit; the unused high bits of the last byte are 0.
+template <int bits>
+__device__ inline void store_few_codes(uint8_t* codes, uint64_t word, int valid) {
+  if (valid < kUnit) word &= (uint64_t{1} << valid * bits) - 1;
+#pragma unroll 1
+  for (int i = 0; i < valid * bits; i += 8) codes[i / 8] = static_cast<uint8_t>(word >> i);
+}
+template <int bits>
+__device__ inline void store_codes(uint8_t* codes, uint32_t u, CodeWord<bits> word) {
+  __stcs(reinterpret_cast<CodeWord<bits>*>(codes) + u, word);
+}
+
+// --- on the host --------------------------------------------------------------------------------------------------------------------
+
+inline void check_layout(const Tensor& x, const GroupLayout& layout) {
+  const int64_t n = x.numel(), whole = layout.outer * layout.groups * layout.inner;
+  const bool fits = layout.consecutive ? layout.outer == 1 && whole >= n && whole - layout.inner < n : whole == n;
+  check(n == 0 || (layout.inner > 0 && fits), "groups [", layout.outer, ", ", layout.groups, ", ", layout.inner, "] do not cover ",
+        x.shape());
+  check(is_floating(x.dtype()), "the codec takes floating tensors, not ", to_string(x.dtype()));
+  check(x.has_uniform_rows(), "the codec needs rows at one distance, not the strides ", x.strides(), " of ", x.shape());
+}
+
+/// A defined tensor that holds one float for each group.
+inline float* per_group(const Tensor& t, const GroupLayout& layout) {
+  check(t.is_contiguous() && t.numel() >= layout.groups, layout.groups, " groups need as many numbers, not ", t.shape());
+  return t.data<float>();
+}
+
+inline uint8_t* code_bytes(const Tensor& codes, int64_t n, int bits) {
+  check(bits == 8 || bits == 4 || bits == 2, "codes have 8, 4 or 2 bits, not ", bits);
+  check(codes.is_contiguous() && codes.numel() == (n * bits + 7) / 8, n, " codes of ", bits, " bits do not fill ", codes.shape());
+  return codes.data<uint8_t>();
+}
+
+inline int64_t* count_pair(const Tensor& counts) {
+  if (!counts.defined()) return nullptr;
+  check(counts.numel() == 2 && counts.is_contiguous(), "counts of odd elements of shape ", counts.shape(), "; there are two");
+  return counts.data<int64_t>();
+}
+
+/// G of UnitGroups, or 0 where units straddle groups.
+inline int unit_groups(const GroupLayout& layout, int64_t n) {
+  if (ceil_div(n, kUnit) >= int64_t{1} << 31) return 0;  // see Divider
+  if (layout.inner % kUnit == 0) return 1;
+  return !layout.consecutive && layout.inner == 1 && layout.groups % kUnit == 0 ? kUnit : 0;
+}
+
+/// True if x can be read as Units.
+inline bool has_units(const Tensor& x) {
+  const int64_t width = width_of(x), gap = x.row_stride() - width;
+  return x.dtype() != DType::f64 && aligned(x.raw(), 16) && (gap == 0 || (width % kUnit == 0 && gap * size_of(x.dtype()) % 16 == 0));
+}
+template <class T>
+Units<T> units_of(const Tensor& x) {
+  const int64_t n = x.numel(), width = width_of(x);
+  return {x.data<T>(), x.row_stride() - width, Divider(width / kUnit), static_cast<uint32_t>(ceil_div(n, kUnit)),
+          static_cast<uint32_t>(n / kUnit), static_cast<int>(n % kUnit)};
+}
+
+/// f(tag of T, integral constants bits, G) for f32 or bf16.
+template <class F>
+void dispatch_units(DType dtype, int G, F&& f) {
+  dispatch_narrow(dtype, [&](auto tag) {
+    if (G == 1) f(tag, std::integral_constant<int, 1>{});
+    else f(tag, std::integral_constant<int, kUnit>{});
+  });
+}
+template <class F>
+void dispatch_bits(int bits, F&& f) {
+  if (bits == 8) f(std::integral_constant<int, 8>{});
+  else if (bits == 4) f(std::integral_constant<int, 4>{});
+  else f(std::integral_constant<int, 2>{});
+}
+
+}  // namespace
+}  // namespace mesa::kernels::cuda

@@ -1,0 +1,187 @@
+// (x / 255 - mean[c]) / std[c]; an image as rows of patches and back; a token before the others; the mean of tokens.
+#include "column_sums.h"
+#include "mesa/kernels/elementwise.h"
+#include "mesa/kernels/image.h"
+#include "pointwise.h"
+
+namespace mesa::kernels::cuda {
+
+namespace {
+
+// --- pixels --------------------------------------------------------------------------------------------------------------------------
+
+constexpr int kMaxChannels = 8;
+
+/// y = factor[c] x - shift[c].
+template <class A>
+struct Normalization {
+  A factor[kMaxChannels], shift[kMaxChannels];
+};
+
+/// C interleaved planes: N pixels a thread are N C bytes, read as 32-bit words, and C packs.
+template <int C, int N, class T>
+__global__ void normalize_packs_kernel(int64_t pixels, int64_t plane, Normalization<Acc<T>> by, const uint8_t* x, T* y) {
+  static_assert(N * C % 4 == 0);
+  for (int64_t i = global_index() * N; i < pixels; i += global_stride() * N) {
+    uint32_t words[N * C / 4];
+#pragma unroll
+    for (int k = 0; k < N * C / 4; ++k) words[k] = reinterpret_cast<const uint32_t*>(x + i * C)[k];
+    const int64_t image = i / plane;
+    T* const to = y + image * plane * C + (i - image * plane);
+#pragma unroll
+    for (int c = 0; c < C; ++c) {
+      Acc<T> v[N];
+#pragma unroll
+      for (int k = 0; k < N; ++k) {
+        const int byte = k * C + c;
+        v[k] = static_cast<Acc<T>>(words[byte / 4] >> byte % 4 * 8 & 0xff) * by.factor[c] - by.shift[c];
+      }
+      store_pack(to + c * plane, v);
+    }
+  }
+}
+
+/// Any number of channels, one pixel a thread.
+template <class T>
+__global__ void normalize_kernel(int64_t pixels, int64_t plane, int channels, Normalization<Acc<T>> by, const uint8_t* x, T* y) {
+  for (int64_t i = global_index(); i < pixels; i += global_stride()) {
+    const int64_t image = i / plane;
+    T* const to = y + image * plane * channels + (i - image * plane);
+#pragma unroll
+    for (int c = 0; c < kMaxChannels; ++c)
+      if (c < channels) store(to + c * plane, static_cast<Acc<T>>(x[i * channels + c]) * by.factor[c] - by.shift[c]);
+  }
+}
+
+// --- patches -------------------------------------------------------------------------------------------------------------------------
+
+/// The pixels of contiguous images [B, C, H, W] as [B, H/p, W/p, C, p, p]: the order of `tokens`, which becomes its shape.
+Tensor patch_view(const Tensor& images, int64_t p, const Tensor& tokens, const char* name) {
+  check(images.rank() == 4, name, ": images of shape ", images.shape());
+  const int64_t B = images.dim(0), C = images.dim(1), H = images.dim(2), W = images.dim(3);
+  check(p > 0 && H % p == 0 && W % p == 0, name, ": patches of ", p, " do not tile images of ", images.shape());
+  check_alike(images, tokens, name);
+  check(tokens.rank() == 3 && tokens.dim(0) == B && tokens.dim(2) == C * p * p, name, ": patches of shape ", tokens.shape(),
+        " for images of shape ", images.shape());
+  return images.as_strided({B, H / p, W / p, C, p, p}, {C * H * W, p * W, p, H * W, W, 1}, images.offset());
+}
+
+// --- tokens --------------------------------------------------------------------------------------------------------------------------
+
+/// One block for each tile of columns of each image.
+template <int N, class X, class Y>
+__global__ void mean_tokens_kernel(int64_t tokens, int64_t from, int64_t width, Acc<X> share, const X* x, Y* y) {
+  using Tile = ColumnTile<N>;
+  const int64_t tiles = (width + Tile::kColumns - 1) / Tile::kColumns;
+  const int64_t b = blockIdx.x / tiles, begin = blockIdx.x % tiles * Tile::kColumns;
+  const Acc<X> sum = sum_columns<N>(x + (b * tokens + from) * width, tokens - from, width, begin);
+  if (threadIdx.x < Tile::kColumns && begin + threadIdx.x < width) store(y + b * width + begin + threadIdx.x, sum * share);
+}
+
+/// Packs of N elements, `across` in each row of dx.
+template <int N, class Y, class X>
+__global__ void mean_tokens_grad_kernel(int64_t packs, int64_t across, int64_t tokens, int64_t from, Acc<Y> share, const Y* dy, X* dx) {
+  for (int64_t i = global_index(); i < packs; i += global_stride()) {
+    const int64_t row = i / across, b = row / tokens;
+    Elements<Acc<Y>, N> v{};
+    if (row - b * tokens >= from) {
+      v = elements_at<N>(dy + (b * across + (i - row * across)) * N);
+#pragma unroll
+      for (int k = 0; k < N; ++k) v.v[k] *= share;
+    }
+    store_pack(dx + i * N, v.v);
+  }
+}
+
+void check_mean(const Tensor& x, int64_t from, const Tensor& y, const char* name) {
+  check(x.rank() == 3 && y.rank() == 2 && y.dim(0) == x.dim(0) && y.dim(1) == x.dim(2) && x.is_contiguous() && y.is_contiguous(), name,
+        ": tensors of shapes ", x.shape(), " and ", y.shape());
+  check(from >= 0 && from < x.dim(1), name, ": from token ", from, " of ", x.dim(1));
+}
+
+}  // namespace
+
+void normalize_images(const Tensor& pixels, const std::vector<float>& mean, const std::vector<float>& std, const Tensor& y) {
+  check(pixels.rank() == 4 && y.rank() == 4 && pixels.is_contiguous() && y.is_contiguous(), "normalize_images: tensors of shapes ",
+        pixels.shape(), " and ", y.shape());
+  const int64_t height = pixels.dim(1), width = pixels.dim(2), channels = pixels.dim(3), plane = height * width;
+  check(y.shape() == Shape({pixels.dim(0), channels, height, width}), "normalize_images: ", pixels.shape(), " cannot become ", y.shape());
+  check(static_cast<int64_t>(mean.size()) == channels && static_cast<int64_t>(std.size()) == channels, "normalize_images: ", mean.size(),
+        " means and ", std.size(), " deviations for ", channels, " channels");
+  check(channels <= kMaxChannels, "normalize_images: ", channels, " channels; on a GPU there may be ", kMaxChannels);
+  if (y.numel() == 0) return;
+  const int64_t n = pixels.dim(0) * plane;
+  const uint8_t* px = pixels.data<uint8_t>();
+  dispatch_float(y.dtype(), [&](auto tag) {
+    using T = decltype(tag);
+    using A = Acc<T>;
+    constexpr int N = std::max(4, kLaneElements<T>);
+    T* py = y.data<T>();
+    Normalization<A> by{};
+    for (int64_t c = 0; c < channels; ++c) {
+      by.factor[c] = static_cast<A>(1 / (255.0 * static_cast<double>(std[c])));
+      by.shift[c] = static_cast<A>(static_cast<double>(mean[c]) / static_cast<double>(std[c]));
+    }
+    if (channels == 3 && plane % N == 0 && aligned(px, 4) && aligned(py, N * sizeof(T)))
+      launch("normalize_images", &normalize_packs_kernel<3, N, T>, grid_for(n, N * kMapThreads, kMapBlocks), kMapThreads, 0, n, plane, by,
+             px, py);
+    else
+      launch("normalize_images", &normalize_kernel<T>, grid_for(n, kMapThreads, kMapBlocks), kMapThreads, 0, n, plane, channels, by, px,
+             py);
+  });
+}
+
+void extract_patches(const Tensor& x, int64_t patch, const Tensor& y) {
+  const Tensor view = patch_view(x, patch, y, "extract_patches");
+  copy(view, y.reshape(view.shape()));
+}
+
+void scatter_patches(const Tensor& dy, int64_t patch, const Tensor& dx) {
+  const Tensor view = patch_view(dx, patch, dy, "scatter_patches");
+  copy(dy.reshape(view.shape()), view);
+}
+
+void prepend_token(const Tensor& token, const Tensor& x, const Tensor& y) {
+  check(x.rank() == 3 && y.shape() == x.shape().with(1, x.dim(1) + 1) && x.is_contiguous() && y.is_contiguous(),
+        "prepend_token: tensors of shapes ", x.shape(), " and ", y.shape());
+  const int64_t B = x.dim(0), N = x.dim(1), C = x.dim(2);
+  check(token.is_contiguous() && token.numel() == C, "prepend_token: a token of ", token.numel(), " elements before ", x.shape());
+  copy(token.as_strided({B, C}, {0, 1}, token.offset()), y.select(1, 0));
+  copy(x, y.narrow(1, 1, N));
+}
+
+void mean_tokens(const Tensor& x, int64_t from, const Tensor& y) {
+  check_mean(x, from, y, "mean_tokens");
+  if (y.numel() == 0) return;
+  const int64_t tokens = x.dim(1), width = x.dim(2);
+  dispatch(x.dtype(), y.dtype(), [&](auto tx, auto ty) {
+    using X = decltype(tx);
+    using Y = decltype(ty);
+    constexpr int N = kLaneElements<X>;
+    const X* px = x.data<X>();
+    const bool packed = width % N == 0 && aligned(px, N * sizeof(X));
+    const int64_t tiles = ceil_div(width, packed ? ColumnTile<N>::kColumns : ColumnTile<1>::kColumns);
+    launch("mean_tokens", packed ? &mean_tokens_kernel<N, X, Y> : &mean_tokens_kernel<1, X, Y>, static_cast<unsigned>(x.dim(0) * tiles),
+           kColumnThreads, 0, tokens, from, width, Acc<X>(1) / static_cast<Acc<X>>(tokens - from), px, y.data<Y>());
+  });
+}
+
+void mean_tokens_grad(const Tensor& dy, int64_t from, const Tensor& dx) {
+  check_mean(dx, from, dy, "mean_tokens_grad");
+  if (dx.numel() == 0) return;
+  const int64_t tokens = dx.dim(1), width = dx.dim(2);
+  dispatch(dy.dtype(), dx.dtype(), [&](auto ty, auto tx) {
+    using Y = decltype(ty);
+    using X = decltype(tx);
+    constexpr int N = kLaneElements<Y, X>;
+    const Y* py = dy.data<Y>();
+    X* px = dx.data<X>();
+    const bool packed = width % N == 0 && aligned(py, N * sizeof(Y)) && aligned(px, N * sizeof(X));
+    const int64_t packs = dx.numel() / (packed ? N : 1), across = width / (packed ? N : 1);
+    launch("mean_tokens_grad", packed ? &mean_tokens_grad_kernel<N, Y, X> : &mean_tokens_grad_kernel<1, Y, X>,
+           grid_for(packs, kMapThreads, kMapBlocks), kMapThreads, 0, packs, across, tokens, from,
+           Acc<Y>(1) / static_cast<Acc<Y>>(tokens - from), py, px);
+  });
+}
+
+}  // namespace mesa::kernels::cuda

@@ -1,0 +1,74 @@
+// y[i] = f(a[i], b[i], ...) over contiguous memory of any floating dtypes, 16 bytes a lane.
+#pragma once
+#include "cuda.h"
+
+namespace mesa::kernels::cuda {
+namespace {
+
+inline constexpr int kMapThreads = 256;
+inline constexpr int64_t kMapBlocks = 1 << 20;  // short blocks, as many as it takes: the last wave is then short, too
+
+/// Elements that a lane moves at once: 16 bytes of the widest type. f64 is there to be right and goes one by one.
+template <class... T>
+inline constexpr int kLaneElements = std::max({sizeof(T)...}) == 8 ? 1 : static_cast<int>(16 / std::max({sizeof(T)...}));
+
+template <class A, int N>
+struct Elements {
+  A v[N];
+};
+template <int N, class T>
+__device__ inline Elements<Acc<T>, N> elements_at(const T* p) {
+  Elements<Acc<T>, N> x;
+  load_pack(p, x.v);
+  return x;
+}
+template <int N, class F, class... A>
+__device__ inline auto apply(const F& f, const Elements<A, N>&... x) {
+  Elements<decltype(f(x.v[0]...)), N> y;
+#pragma unroll
+  for (int k = 0; k < N; ++k) y.v[k] = f(x.v[k]...);
+  return y;
+}
+
+/// y may be one of x: an element is read before its own place is written.
+template <int N, class F, class Y, class... X>
+__global__ void map_kernel(int64_t n, F f, Y* y, const X*... x) {
+  const int64_t stride = global_stride() * N;
+  int64_t i = global_index() * N;
+  for (; i + stride + N <= n; i += 2 * stride) {  // two packs at a time: the loads of both are under way before the first store
+    const auto low = apply<N>(f, elements_at<N>(x + i)...), high = apply<N>(f, elements_at<N>(x + i + stride)...);
+    store_pack(y + i, low.v);
+    store_pack(y + i + stride, high.v);
+  }
+  if (i + N <= n) store_pack(y + i, apply<N>(f, elements_at<N>(x + i)...).v);
+  if (const int64_t last = n / N * N + global_index(); N > 1 && last < n) store(y + last, f(load(x + last)...));
+}
+
+/// y[i] <- f(x[i]...) for n elements, in packs if every address is a multiple of its pack.
+template <class F, class Y, class... X>
+void map(const char* name, const F& f, int64_t n, Y* y, const X*... x) {
+  if (n == 0) return;
+  constexpr int N = kLaneElements<Y, X...>;
+  const bool packed = aligned(y, N * sizeof(Y)) && (aligned(x, N * sizeof(X)) && ...);
+  const int step = packed ? N : 1;
+  void (*const kernel)(int64_t, F, Y*, const X*...) = packed ? &map_kernel<N, F, Y, X...> : &map_kernel<1, F, Y, X...>;
+  launch(name, kernel, grid_for(n, 2 * step * kMapThreads, kMapBlocks), kMapThreads, 0, n, f, y, x...);
+}
+
+/// The same for tensors of one shape.
+template <class F>
+void map(const char* name, const F& f, const Tensor& x, const Tensor& y) {
+  check_alike(x, y, name);
+  dispatch(x.dtype(), y.dtype(), [&](auto tx, auto ty) { map(name, f, y.numel(), y.data<decltype(ty)>(), x.data<decltype(tx)>()); });
+}
+template <class F>
+void map(const char* name, const F& f, const Tensor& a, const Tensor& b, const Tensor& y) {
+  check_alike(a, b, name);
+  check_alike(a, y, name);
+  dispatch(a.dtype(), b.dtype(), y.dtype(), [&](auto ta, auto tb, auto ty) {
+    map(name, f, y.numel(), y.data<decltype(ty)>(), a.data<decltype(ta)>(), b.data<decltype(tb)>());
+  });
+}
+
+}  // namespace
+}  // namespace mesa::kernels::cuda

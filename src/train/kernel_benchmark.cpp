@@ -1,0 +1,267 @@
+#include "mesa/train/kernel_benchmark.h"
+
+#include <algorithm>
+#include <chrono>
+#include <cmath>
+#include <cstdio>
+#include <nlohmann/json.hpp>
+
+#include "mesa/base/cuda.h"
+#include "mesa/kernels/adamw.h"
+#include "mesa/kernels/attention.h"
+#include "mesa/kernels/elementwise.h"
+#include "mesa/kernels/image.h"
+#include "mesa/kernels/matmul.h"
+#include "mesa/kernels/norm.h"
+
+namespace mesa {
+namespace {
+
+using Clock = std::chrono::steady_clock;
+
+/// One kernel on fixed operands.
+struct Work {
+  std::string name;
+  double bytes, flops;
+  std::function<void()> call;
+};
+
+/// The extents that all kernels of a step share.
+struct Extents {
+  int64_t B, N, C, H, hidden, classes, image, channels, patch;
+  DType type;  // of matrix operands
+  Device device;
+  double rows() const { return static_cast<double>(B * N); }
+};
+
+class Bench {
+ public:
+  explicit Bench(const Extents& e) : e_(e) {}
+
+  std::vector<Work> work() {
+    normalization();
+    pointwise();
+    codecs();
+    attention();
+    products();
+    ends();
+    return std::move(work_);
+  }
+
+ private:
+  Tensor values(const Shape& shape, DType dtype) const {
+    RandomStream random(RandomKey::of(1, to_string(shape), 0));
+    std::vector<float> block(4096);
+    for (float& v : block) v = static_cast<float>(random.normal());
+    std::vector<float> all(static_cast<size_t>(shape.numel()));
+    for (size_t i = 0; i < all.size(); ++i) all[i] = block[(i * 7 + i / 4096) % 4096];
+    const Tensor converted = Tensor::empty(shape, dtype);
+    kernels::copy(Tensor::from<float>(shape, all), converted);
+    return to(converted, e_.device);
+  }
+  Tensor room(const Shape& shape, DType dtype) const { return Tensor::empty(shape, dtype, e_.device); }
+  Tensor tokens(DType dtype) const { return values({e_.B, e_.N, e_.C}, dtype); }
+  void add(const std::string& name, double bytes, double flops, std::function<void()> call) {
+    work_.push_back({name, bytes, flops, std::move(call)});
+  }
+  double width(DType dtype) const { return static_cast<double>(size_of(dtype)); }
+
+  void normalization() {
+    const double n = e_.rows() * static_cast<double>(e_.C), w = width(e_.type);
+    const Tensor x = tokens(DType::f32), y = room(x.shape(), e_.type), xhat = room(x.shape(), e_.type),
+                 rstd = room({e_.B * e_.N}, DType::f32);
+    const Tensor gamma = values({e_.C}, DType::f32), beta = values({e_.C}, DType::f32), dgamma = room({e_.C}, DType::f32),
+                 dbeta = room({e_.C}, DType::f32);
+    const Tensor dy = tokens(e_.type), dx = room(x.shape(), DType::f32);
+    add("layer_norm", n * (4 + 2 * w), 0, [=] { kernels::layer_norm(x, gamma, beta, 1e-6, y, xhat, rstd); });
+    kernels::layer_norm(x, gamma, beta, 1e-6, y, xhat, rstd);
+    add("affine", n * 2 * w, 0, [=] { kernels::affine(xhat, gamma, beta, y); });
+    add("layer_norm_grad", n * (2 * w + 4), 0, [=] { kernels::layer_norm_grad(dy, xhat, rstd, gamma, dx, dgamma, dbeta, false, false); });
+  }
+
+  void pointwise() {
+    const double m = e_.rows() * static_cast<double>(e_.hidden), n = e_.rows() * static_cast<double>(e_.C), w = width(e_.type);
+    const Tensor h = values({e_.B, e_.N, e_.hidden}, e_.type), g = empty_like(h), slope = empty_like(h);
+    const Tensor residual = tokens(DType::f32), branch = tokens(e_.type), sum = room(residual.shape(), DType::f32);
+    const Tensor db = room({e_.hidden}, DType::f32);
+    add("gelu", m * 2 * w, 0, [=] { kernels::gelu(h, g); });
+    add("gelu_grad", m * 3 * w, 0, [=] { kernels::gelu_grad(g, h, slope); });
+    add("gelu_and_slope", m * 3 * w, 0, [=] { kernels::gelu_and_slope(h, g, slope); });
+    add("mul", m * 3 * w, 0, [=] { kernels::mul(g, h, slope); });
+    add("add (residual)", n * (8 + w), 0, [=] { kernels::add(residual, branch, sum); });
+    add("dropout", m * 2 * w, 0, [=] { kernels::dropout(h, g, 0.1, RandomKey{3, 4}); });
+    add("drop_path", n * 2 * w, 0, [=] { kernels::drop_path(branch, branch, 0.1, RandomKey{3, 4}); });
+    add("sum_rows", m * w, 0, [=] { kernels::sum_rows(h, db, false); });
+    add("copy to f32", n * (w + 4), 0, [=] { kernels::copy(branch, sum); });
+  }
+
+  void codecs() {
+    const Tensor h = values({e_.B, e_.N, e_.hidden}, e_.type), back = empty_like(h);
+    const double m = static_cast<double>(h.numel()), w = width(e_.type);
+    const kernels::GroupLayout runs{1, (h.numel() + 255) / 256, 256, true}, heads{e_.B * e_.N, e_.H, e_.hidden / e_.H, false};
+    const Tensor counts = Tensor::zeros({2}, DType::i64, e_.device);
+    for (int bits : {8, 4, 2}) {
+      const Tensor codes = room({(h.numel() * bits + 7) / 8}, DType::u8), step = room({runs.groups}, DType::f32), offset = empty_like(step);
+      const double packed = m * bits / 8, scales = 8.0 * static_cast<double>(runs.groups);
+      const std::string suffix = concat(" ", bits, " bits");
+      add("quantize, runs of 256," + suffix, m * w + packed + scales, 0, [=] {
+        kernels::quantize_current(h, runs, bits, true, RandomKey{5, 6}, step, offset, codes, counts);
+      });
+      kernels::quantize_current(h, runs, bits, true, RandomKey{5, 6}, step, offset, codes, counts);
+      add("dequantize," + suffix, m * w + packed + scales, 0, [=] { kernels::dequantize(codes, runs, bits, step, offset, back); });
+      if (bits != 8) continue;
+      const Tensor lo = room({e_.H}, DType::f32), hi = room({e_.H}, DType::f32), known = values({e_.H}, DType::f32),
+                   zero = room({e_.H}, DType::f32);
+      kernels::fill(known, 0.03);
+      kernels::fill(zero, -4);
+      add("quantize, running heads," + suffix, m * w + packed, 0, [=] {
+        kernels::quantize(h, heads, bits, true, RandomKey{5, 6}, known, zero, codes, lo, hi, counts);
+      });
+    }
+  }
+
+  void attention() {
+    const Tensor qkv = values({e_.B, e_.N, 3 * e_.C}, e_.type), o = room({e_.B, e_.N, e_.C}, e_.type), d_o = tokens(e_.type);
+    const Tensor lse = room({e_.B, e_.H, e_.N}, DType::f32), dqkv = empty_like(qkv);
+    const auto third = [C = e_.C](const Tensor& t, int i) { return t.narrow(-1, i * C, C); };
+    const double scale = 1 / std::sqrt(static_cast<double>(e_.C / e_.H));
+    const double product = 2.0 * static_cast<double>(e_.B * e_.N * e_.N * e_.C);
+    add("attention", 0, 2 * product, [=, H = e_.H] { kernels::attention(third(qkv, 0), third(qkv, 1), third(qkv, 2), H, scale, o, lse); });
+    kernels::attention(third(qkv, 0), third(qkv, 1), third(qkv, 2), e_.H, scale, o, lse);
+    const auto backward = [=, H = e_.H](const Tensor& out, const Tensor& sums) {
+      kernels::attention_grad(d_o, {third(qkv, 0), {}}, {third(qkv, 1), {}}, {third(qkv, 2), {}}, out, sums, H, scale, third(dqkv, 0),
+                              third(dqkv, 1), third(dqkv, 2));
+    };
+    add("attention_grad", 0, 5 * product, [=] { backward(o, lse); });
+    add("attention_grad, rows again", 0, 5 * product, [=] { backward(Tensor(), Tensor()); });
+  }
+
+  void products() {
+    const int64_t M = e_.B * e_.N;
+    struct Linear {
+      const char* name;
+      int64_t in, out;
+    };
+    for (const Linear& l : {Linear{"qkv", e_.C, 3 * e_.C}, {"proj", e_.C, e_.C}, {"fc1", e_.C, e_.hidden}, {"fc2", e_.hidden, e_.C}}) {
+      const Tensor x = values({M, l.in}, e_.type), w = values({l.out, l.in}, e_.type), y = room({M, l.out}, e_.type), dx = empty_like(x);
+      const Tensor bias = values({l.out}, DType::f32), dw = room({l.out, l.in}, DType::f32), db = room({l.out}, DType::f32);
+      kernels::copy(values(y.shape(), e_.type), y);
+      const double flops = 2.0 * static_cast<double>(M) * static_cast<double>(l.in * l.out);
+      add(concat(l.name, ": y = x w^T + b"), 0, flops, [=] { kernels::matmul(x, w.transpose(0, 1), y, bias); });
+      add(concat(l.name, ": dx = dy w"), 0, flops, [=] { kernels::matmul(y, w, dx); });
+      add(concat(l.name, ": dw, db"), 0, flops, [=] { kernels::matmul_weight_grad(y, x, dw, false, db, false); });
+    }
+  }
+
+  void ends() {
+    const Tensor pixels = Tensor::zeros({e_.B, e_.image, e_.image, e_.channels}, DType::u8, e_.device);
+    const Tensor images = room({e_.B, e_.channels, e_.image, e_.image}, DType::f32);
+    const int64_t side = e_.image / e_.patch, inner = e_.channels * e_.patch * e_.patch;
+    const Tensor patches = room({e_.B, side * side, inner}, e_.type);
+    const double p = static_cast<double>(images.numel());
+    const std::vector<float> half(static_cast<size_t>(e_.channels), 0.5f);
+    add("normalize_images", p * 5, 0, [=] { kernels::normalize_images(pixels, half, half, images); });
+    add("extract_patches", p * (4 + width(e_.type)), 0, [=, patch = e_.patch] { kernels::extract_patches(images, patch, patches); });
+    const Tensor w = values({e_.hidden * e_.C * 10}, DType::f32), g = values(w.shape(), DType::f32), m = room(w.shape(), DType::f32),
+                 v = empty_like(m);
+    const Tensor copy = e_.type == DType::bf16 ? room(w.shape(), DType::bf16) : Tensor();
+    clear(m), clear(v);
+    const std::vector<kernels::AdamWSlot> slots{{w, g, m, v, copy, 0.05}};
+    add("adamw", static_cast<double>(w.numel()) * (28 + (copy.defined() ? 2 : 0)), 0, [=] {
+      kernels::adamw(slots, kernels::AdamWStep{1e-4, 0.9, 0.999, 1e-8, 1, 5});
+    });
+    const std::vector<Tensor> gradients{g};
+    const Tensor squares = room({1}, DType::f64);
+    add("sum_squares", static_cast<double>(g.numel()) * 4, 0, [=] { kernels::sum_squares(gradients, squares); });
+  }
+
+  Extents e_;
+  std::vector<Work> work_;
+};
+
+void wait(Device device) {
+  if (device.kind == DeviceKind::cuda) cuda::synchronize();
+}
+
+/// Milliseconds a call: several rounds, each of enough calls to hide the clock and a GPU's start.
+Spread time_calls(const std::function<void()>& call, Device device) {
+  const auto round = [&](int64_t calls) {
+    const auto start = Clock::now();
+    for (int64_t i = 0; i < calls; ++i) call();
+    wait(device);
+    return std::chrono::duration<double, std::milli>(Clock::now() - start).count();
+  };
+  round(2);  // algorithms are chosen, memory is taken
+  const double once = std::max(1e-3, round(1));
+  const int64_t calls = std::clamp<int64_t>(static_cast<int64_t>(20 / once), 1, 200);
+  std::vector<double> ms;
+  for (int i = 0; i < 5; ++i) ms.push_back(round(calls) / static_cast<double>(calls));
+  return spread_of(std::move(ms));
+}
+
+double copy_bandwidth(Device device) {
+  const int64_t elements = device.kind == DeviceKind::cuda ? int64_t{1} << 28 : int64_t{1} << 25;  // far beyond the caches
+  const Tensor x = Tensor::zeros({elements}, DType::f32, device), y = empty_like(x);
+  const double ms = time_calls([&] { kernels::copy(x, y); }, device).median;
+  return 8e3 * static_cast<double>(elements) / ms;
+}
+
+}  // namespace
+
+KernelReport run_kernel_benchmark(const RunConfig& config, const std::function<void(const std::string&)>& progress) {
+  const VitConfig model = model_config(config, known_classes(config));
+  const Device device = choose_device(config.device);
+  use_threads(config);
+  const Extents extents{config.train.batch_size,
+                        model.tokens(),
+                        model.width,
+                        model.heads,
+                        model.hidden(),
+                        model.classes,
+                        model.image_size,
+                        model.channels,
+                        model.patch_size,
+                        compute_dtype(config, device),
+                        device};
+  KernelReport report;
+  report.device = describe_device(config.device, device);
+  report.copy_bytes_per_second = copy_bandwidth(device);
+  for (const Work& work : Bench(extents).work()) {
+    if (progress) progress(work.name);
+    KernelResult result{work.name, work.bytes, work.flops, time_calls(work.call, device), 0};
+    result.of_copy = work.bytes / (result.ms.median * 1e-3) / report.copy_bytes_per_second;
+    report.kernels.push_back(std::move(result));
+  }
+  return report;
+}
+
+std::string format_kernels(const KernelReport& report) {
+  char line[160];
+  std::snprintf(line, sizeof line, "copy: %.1f GB/s\n\n%-34s %10s %10s %8s %10s\n", report.copy_bytes_per_second / 1e9, "kernel", "ms",
+                "GB/s", "of copy", "TFLOP/s");
+  std::string out = report.device + "\n" + line;
+  for (const KernelResult& k : report.kernels) {
+    const double seconds = k.ms.median * 1e-3;
+    if (k.bytes > 0)
+      std::snprintf(line, sizeof line, "%-34s %10.4f %10.1f %7.0f%%\n", k.name.c_str(), k.ms.median, k.bytes / seconds / 1e9,
+                    100 * k.of_copy);
+    else
+      std::snprintf(line, sizeof line, "%-34s %10.4f %10s %8s %10.3f\n", k.name.c_str(), k.ms.median, "", "", k.flops / seconds / 1e12);
+    out += line;
+  }
+  return out;
+}
+
+std::string kernels_json(const KernelReport& report) {
+  nlohmann::ordered_json out{
+      {"device", report.device}, {"copy_bytes_per_second", report.copy_bytes_per_second}, {"kernels", nlohmann::ordered_json::array()}};
+  for (const KernelResult& k : report.kernels)
+    out["kernels"].push_back({{"name", k.name},
+                              {"bytes", k.bytes},
+                              {"flops", k.flops},
+                              {"ms", {{"minimum", k.ms.minimum}, {"median", k.ms.median}, {"maximum", k.ms.maximum}}},
+                              {"of_copy", k.of_copy}});
+  return out.dump(2) + "\n";
+}
+
+}  // namespace mesa

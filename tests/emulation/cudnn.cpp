@@ -1,0 +1,221 @@
+// A stand-in for cuDNN's backend API that interprets operation graphs on host memory: a test tool, in place of the library, where there is
+// no GPU. Every operation that Mesa's graphs use, in the order in which they were listed; virtual tensors live for one run.
+#include <cudnn.h>
+
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <cstring>
+#include <map>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "device_memory.h"
+#include "mesa/base/dtype.h"
+
+namespace {
+
+struct Object {
+  cudnnBackendDescriptorType_t type;
+  std::map<int, std::vector<char>> attributes;
+
+  template <class T>
+  std::vector<T> all(int attribute) const {
+    const auto found = attributes.find(attribute);
+    if (found == attributes.end()) return {};
+    std::vector<T> values(found->second.size() / sizeof(T));
+    std::memcpy(values.data(), found->second.data(), values.size() * sizeof(T));
+    return values;
+  }
+  template <class T>
+  T one(int attribute) const {
+    return all<T>(attribute).at(0);
+  }
+  const Object& part(int attribute) const { return *one<const Object*>(attribute); }
+};
+
+std::string last_error;
+
+size_t size_of(cudnnBackendAttributeType_t type) {
+  switch (type) {
+    case CUDNN_TYPE_CHAR:
+    case CUDNN_TYPE_BOOLEAN: return 1;
+    case CUDNN_TYPE_DATA_TYPE:
+    case CUDNN_TYPE_POINTWISE_MODE:
+    case CUDNN_TYPE_REDUCTION_OPERATOR_TYPE:
+    case CUDNN_TYPE_HEUR_MODE: return 4;
+    default: return 8;
+  }
+}
+
+/// The memory of each tensor in one run, by uid.
+struct Memory {
+  std::map<int64_t, char*> given;
+  std::map<int64_t, std::vector<char>> intermediate;
+  std::map<int64_t, int64_t> alias;  // a reshaped tensor is the same memory
+
+  char* of(const Object& tensor) {
+    const int64_t uid = tensor.one<int64_t>(CUDNN_ATTR_TENSOR_UNIQUE_ID);
+    if (const auto found = given.find(uid); found != given.end()) return found->second;
+    auto& own = intermediate[uid];
+    if (own.empty()) {
+      int64_t n = 4;
+      for (const int64_t d : tensor.all<int64_t>(CUDNN_ATTR_TENSOR_DIMENSIONS)) n *= d;
+      own.resize(n);
+    }
+    return own.data();
+  }
+};
+
+struct View {
+  char* base;
+  std::vector<int64_t> dims, strides;
+  cudnnDataType_t type;
+
+  View(Memory& memory, const Object& t)
+      : base(memory.of(t)),
+        dims(t.all<int64_t>(CUDNN_ATTR_TENSOR_DIMENSIONS)),
+        strides(t.all<int64_t>(CUDNN_ATTR_TENSOR_STRIDES)),
+        type(t.one<cudnnDataType_t>(CUDNN_ATTR_TENSOR_DATA_TYPE)) {}
+  int64_t at(const int64_t (&i)[4]) const {
+    int64_t offset = 0;
+    for (int a = 0; a < 4; ++a) offset += dims[a] == 1 ? 0 : i[a] * strides[a];
+    return offset;
+  }
+  float get(const int64_t (&i)[4]) const {
+    if (type == CUDNN_DATA_BFLOAT16) return reinterpret_cast<const mesa::bf16*>(base)[at(i)];
+    return reinterpret_cast<const float*>(base)[at(i)];
+  }
+  void put(const int64_t (&i)[4], float value) const {
+    if (type == CUDNN_DATA_BFLOAT16)
+      reinterpret_cast<mesa::bf16*>(base)[at(i)] = mesa::bf16(value);
+    else
+      reinterpret_cast<float*>(base)[at(i)] = value;
+  }
+  template <class F>
+  void fill(const F& value) const {
+    for (int64_t b = 0; b < dims[0]; ++b)
+      for (int64_t h = 0; h < dims[1]; ++h)
+        for (int64_t r = 0; r < dims[2]; ++r)
+          for (int64_t c = 0; c < dims[3]; ++c) {
+            const int64_t i[4] = {b, h, r, c};
+            put(i, value(i));
+          }
+  }
+};
+
+float apply(cudnnPointwiseMode_t mode, float a, float b) {
+  switch (mode) {
+    case CUDNN_POINTWISE_ADD: return a + b;
+    case CUDNN_POINTWISE_SUB: return a - b;
+    case CUDNN_POINTWISE_MUL: return a * b;
+    case CUDNN_POINTWISE_DIV: return a / b;
+    case CUDNN_POINTWISE_EXP: return std::exp(a);
+    case CUDNN_POINTWISE_LOG: return std::log(a);
+    default: return NAN;
+  }
+}
+
+void run(const Object& op, Memory& memory) {
+  const auto view = [&](int attribute) { return View(memory, op.part(attribute)); };
+  switch (op.type) {
+    case CUDNN_BACKEND_OPERATION_POINTWISE_DESCRIPTOR: {
+      const auto mode = op.part(CUDNN_ATTR_OPERATION_POINTWISE_PW_DESCRIPTOR).one<cudnnPointwiseMode_t>(CUDNN_ATTR_POINTWISE_MODE);
+      const View x = view(CUDNN_ATTR_OPERATION_POINTWISE_XDESC), y = view(CUDNN_ATTR_OPERATION_POINTWISE_YDESC);
+      const bool two = op.attributes.count(CUDNN_ATTR_OPERATION_POINTWISE_BDESC) != 0;
+      const View b = two ? view(CUDNN_ATTR_OPERATION_POINTWISE_BDESC) : x;
+      y.fill([&](const int64_t(&i)[4]) { return apply(mode, x.get(i), b.get(i)); });
+      break;
+    }
+    case CUDNN_BACKEND_OPERATION_REDUCTION_DESCRIPTOR: {
+      const auto mode = op.part(CUDNN_ATTR_OPERATION_REDUCTION_DESC).one<cudnnReduceTensorOp_t>(CUDNN_ATTR_REDUCTION_OPERATOR);
+      const View x = view(CUDNN_ATTR_OPERATION_REDUCTION_XDESC), y = view(CUDNN_ATTR_OPERATION_REDUCTION_YDESC);
+      y.fill([&](const int64_t(&i)[4]) {
+        float all = mode == CUDNN_REDUCE_TENSOR_MAX ? -INFINITY : 0;
+        for (int64_t c = 0; c < x.dims[3]; ++c) {
+          const float value = x.get({i[0], i[1], i[2], c});
+          all = mode == CUDNN_REDUCE_TENSOR_MAX ? std::max(all, value) : all + value;
+        }
+        return all;
+      });
+      break;
+    }
+    case CUDNN_BACKEND_OPERATION_MATMUL_DESCRIPTOR: {
+      const View a = view(CUDNN_ATTR_OPERATION_MATMUL_ADESC), b = view(CUDNN_ATTR_OPERATION_MATMUL_BDESC),
+                 y = view(CUDNN_ATTR_OPERATION_MATMUL_CDESC);
+      y.fill([&](const int64_t(&i)[4]) {
+        float sum = 0;
+        for (int64_t k = 0; k < a.dims[3]; ++k) sum += a.get({i[0], i[1], i[2], k}) * b.get({i[0], i[1], k, i[3]});
+        return sum;
+      });
+      break;
+    }
+    case CUDNN_BACKEND_OPERATION_RESHAPE_DESCRIPTOR: {
+      const View x = view(CUDNN_ATTR_OPERATION_RESHAPE_XDESC), y = view(CUDNN_ATTR_OPERATION_RESHAPE_YDESC);
+      // y is virtual with x's strides swapped: its own memory would have to span x's, so it is laid out by its dims here.
+      View own = y;
+      own.strides = {y.dims[1] * y.dims[2] * y.dims[3], y.dims[2] * y.dims[3], y.dims[3], 1};
+      own.fill([&](const int64_t(&i)[4]) { return x.get({i[0], i[1], i[3], i[2]}); });
+      auto& t = const_cast<Object&>(op.part(CUDNN_ATTR_OPERATION_RESHAPE_YDESC));
+      t.attributes[CUDNN_ATTR_TENSOR_STRIDES].assign(reinterpret_cast<char*>(own.strides.data()),
+                                                     reinterpret_cast<char*>(own.strides.data() + 4));
+      break;
+    }
+    default: break;
+  }
+}
+
+}  // namespace
+
+extern "C" {
+size_t cudnnGetVersion() { return CUDNN_VERSION; }
+const char* cudnnGetErrorString(cudnnStatus_t) { return "CUDNN_STATUS"; }
+void cudnnGetLastErrorString(char* message, size_t size) { std::strncpy(message, last_error.c_str(), size - 1); }
+cudnnStatus_t cudnnCreate(cudnnHandle_t* handle) {
+  *handle = reinterpret_cast<cudnnHandle_t>(new int);
+  return CUDNN_STATUS_SUCCESS;
+}
+cudnnStatus_t cudnnSetStream(cudnnHandle_t, cudaStream_t) { return CUDNN_STATUS_SUCCESS; }
+cudnnStatus_t cudnnBackendCreateDescriptor(cudnnBackendDescriptorType_t type, cudnnBackendDescriptor_t* d) {
+  *d = new Object{type, {}};
+  return CUDNN_STATUS_SUCCESS;
+}
+cudnnStatus_t cudnnBackendDestroyDescriptor(cudnnBackendDescriptor_t d) {
+  delete static_cast<Object*>(d);
+  return CUDNN_STATUS_SUCCESS;
+}
+cudnnStatus_t cudnnBackendFinalize(cudnnBackendDescriptor_t) { return CUDNN_STATUS_SUCCESS; }
+cudnnStatus_t cudnnBackendSetAttribute(cudnnBackendDescriptor_t d, cudnnBackendAttributeName_t name, cudnnBackendAttributeType_t type,
+                                       int64_t n, const void* values) {
+  const char* bytes = static_cast<const char*>(values);
+  static_cast<Object*>(d)->attributes[name].assign(bytes, bytes + n * size_of(type));
+  return CUDNN_STATUS_SUCCESS;
+}
+cudnnStatus_t cudnnBackendGetAttribute(cudnnBackendDescriptor_t d, cudnnBackendAttributeName_t name, cudnnBackendAttributeType_t,
+                                       int64_t wanted, int64_t* n, void* values) {
+  if (name == CUDNN_ATTR_ENGINEHEUR_RESULTS) {
+    *n = 1;
+    if (wanted > 0)
+      static_cast<Object**>(values)[0]->attributes[CUDNN_ATTR_ENGINEHEUR_OPERATION_GRAPH] =
+          static_cast<Object*>(d)->attributes[CUDNN_ATTR_ENGINEHEUR_OPERATION_GRAPH];
+  } else if (name == CUDNN_ATTR_EXECUTION_PLAN_WORKSPACE_SIZE) {
+    *n = 1;
+    *static_cast<int64_t*>(values) = 256;
+  }
+  return CUDNN_STATUS_SUCCESS;
+}
+cudnnStatus_t cudnnBackendExecute(cudnnHandle_t, cudnnBackendDescriptor_t plan, cudnnBackendDescriptor_t pack) {
+  const Object& graph =
+      static_cast<Object*>(plan)->part(CUDNN_ATTR_EXECUTION_PLAN_ENGINE_CONFIG).part(CUDNN_ATTR_ENGINEHEUR_OPERATION_GRAPH);
+  const Object& given = *static_cast<Object*>(pack);
+  const auto uids = given.all<int64_t>(CUDNN_ATTR_VARIANT_PACK_UNIQUE_IDS);
+  const auto addresses = given.all<char*>(CUDNN_ATTR_VARIANT_PACK_DATA_POINTERS);
+  mesa::emulation::finish_current_stream();
+  const mesa::emulation::DeviceAccess access;
+  Memory memory;
+  for (size_t i = 0; i < uids.size(); ++i) memory.given[uids[i]] = addresses[i];
+  for (const Object* op : graph.all<const Object*>(CUDNN_ATTR_OPERATIONGRAPH_OPS)) run(*op, memory);
+  return CUDNN_STATUS_SUCCESS;
+}
+}

@@ -1,0 +1,227 @@
+#include "streams.h"
+
+#include <cstdio>
+#include <string>
+
+#include "device_memory.h"
+#include "mesa/base/cuda.h"
+
+namespace mesa::emulation {
+namespace {
+
+using Clock = std::chrono::steady_clock;
+
+/// One cudaEventRecord.
+struct Record {
+  Stream* stream = nullptr;
+  bool done = false;
+  Clock::time_point when;
+};
+
+struct Event {
+  bool timed = true;
+  std::shared_ptr<Record> last;
+};
+
+std::set<Event*>& events() {
+  static std::set<Event*>& all = *new std::set<Event*>;
+  return all;
+}
+
+/// Null for no event of ours.
+Event* event_of(cudaEvent_t handle) {
+  auto* event = reinterpret_cast<Event*>(handle);
+  return events().count(event) ? event : nullptr;
+}
+
+void advance(Stream& stream) {
+  const std::function<void()> work = std::move(stream.waiting.front());
+  stream.waiting.pop_front();
+  work();
+}
+
+/// Does what stands before the event in its own stream; that may wait for other streams in turn, but only for what was recorded earlier.
+void reach(const Record& record) {
+  const DeviceAccess access;
+  while (!record.done) advance(*record.stream);
+}
+
+}  // namespace
+
+Streams& streams() {
+  static Streams& one = *new Streams;
+  return one;
+}
+
+Stream* stream_of(cudaStream_t handle) {
+  if (handle == nullptr || handle == cudaStreamLegacy) return &streams().legacy;
+  auto* stream = reinterpret_cast<Stream*>(handle);
+  return streams().all.count(stream) ? stream : nullptr;
+}
+
+void finish(Stream& stream) {
+  if (stream.waiting.empty()) return;
+  const DeviceAccess access;
+  while (!stream.waiting.empty()) advance(stream);
+}
+
+void finish_all() {
+  for (Stream* stream : streams().all) finish(*stream);
+}
+
+void enqueue(Stream& stream, std::function<void()> work) {
+  if (&stream != &streams().legacy) return stream.waiting.push_back(std::move(work));
+  for (Stream* other : streams().all)
+    if (other->blocking) finish(*other);
+  const DeviceAccess access;
+  work();
+}
+
+void finish_stream(cudaStream_t handle) {
+  const std::lock_guard lock(streams().mutex);
+  Stream* const stream = stream_of(handle);
+  if (stream == nullptr) return;
+  enqueue(*stream, [] {});
+  finish(*stream);
+}
+
+void finish_current_stream() {
+  if (mesa::cuda::stream) finish_stream(static_cast<cudaStream_t>(mesa::cuda::stream()));
+}
+
+cudaError_t state_of_device() {
+  const std::string where = damage();
+  if (where.empty()) return cudaSuccess;
+  std::fprintf(stderr, "emulation: device memory was written %s\n", where.c_str());
+  return result(cudaErrorIllegalAddress);
+}
+
+}  // namespace mesa::emulation
+
+using namespace mesa::emulation;
+
+extern "C" {
+
+// --- streams ----------------------------------------------------------------------------------------------------------------------
+
+cudaError_t cudaStreamCreateWithPriority(cudaStream_t* handle, unsigned flags, int) {
+  if (ready() != cudaSuccess) return ready();
+  if (flags != cudaStreamDefault && flags != cudaStreamNonBlocking) return result(cudaErrorInvalidValue);
+  const std::lock_guard lock(streams().mutex);
+  auto* stream = new Stream;
+  stream->blocking = flags == cudaStreamDefault;
+  streams().all.insert(stream);
+  *handle = reinterpret_cast<cudaStream_t>(stream);
+  return cudaSuccess;
+}
+cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned flags) { return cudaStreamCreateWithPriority(stream, flags, 0); }
+cudaError_t cudaStreamCreate(cudaStream_t* stream) { return cudaStreamCreateWithPriority(stream, cudaStreamDefault, 0); }
+cudaError_t cudaDeviceGetStreamPriorityRange(int* least, int* greatest) {
+  if (least) *least = 0;
+  if (greatest) *greatest = -5;
+  return ready();
+}
+cudaError_t cudaStreamDestroy(cudaStream_t handle) {
+  const std::lock_guard lock(streams().mutex);
+  Stream* const stream = stream_of(handle);
+  if (stream == nullptr || stream == &streams().legacy) return result(cudaErrorInvalidResourceHandle);
+  finish(*stream);
+  streams().all.erase(stream);
+  delete stream;
+  return cudaSuccess;
+}
+cudaError_t cudaStreamSynchronize(cudaStream_t handle) {
+  const std::lock_guard lock(streams().mutex);
+  if (stream_of(handle) == nullptr) return result(cudaErrorInvalidResourceHandle);
+  finish_stream(handle);
+  return state_of_device();
+}
+cudaError_t cudaStreamQuery(cudaStream_t handle) {  // not ready the first time, then done
+  const std::lock_guard lock(streams().mutex);
+  Stream* const stream = stream_of(handle);
+  if (stream == nullptr) return result(cudaErrorInvalidResourceHandle);
+  if (stream->waiting.empty()) return cudaSuccess;
+  finish(*stream);
+  return result(cudaErrorNotReady);
+}
+cudaError_t cudaStreamWaitEvent(cudaStream_t handle, cudaEvent_t event_handle, unsigned) {
+  const std::lock_guard lock(streams().mutex);
+  Stream* const stream = stream_of(handle);
+  const Event* const event = event_of(event_handle);
+  if (stream == nullptr || event == nullptr) return result(cudaErrorInvalidResourceHandle);
+  if (event->last) enqueue(*stream, [record = event->last] { reach(*record); });
+  return cudaSuccess;
+}
+
+// --- events -----------------------------------------------------------------------------------------------------------------------
+
+cudaError_t cudaEventCreateWithFlags(cudaEvent_t* handle, unsigned flags) {
+  if (ready() != cudaSuccess) return ready();
+  const std::lock_guard lock(streams().mutex);
+  auto* event = new Event;
+  event->timed = !(flags & cudaEventDisableTiming);
+  events().insert(event);
+  *handle = reinterpret_cast<cudaEvent_t>(event);
+  return cudaSuccess;
+}
+cudaError_t cudaEventCreate(cudaEvent_t* event) { return cudaEventCreateWithFlags(event, cudaEventDefault); }
+cudaError_t cudaEventDestroy(cudaEvent_t handle) {
+  const std::lock_guard lock(streams().mutex);
+  Event* const event = event_of(handle);
+  if (event == nullptr) return result(cudaErrorInvalidResourceHandle);
+  events().erase(event);
+  delete event;
+  return cudaSuccess;
+}
+cudaError_t cudaEventRecord(cudaEvent_t handle, cudaStream_t stream_handle) {
+  const std::lock_guard lock(streams().mutex);
+  Stream* const stream = stream_of(stream_handle);
+  Event* const event = event_of(handle);
+  if (stream == nullptr || event == nullptr) return result(cudaErrorInvalidResourceHandle);
+  event->last = std::make_shared<Record>();
+  event->last->stream = stream;
+  enqueue(*stream, [record = event->last] {
+    record->done = true;
+    record->when = Clock::now();
+  });
+  return cudaSuccess;
+}
+cudaError_t cudaEventSynchronize(cudaEvent_t handle) {
+  const std::lock_guard lock(streams().mutex);
+  const Event* const event = event_of(handle);
+  if (event == nullptr) return result(cudaErrorInvalidResourceHandle);
+  if (event->last) reach(*event->last);
+  return state_of_device();
+}
+cudaError_t cudaEventQuery(cudaEvent_t handle) {  // not ready the first time, then done
+  const std::lock_guard lock(streams().mutex);
+  const Event* const event = event_of(handle);
+  if (event == nullptr) return result(cudaErrorInvalidResourceHandle);
+  if (!event->last || event->last->done) return cudaSuccess;
+  reach(*event->last);
+  return result(cudaErrorNotReady);
+}
+cudaError_t cudaEventElapsedTime(float* milliseconds, cudaEvent_t from_handle, cudaEvent_t to_handle) {
+  const std::lock_guard lock(streams().mutex);
+  const Event *const from = event_of(from_handle), *const to = event_of(to_handle);
+  for (const Event* event : {from, to})
+    if (event == nullptr || !event->timed || !event->last) return result(cudaErrorInvalidResourceHandle);
+  if (!from->last->done || !to->last->done) return result(cudaErrorNotReady);
+  *milliseconds = std::chrono::duration<float, std::milli>(to->last->when - from->last->when).count();
+  return cudaSuccess;
+}
+
+// --- graphs are not emulated ------------------------------------------------------------------------------------------------------
+
+cudaError_t cudaStreamBeginCapture(cudaStream_t, cudaStreamCaptureMode) { return result(cudaErrorNotSupported); }
+cudaError_t cudaStreamEndCapture(cudaStream_t, cudaGraph_t*) { return result(cudaErrorNotSupported); }
+cudaError_t cudaStreamIsCapturing(cudaStream_t, cudaStreamCaptureStatus* status) {
+  *status = cudaStreamCaptureStatusNone;
+  return cudaSuccess;
+}
+cudaError_t cudaGraphInstantiate(cudaGraphExec_t*, cudaGraph_t, unsigned long long) { return result(cudaErrorNotSupported); }
+cudaError_t cudaGraphLaunch(cudaGraphExec_t, cudaStream_t) { return result(cudaErrorNotSupported); }
+cudaError_t cudaGraphExecDestroy(cudaGraphExec_t) { return result(cudaErrorNotSupported); }
+cudaError_t cudaGraphDestroy(cudaGraph_t) { return result(cudaErrorNotSupported); }
+
+}  // extern "C"

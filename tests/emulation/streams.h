@@ -1,0 +1,44 @@
+// The queues behind the emulated streams: copies, fills and events wait in them until the host or a kernel waits for that stream, so that
+// work which nobody waits for shows as data that never came. Kernels and products run at once, after what stands before them.
+#pragma once
+#include <cuda_runtime_api.h>
+
+#include <chrono>
+#include <deque>
+#include <functional>
+#include <memory>
+#include <mutex>
+#include <set>
+
+namespace mesa::emulation {
+
+struct Stream {
+  bool blocking = true;  // waits for the legacy default stream, and it for this one
+  std::deque<std::function<void()>> waiting;
+};
+
+/// Everything that the process has made. Never destroyed, as it is used until the end.
+struct Streams {
+  std::recursive_mutex mutex;  // of the whole runtime
+  Stream legacy;               // the default stream, 0
+  std::set<Stream*> all;
+};
+Streams& streams();
+
+/// Null for no stream of ours.
+Stream* stream_of(cudaStream_t handle);
+/// Adds work at the end of a stream. The legacy stream is not a queue: it waits for all blocking streams, and they for it.
+void enqueue(Stream& stream, std::function<void()> work);
+/// Does what waits.
+void finish(Stream& stream);
+void finish_all();
+void finish_stream(cudaStream_t stream);
+
+/// Remembers an error for cudaGetLastError.
+cudaError_t result(cudaError_t status);
+/// What a wait returns: kernels that wrote where nothing is are noticed then, as on a GPU.
+cudaError_t state_of_device();
+/// Whether there is a device at all.
+cudaError_t ready();
+
+}  // namespace mesa::emulation
