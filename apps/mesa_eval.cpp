@@ -49,6 +49,10 @@ int evaluate_checkpoint(const std::string& path, const std::string& data, int64_
     throw mesa::UsageError(mesa::concat("--data: the run's data are generated (data.kind: ", config.data.kind, "), they have no folder"));
   if (!data.empty()) config.data.path = data;
   if (batch_size > 0) config.train.eval_batch_size = batch_size;
+  // The weights do not say where to compute: what only a GPU or another CPU has is replaced by its equal.
+  config.device = device;
+  config.train.force_precision = true;
+  if (config.model.attention == "cudnn") config.model.attention = "fused";
   mesa::use_threads(config);
   const mesa::VitConfig vit = mesa::model_config(config, static_cast<int64_t>(loaded.class_names.size()));
   const mesa::TransformOptions transform = mesa::make_transform(config, vit);

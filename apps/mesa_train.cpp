@@ -11,6 +11,7 @@ struct Arguments {
   std::string config, output, device;
   std::vector<std::string> overrides;
   bool dry = false;
+  double fit = 0;  // bytes
   mesa::TrainOptions options;
 };
 
@@ -38,7 +39,7 @@ int run(Arguments& args) {
   if (!args.output.empty()) config.output = args.output;
   if (!args.device.empty()) config.device = args.device;
   if (args.dry) {
-    std::fputs(mesa::dry_run(config).c_str(), stdout);
+    std::fputs(mesa::dry_run(config, static_cast<int64_t>(args.fit)).c_str(), stdout);
     return 0;
   }
   mesa::handle_signals();  // from the set-up on, a signal ends in a resumable state
@@ -59,7 +60,11 @@ int main(int argc, char** argv) {
       app.add_option("--resume", resume, "continue: 'auto' (the default value) takes the newest whole checkpoint of --output")
           ->expected(0, 1)->type_name("[auto|CHECKPOINT]");
   app.add_option("--device", args.device, "auto, cpu or cuda")->check(CLI::IsMember({"auto", "cpu", "cuda"}));
-  app.add_flag("--dry-run", args.dry, "print the resolved config, the plan of kept activations and the predicted peak memory; train nothing");
+  CLI::Option* dry = app.add_flag("--dry-run", args.dry, "print the resolved config, the plan of kept activations and the predicted peak memory; train nothing");
+  app.add_option("--fit", args.fit, "with --dry-run: also the largest train.batch_size whose predicted peak fits so many bytes")
+      ->check(CLI::Range(1.0, 1e15))
+      ->type_name("BYTES")
+      ->needs(dry);
   app.add_flag("--quiet", args.options.quiet, "no progress, only warnings and the summary");
   app.footer("Exit codes: 0 done; 1 failed; 2 wrong usage or config; 75 stopped by a signal and resumable.");
   return mesa::run_app(app, argc, argv, [&] {

@@ -7,6 +7,8 @@
 #include <set>
 #include <string>
 
+#include "support/paths.h"
+
 namespace {
 
 namespace fs = std::filesystem;
@@ -55,7 +57,7 @@ struct Source {
 const std::vector<Source>& sources() {
   static const std::vector<Source> all = [] {
     std::vector<Source> found;
-    const fs::path root = MESA_SOURCE_DIR;
+    const fs::path root = mesa::testing::source_dir();
     for (const char* top : {"include", "src", "kernels", "apps", "tests"}) {
       if (!fs::exists(root / top)) continue;
       for (const auto& entry : fs::recursive_directory_iterator(root / top)) {

@@ -102,6 +102,7 @@ void count_nonfinite(const Tensor& x, const Tensor& counts) {
       for (int64_t i = begin; i < end; ++i) out[c] += !all_finite(px + i, 1);
     });
   });
+  if (!counts.defined()) return;
   for (int64_t count : found) counts.data<int64_t>()[1] += count;
 }
 

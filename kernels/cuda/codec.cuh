@@ -119,8 +119,10 @@ struct Scales {
 
   template <int bits>
   __device__ GroupScale of(int64_t g) const {
-    if constexpr (bits == 0) return {0.0f, 0.0f, -FLT_MAX, FLT_MAX};
-    else return group_scale(step[g], offset[g], bits);
+    if constexpr (bits == 0)
+      return {0.0f, 0.0f, -FLT_MAX, FLT_MAX};
+    else
+      return group_scale(step[g], offset[g], bits);
   }
 };
 
@@ -167,7 +169,8 @@ __device__ inline CodeWord<bits> pack_codes(const float (&v)[kUnit]) {
   for (int from = kUnit - kWordCodes; from >= 0; from -= kWordCodes) {
     uint32_t codes = 0;
 #pragma unroll
-    for (int i = from + kWordCodes - 2; i >= from; i -= 2) codes = pack_clamped<bits>(__float2int_rd(v[i]), __float2int_rd(v[i + 1]), codes);
+    for (int i = from + kWordCodes - 2; i >= from; i -= 2)
+      codes = pack_clamped<bits>(__float2int_rd(v[i]), __float2int_rd(v[i + 1]), codes);
     word = word << 32 | codes;
   }
   return static_cast<CodeWord<bits>>(word);
@@ -243,23 +246,32 @@ inline bool has_units(const Tensor& x) {
 template <class T>
 Units<T> units_of(const Tensor& x) {
   const int64_t n = x.numel(), width = width_of(x);
-  return {x.data<T>(), x.row_stride() - width, Divider(width / kUnit), static_cast<uint32_t>(ceil_div(n, kUnit)),
-          static_cast<uint32_t>(n / kUnit), static_cast<int>(n % kUnit)};
+  return {x.data<T>(),
+          x.row_stride() - width,
+          Divider(width / kUnit),
+          static_cast<uint32_t>(ceil_div(n, kUnit)),
+          static_cast<uint32_t>(n / kUnit),
+          static_cast<int>(n % kUnit)};
 }
 
 /// f(tag of T, integral constants bits, G) for f32 or bf16.
 template <class F>
 void dispatch_units(DType dtype, int G, F&& f) {
   dispatch_narrow(dtype, [&](auto tag) {
-    if (G == 1) f(tag, std::integral_constant<int, 1>{});
-    else f(tag, std::integral_constant<int, kUnit>{});
+    if (G == 1)
+      f(tag, std::integral_constant<int, 1>{});
+    else
+      f(tag, std::integral_constant<int, kUnit>{});
   });
 }
 template <class F>
 void dispatch_bits(int bits, F&& f) {
-  if (bits == 8) f(std::integral_constant<int, 8>{});
-  else if (bits == 4) f(std::integral_constant<int, 4>{});
-  else f(std::integral_constant<int, 2>{});
+  if (bits == 8)
+    f(std::integral_constant<int, 8>{});
+  else if (bits == 4)
+    f(std::integral_constant<int, 4>{});
+  else
+    f(std::integral_constant<int, 2>{});
 }
 
 }  // namespace

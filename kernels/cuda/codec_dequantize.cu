@@ -98,18 +98,21 @@ void dequantize(const Tensor& codes, GroupLayout layout, int bits, const Tensor&
       launch("dequantize", &dequantize_elements_kernel<decltype(tag)>, grid_for(n, 256), 256, 0, bytes, bits, layout, steps, offsets,
              y.data<decltype(tag)>(), n);
     };
-    if (y.dtype() == DType::f64) run(double{});
-    else dispatch_narrow(y.dtype(), run);
+    if (y.dtype() == DType::f64)
+      run(double{});
+    else
+      dispatch_narrow(y.dtype(), run);
     return;
   }
   dispatch_bits(bits, [&](auto width) {
     dispatch_units(y.dtype(), G, [&](auto tag, auto each) {
       using Y = decltype(tag);
       constexpr int kBits = decltype(width)::value, kEach = decltype(each)::value;
-      const Decoded<Y> units{y.data<Y>(), static_cast<uint32_t>(ceil_div(n, kUnit)), static_cast<uint32_t>(n / kUnit), static_cast<int>(n % kUnit)};
+      const Decoded<Y> units{y.data<Y>(), static_cast<uint32_t>(ceil_div(n, kUnit)), static_cast<uint32_t>(n / kUnit),
+                             static_cast<int>(n % kUnit)};
       const unsigned threads = 256;
-      launch("dequantize", &dequantize_units_kernel<Y, kEach, kBits>, static_cast<unsigned>(ceil_div(units.count, threads * kAtOnce)), threads,
-             0, bytes, units, UnitGroups(layout, kEach), steps, offsets);
+      launch("dequantize", &dequantize_units_kernel<Y, kEach, kBits>, static_cast<unsigned>(ceil_div(units.count, threads * kAtOnce)),
+             threads, 0, bytes, units, UnitGroups(layout, kEach), steps, offsets);
     });
   });
 }

@@ -11,7 +11,7 @@ namespace {
 /// the units x across + y down + t, and on by `step`, as far as x across + min(across, y down + reach); it has none if y down + t >= width.
 struct Blocks {
   unsigned threads = 256, columns = 1;  // columns: in y
-  uint32_t across = 0, down = 0, reach = ~0u, width = ~0u, step = 0;
+  uint32_t across = 0, down = 0, reach = 0, width = ~0u, step = 0;
 
   unsigned rows(uint32_t units) const { return static_cast<unsigned>(ceil_div(units, across)); }
   __device__ uint32_t begin() const { return blockIdx.x * across + blockIdx.y * down; }
@@ -36,7 +36,7 @@ inline Blocks share_units(const Tensor& x, const GroupLayout& layout, int G) {
     const int64_t warps = std::lcm(period, int64_t{kWarp}), part = warps <= 512 ? warps : period;
     const int64_t step = part * std::max<int64_t>(1, 256 / part);
     blocks.threads = static_cast<unsigned>(ceil_div(step, kWarp) * kWarp);
-    blocks.across = blocks.down = u32(step * each(step));
+    blocks.across = blocks.reach = u32(step * each(step));
     blocks.step = blocks.width = u32(step);
   } else if (!strided && run >= (period == 0 ? kWarp : kLeastUnits * kWarp)) {  // within a run of one group
     blocks.threads = static_cast<unsigned>(kWarp * std::clamp<int64_t>(run / (kLeastUnits * kWarp), 1, 8));
@@ -44,8 +44,8 @@ inline Blocks share_units(const Tensor& x, const GroupLayout& layout, int G) {
     blocks.down = blocks.reach = u32(std::min(run, blocks.threads * each(blocks.threads)));
     blocks.columns = static_cast<unsigned>(ceil_div(blocks.across, blocks.down));
     blocks.step = blocks.threads;
-  } else if (period > 0) {  // some columns of several periods
-    blocks.across = u32(period * std::min(each(blocks.threads), ceil_div(units, period)));
+  } else if (period > 0 && period < 65536 * blocks.threads) {  // some columns of several periods
+    blocks.across = blocks.reach = u32(period * std::min(each(blocks.threads), ceil_div(units, period)));
     blocks.down = blocks.threads;
     blocks.columns = static_cast<unsigned>(ceil_div(period, blocks.down));
     blocks.step = blocks.width = u32(period);
@@ -64,8 +64,8 @@ struct Job {
 
 /// bits 0: measures only.
 template <class T, int G, int bits, bool stochastic, bool watched>
-__global__ void __launch_bounds__(512, G == 1 ? 3 : 1) pass_units_kernel(Units<T> x, Blocks blocks, UnitGroups groups, Dither dither, Scales scales,
-                                                         uint8_t* __restrict__ codes, Watch watch) {
+__global__ void __launch_bounds__(512, G == 1 ? 3 : 1) pass_units_kernel(Units<T> x, Blocks blocks, UnitGroups groups, Dither dither,
+                                                                         Scales scales, uint8_t* __restrict__ codes, Watch watch) {
   const uint32_t end = blocks.end(x.count), whole = min(end, x.whole);
   uint32_t u = blocks.begin() + threadIdx.x;
   const uint32_t group = groups.of(min(u, x.count - 1));
@@ -86,7 +86,8 @@ __global__ void __launch_bounds__(512, G == 1 ? 3 : 1) pass_units_kernel(Units<T
   if (u < end) {
     const Unit<T> rest = x.load_rest();
     if constexpr (watched) seen.add(rest, x.rest, scale);
-    if constexpr (bits > 0) store_few_codes<bits>(codes + int64_t{u} * bits, quantize_unit<bits, stochastic>(rest, u, dither, scale), x.rest);
+    if constexpr (bits > 0)
+      store_few_codes<bits>(codes + int64_t{u} * bits, quantize_unit<bits, stochastic>(rest, u, dither, scale), x.rest);
   }
   if constexpr (watched) {
     if (watch.scratch) put_ranges(watch, group, seen);
@@ -106,12 +107,17 @@ void pass_units(const char* name, const Tensor& x, const Job& job, int G, const 
     };
     const auto choose = [&](auto watched) {
       constexpr bool kWatched = decltype(watched)::value;
-      if constexpr (bits == 0) run(&pass_units_kernel<T, kEach, 0, false, kWatched>);
-      else if (job.stochastic) run(&pass_units_kernel<T, kEach, bits, true, kWatched>);
-      else run(&pass_units_kernel<T, kEach, bits, false, kWatched>);
+      if constexpr (bits == 0)
+        run(&pass_units_kernel<T, kEach, 0, false, kWatched>);
+      else if (job.stochastic)
+        run(&pass_units_kernel<T, kEach, bits, true, kWatched>);
+      else
+        run(&pass_units_kernel<T, kEach, bits, false, kWatched>);
     };
-    if (bits == 0 || watch.wanted()) choose(std::true_type{});
-    else if constexpr (bits > 0) choose(std::false_type{});
+    if (bits == 0 || watch.wanted())
+      choose(std::true_type{});
+    else if constexpr (bits > 0)
+      choose(std::false_type{});
   });
 }
 
@@ -186,8 +192,10 @@ void pass_elements(const char* name, const Tensor& x, const Job& job, const Watc
     launch(name, &pass_elements_kernel<T, bits>, grid_for(x.numel(), kUnit * 256), 256, watch.shared_bytes(), elements_of<T>(x, job.layout),
            job.stochastic, job.key, job.scales, job.codes, watch);
   };
-  if (x.dtype() == DType::f64) run(double{});
-  else dispatch_narrow(x.dtype(), run);
+  if (x.dtype() == DType::f64)
+    run(double{});
+  else
+    dispatch_narrow(x.dtype(), run);
 }
 
 // --- either ---------------------------------------------------------------------------------------------------------------------------
@@ -197,8 +205,10 @@ template <int bits>
 void pass(const char* name, const Tensor& x, const Job& job, const WatchedGroups& groups) {
   const int G = has_units(x) && aligned(job.codes, std::max(bits, 1)) ? unit_groups(job.layout, x.numel()) : 0;
   const Blocks blocks = G > 0 ? share_units(x, job.layout, G) : Blocks{};
-  if (blocks.across > 0) pass_units<bits>(name, x, job, G, blocks, groups.watch);
-  else pass_elements<bits>(name, x, job, groups.watch);
+  if (blocks.across > 0)
+    pass_units<bits>(name, x, job, G, blocks, groups.watch);
+  else
+    pass_elements<bits>(name, x, job, groups.watch);
   groups.finish(true);
 }
 

@@ -22,7 +22,8 @@ __device__ inline void team_range(float& lo, float& hi, uint32_t lanes) {
   }
 }
 
-/// 2^log_lanes threads take a group of at most kTeamUnits times as many units. All compute on whatever they hold, so that no branch parts them.
+/// 2^log_lanes threads take a group of at most kTeamUnits times as many units. All compute on whatever they hold, so that no branch parts
+/// them.
 template <class T, int bits, bool stochastic>
 __global__ void quantize_short_groups_kernel(Units<T> x, uint32_t group_units, uint32_t groups, int log_lanes, Dither dither,
                                              float* __restrict__ step, float* __restrict__ offset, uint8_t* __restrict__ codes,
@@ -65,8 +66,10 @@ __global__ void quantize_short_groups_kernel(Units<T> x, uint32_t group_units, u
 #pragma unroll
   for (int k = 0; k < kTeamUnits; ++k) {
     const uint32_t u = first + k * lanes;
-    if (u < whole) store_codes<bits>(codes, u, words[k]);
-    else if (u < end) store_few_codes<bits>(codes + int64_t{u} * bits, words[k], x.rest);
+    if (u < whole)
+      store_codes<bits>(codes, u, words[k]);
+    else if (u < end)
+      store_few_codes<bits>(codes + int64_t{u} * bits, words[k], x.rest);
   }
 }
 
@@ -81,8 +84,8 @@ void quantize_short_groups(const Tensor& x, const GroupLayout& layout, bool stoc
   dispatch_narrow(x.dtype(), [&](auto tag) {
     using T = decltype(tag);
     launch("quantize_current", stochastic ? &quantize_short_groups_kernel<T, bits, true> : &quantize_short_groups_kernel<T, bits, false>,
-           static_cast<unsigned>(ceil_div(layout.groups * lanes, threads)), static_cast<unsigned>(threads), 0, units_of<T>(x), static_cast<uint32_t>(units),
-           static_cast<uint32_t>(layout.groups), log_lanes, Dither(key), step, offset, codes, nonfinite);
+           static_cast<unsigned>(ceil_div(layout.groups * lanes, threads)), static_cast<unsigned>(threads), 0, units_of<T>(x),
+           static_cast<uint32_t>(units), static_cast<uint32_t>(layout.groups), log_lanes, Dither(key), step, offset, codes, nonfinite);
   });
 }
 
@@ -111,8 +114,10 @@ void quantize_current(const Tensor& x, GroupLayout layout, int bits, bool stocha
   if (!one_visit) measure_groups(x, layout, offset, step, counts, bits);
   dispatch_bits(bits, [&](auto n) {
     constexpr int kBits = decltype(n)::value;
-    if (one_visit) quantize_short_groups<kBits>(x, layout, stochastic, key, steps, offsets, bytes, count_pair(counts));
-    else pass<kBits>("quantize_current", x, {layout, stochastic, key, {steps, offsets}, bytes}, {});
+    if (one_visit)
+      quantize_short_groups<kBits>(x, layout, stochastic, key, steps, offsets, bytes, count_pair(counts));
+    else
+      pass<kBits>("quantize_current", x, {layout, stochastic, key, {steps, offsets}, bytes}, {});
   });
 }
 

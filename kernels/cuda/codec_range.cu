@@ -27,8 +27,10 @@ __global__ void freeze_range_kernel(int64_t groups, const float* alpha, const fl
 
 void measure_groups(const Tensor& x, const GroupLayout& layout, const Tensor& lo, const Tensor& hi, const Tensor& counts, int step_bits) {
   const WatchedGroups groups(x, layout, lo, hi, counts, step_bits);
-  if (x.numel() > 0) pass<0>("group_range", x, {layout}, groups);
-  else groups.finish(false);
+  if (x.numel() > 0)
+    pass<0>("group_range", x, {layout}, groups);
+  else
+    groups.finish(false);
 }
 
 void group_range(const Tensor& x, GroupLayout layout, const Tensor& lo, const Tensor& hi, const Tensor& counts) {

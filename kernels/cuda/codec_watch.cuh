@@ -118,8 +118,10 @@ struct Watch {
   /// Adds a range of group g. Two calls, for atomics on shared memory are instructions of their own.
   __device__ void put(int64_t g, float lo, float hi) const {
     uint32_t* const table = dynamic_shared<uint32_t>();
-    if (has_table()) raise(table + g, table + groups + g, lo, hi);
-    else raise(scratch + g, scratch + groups + g, lo, hi);
+    if (has_table())
+      raise(table + g, table + groups + g, lo, hi);
+    else
+      raise(scratch + g, scratch + groups + g, lo, hi);
   }
 
   /// At a kernel's beginning, by all threads.
@@ -186,8 +188,12 @@ struct WatchedGroups {
 
   WatchedGroups() = default;
   WatchedGroups(const Tensor& x, const GroupLayout& layout, const Tensor& lo, const Tensor& hi, const Tensor& counts, int bits = 0) {
-    watch = {lo.defined() ? per_group(lo, layout) : nullptr, hi.defined() ? per_group(hi, layout) : nullptr, count_pair(counts),
-             layout.groups, bits, nullptr};
+    watch = {lo.defined() ? per_group(lo, layout) : nullptr,
+             hi.defined() ? per_group(hi, layout) : nullptr,
+             count_pair(counts),
+             layout.groups,
+             bits,
+             nullptr};
     if (!watch.lo && !watch.hi) return;
     scratch = Tensor::empty({2 * layout.groups + 1}, DType::i32, x.device());
     clear(scratch);

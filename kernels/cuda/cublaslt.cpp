@@ -141,7 +141,9 @@ Plan make(const Form& form, const Alignment& aligned, const void* bias) {
   const cublasStatus_t status = cublasLtMatmulAlgoGetHeuristic(handle(), plan.operation, plan.left, plan.right, plan.result, plan.result,
                                                                preference, 1, &found, &count);
   cublasLtMatmulPreferenceDestroy(preference);
-  if (status == CUBLAS_STATUS_NOT_SUPPORTED || (status == CUBLAS_STATUS_SUCCESS && count == 0)) return plan;
+  // Epilogues with a vector have a fallback, so whatever the library says against them counts as a no.
+  const bool refused = status == CUBLAS_STATUS_NOT_SUPPORTED || (form.bias && status != CUBLAS_STATUS_SUCCESS);
+  if (refused || (status == CUBLAS_STATUS_SUCCESS && (count == 0 || found.state != CUBLAS_STATUS_SUCCESS))) return plan;
   check_blas(status, "choosing an algorithm");
   plan.algorithm = found.algo;
   plan.workspace = found.workspaceSize;
@@ -151,8 +153,8 @@ Plan make(const Form& form, const Alignment& aligned, const void* bias) {
 
 Plan& cached(const Form& form, const Alignment& aligned, const void* bias) {
   static std::map<std::pair<Form, Alignment>, Plan> plans;
-  auto [found, fresh] = plans.try_emplace({form, aligned});
-  if (fresh) found->second = make(form, aligned, bias);
+  auto found = plans.find({form, aligned});
+  if (found == plans.end()) found = plans.emplace(std::pair{form, aligned}, make(form, aligned, bias)).first;
   return found->second;
 }
 

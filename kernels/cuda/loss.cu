@@ -1,7 +1,5 @@
 // loss = lse(x) - sum_k t_k x_k for targets t that sum to 1;  dx = dloss / B (softmax(x) - t);  the mean over a batch.
 // A block for each row of logits: there are few rows, and up to tens of thousands of classes.
-#include <cmath>
-
 #include "mesa/kernels/norm.h"
 #include "rows.h"
 

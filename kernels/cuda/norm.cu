@@ -1,6 +1,4 @@
 // xhat = (x - mean(x)) / sqrt(var(x) + eps), y = gamma xhat + beta.
-#include <cmath>
-
 #include "mesa/kernels/norm.h"
 #include "rows.h"
 

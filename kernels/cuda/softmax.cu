@@ -1,6 +1,4 @@
 // y_j = exp(scale x_j - max) / sum, lse = log sum_j exp(scale x_j), over the last axis; the probabilities again are exp(scale x_j - lse).
-#include <cmath>
-
 #include "mesa/kernels/norm.h"
 #include "rows.h"
 

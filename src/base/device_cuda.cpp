@@ -37,12 +37,14 @@ std::string detail::find_device() {
                   "; update the driver");
   if (status == cudaErrorNoDevice || (status == cudaSuccess && devices == 0)) return "no NVIDIA GPU was found";
   if (status != cudaSuccess) return concat("CUDA does not start: ", cudaGetErrorString(status));
-  // A kernel of this library, asked for its attributes, tells whether there is code for the GPU at hand.
   cudaDeviceProp properties{};
   if (const cudaError_t error = cudaGetDeviceProperties(&properties, 0); error != cudaSuccess)
     return concat("the GPU does not answer: ", cudaGetErrorString(error));
   if (properties.major < 8)
     return concat(properties.name, " has compute capability ", properties.major, ".", properties.minor, "; Mesa needs 8.0 or newer");
+  if (const auto error = static_cast<cudaError_t>(probe_status()); error != cudaSuccess)
+    return concat("this build has no code for ", properties.name, " (compute capability ", properties.major, ".", properties.minor,
+                  "); build with -DCMAKE_CUDA_ARCHITECTURES=", properties.major, properties.minor, " (", cudaGetErrorString(error), ")");
   return "";
 }
 

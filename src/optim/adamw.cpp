@@ -38,9 +38,10 @@ void AdamW::step(double lr, double gradient_scale) {
     Param& param = *slot.param;
     if (!param.grad_written) continue;  // took no part in this step
     slots.push_back({param.value, param.grad, slot.m, slot.v, param.bf16_copy(), param.decay ? config_.weight_decay : 0.0});
-    param.touch(param.bf16_copy().defined());
   }
   kernels::adamw(slots, kernels::AdamWStep{lr, config_.beta1, config_.beta2, config_.eps, gradient_scale, steps_});
+  for (Slot& slot : slots_)
+    if (slot.param->grad_written) slot.param->touch(slot.param->bf16_copy().defined());
 }
 
 std::map<std::string, Tensor> AdamW::state() const {

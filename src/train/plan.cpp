@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cstdio>
+#include <fstream>
 #include <regex>
 
 #include "mesa/base/cuda.h"
@@ -145,10 +146,19 @@ int64_t largest_batch(const RunConfig& config, const VitConfig& model, int64_t b
 int64_t available_memory(Device device) {
   const int64_t reserved = Allocator::of(device).use().reserved;
   if (device.kind == DeviceKind::cuda) return cuda::device_memory().free + reserved;
-  return static_cast<int64_t>(sysconf(_SC_AVPHYS_PAGES)) * sysconf(_SC_PAGESIZE) + reserved;
+  std::ifstream meminfo("/proc/meminfo");
+  for (std::string name, rest; meminfo >> name; std::getline(meminfo, rest))
+    if (name == "MemAvailable:") {
+      int64_t kilobytes = 0;
+      meminfo >> kilobytes;
+      return kilobytes * 1024 + reserved;
+    }
+  return static_cast<int64_t>(sysconf(_SC_PHYS_PAGES)) * sysconf(_SC_PAGESIZE);
 }
 
-std::string explain_out_of_memory(const RunConfig& config, const VitConfig& model, int64_t bytes) {
+std::string explain_out_of_memory(const RunConfig& config) try {
+  const VitConfig model = model_config(config, known_classes(config));
+  const int64_t bytes = available_memory(choose_device(config.device));
   const Plan plan = plan_run(config, model);
   MemoryUse at_peak;
   at_peak.live = plan.peak.peak_kind;
@@ -162,6 +172,8 @@ std::string explain_out_of_memory(const RunConfig& config, const VitConfig& mode
   if (batch > 0 && batch < config.train.batch_size) out += concat("\ntrain.batch_size=", batch, " would fit");
   else if (batch == 0) out += "\nnot even a batch of 1 would fit";
   return out + "\nfewer bits keep less: storage: int8, int4 or int2";
+} catch (const std::exception& e) {
+  return concat("(no plan can be made now: ", e.what(), ")");
 }
 
 std::string format_plan(const Plan& plan, int64_t batch_size, bool all) {

@@ -234,7 +234,7 @@ StorageConfig reference_storage() {
 
 SentBatch send(Batch batch, int64_t classes, Device device) {
   check_labels(batch.labels, classes);
-  SentBatch sent{std::move(batch), {}, {}, {}};
+  SentBatch sent{std::move(batch), {}, {}, {}, {}};
   sent.pixels = sent.host.images, sent.labels = sent.host.labels;
   if (device.kind != DeviceKind::cuda) return sent;
   const auto copy = [&](Tensor& t) {  // a byte a value: four times less to move than floats
@@ -244,6 +244,11 @@ SentBatch send(Batch batch, int64_t classes, Device device) {
   };
   copy(sent.pixels);
   copy(sent.labels);
+  sent.guard = std::shared_ptr<void>(nullptr, [mark = sent.arrival](void*) {
+                  if (cuda::passed(mark)) return;
+                  cuda::wait_for(mark);
+                  cuda::synchronize();
+                });
   return sent;
 }
 

@@ -189,13 +189,13 @@ int Run::operator()() {
   } catch (const std::exception& e) {
     // Such as a damaged picture after hours: what was trained is kept, and can be resumed once the cause is mended.
     const std::string place = concat("epoch ", state_.epoch + 1, ", step ", state_.step);
-    std::string what = e.what();
-    if (dynamic_cast<const OutOfMemory*>(&e)) what += "\n" + explain_out_of_memory(config_, vit_, available_memory(model_.device)) + "\n";
-    folder_->warn(concat("error at ", place, ": ", what));
+    folder_->warn(concat("error at ", place, ": ", e.what()));
     if (progress_) progress_->finish();
     progress_.reset();
     const bool kept = state_.step > start.step && save("last");
-    throw Error(concat(what, " (at ", place, kept ? "; the state before it is saved: continue with --resume)" : ")"));
+    const std::string what = concat(e.what(), " (at ", place, kept ? "; the state before it is saved: continue with --resume)" : ")");
+    if (dynamic_cast<const OutOfMemory*>(&e)) throw OutOfMemory(what);
+    throw Error(what);
   }
 }
 
@@ -414,13 +414,17 @@ int Run::finish() {
 
 }  // namespace
 
-int train(RunConfig config, const TrainOptions& options) {
+int train(const RunConfig& config, const TrainOptions& options) {
   choose_device(config.device);
   use_threads(config);
-  return Run(std::move(config), options)();
+  try {
+    return Run(config, options)();
+  } catch (const OutOfMemory& e) {
+    throw Error(concat(e.what(), "\n", explain_out_of_memory(config)));
+  }
 }
 
-std::string dry_run(const RunConfig& config) {
+std::string dry_run(const RunConfig& config, int64_t fit_bytes) {
   choose_device(config.device);
   VitConfig model = model_config(config, known_classes(config));
   const bool readable = config.data.kind == "image_folder" && std::filesystem::is_directory(config.data.path);
@@ -430,7 +434,9 @@ std::string dry_run(const RunConfig& config) {
   make_transform(config, model);
   RunConfig resolved = config;
   if (classes > 0) resolved.model.classes = model.classes;
-  return concat(to_yaml(resolved), "\n", format_plan(plan_run(config, model), config.train.batch_size));
+  std::string out = concat(to_yaml(resolved), "\n", format_plan(plan_run(config, model), config.train.batch_size));
+  if (fit_bytes > 0) out += concat("\nlargest batch within ", format_bytes(fit_bytes), ": ", largest_batch(config, model, fit_bytes), "\n");
+  return out;
 }
 
 }  // namespace mesa

@@ -18,8 +18,8 @@ double Updater::forward_backward(const SentBatch& batch, uint64_t micro_step, do
   const Prepared data = prepare(batch, transform_);
   const Var loss = cross_entropy(model_.net(data.images), data.labels, config_.train.label_smoothing);
   activation_bytes_ = memory.use().of(MemoryKind::activations) - before;
+  meanwhile();  // before the backward pass is handed over, so that copies begun here run beside it
   tape.backward(loss, {}, scale);
-  meanwhile();
   return to(loss.value(), kCpu).data<float>()[0];  // only now: until here a GPU need not be waited for
 }
 

@@ -20,7 +20,7 @@ class Updater {
   Updater(const RunConfig& config, BuiltModel& model, StoragePolicy& policy, AdamW& optimizer, const Schedule& schedule,
           const TransformOptions& transform);
   /// Takes `count` batches, one at a time, for one update, and advances step, micro_step and the counts of bad steps. `meanwhile` is called
-  /// each time a pass has been handed to the device, before its result is waited for.
+  /// each time a forward pass has been handed to the device: what it copies runs beside the backward pass.
   UpdateResult operator()(int64_t count, const std::function<SentBatch()>& next, const std::function<void()>& meanwhile, TrainingState& state);
   /// Kept activations of the last forward pass, by the meter.
   int64_t activation_bytes() const { return activation_bytes_; }

@@ -64,7 +64,7 @@ void panel_of(const float* a, const float* b, float* c, int64_t rows, int64_t k,
   panel_plain(a, b, c, rows, k, n);
 }
 
-constexpr int64_t kWorthThreads = 1 << 16;  // products
+constexpr int64_t kWorthThreads = 1 << 20;  // multiplications; below that threads cost more than they save
 
 template <class T>
 void multiply(const T* a, const T* b, T* c, int64_t m, int64_t k, int64_t n) {
@@ -147,7 +147,7 @@ void for_each_element(const Layout& layout, F&& f) {
 size_t size_of(cudaDataType type) { return type == CUDA_R_16BF ? 2 : type == CUDA_R_64F ? 8 : 4; }
 
 void multiply(const Product& p) {
-#pragma omp parallel for if (p.d.batches > 1)
+#pragma omp parallel for if (p.d.batches > 1 && p.d.batches * p.m() * p.n() * p.k() > kWorthThreads)
   for (int64_t batch = 0; batch < p.d.batches; ++batch)
     p.d.type == CUDA_R_64F ? multiply_one<double>(p, batch) : multiply_one<float>(p, batch);
 }

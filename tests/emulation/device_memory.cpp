@@ -12,6 +12,7 @@
 #include <map>
 #include <mutex>
 #include <string>
+#include <vector>
 
 #include "mesa/base/error.h"
 
@@ -232,9 +233,8 @@ std::string damage() {
 #ifndef MESA_EMULATION_ASAN  // which stops at the write itself
   Arena& a = arena();
   const DeviceAccess access;
-  const auto intact = [](const unsigned char* from, size_t bytes) {
-    return std::all_of(from, from + bytes, [](unsigned char c) { return c == kGuard; });
-  };
+  static const std::vector<unsigned char> whole(kRedZone + kAlignment, kGuard);
+  const auto intact = [](const unsigned char* from, size_t bytes) { return std::memcmp(from, whole.data(), bytes) == 0; };
   for (const auto& [at, bytes] : a.blocks) {
     const unsigned char* const block = a.base + at;
     if (!intact(block - kRedZone, kRedZone)) return concat("before a block of ", bytes, " bytes");

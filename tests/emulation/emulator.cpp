@@ -19,6 +19,8 @@ dim3 blockDim, gridDim;
 
 namespace mesa::emulation {
 
+unsigned detail::present = 0;
+
 struct Copy {
   void* to;
   const void* from;
@@ -34,7 +36,6 @@ struct Thread {
   const uint64_t* waits_on = nullptr;  // it may run once this differs from `seen`
   uint64_t seen = 0;
   const char* waits_in = "";
-  unsigned present = 0;
   std::vector<Copy> copies;
   int committed = 0;
 };
@@ -99,6 +100,15 @@ inline void wait(const uint64_t& generation, uint64_t seen, const char* where) {
   self.fiber = current;
   switch_to(next_fiber());
   threadIdx = self.index;
+}
+
+inline void deposit(unsigned char* to, const void* value, size_t bytes) {
+  if (bytes == 4)
+    std::memcpy(to, value, 4);  // the usual sizes without a call
+  else if (bytes == 8)
+    std::memcpy(to, value, 8);
+  else
+    std::memcpy(to, value, bytes);
 }
 
 /// The deposits are complete once every lane of the mask has come that is still there.
@@ -295,8 +305,6 @@ void set_order(Order wish) { chosen_order() = wish; }
 
 // --- what a thread sees -----------------------------------------------------------------------------------------------------------
 
-int lane() { return current->thread->number % 32; }
-unsigned present() { return current->thread->present; }
 unsigned char* shared_memory() { return shared.get(); }
 
 void give_up(const std::string& what) {
@@ -333,11 +341,11 @@ const unsigned char* exchange(unsigned mask, const void* value, size_t bytes, co
   meeting.operation = operation;
   meeting.combine = combine;
   unsigned char* const places = meeting.places[meeting.generation % 2];
-  std::memcpy(places + kDeposit * (self.number % 32), value, bytes);
+  deposit(places + kDeposit * (self.number % 32), value, bytes);
   meeting.arrived |= bit;
   const uint64_t seen = meeting.generation;
   if (!complete(meeting, warp.alive)) wait(meeting.generation, seen, operation);
-  self.present = meeting.took_part;
+  detail::present = meeting.took_part;
   return places;
 }
 

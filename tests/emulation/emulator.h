@@ -9,6 +9,9 @@
 #include <string>
 #include <type_traits>
 
+extern uint3 threadIdx, blockIdx;
+extern dim3 blockDim, gridDim;
+
 namespace mesa::emulation {
 
 /// Runs `thread` once for each thread of each block. Throws mesa::Error naming the kernel and the block for a barrier that not every thread
@@ -29,7 +32,7 @@ void set_order(Order order);
 void barrier(int line);
 /// The dynamic shared memory of the block: as long as the launch asked for, 16-byte aligned, all NaN at first.
 unsigned char* shared_memory();
-int lane();
+inline int lane() { return static_cast<int>((threadIdx.x + blockDim.x * (threadIdx.y + blockDim.y * threadIdx.z)) % 32); }
 /// Ends the kernel with an error that names this thread.
 [[noreturn]] void give_up(const std::string& what);
 
@@ -39,8 +42,6 @@ int lane();
 const unsigned char* exchange(unsigned mask, const void* value, size_t bytes, const char* operation = "a warp operation",
                               void (*combine)(unsigned char* deposits) = nullptr);
 inline constexpr size_t kDeposit = 64;
-/// The lanes that took part in this thread's last exchange.
-unsigned present();
 /// The same with all 32 lanes, none of which may be missing.
 const unsigned char* exchange_warp(const void* value, size_t bytes, const char* operation,
                                    void (*combine)(unsigned char* deposits) = nullptr);
@@ -49,6 +50,12 @@ const unsigned char* exchange_warp(const void* value, size_t bytes, const char* 
 void copy_later(void* to, const void* from, size_t bytes);
 void commit_copies();
 void wait_for_copies(int pending);
+
+namespace detail {
+extern unsigned present;
+}
+/// The lanes that took part in the exchange that has just returned.
+inline unsigned present() { return detail::present; }
 
 template <class T>
 T shuffle(unsigned mask, T value, int source, const char* operation) {
@@ -67,9 +74,6 @@ inline int group_of(int width) {
 }
 
 }  // namespace mesa::emulation
-
-extern uint3 threadIdx, blockIdx;
-extern dim3 blockDim, gridDim;
 
 #undef __shared__
 #define __shared__ static  // blocks run one after the other

@@ -1,5 +1,5 @@
 // The CUDA runtime's functions that Mesa calls, on emulated memory: errors, the device, memory and copies; streams.cpp has the rest.
-// MESA_EMULATION_DEVICE=no_driver, old_driver, no_gpu or old_gpu is a machine that cannot run Mesa.
+// MESA_EMULATION_DEVICE=no_driver, old_driver, no_gpu, old_gpu or no_code is a machine that cannot run Mesa.
 #include <cuda_runtime_api.h>
 
 #include <algorithm>
@@ -92,21 +92,19 @@ cudaError_t fill(const char* function, void* to, int value, size_t bytes, cudaSt
 
 // --- the device -------------------------------------------------------------------------------------------------------------------
 
-enum class Machine { whole, no_driver, old_driver, no_gpu, old_gpu };
+enum class Machine { whole, no_driver, old_driver, no_gpu, old_gpu, no_code };
 
 Machine machine() {
-  static const Machine one = [] {
-    const char* wish = std::getenv("MESA_EMULATION_DEVICE");
-    const std::map<std::string, Machine> machines{{"", Machine::whole},
-                                                  {"no_driver", Machine::no_driver},
-                                                  {"old_driver", Machine::old_driver},
-                                                  {"no_gpu", Machine::no_gpu},
-                                                  {"old_gpu", Machine::old_gpu}};
-    const auto found = machines.find(wish ? wish : "");
-    check(found != machines.end(), "MESA_EMULATION_DEVICE is '", wish, "'; it may be no_driver, old_driver, no_gpu or old_gpu");
-    return found->second;
-  }();
-  return one;
+  const char* const wish = std::getenv("MESA_EMULATION_DEVICE");
+  if (wish == nullptr || *wish == 0) return Machine::whole;
+  static const std::map<std::string, Machine> machines{{"no_driver", Machine::no_driver},
+                                                       {"old_driver", Machine::old_driver},
+                                                       {"no_gpu", Machine::no_gpu},
+                                                       {"old_gpu", Machine::old_gpu},
+                                                       {"no_code", Machine::no_code}};
+  const auto found = machines.find(wish);
+  check(found != machines.end(), "MESA_EMULATION_DEVICE is '", wish, "'; it may be no_driver, old_driver, no_gpu, old_gpu or no_code");
+  return found->second;
 }
 
 struct Words {
@@ -247,7 +245,7 @@ cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void*) {
   attributes->maxThreadsPerBlock = 1024;
   attributes->binaryVersion = attributes->ptxVersion = 90;
   attributes->maxDynamicSharedSizeBytes = 48 << 10;
-  if (machine() == Machine::old_gpu) return result(cudaErrorNoKernelImageForDevice);
+  if (machine() == Machine::old_gpu || machine() == Machine::no_code) return result(cudaErrorNoKernelImageForDevice);
   return ready();
 }
 

@@ -253,3 +253,18 @@ TEST_CASE("emulation: the device and its errors describe themselves", "[emulatio
   CHECK(std::string(cudaGetErrorString(cudaErrorIllegalAddress)) == "an illegal memory access was encountered");
   cudaGetLastError();
 }
+
+TEST_CASE("emulation: machines that cannot run Mesa", "[emulation]") {
+  const auto reason_on = [](const char* machine) {
+    return end_of([&] {
+             setenv("MESA_EMULATION_DEVICE", machine, 1);
+             dprintf(STDERR_FILENO, "%s", cuda::detail::find_device().c_str());
+           })
+        .err;
+  };
+  CHECK(reason_on("no_driver") == "no NVIDIA driver is installed");
+  CHECK_THAT(reason_on("old_driver"), Contains("the NVIDIA driver supports CUDA 12.0, but this build needs 13.0"));
+  CHECK(reason_on("no_gpu") == "no NVIDIA GPU was found");
+  CHECK_THAT(reason_on("old_gpu"), Contains("emulated has compute capability 7.0; Mesa needs 8.0 or newer"));
+  CHECK_THAT(reason_on("no_code"), Contains("this build has no code for emulated (compute capability 9.0)"));
+}

@@ -6,6 +6,7 @@
 #include "mesa/models/vit.h"
 #include "mesa/optim/adamw.h"
 #include "mesa/train/safetensors.h"
+#include "support/paths.h"
 #include "support/gradcheck.h"
 
 using namespace mesa;
@@ -13,7 +14,7 @@ using namespace mesa::testing;
 
 namespace {
 
-SafetensorsFile golden(const std::string& name) { return read_safetensors(std::string(MESA_SOURCE_DIR) + "/tests/golden/" + name); }
+SafetensorsFile golden(const std::string& name) { return read_safetensors(source_dir() + "/tests/golden/" + name); }
 
 const Tensor& of(const SafetensorsFile& file, const std::string& name) {
   const Tensor* tensor = file.find(name);

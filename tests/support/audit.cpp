@@ -35,6 +35,7 @@ class AuditedCodec : public Codec {
   }
   double error_bound(double lo, double hi) const override { return inner_->error_bound(lo, hi); }
   bool shares_input(DType dtype) const override { return inner_->shares_input(dtype); }
+  bool leaves(Device device) const override { return inner_->leaves(device); }
 
  private:
   struct Kept {

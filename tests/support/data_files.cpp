@@ -9,6 +9,8 @@
 #include <cstdlib>
 #include <fstream>
 
+#include "support/paths.h"
+
 namespace mesa::testing {
 
 namespace fs = std::filesystem;
@@ -35,7 +37,7 @@ std::string TemporaryFolder::write(const std::string& name, const Bytes& bytes) 
 
 std::optional<fs::path> shared_data(const std::string& part) {
   const char* configured = std::getenv("MESA_SHARED_DATA");
-  const fs::path root = configured != nullptr ? fs::path(configured) : fs::path(MESA_SOURCE_DIR) / ".." / "shared" / "data";
+  const fs::path root = configured != nullptr ? fs::path(configured) : fs::path(source_dir()) / ".." / "shared" / "data";
   if (!fs::is_directory(root / part)) return std::nullopt;
   return root / part;
 }

@@ -8,6 +8,8 @@
 
 #include "mesa/base/files.h"
 
+#include "support/paths.h"
+
 using namespace mesa;
 namespace fs = std::filesystem;
 using Catch::Matchers::Contains;
@@ -279,15 +281,15 @@ TEST_CASE("config: what is written reads back equal") {
 }
 
 TEST_CASE("config: docs/config.md has the table of keys") {
-  CHECK_THAT(read_text(std::string(MESA_SOURCE_DIR) + "/docs/config.md"), Contains(config_reference()));
+  CHECK_THAT(read_text(testing::source_dir() + "/docs/config.md"), Contains(config_reference()));
 }
 
 TEST_CASE("config: every shipped config loads and survives writing") {
   const char* old = std::getenv("MESA_CONFIG_DIR");
   const std::string before = old ? old : "";
-  if (!old) setenv("MESA_CONFIG_DIR", MESA_SOURCE_DIR "/configs", 1);
+  if (!old) setenv("MESA_CONFIG_DIR", (testing::source_dir() + "/configs").c_str(), 1);
   int loaded = 0;
-  for (const auto& entry : fs::recursive_directory_iterator(MESA_SOURCE_DIR "/configs")) {
+  for (const auto& entry : fs::recursive_directory_iterator(testing::source_dir() + "/configs")) {
     const fs::path path = entry.path();
     if (path.extension() != ".yaml") continue;
     INFO(path);

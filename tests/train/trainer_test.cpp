@@ -17,6 +17,7 @@
 #include "mesa/train/files.h"
 #include "mesa/train/safetensors.h"
 #include "support/data_files.h"
+#include "support/device.h"
 
 using namespace mesa;
 using namespace mesa::testing;
@@ -141,10 +142,10 @@ TEST_CASE("trainer: the system is asked for no memory after the first epoch") {
   REQUIRE(t.run({"train.epochs=1", "data.train_size=16"}) == 0);  // one step warms the caches of this process
   fs::remove_all(t.path("run"));
   REQUIRE(t.run({"train.epochs=1"}) == 0);
-  const int64_t short_run = Allocator::of(kCpu).use().system_allocations;
+  const int64_t short_run = Allocator::of(testing::test_device()).use().system_allocations;
   fs::remove_all(t.path("run"));
   REQUIRE(t.run({"train.epochs=6"}) == 0);
-  CHECK(Allocator::of(kCpu).use().system_allocations == short_run);
+  CHECK(Allocator::of(testing::test_device()).use().system_allocations == short_run);
 }
 
 TEST_CASE("trainer: a damaged picture ends the run with its name and a state to resume") {

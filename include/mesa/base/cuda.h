@@ -58,6 +58,7 @@ struct DeviceMemory {
 
 namespace detail {
 [[gnu::weak]] std::string find_device();
+[[gnu::weak]] int probe_status();  // kernels/cuda/probe.cu: cudaSuccess if there is code for the GPU
 }
 
 }  // namespace mesa::cuda

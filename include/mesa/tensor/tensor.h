@@ -68,7 +68,7 @@ class Tensor {
 
 /// Sets the bytes of a contiguous tensor to 0, wherever it lives.
 void clear(const Tensor& x);
-/// Copies elements between devices, or on one: both contiguous, of one shape and dtype. The source's host side may be reused at once.
+/// Copies elements between devices, or on one: both contiguous, of one shape and dtype. Memory of kPinned must not be reused before the device is waited for.
 void transfer(const Tensor& from, const Tensor& to);
 /// x itself if it lives there, otherwise a copy; a strided x stays strided.
 Tensor to(const Tensor& x, Device device, MemoryKind kind = MemoryKind::workspace);

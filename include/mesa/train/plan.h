@@ -18,8 +18,9 @@ Plan plan_run(const RunConfig& config, const VitConfig& model);
 
 /// The largest train.batch_size whose planned peak stays within `bytes`, 0 if none does. Tens of plans: a second or so.
 int64_t largest_batch(const RunConfig& config, const VitConfig& model, int64_t bytes);
-/// What a reader of an out-of-memory error needs: the plan by kind, the sites that keep most, and the largest batch that fits `bytes`.
-std::string explain_out_of_memory(const RunConfig& config, const VitConfig& model, int64_t bytes);
+/// What a reader of an out-of-memory error needs: the plan by kind, the sites that keep most, and the largest batch that would fit the
+/// device. Never throws: an explanation must not hide the error.
+std::string explain_out_of_memory(const RunConfig& config);
 /// Bytes that this process may have on the device: what it has reserved and what is free.
 int64_t available_memory(Device device);
 

@@ -42,6 +42,7 @@ struct SentBatch {
   Batch host;             ///< u8 [B, H, W, C] and i64 [B]; on a GPU it must live until the copy has arrived
   Tensor pixels, labels;  ///< the same on the device
   cuda::Mark arrival;     ///< null on the CPU
+  std::shared_ptr<void> guard;  ///< whoever drops a batch waits until nothing copies from or to its memory
 };
 /// Checks the labels against `classes` and starts the copy.
 SentBatch send(Batch batch, int64_t classes, Device device);
