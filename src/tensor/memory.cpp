@@ -144,7 +144,8 @@ std::shared_ptr<Buffer> Allocator::allocate(int64_t bytes, MemoryKind kind) {
   }
   buffer->bytes_ = bytes;
   impl_->count(kind, bytes);
-  if (buffer->data_ != nullptr) {  // under AddressSanitizer neither the rest of a block nor a cached block may be touched
+  // Under AddressSanitizer neither the rest of a block nor a cached block may be touched. A GPU may still work on what the host released.
+  if (buffer->data_ != nullptr && impl_->device == kCpu) {
     ASAN_POISON_MEMORY_REGION(buffer->data_, static_cast<size_t>(buffer->capacity_));
     ASAN_UNPOISON_MEMORY_REGION(buffer->data_, static_cast<size_t>(bytes));
   }
@@ -156,7 +157,7 @@ Buffer::~Buffer() {
   Allocator::Impl& impl = *Allocator::of(device_).impl_;
   const std::lock_guard lock(impl.mutex);
   impl.count(kind_, -bytes_);
-  if (data_ != nullptr) ASAN_POISON_MEMORY_REGION(data_, static_cast<size_t>(capacity_));
+  if (data_ != nullptr && device_ == kCpu) ASAN_POISON_MEMORY_REGION(data_, static_cast<size_t>(capacity_));
   impl.cached[capacity_].push_back(data_);
 }
 

@@ -49,8 +49,7 @@ void panel_plain(const float* a, const float* b, float* c, int64_t rows, int64_t
 [[gnu::target("avx2,fma")]] void panel_avx2(const float* a, const float* b, float* c, int64_t rows, int64_t k, int64_t n) {
   panel(a, b, c, rows, k, n);
 }
-[[gnu::target("avx512f,avx2,fma,prefer-vector-width=512")]] void panel_avx512(const float* a, const float* b, float* c, int64_t rows,
-                                                                              int64_t k, int64_t n) {
+[[gnu::target("avx512f,avx2,fma")]] void panel_avx512(const float* a, const float* b, float* c, int64_t rows, int64_t k, int64_t n) {
   panel(a, b, c, rows, k, n);
 }
 #endif
