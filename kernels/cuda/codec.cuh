@@ -15,8 +15,8 @@ inline constexpr int kUnit = 8;
 
 // --- which group, which address ---------------------------------------------------------------------------------------------------
 
-/// n / divisor for n < 2^31, by a multiplication (Granlund and Montgomery 1994): m = ceil(2^s / divisor) is at most one divisor too large,
-/// scaled by 2^s, and s = 31 + ceil(log2 divisor) makes that too little to reach the next quotient.
+/// n / divisor for n < 2^31, by a multiplication (Granlund and Montgomery, 1994): with s = 31 + ceil(log2 divisor) and m = ceil(2^s /
+/// divisor), n m / 2^s exceeds n / divisor by less than 1 / divisor, too little to reach the next integer.
 struct Divider {
   uint32_t multiplier = 0;
   int shift = 0;

@@ -24,6 +24,21 @@ __device__ inline uint64_t load_codes(const uint8_t* codes, const Decoded<Y>& y,
   return word;
 }
 
+/// A unit's G steps or offsets.
+template <int G>
+__device__ inline void load_scales(const float* from, float (&to)[G]) {
+  if constexpr (G == 1) {
+    to[0] = *from;
+  } else {
+#pragma unroll
+    for (int i = 0; i < G; i += 4) {
+      const Pack<float, 4> four = *reinterpret_cast<const Pack<float, 4>*>(from + i);
+#pragma unroll
+      for (int j = 0; j < 4; ++j) to[i + j] = four.v[j];
+    }
+  }
+}
+
 template <class Y>
 __device__ inline void store_unit(Y* to, const float (&v)[kUnit]) {
   constexpr int kStep = 16 / sizeof(Y);
@@ -52,8 +67,8 @@ __global__ void dequantize_units_kernel(const uint8_t* __restrict__ codes, Decod
     if (u >= y.count) break;
     if (const uint32_t g = groups.of(u); g != group) {
       group = g;
-#pragma unroll
-      for (int i = 0; i < G; ++i) steps[i] = step[int64_t{g} * G + i], offsets[i] = offset[int64_t{g} * G + i];
+      load_scales(step + int64_t{g} * G, steps);
+      load_scales(offset + int64_t{g} * G, offsets);
     }
     float v[kUnit];
 #pragma unroll
@@ -92,7 +107,8 @@ void dequantize(const Tensor& codes, GroupLayout layout, int bits, const Tensor&
   const float *const steps = per_group(step, layout), *const offsets = per_group(offset, layout);
   const int64_t n = y.numel();
   if (n == 0) return;
-  const int G = has_units(y) && aligned(bytes, static_cast<size_t>(bits)) ? unit_groups(layout, n) : 0;
+  int G = has_units(y) && aligned(bytes, static_cast<size_t>(bits)) ? unit_groups(layout, n) : 0;
+  if (G > 1 && !(aligned(steps, 16) && aligned(offsets, 16))) G = 0;
   if (G == 0) {
     const auto run = [&](auto tag) {
       launch("dequantize", &dequantize_elements_kernel<decltype(tag)>, grid_for(n, 256), 256, 0, bytes, bits, layout, steps, offsets,
@@ -110,9 +126,8 @@ void dequantize(const Tensor& codes, GroupLayout layout, int bits, const Tensor&
       constexpr int kBits = decltype(width)::value, kEach = decltype(each)::value;
       const Decoded<Y> units{y.data<Y>(), static_cast<uint32_t>(ceil_div(n, kUnit)), static_cast<uint32_t>(n / kUnit),
                              static_cast<int>(n % kUnit)};
-      const unsigned threads = 256;
-      launch("dequantize", &dequantize_units_kernel<Y, kEach, kBits>, static_cast<unsigned>(ceil_div(units.count, threads * kAtOnce)),
-             threads, 0, bytes, units, UnitGroups(layout, kEach), steps, offsets);
+      launch("dequantize", &dequantize_units_kernel<Y, kEach, kBits>, static_cast<unsigned>(ceil_div(units.count, 256 * kAtOnce)), 256, 0,
+             bytes, units, UnitGroups(layout, kEach), steps, offsets);
     });
   });
 }

@@ -20,8 +20,8 @@ struct Blocks {
   }
 };
 
-/// Units that a thread takes at least, and blocks of a longer pass: several for each multiprocessor.
-inline constexpr int64_t kLeastUnits = 4, kPassBlocks = 132 * 8;
+/// Units that a thread takes at least, and blocks of a longer pass: as many as the multiprocessors hold at once.
+inline constexpr int64_t kLeastUnits = 4, kPassBlocks = 132 * 6;
 
 /// Blocks for G of UnitGroups; `across` is 0 if there is no good way. The steps of a strided tensor are whole rows.
 inline Blocks share_units(const Tensor& x, const GroupLayout& layout, int G) {

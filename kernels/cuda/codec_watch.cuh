@@ -99,16 +99,16 @@ __device__ inline void raise(uint32_t* low, uint32_t* high, float lo, float hi) 
   atomicMax(high, rank_of(hi));
 }
 
-/// What a pass is asked to note, and where to. A scale is wanted instead of a range if bits > 0: hi then receives the step.
+/// What a pass is asked to note, and where to. If step_bits > 0, hi receives the step that spreads the range over codes of so many bits.
 struct Watch {
   float *lo = nullptr, *hi = nullptr;  // [groups] each, or null
   int64_t* counts = nullptr;           // [2], or null
   int64_t groups = 0;
-  int bits = 0;
+  int step_bits = 0;
   uint32_t* scratch = nullptr;  // 0 at first: the ranks, and how many blocks are done; null if no ranges are wanted
 
   static constexpr int64_t kShared = 2048;  ///< ranks of so many groups are gathered in shared memory first
-  static constexpr int64_t kLate = 16384;   ///< so many are beyond what the last block may be left with
+  static constexpr int64_t kLate = 16384;   ///< more groups than this are too many for the last block to write
 
   bool wanted() const { return lo || hi || counts; }
   bool late() const { return groups > kLate; }
@@ -135,7 +135,7 @@ struct Watch {
     const uint32_t low = __ldcg(&scratch[g]), high = __ldcg(&scratch[groups + g]);
     const float least = high == 0 ? 0.0f : of_rank(~low), greatest = high == 0 ? 0.0f : of_rank(high);
     if (lo) lo[g] = least;
-    if (hi) hi[g] = bits > 0 ? step_of_range(least, greatest, bits) : greatest;
+    if (hi) hi[g] = step_bits > 0 ? step_of_range(least, greatest, step_bits) : greatest;
   }
 
   /// At a kernel's end, by all threads, when all have put their ranges.
@@ -187,12 +187,12 @@ struct WatchedGroups {
   Tensor scratch;
 
   WatchedGroups() = default;
-  WatchedGroups(const Tensor& x, const GroupLayout& layout, const Tensor& lo, const Tensor& hi, const Tensor& counts, int bits = 0) {
+  WatchedGroups(const Tensor& x, const GroupLayout& layout, const Tensor& lo, const Tensor& hi, const Tensor& counts, int step_bits = 0) {
     watch = {lo.defined() ? per_group(lo, layout) : nullptr,
              hi.defined() ? per_group(hi, layout) : nullptr,
              count_pair(counts),
              layout.groups,
-             bits,
+             step_bits,
              nullptr};
     if (!watch.lo && !watch.hi) return;
     scratch = Tensor::empty({2 * layout.groups + 1}, DType::i32, x.device());
@@ -208,7 +208,7 @@ struct WatchedGroups {
 
 }  // namespace
 
-/// group_range; with step_bits > 0, `hi` receives the step that spreads the range over codes of so many bits.
+/// group_range; `hi` receives steps if step_bits > 0 (see Watch).
 void measure_groups(const Tensor& x, const GroupLayout& layout, const Tensor& lo, const Tensor& hi, const Tensor& counts, int step_bits);
 
 }  // namespace mesa::kernels::cuda

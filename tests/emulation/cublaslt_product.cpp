@@ -20,58 +20,74 @@ void dispatch(cudaDataType type, F&& f) {
 
 // --- c [m, n] <- a [m, k] b [k, n], all contiguous --------------------------------------------------------------------------------
 
-/// Four rows of c at a time, a strip of columns at a time, so that their sums stay in registers.
-template <class T, int kRows>
-[[gnu::always_inline]] inline void strips(const T* a, const T* b, T* c, int64_t k, int64_t n) {
-  constexpr int kStrip = 128 / sizeof(T);
-  int64_t j = 0;
-  for (; j + kStrip <= n; j += kStrip) {
-    T sums[kRows][kStrip] = {};
+template <class T>
+constexpr int64_t kStrip = 128 / sizeof(T);  // columns of b that a row of c takes at a time: their sums stay in registers
+
+/// b as strips of columns, each contiguous, the last filled up with zeros.
+template <class T>
+std::vector<T> in_strips(const T* b, int64_t k, int64_t n) {
+  std::vector<T> out(static_cast<size_t>((n + kStrip<T> - 1) / kStrip<T> * k * kStrip<T>));
+  T* to = out.data();
+  for (int64_t j = 0; j < n; j += kStrip<T>)
+    for (int64_t l = 0; l < k; ++l, to += kStrip<T>) std::copy_n(b + l * n + j, std::min(kStrip<T>, n - j), to);
+  return out;
+}
+
+/// kRows rows of c.
+template <int kRows, class T>
+[[gnu::always_inline]] inline void rows_of_c(const T* a, const T* strip, T* c, int64_t k, int64_t n) {
+  for (int64_t j = 0; j < n; j += kStrip<T>, strip += k * kStrip<T>) {
+    T sums[kRows][kStrip<T>] = {};
     for (int64_t l = 0; l < k; ++l)
       for (int r = 0; r < kRows; ++r)
-        for (int s = 0; s < kStrip; ++s) sums[r][s] += a[r * k + l] * b[l * n + j + s];
-    for (int r = 0; r < kRows; ++r) std::copy_n(sums[r], kStrip, c + r * n + j);
+        for (int64_t s = 0; s < kStrip<T>; ++s) sums[r][s] += a[r * k + l] * strip[l * kStrip<T> + s];
+    for (int r = 0; r < kRows; ++r) std::copy_n(sums[r], std::min(kStrip<T>, n - j), c + r * n + j);
   }
-  for (; j < n; ++j)
-    for (int r = 0; r < kRows; ++r) {
-      T sum = 0;
-      for (int64_t l = 0; l < k; ++l) sum += a[r * k + l] * b[l * n + j];
-      c[r * n + j] = sum;
-    }
 }
 template <class T>
-[[gnu::always_inline]] inline void panel(const T* a, const T* b, T* c, int64_t rows, int64_t k, int64_t n) {
-  if (rows == 4) return strips<T, 4>(a, b, c, k, n);
-  for (int64_t r = 0; r < rows; ++r) strips<T, 1>(a + r * k, b, c + r * n, k, n);
+[[gnu::always_inline]] inline void panel(const T* a, const T* strips, T* c, int64_t rows, int64_t k, int64_t n) {
+  if (rows == 4) return rows_of_c<4>(a, strips, c, k, n);
+  for (int64_t r = 0; r < rows; ++r) rows_of_c<1>(a + r * k, strips, c + r * n, k, n);
 }
-void panel_plain(const float* a, const float* b, float* c, int64_t rows, int64_t k, int64_t n) { panel(a, b, c, rows, k, n); }
-#ifdef __x86_64__
-[[gnu::target("avx2,fma")]] void panel_avx2(const float* a, const float* b, float* c, int64_t rows, int64_t k, int64_t n) {
-  panel(a, b, c, rows, k, n);
-}
-[[gnu::target("avx512f,avx2,fma")]] void panel_avx512(const float* a, const float* b, float* c, int64_t rows, int64_t k, int64_t n) {
-  panel(a, b, c, rows, k, n);
-}
-#endif
 
-void panel_of(const double* a, const double* b, double* c, int64_t rows, int64_t k, int64_t n) { panel(a, b, c, rows, k, n); }
-void panel_of(const float* a, const float* b, float* c, int64_t rows, int64_t k, int64_t n) {
+void panel_of(const double* a, const double* strips, double* c, int64_t rows, int64_t k, int64_t n) { panel(a, strips, c, rows, k, n); }
+void panel_plain(const float* a, const float* strips, float* c, int64_t rows, int64_t k, int64_t n) { panel(a, strips, c, rows, k, n); }
 #ifdef __x86_64__
-  if (cpu_isa() == Isa::avx512) return panel_avx512(a, b, c, rows, k, n);
-  if (cpu_isa() == Isa::avx2) return panel_avx2(a, b, c, rows, k, n);
+[[gnu::target("avx2,fma")]] void panel_avx2(const float* a, const float* strips, float* c, int64_t rows, int64_t k, int64_t n) {
+  panel(a, strips, c, rows, k, n);
+}
+[[gnu::target("avx512f,avx2,fma")]] void panel_avx512(const float* a, const float* strips, float* c, int64_t rows, int64_t k, int64_t n) {
+  panel(a, strips, c, rows, k, n);
+}
 #endif
-  panel_plain(a, b, c, rows, k, n);
+void panel_of(const float* a, const float* strips, float* c, int64_t rows, int64_t k, int64_t n) {
+#ifdef __x86_64__
+  if (cpu_isa() == Isa::avx512) return panel_avx512(a, strips, c, rows, k, n);
+  if (cpu_isa() == Isa::avx2) return panel_avx2(a, strips, c, rows, k, n);
+#endif
+  panel_plain(a, strips, c, rows, k, n);
 }
 
 constexpr int64_t kWorthThreads = 1 << 20;  // multiplications; below that threads cost more than they save
 
 template <class T>
 void multiply(const T* a, const T* b, T* c, int64_t m, int64_t k, int64_t n) {
+  const std::vector<T> strips = in_strips(b, k, n);
 #pragma omp parallel for if (m * k * n > kWorthThreads)
-  for (int64_t i = 0; i < m; i += 4) panel_of(a + i * k, b, c + i * n, std::min<int64_t>(4, m - i), k, n);
+  for (int64_t i = 0; i < m; i += 4) panel_of(a + i * k, strips.data(), c + i * n, std::min<int64_t>(4, m - i), k, n);
 }
 
 // --- one matrix of a batch --------------------------------------------------------------------------------------------------------
+
+/// f(i, j) for every element, tile by tile: one side of a copy may go down columns and the other along rows.
+template <class F>
+void for_tiles(int64_t rows, int64_t columns, F&& f) {
+  constexpr int64_t kTile = 16;
+  for (int64_t top = 0; top < rows; top += kTile)
+    for (int64_t left = 0; left < columns; left += kTile)
+      for (int64_t i = top; i < std::min(rows, top + kTile); ++i)
+        for (int64_t j = left; j < std::min(columns, left + kTile); ++j) f(i, j);
+}
 
 /// op(matrix) as a contiguous [rows, columns].
 template <class T>
@@ -81,9 +97,9 @@ std::vector<T> packed(const Layout& layout, const void* data, int64_t batch, boo
   std::vector<T> out(static_cast<size_t>(rows * columns));
   dispatch(layout.type, [&](auto tag) {
     const auto* from = static_cast<const decltype(tag)*>(data);
-    for (int64_t i = 0; i < rows; ++i)
-      for (int64_t j = 0; j < columns; ++j)
-        out[static_cast<size_t>(i * columns + j)] = static_cast<T>(from[transposed ? layout.at(batch, j, i) : layout.at(batch, i, j)]);
+    for_tiles(rows, columns, [&](int64_t i, int64_t j) {
+      out[static_cast<size_t>(i * columns + j)] = static_cast<T>(from[transposed ? layout.at(batch, j, i) : layout.at(batch, i, j)]);
+    });
   });
   return out;
 }
@@ -115,12 +131,11 @@ void store(const Product& p, int64_t batch, const std::vector<T>& sums) {
   dispatch(p.d.type, [&](auto tag) {
     using S = decltype(tag);
     S* const out = static_cast<S*>(p.d_data);
-    for (int64_t i = 0; i < p.m(); ++i)
-      for (int64_t j = 0; j < p.n(); ++j) {
-        const size_t at = static_cast<size_t>(i * p.n() + j);
-        const T value = alpha * sums[at] + (p.beta != 0 ? beta * addend[at] : T{0}) + bias[static_cast<size_t>(i)];
-        out[p.d.at(batch, i, j)] = static_cast<S>(value);
-      }
+    for_tiles(p.m(), p.n(), [&](int64_t i, int64_t j) {
+      const size_t at = static_cast<size_t>(i * p.n() + j);
+      const T value = alpha * sums[at] + (p.beta != 0 ? beta * addend[at] : T{0}) + bias[static_cast<size_t>(i)];
+      out[p.d.at(batch, i, j)] = static_cast<S>(value);
+    });
   });
 }
 
