@@ -51,7 +51,6 @@ target_compile_options(mesa_cuda PRIVATE
   "$<$<COMPILE_LANGUAGE:CXX>:-Wall;-Wextra;-Werror>")
 set(cuda_objects $<TARGET_OBJECTS:mesa_cuda>)
 set(cuda_libraries CUDA::cudart_static CUDA::cublasLt)
-list(APPEND CMAKE_INSTALL_RPATH ${CUDAToolkit_LIBRARY_DIR})  # where this machine has the CUDA libraries, another may have them too
 if(CUDNN_LIBRARY)
   target_include_directories(mesa_cuda SYSTEM PRIVATE ${CUDNN_INCLUDE_DIR})
   list(APPEND cuda_libraries ${CUDNN_LIBRARY})
