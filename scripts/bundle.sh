@@ -33,7 +33,7 @@ for program in "$out"/bin/* "$out/$lib"/*.so; do
   ldd "$program" | awk '$2 == "=>" && $3 ~ /^\// {print $3}'
 done | sort -u | while read -r library; do
   name=$(basename "$library")
-  [[ $name =~ $ours || $library == "$PWD"/* ]] || cp -L --update=none "$library" "$out/$lib/$name" 2>/dev/null || cp -Ln "$library" "$out/$lib/$name"
+  [[ $name =~ $ours || $library == "$PWD"/* ]] || [[ -e $out/$lib/$name ]] || cp -L "$library" "$out/$lib/$name"
 done
 rm -rf "${out:?}/$lib/cmake" "$out/include"
 
