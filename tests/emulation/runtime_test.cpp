@@ -140,14 +140,17 @@ TEST_CASE("emulation: device memory is aligned, fresh and limited", "[emulation]
 }
 
 TEST_CASE("emulation: gaps between blocks join", "[emulation]") {
+  constexpr size_t kBlock = size_t{1} << 30;  // larger than any gap that other tests leave
+  emulation::set_device_limit(8 * kBlock);
   std::vector<void*> blocks(4);
-  for (void*& block : blocks) REQUIRE(cudaMalloc(&block, 5 << 20) == cudaSuccess);
+  for (void*& block : blocks) REQUIRE(cudaMalloc(&block, kBlock) == cudaSuccess);
   for (const int i : {2, 0, 1}) CHECK(cudaFree(blocks[i]) == cudaSuccess);
   void* large = nullptr;
-  REQUIRE(cudaMalloc(&large, 15 << 20) == cudaSuccess);
+  REQUIRE(cudaMalloc(&large, 3 * kBlock) == cudaSuccess);
   CHECK(large <= blocks[0]);
   CHECK(cudaFree(large) == cudaSuccess);
   CHECK(cudaFree(blocks[3]) == cudaSuccess);
+  emulation::set_device_limit(size_t{4} << 30);
 }
 
 TEST_CASE("emulation: copies with pointers of the wrong kind", "[emulation]") {

@@ -38,6 +38,7 @@ inline void expect(const Tensor& y, const std::vector<double>& want, double tole
     const double error = std::fabs(got[i] - want[i]) / std::max(1.0, magnitude);
     worst = error <= worst ? worst : error;  // a NaN stays
   }
+  INFO(seed_note());
   CHECK(worst <= tolerance);
 }
 

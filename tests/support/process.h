@@ -29,7 +29,7 @@ class Process {
   void send(int signal);
   /// Reads until stderr holds the text or the time is over; false in the second case and when the program ended without it.
   bool wait_for(const std::string& text, std::chrono::milliseconds limit = std::chrono::seconds(60));
-  ProcessResult finish(std::chrono::seconds limit = std::chrono::seconds(120));
+  ProcessResult finish(std::chrono::seconds limit = std::chrono::seconds(300));
 
  private:
   bool read_some(std::chrono::milliseconds limit);
