@@ -4,7 +4,7 @@
 #include <algorithm>
 #include <vector>
 
-#include "mesa/kernels/codec.h"
+#include "mesa/kernels/codec_common.h"
 #include "mesa/kernels/codec_scalar.h"
 
 namespace mesa::kernels::MESA_ISA {
@@ -20,10 +20,10 @@ struct OddCounts {
   int64_t saturated = 0, nonfinite = 0;
 };
 inline void add_counts(const Tensor& counts, const OddCounts& seen) {
-  if (!counts.defined()) return;
-  check(counts.numel() == 2 && counts.is_contiguous(), "counts of odd elements of shape ", counts.shape(), "; there are two");
-  counts.data<int64_t>()[0] += seen.saturated;
-  counts.data<int64_t>()[1] += seen.nonfinite;
+  int64_t* const pair = count_pair(counts);
+  if (pair == nullptr) return;
+  pair[0] += seen.saturated;
+  pair[1] += seen.nonfinite;
 }
 
 /// A tensor of uniform rows, read in logical order as floats.
@@ -100,27 +100,6 @@ inline bool is_elementwise(const GroupLayout& layout) {
 inline GroupLayout period_layout(const GroupLayout& layout) {
   const int64_t block = layout.groups * layout.inner;
   return {layout.outer, 1, block * std::max<int64_t>(1, 256 / std::max<int64_t>(1, block))};
-}
-
-inline void check_layout(const Tensor& x, const GroupLayout& layout) {
-  const int64_t n = x.numel(), whole = layout.outer * layout.groups * layout.inner;
-  const bool fits = layout.consecutive ? layout.outer == 1 && whole >= n && whole - layout.inner < n : whole == n;
-  check(n == 0 || (layout.inner > 0 && fits), "groups [", layout.outer, ", ", layout.groups, ", ", layout.inner, "] do not cover ",
-        x.shape());
-  check(is_floating(x.dtype()), "the codec takes floating tensors, not ", to_string(x.dtype()));
-  check(x.has_uniform_rows(), "the codec needs rows at one distance, not the strides ", x.strides(), " of ", x.shape());
-}
-
-/// A defined tensor that holds one float for each group.
-inline float* per_group(const Tensor& t, const GroupLayout& layout) {
-  check(t.is_contiguous() && t.numel() >= layout.groups, layout.groups, " groups need as many numbers, not ", t.shape());
-  return t.data<float>();
-}
-
-inline uint8_t* code_bytes(const Tensor& codes, int64_t n, int bits) {
-  check(bits == 8 || bits == 4 || bits == 2, "codes have 8, 4 or 2 bits, not ", bits);
-  check(codes.is_contiguous() && codes.numel() == (n * bits + 7) / 8, n, " codes of ", bits, " bits do not fill ", codes.shape());
-  return codes.data<uint8_t>();
 }
 
 // ---- Codes ---------------------------------------------------------------------------------------------------------------------------

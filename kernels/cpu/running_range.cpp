@@ -1,31 +1,27 @@
-// Running range estimates: alpha <- decay alpha + (1 - decay) (hi - lo), beta <- decay beta + (1 - decay) lo.
-#include <algorithm>
-#include <limits>
-
-#include "mesa/kernels/codec.h"
+// Codes by running estimates of ranges: alpha <- decay alpha + (1 - decay) (hi - lo), beta <- decay beta + (1 - decay) lo.
+#include "mesa/kernels/codec_common.h"
+#include "mesa/kernels/codec_scalar.h"
 
 namespace mesa::kernels::MESA_ISA {
 
-void update_range(const Tensor& alpha, const Tensor& beta, const Tensor& lo, const Tensor& hi, double decay) {
-  float* a = alpha.data<float>();
-  float* b = beta.data<float>();
-  const float *l = lo.data<float>(), *h = hi.data<float>();
-  for (int64_t g = 0; g < alpha.numel(); ++g) {
-    const double keep = a[g] == 0 ? 0 : decay;  // a group that was constant so far calibrates again
-    const double extent = static_cast<double>(h[g]) - l[g];
-    // An extent beyond f32 would stay infinite in the average for ever.
-    a[g] = static_cast<float>(std::min<double>(keep * a[g] + (1 - keep) * extent, std::numeric_limits<float>::max()));
-    b[g] = static_cast<float>(keep * b[g] + (1 - keep) * l[g]);
+void quantize_running(const Tensor& x, const RunningCodes& into) {
+  check_layout(x, into.layout);
+  const Tensor lo = empty_like(into.step), hi = empty_like(into.step);
+  float *step = per_group(into.step, into.layout), *offset = per_group(into.offset, into.layout);
+  const float *alpha = per_group(into.alpha, into.layout), *beta = per_group(into.beta, into.layout);
+  for (int64_t g = 0; g < into.layout.groups; ++g) step[g] = alpha[g] / top_code(into.bits), offset[g] = beta[g];
+  quantize(x, into.layout, into.bits, into.stochastic, into.key, into.step, into.offset, into.codes, lo, hi, into.counts);
+  float *next_alpha = per_group(into.next_alpha, into.layout), *next_beta = per_group(into.next_beta, into.layout);
+  for (int64_t g = 0; g < into.layout.groups; ++g) {
+    const RangeEstimate next = averaged_range({alpha[g], beta[g]}, lo.data<float>()[g], hi.data<float>()[g], into.decay);
+    next_alpha[g] = next.alpha, next_beta[g] = next.beta;
   }
 }
 
-void freeze_range(const Tensor& alpha, const Tensor& beta, int bits, const Tensor& step, const Tensor& offset) {
-  const float *a = alpha.data<float>(), *b = beta.data<float>();
-  float *s = step.data<float>(), *o = offset.data<float>();
-  const float levels = static_cast<float>((1 << bits) - 1);
-  for (int64_t g = 0; g < alpha.numel(); ++g) {
-    s[g] = a[g] / levels;
-    o[g] = b[g];
+void calibrate_range(const Tensor& lo, const Tensor& hi, const Tensor& alpha, const Tensor& beta) {
+  for (int64_t g = 0; g < lo.numel(); ++g) {
+    const RangeEstimate first = calibrated_range(lo.data<float>()[g], hi.data<float>()[g]);
+    alpha.data<float>()[g] = first.alpha, beta.data<float>()[g] = first.beta;
   }
 }
 

@@ -1,6 +1,8 @@
 // o = softmax(scale q k^T) v and lse = log sum_j exp(scale s_j) in one pass over the keys. With maximum m and sum l of a row so far, new
 // scores s give m' = max(m, s), o <- exp(m - m') o + exp(s - m') v, and l likewise (Milakov and Gimelshein, 2018; Dao et al., 2022).
+// The blocks of a head also write the codes of its q, k and v, each those of its own tokens.
 #include "attention_tiles.cuh"
+#include "codec_producer.cuh"
 #include "mesa/kernels/attention.h"
 
 namespace mesa::kernels::cuda {
@@ -17,7 +19,44 @@ struct Problem {
   Operand q, k, v, o;
   float* lse;
   float scale;  ///< times log2 e: exponentials are powers of two
+  Producer codes[3];
 };
+
+/// The rows of one operand that belong to this block: straight from global memory, where the tiles will find them in the cache.
+template <int head>
+__device__ inline void write_codes(const Producer& to, const Operand& x, const Extent& e, const Share& share) {
+  constexpr int lanes = head / kUnit;
+  const int from = share.row + share.first * kTile, rows = min(share.tiles * kTile, e.tokens - share.first * kTile);
+  const uint32_t group = to.group_at(share.column);
+  const GroupScale scale = to.scale_of(group);
+  Noted noted;
+  uint32_t saturated = 0, nonfinite = 0;
+#pragma unroll 1
+  for (int i = threadIdx.x; i < rows * lanes; i += blockDim.x) {
+    const int64_t row = from + i / lanes;
+    const int column = share.column + i % lanes * kUnit;
+    float v[kUnit];
+    load_pack(x.values + row * x.stride + column, v);
+    noted.add(v, scale, saturated, nonfinite);
+    to.write(row * (e.heads * lanes) + column / kUnit, v, scale);
+  }
+  const float lo = warp_reduce(noted.lo, Minimum{}), hi = warp_reduce(noted.hi, Maximum{});
+  if (threadIdx.x % kWarp == 0) to.watch.put_directly(group, lo, hi);
+  if (to.watch.counts && __any_sync(kFullMask, saturated + nonfinite > 0)) to.watch.count(saturated, nonfinite);
+}
+template <int head>
+__device__ inline void write_codes(const Problem& p, const Share& share) {
+  if (p.codes[0].codes) write_codes<head>(p.codes[0], p.q, p.extent, share);
+  if (p.codes[1].codes) write_codes<head>(p.codes[1], p.k, p.extent, share);
+  if (p.codes[2].codes) write_codes<head>(p.codes[2], p.v, p.extent, share);
+}
+/// When all blocks have written theirs, the last one takes the ranges into the estimates.
+__device__ inline void finish_codes(const Problem& p) {
+  const int first = p.codes[0].codes ? 0 : p.codes[1].codes ? 1 : 2;
+  if (!p.codes[first].codes || !p.codes[first].watch.is_last_block()) return;
+  for (int i = first; i < 3; ++i)
+    if (p.codes[i].codes) p.codes[i].watch.write_all();
+}
 
 /// 16 queries. Scores are in units of log2 from here on.
 template <int head>
@@ -116,7 +155,7 @@ __device__ inline void attend_chunk(Queries<head> (&x)[tiles], const bf16* k, in
 template <int head>
 inline constexpr int kBlocks = head == 64 ? 3 : 6;
 
-template <int head, int tiles>
+template <int head, int tiles, bool coded>
 __global__ void __launch_bounds__(kWarps* kWarp, kBlocks<head>) attention_kernel(Problem p) {
   const Extent& e = p.extent;
   const Share share = share_of<head>(e);
@@ -130,6 +169,7 @@ __global__ void __launch_bounds__(kWarps* kWarp, kBlocks<head>) attention_kernel
     load_values<head>(k + kSecond<head>, p.v, row, share.column, rows, whole_tiles(rows));
     copy_async_commit();
   };
+  if constexpr (coded) write_codes<head>(p, share);
   load_values<head>(q, p.q, share.row + share.first * kTile, share.column, e.tokens - share.first * kTile, share.tiles * kTile);
 
   // Tile warp + t warps of the share is tile t of the warp: no warp has two more than another.
@@ -168,34 +208,46 @@ __global__ void __launch_bounds__(kWarps* kWarp, kBlocks<head>) attention_kernel
     }
     store_product<head>(x[t].o, inverse, q + tile * kTile * kPitch<head>, p.o, share.row + token, share.column, e.tokens - token);
   }
+  if constexpr (coded) finish_codes(p);
 }
 
 template <int head>
-void start(const Sizes& n, Problem p) {
+void start(const Sizes& n, Problem p, bool coded) {
   constexpr int tiles = kTilesPerWarp<head>;
   const Deal d = deal(n, kWarps * tiles, 2);
   p.extent = d.extent;
   const int warps = std::min(d.most_tiles, kWarps), elements = warps * tiles * kTile * kPitch<head> + slot_elements<head>(d.extent);
-  launch("fused_attention", &attention_kernel<head, tiles>, dim3(d.grid), dim3(warps * kWarp), elements * sizeof(bf16), p);
+  launch("fused_attention", coded ? &attention_kernel<head, tiles, true> : &attention_kernel<head, tiles, false>, dim3(d.grid),
+         dim3(warps * kWarp), elements * sizeof(bf16), p);
 }
 
 }  // namespace
 
-void fused_attention(const Tensor& q, const Tensor& k, const Tensor& v, int64_t heads, double scale, const Tensor& o, const Tensor& lse) {
+void fused_attention(const Tensor& q, const Tensor& k, const Tensor& v, int64_t heads, double scale, const Tensor& o, const Tensor& lse,
+                     const QkvCodes& codes) {
   const Sizes n = sizes_of(q, heads, scale);
   n.check_lines(lse, "lse");
-  const Problem p{{},
-                  n.operand(q, "q"),
-                  n.operand(k, "k"),
-                  n.operand(v, "v"),
-                  n.operand(o, "o"),
-                  lse.data<float>(),
-                  static_cast<float>(scale * kLog2E)};
+  Problem p{
+      {}, n.operand(q, "q"), n.operand(k, "k"), n.operand(v, "v"), n.operand(o, "o"), lse.data<float>(), static_cast<float>(scale * kLog2E),
+      {}};
+  const Tensor* const rows[] = {&q, &k, &v};
+  std::array<WatchedGroups, 3> groups;  // live until the launch
+  for (int i = 0; i < 3; ++i) {
+    if (!codes[i].defined()) continue;
+    if (q.numel() == 0 || !can_produce(codes[i], q.numel(), n.channels, kUnit) ||
+        (codes[i].layout.groups > 1 && codes[i].layout.inner % n.head != 0)) {
+      quantize_running(*rows[i], codes[i]);
+      continue;
+    }
+    groups[i] = WatchedGroups(codes[i], i);
+    p.codes[i] = producer_of(codes[i], q.numel(), groups[i]);
+  }
   if (q.numel() == 0) return;
+  const bool coded = p.codes[0].codes || p.codes[1].codes || p.codes[2].codes;
   if (n.head == 64)
-    start<64>(n, p);
+    start<64>(n, p, coded);
   else
-    start<32>(n, p);
+    start<32>(n, p, coded);
 }
 
 }  // namespace mesa::kernels::cuda

@@ -1,7 +1,7 @@
 // How the fused attention reads its operands: heads of rows in global memory, given as bf16 values or as codes, become bf16 tiles in shared
 // memory; and how it writes rows back.
 #pragma once
-#include "cuda.h"
+#include "divider.h"
 #include "mesa/kernels/attention.h"
 #include "mesa/kernels/codec_scalar.h"
 
@@ -13,18 +13,6 @@ inline constexpr int64_t kMostTokens = 1024;
 /// Rows of a tile in shared memory lie head + 8 elements apart: eight rows at one column then lie in different banks.
 template <int head>
 inline constexpr int kPitch = head + 8;
-
-/// n / divisor and n % divisor for n < 2^31 without a division (Granlund and Montgomery, 1994).
-struct Divider {
-  uint32_t divisor = 1, magic = 1, shift = 0;
-
-  explicit Divider(int64_t by = 1) : divisor(static_cast<uint32_t>(std::min<int64_t>(by, int64_t{1} << 31))) {
-    while ((uint64_t{1} << shift) < divisor) ++shift;
-    magic = static_cast<uint32_t>((((uint64_t{1} << shift) - divisor) << 32) / divisor + 1);
-  }
-  __device__ uint32_t quotient(uint32_t n) const { return (__umulhi(n, magic) + n) >> shift; }
-  __device__ uint32_t remainder(uint32_t n) const { return n - quotient(n) * divisor; }
-};
 
 /// One of q, k, v, o and their gradients, [B, N, C], as the kernels see it.
 struct Operand {

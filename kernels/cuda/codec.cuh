@@ -4,8 +4,8 @@
 #include <cfloat>
 #include <numeric>
 
-#include "cuda.h"
-#include "mesa/kernels/codec.h"
+#include "divider.h"
+#include "mesa/kernels/codec_common.h"
 #include "mesa/kernels/codec_scalar.h"
 
 namespace mesa::kernels::cuda {
@@ -15,34 +15,13 @@ inline constexpr int kUnit = 8;
 
 // --- which group, which address ---------------------------------------------------------------------------------------------------
 
-/// n / divisor for n < 2^31, by a multiplication (Granlund and Montgomery, 1994): with s = 31 + ceil(log2 divisor) and m = ceil(2^s /
-/// divisor), n m / 2^s exceeds n / divisor by less than 1 / divisor, too little to reach the next integer.
-struct Divider {
-  uint32_t multiplier = 0;
-  int shift = 0;
-
-  Divider() = default;
-  explicit Divider(int64_t n) {
-    const uint64_t divisor = static_cast<uint64_t>(std::clamp<int64_t>(n, 1, int64_t{1} << 31));
-    shift = 31;
-    while (uint64_t{1} << (shift - 31) < divisor) ++shift;
-    multiplier = static_cast<uint32_t>(((uint64_t{1} << shift) + divisor - 1) / divisor);
-  }
-  __device__ uint32_t quotient(uint32_t n) const { return static_cast<uint32_t>(uint64_t{n} * multiplier >> shift); }
-};
-
 /// The groups of whole units: G = 1, unit u lies in group of(u); or, where each element is a group of its own, G = 8: its elements lie in
 /// groups 8 of(u) .. 8 of(u) + 7.
 struct UnitGroups {
   Divider inner, groups;
-  uint32_t count = 1;
 
-  UnitGroups(const GroupLayout& layout, int G)
-      : inner(layout.inner * G / kUnit), groups(layout.groups / G), count(static_cast<uint32_t>(layout.groups / G)) {}
-  __device__ uint32_t of(uint32_t u) const {
-    const uint32_t run = inner.quotient(u);
-    return run - groups.quotient(run) * count;
-  }
+  UnitGroups(const GroupLayout& layout, int G) : inner(layout.inner * G / kUnit), groups(layout.groups / G) {}
+  __device__ uint32_t of(uint32_t u) const { return groups.remainder(inner.quotient(u)); }
 };
 
 /// 8 elements as they are loaded.
@@ -112,17 +91,18 @@ struct Units {
 
 // --- codes --------------------------------------------------------------------------------------------------------------------------
 
-/// The scales of groups; without any, bounds that nothing finite lies outside of.
+/// The scales of groups: steps times `divisor`, which is 1 where they are given as they are and 2^bits - 1 where they are extents. Without
+/// any, bounds that nothing finite lies outside of. The end of the same pass may write new ones in their place.
 struct Scales {
-  const float* __restrict__ step = nullptr;
-  const float* __restrict__ offset = nullptr;
+  const float *step = nullptr, *offset = nullptr;
+  float divisor = 1;
 
   template <int bits>
   __device__ GroupScale of(int64_t g) const {
     if constexpr (bits == 0)
       return {0.0f, 0.0f, -FLT_MAX, FLT_MAX};
     else
-      return group_scale(step[g], offset[g], bits);
+      return group_scale(step[g] / divisor, offset[g], bits);
   }
 };
 
@@ -159,21 +139,21 @@ struct Dither {
 template <int bits>
 using CodeWord = std::conditional_t<bits == 8, uint64_t, std::conditional_t<bits == 4, uint32_t, uint16_t>>;
 
-/// The codes of v, the sums that quantize_value clamps and truncates: here the conversion rounds down, saturates and makes NaN 0, and the
+/// The n codes of v, the sums that quantize_value clamps and truncates: here the conversion rounds down, saturates and makes NaN 0, and the
 /// packing clamps.
-template <int bits>
-__device__ inline CodeWord<bits> pack_codes(const float (&v)[kUnit]) {
+template <int bits, int n>
+__device__ inline uint64_t pack_codes(const float (&v)[n]) {
   uint64_t word = 0;
-  constexpr int kWordCodes = bits == 8 ? 4 : kUnit;
+  constexpr int kWordCodes = n < 32 / bits ? n : 32 / bits;
 #pragma unroll
-  for (int from = kUnit - kWordCodes; from >= 0; from -= kWordCodes) {
+  for (int from = n - kWordCodes; from >= 0; from -= kWordCodes) {
     uint32_t codes = 0;
 #pragma unroll
     for (int i = from + kWordCodes - 2; i >= from; i -= 2)
       codes = pack_clamped<bits>(__float2int_rd(v[i]), __float2int_rd(v[i + 1]), codes);
     word = word << 32 | codes;
   }
-  return static_cast<CodeWord<bits>>(word);
+  return word;
 }
 
 /// The codes of one unit; scale[i % G] is element i's.
@@ -187,7 +167,7 @@ __device__ inline CodeWord<bits> quantize_unit(const Unit<T>& x, uint32_t u, con
     const float up = stochastic ? dither.value(random.word[i / 2], i % 2) : 0.5f;
     v[i] = std::fma(x[i] - scale[i % G].offset, scale[i % G].inverse, up);
   }
-  return pack_codes<bits>(v);
+  return static_cast<CodeWord<bits>>(pack_codes<bits>(v));
 }
 
 /// The first `valid` codes of a unit; the unused high bits of the last byte are 0.
@@ -200,35 +180,6 @@ __device__ inline void store_few_codes(uint8_t* codes, uint64_t word, int valid)
 template <int bits>
 __device__ inline void store_codes(uint8_t* codes, uint32_t u, CodeWord<bits> word) {
   __stcs(reinterpret_cast<CodeWord<bits>*>(codes) + u, word);
-}
-
-// --- on the host --------------------------------------------------------------------------------------------------------------------
-
-inline void check_layout(const Tensor& x, const GroupLayout& layout) {
-  const int64_t n = x.numel(), whole = layout.outer * layout.groups * layout.inner;
-  const bool fits = layout.consecutive ? layout.outer == 1 && whole >= n && whole - layout.inner < n : whole == n;
-  check(n == 0 || (layout.inner > 0 && fits), "groups [", layout.outer, ", ", layout.groups, ", ", layout.inner, "] do not cover ",
-        x.shape());
-  check(is_floating(x.dtype()), "the codec takes floating tensors, not ", to_string(x.dtype()));
-  check(x.has_uniform_rows(), "the codec needs rows at one distance, not the strides ", x.strides(), " of ", x.shape());
-}
-
-/// A defined tensor that holds one float for each group.
-inline float* per_group(const Tensor& t, const GroupLayout& layout) {
-  check(t.is_contiguous() && t.numel() >= layout.groups, layout.groups, " groups need as many numbers, not ", t.shape());
-  return t.data<float>();
-}
-
-inline uint8_t* code_bytes(const Tensor& codes, int64_t n, int bits) {
-  check(bits == 8 || bits == 4 || bits == 2, "codes have 8, 4 or 2 bits, not ", bits);
-  check(codes.is_contiguous() && codes.numel() == (n * bits + 7) / 8, n, " codes of ", bits, " bits do not fill ", codes.shape());
-  return codes.data<uint8_t>();
-}
-
-inline int64_t* count_pair(const Tensor& counts) {
-  if (!counts.defined()) return nullptr;
-  check(counts.numel() == 2 && counts.is_contiguous(), "counts of odd elements of shape ", counts.shape(), "; there are two");
-  return counts.data<int64_t>();
 }
 
 /// G of UnitGroups, or 0 where units straddle groups.

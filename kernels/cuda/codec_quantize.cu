@@ -99,9 +99,18 @@ void quantize(const Tensor& x, GroupLayout layout, int bits, bool stochastic, Ra
               const Tensor& codes, const Tensor& lo, const Tensor& hi, const Tensor& counts) {
   check_layout(x, layout);
   const Job job{layout, stochastic, key, {per_group(step, layout), per_group(offset, layout)}, code_bytes(codes, x.numel(), bits)};
-  const WatchedGroups groups(x, layout, lo, hi, counts);
+  const WatchedGroups groups(layout, lo, hi, counts);
   if (x.numel() == 0) return groups.finish(false);
   dispatch_bits(bits, [&](auto n) { pass<decltype(n)::value>("quantize", x, job, groups); });
+}
+
+void quantize_running(const Tensor& x, const RunningCodes& into) {
+  check_layout(x, into.layout);
+  const WatchedGroups groups(into);
+  const Estimates& now = groups.watch.estimates;
+  const Job job{into.layout, into.stochastic, into.key, {now.alpha, now.beta, now.top}, code_bytes(into.codes, x.numel(), into.bits)};
+  if (x.numel() == 0) return groups.finish(false);
+  dispatch_bits(into.bits, [&](auto n) { pass<decltype(n)::value>("quantize_running", x, job, groups); });
 }
 
 void quantize_current(const Tensor& x, GroupLayout layout, int bits, bool stochastic, RandomKey key, const Tensor& step,

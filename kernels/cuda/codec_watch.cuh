@@ -99,13 +99,28 @@ __device__ inline void raise(uint32_t* low, uint32_t* high, float lo, float hi) 
   atomicMax(high, rank_of(hi));
 }
 
+/// Running estimates that a pass takes on when it has seen all, and the scales that its codes were made with (see RunningCodes).
+struct Estimates {
+  const float *alpha = nullptr, *beta = nullptr;
+  float *next_alpha = nullptr, *next_beta = nullptr, *step = nullptr, *offset = nullptr;
+  double decay = 0;
+  float top = 0;
+
+  __device__ void take(int64_t g, float lo, float hi) const {
+    const RangeEstimate old{alpha[g], beta[g]}, next = averaged_range(old, lo, hi, decay);
+    step[g] = old.alpha / top, offset[g] = old.beta;
+    next_alpha[g] = next.alpha, next_beta[g] = next.beta;
+  }
+};
+
 /// What a pass is asked to note, and where to. If step_bits > 0, hi receives the step that spreads the range over codes of so many bits.
 struct Watch {
   float *lo = nullptr, *hi = nullptr;  // [groups] each, or null
   int64_t* counts = nullptr;           // [2], or null
   int64_t groups = 0;
   int step_bits = 0;
-  uint32_t* scratch = nullptr;  // 0 at first: the ranks, and how many blocks are done; null if no ranges are wanted
+  Estimates estimates{};
+  uint32_t* scratch = nullptr;  // all 0 before and after: the ranks, and how many blocks are done; null if no ranges are wanted
 
   static constexpr int64_t kShared = 2048;  ///< ranks of so many groups are gathered in shared memory first
   static constexpr int64_t kLate = 16384;   ///< more groups than this are too many for the last block to write
@@ -124,6 +139,9 @@ struct Watch {
       raise(scratch + g, scratch + groups + g, lo, hi);
   }
 
+  /// The same past any table, for kernels whose shared memory is their own; is_last_block and write_all end such a pass.
+  __device__ void put_directly(int64_t g, float lo, float hi) const { raise(scratch + g, scratch + groups + g, lo, hi); }
+
   /// At a kernel's beginning, by all threads.
   __device__ void begin() const {
     if (!scratch || !has_table()) return;
@@ -136,15 +154,40 @@ struct Watch {
     const float least = high == 0 ? 0.0f : of_rank(~low), greatest = high == 0 ? 0.0f : of_rank(high);
     if (lo) lo[g] = least;
     if (hi) hi[g] = step_bits > 0 ? step_of_range(least, greatest, step_bits) : greatest;
+    if (estimates.alpha) estimates.take(g, least, greatest);
+    scratch[g] = scratch[groups + g] = 0;
+  }
+  /// All groups, by one block.
+  __device__ void write_all() const {
+    for (int64_t g = threadIdx.x; g < groups; g += blockDim.x) write(g);
+  }
+
+  __device__ void count(uint32_t saturated, uint32_t nonfinite) const {
+    auto* const total = reinterpret_cast<unsigned long long*>(counts);
+    if (saturated > 0) atomicAdd(&total[0], static_cast<unsigned long long>(saturated));
+    if (nonfinite > 0) atomicAdd(&total[1], static_cast<unsigned long long>(nonfinite));
+  }
+
+  /// True for all threads of the last block that comes here, which sees what the others have put.
+  __device__ bool is_last_block() const {
+    __shared__ bool last;
+    __threadfence();
+    __syncthreads();
+    if (threadIdx.x == 0) {
+      uint32_t* const done = scratch + 2 * groups;
+      last = atomicAdd(done, 1u) + 1 == gridDim.x * gridDim.y;
+      if (last) *done = 0;
+    }
+    __syncthreads();
+    if (last) __threadfence();
+    return last;
   }
 
   /// At a kernel's end, by all threads, when all have put their ranges.
   __device__ void finish(uint32_t saturated, uint32_t nonfinite) const {
     if (counts) {
       const uint64_t both = block_reduce(uint64_t{nonfinite} << 32 | saturated, Sum{}, uint64_t{0});
-      auto* const total = reinterpret_cast<unsigned long long*>(counts);
-      if (threadIdx.x == 0 && (both & 0xffffffffu)) atomicAdd(&total[0], static_cast<unsigned long long>(both & 0xffffffffu));
-      if (threadIdx.x == 0 && both >> 32) atomicAdd(&total[1], static_cast<unsigned long long>(both >> 32));
+      if (threadIdx.x == 0) count(static_cast<uint32_t>(both), static_cast<uint32_t>(both >> 32));
     }
     if (!scratch) return;
     __syncthreads();
@@ -153,15 +196,7 @@ struct Watch {
       for (int64_t i = threadIdx.x; i < 2 * groups; i += blockDim.x)
         if (table[i] != 0) atomicMax(&scratch[i], table[i]);
     }
-    if (groups > kLate) return;  // write_ranges_kernel does the rest
-    __shared__ bool last;
-    __threadfence();
-    __syncthreads();
-    if (threadIdx.x == 0) last = atomicAdd(&scratch[2 * groups], 1u) + 1 == gridDim.x * gridDim.y;
-    __syncthreads();
-    if (!last) return;
-    __threadfence();
-    for (int64_t g = threadIdx.x; g < groups; g += blockDim.x) write(g);
+    if (groups <= kLate && is_last_block()) write_all();  // otherwise write_ranges_kernel does the rest
   }
 };
 
@@ -181,21 +216,41 @@ __global__ void write_ranges_kernel(Watch watch) {
   for (int64_t g = global_index(); g < watch.groups; g += global_stride()) watch.write(g);
 }
 
+}  // namespace
+
+/// Scratch for a Watch of at most kLate groups. All passes share it, one after another on the stream; those that run in one kernel have
+/// different slots.
+inline constexpr int kScratchSlots = 3;
+uint32_t* watch_scratch(int slot);
+
+namespace {
+
 /// A watch over a tensor's groups with its scratch memory, which must live until the pass is launched.
 struct WatchedGroups {
   Watch watch;
-  Tensor scratch;
+  Tensor scratch;  // of more than kLate groups
 
   WatchedGroups() = default;
-  WatchedGroups(const Tensor& x, const GroupLayout& layout, const Tensor& lo, const Tensor& hi, const Tensor& counts, int step_bits = 0) {
-    watch = {lo.defined() ? per_group(lo, layout) : nullptr,
-             hi.defined() ? per_group(hi, layout) : nullptr,
-             count_pair(counts),
-             layout.groups,
-             step_bits,
-             nullptr};
-    if (!watch.lo && !watch.hi) return;
-    scratch = Tensor::empty({2 * layout.groups + 1}, DType::i32, x.device());
+  WatchedGroups(const GroupLayout& layout, const Tensor& lo, const Tensor& hi, const Tensor& counts, int step_bits = 0) {
+    watch.lo = lo.defined() ? per_group(lo, layout) : nullptr;
+    watch.hi = hi.defined() ? per_group(hi, layout) : nullptr;
+    watch.counts = count_pair(counts);
+    watch.groups = layout.groups;
+    watch.step_bits = step_bits;
+    if (watch.lo || watch.hi) take_scratch(0);
+  }
+  explicit WatchedGroups(const RunningCodes& into, int slot = 0) : WatchedGroups(into.layout, {}, {}, into.counts) {
+    const auto each = [&](const Tensor& t) { return per_group(t, into.layout); };
+    watch.estimates = {each(into.alpha),  each(into.beta), each(into.next_alpha), each(into.next_beta), each(into.step),
+                       each(into.offset), into.decay,      top_code(into.bits)};
+    take_scratch(slot);
+  }
+  void take_scratch(int slot) {
+    if (!watch.late()) {
+      watch.scratch = watch_scratch(slot);
+      return;
+    }
+    scratch = Tensor::empty({2 * watch.groups + 1}, DType::i32, kCuda);
     clear(scratch);
     watch.scratch = reinterpret_cast<uint32_t*>(scratch.data<int32_t>());
   }

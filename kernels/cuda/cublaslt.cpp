@@ -4,8 +4,10 @@
 
 #include <array>
 #include <map>
+#include <memory>
 #include <mutex>
 #include <optional>
+#include <type_traits>
 
 #include "mesa/base/cuda.h"
 #include "mesa/kernels/elementwise.h"
@@ -63,40 +65,53 @@ struct Form {
   auto operator<=>(const Form&) const = default;
 };
 
-/// A product ready to run; descriptors live as long as the process.
+/// Gives an object of cuBLASLt back.
+template <auto destroy>
+struct Destroy {
+  void operator()(auto* object) const { destroy(object); }
+};
+template <class Pointer, auto destroy>
+using Owned = std::unique_ptr<std::remove_pointer_t<Pointer>, Destroy<destroy>>;
+using Operation = Owned<cublasLtMatmulDesc_t, cublasLtMatmulDescDestroy>;
+using Layout = Owned<cublasLtMatrixLayout_t, cublasLtMatrixLayoutDestroy>;
+using Preference = Owned<cublasLtMatmulPreference_t, cublasLtMatmulPreferenceDestroy>;
+
+/// A product ready to run.
 struct Plan {
-  cublasLtMatmulDesc_t operation = nullptr;
-  cublasLtMatrixLayout_t left = nullptr, right = nullptr, result = nullptr;
+  Operation operation;
+  Layout left, right, result;
   cublasLtMatmulAlgo_t algorithm{};
   size_t workspace = 0;
   bool supported = false;
 };
 
-cublasLtMatrixLayout_t layout(const Matrix& m, const Batch& batch, int64_t distance) {
-  cublasLtMatrixLayout_t out = nullptr;
+Layout layout(const Matrix& m, const Batch& batch, int64_t distance) {
+  cublasLtMatrixLayout_t created = nullptr;
   // Column-major: the elements that neighbour in memory are the rows.
   check_blas(
-      cublasLtMatrixLayoutCreate(&out, data_type(m.dtype), static_cast<uint64_t>(m.columns), static_cast<uint64_t>(m.rows), m.stride),
+      cublasLtMatrixLayoutCreate(&created, data_type(m.dtype), static_cast<uint64_t>(m.columns), static_cast<uint64_t>(m.rows), m.stride),
       "describing a matrix");
+  Layout out(created);
   if (batch.count > 1) {
     const auto count = static_cast<int32_t>(batch.count);
-    check_blas(cublasLtMatrixLayoutSetAttribute(out, CUBLASLT_MATRIX_LAYOUT_BATCH_COUNT, &count, sizeof count), "describing a batch");
-    check_blas(cublasLtMatrixLayoutSetAttribute(out, CUBLASLT_MATRIX_LAYOUT_STRIDED_BATCH_OFFSET, &distance, sizeof distance),
+    check_blas(cublasLtMatrixLayoutSetAttribute(created, CUBLASLT_MATRIX_LAYOUT_BATCH_COUNT, &count, sizeof count), "describing a batch");
+    check_blas(cublasLtMatrixLayoutSetAttribute(created, CUBLASLT_MATRIX_LAYOUT_STRIDED_BATCH_OFFSET, &distance, sizeof distance),
                "describing a batch");
   }
   return out;
 }
 
 template <class T>
-void set(cublasLtMatmulDesc_t operation, cublasLtMatmulDescAttributes_t attribute, const T& value) {
-  check_blas(cublasLtMatmulDescSetAttribute(operation, attribute, &value, sizeof value), "describing a product");
+void set(const Operation& operation, cublasLtMatmulDescAttributes_t attribute, const T& value) {
+  check_blas(cublasLtMatmulDescSetAttribute(operation.get(), attribute, &value, sizeof value), "describing a product");
 }
 
-cublasLtMatmulDesc_t describe(const Form& form) {
+Operation describe(const Form& form) {
   const bool wide = form.c.dtype == DType::f64;
-  cublasLtMatmulDesc_t out = nullptr;
-  check_blas(cublasLtMatmulDescCreate(&out, wide ? CUBLAS_COMPUTE_64F : CUBLAS_COMPUTE_32F, wide ? CUDA_R_64F : CUDA_R_32F),
+  cublasLtMatmulDesc_t created = nullptr;
+  check_blas(cublasLtMatmulDescCreate(&created, wide ? CUBLAS_COMPUTE_64F : CUBLAS_COMPUTE_32F, wide ? CUDA_R_64F : CUDA_R_32F),
              "describing a product");
+  Operation out(created);
   // c^T = b^T a^T: b is on the left.
   set(out, CUBLASLT_MATMUL_DESC_TRANSA, form.b.transposed ? CUBLAS_OP_T : CUBLAS_OP_N);
   set(out, CUBLASLT_MATMUL_DESC_TRANSB, form.a.transposed ? CUBLAS_OP_T : CUBLAS_OP_N);
@@ -126,10 +141,11 @@ Plan make(const Form& form, const Alignment& aligned, const void* bias) {
   plan.left = layout(form.b, form.batch, form.batch.b);
   plan.right = layout(form.a, form.batch, form.batch.a);
   plan.result = layout(form.c, form.batch, form.batch.c);
-  cublasLtMatmulPreference_t preference = nullptr;
-  check_blas(cublasLtMatmulPreferenceCreate(&preference), "choosing an algorithm");
+  cublasLtMatmulPreference_t created = nullptr;
+  check_blas(cublasLtMatmulPreferenceCreate(&created), "choosing an algorithm");
+  const Preference preference(created);
   const auto prefer = [&](cublasLtMatmulPreferenceAttributes_t attribute, const auto& value) {
-    check_blas(cublasLtMatmulPreferenceSetAttribute(preference, attribute, &value, sizeof value), "choosing an algorithm");
+    check_blas(cublasLtMatmulPreferenceSetAttribute(preference.get(), attribute, &value, sizeof value), "choosing an algorithm");
   };
   prefer(CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, kWorkspaceBytes);
   prefer(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, aligned.b);
@@ -138,9 +154,8 @@ Plan make(const Form& form, const Alignment& aligned, const void* bias) {
   prefer(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES, aligned.c);
   cublasLtMatmulHeuristicResult_t found{};
   int count = 0;
-  const cublasStatus_t status = cublasLtMatmulAlgoGetHeuristic(handle(), plan.operation, plan.left, plan.right, plan.result, plan.result,
-                                                               preference, 1, &found, &count);
-  cublasLtMatmulPreferenceDestroy(preference);
+  const cublasStatus_t status = cublasLtMatmulAlgoGetHeuristic(handle(), plan.operation.get(), plan.left.get(), plan.right.get(),
+                                                               plan.result.get(), plan.result.get(), preference.get(), 1, &found, &count);
   // Epilogues with a vector have a fallback, so whatever the library says against them counts as a no.
   const bool refused = status == CUBLAS_STATUS_NOT_SUPPORTED || (form.bias && status != CUBLAS_STATUS_SUCCESS);
   if (refused || (status == CUBLAS_STATUS_SUCCESS && (count == 0 || found.state != CUBLAS_STATUS_SUCCESS))) return plan;
@@ -158,11 +173,11 @@ Plan& cached(const Form& form, const Alignment& aligned, const void* bias) {
   return found->second;
 }
 
-/// c <- a b (+ c) (+ bias), or with `row_sums` also bias <- sums; false if cuBLASLt has no algorithm for it.
-bool run(const Form& form, const void* a, const void* b, void* c, void* bias) {
+/// d <- a b (+ c) (+ bias), or with `row_sums` also bias <- sums; false if cuBLASLt has no algorithm for it.
+bool run(const Form& form, const void* a, const void* b, const void* c, void* d, void* bias) {
   static std::mutex mutex;  // a plan's descriptor is changed before it is run
   const std::lock_guard lock(mutex);
-  const Alignment aligned{alignment_of(a), alignment_of(b), alignment_of(c), alignment_of(bias)};
+  const Alignment aligned{alignment_of(a), alignment_of(b), std::min(alignment_of(c), alignment_of(d)), alignment_of(bias)};
   Plan& plan = cached(form, aligned, bias);
   if (!plan.supported) return false;
   if (bias != nullptr) set(plan.operation, CUBLASLT_MATMUL_DESC_BIAS_POINTER, bias);
@@ -171,10 +186,10 @@ bool run(const Form& form, const void* a, const void* b, void* c, void* bias) {
   const float one_f = 1, beta_f = static_cast<float>(beta);
   const bool wide = form.c.dtype == DType::f64;
   const void *alpha = wide ? static_cast<const void*>(&one) : &one_f, *keep = wide ? static_cast<const void*>(&beta) : &beta_f;
-  check_blas(
-      cublasLtMatmul(handle(), plan.operation, alpha, b, plan.left, a, plan.right, keep, c, plan.result, c, plan.result, &plan.algorithm,
-                     workspace.defined() ? workspace.raw() : nullptr, plan.workspace, static_cast<cudaStream_t>(mesa::cuda::stream())),
-      "multiplying");
+  check_blas(cublasLtMatmul(handle(), plan.operation.get(), alpha, b, plan.left.get(), a, plan.right.get(), keep, c, plan.result.get(), d,
+                            plan.result.get(), &plan.algorithm, workspace.defined() ? workspace.raw() : nullptr, plan.workspace,
+                            static_cast<cudaStream_t>(mesa::cuda::stream())),
+             "multiplying");
   if (mesa::cuda::synchronous()) mesa::cuda::synchronize();
   return true;
 }
@@ -205,16 +220,19 @@ void* moved(const Tensor& t, int64_t elements) { return static_cast<char*>(t.raw
 
 }  // namespace
 
-void product(const Tensor& a, const Tensor& b, const Tensor& c, const Tensor& bias, bool accumulate) {
+void product(const Tensor& a, const Tensor& b, const Tensor& c, const Tensor& bias, const Tensor& addend) {
   const Batches batches = batches_of(a, b, c);
-  Form form{matrix_of(a), matrix_of(b), matrix_of(c), batches.inner, {}, accumulate, false};
+  Form form{matrix_of(a), matrix_of(b), matrix_of(c), batches.inner, {}, addend.defined(), false};
   check(!form.c.transposed || !bias.defined(), "a biased product into a transposed matrix of shape ", c.shape());
-  if (form.c.transposed) return product(b.transpose(-1, -2), a.transpose(-1, -2), c.transpose(-1, -2), bias, accumulate);
-  const auto try_with = [&](const Tensor& addend) {
-    form.bias = addend.defined() ? std::optional(addend.dtype()) : std::nullopt;
+  if (form.c.transposed)
+    return product(b.transpose(-1, -2), a.transpose(-1, -2), c.transpose(-1, -2), bias,
+                   addend.defined() ? addend.transpose(-1, -2) : addend);
+  const Tensor& plus = addend.defined() ? addend : c;  // beta is 0 where nothing is added
+  const auto try_with = [&](const Tensor& with) {
+    form.bias = with.defined() ? std::optional(with.dtype()) : std::nullopt;
     for (int64_t i = 0; i < batches.outer; ++i)
-      if (!run(form, moved(a, i * batches.step[0]), moved(b, i * batches.step[1]), moved(c, i * batches.step[2]),
-               addend.defined() ? addend.raw() : nullptr))
+      if (!run(form, moved(a, i * batches.step[0]), moved(b, i * batches.step[1]), moved(plus, i * batches.step[2]),
+               moved(c, i * batches.step[2]), with.defined() ? with.raw() : nullptr))
         return false;  // the first already: all have one form
     return true;
   };
@@ -235,7 +253,7 @@ bool product_and_row_sums(const Tensor& dy, const Tensor& x, const Tensor& dw, b
   const Tensor a = dy.transpose(0, 1);
   const Form form{matrix_of(a), matrix_of(x), matrix_of(dw), {}, db.dtype(), accumulate, true};
   if (form.c.transposed || dy.dim(0) == 0 || dw.numel() == 0) return false;
-  return run(form, a.raw(), x.raw(), dw.raw(), db.raw());
+  return run(form, a.raw(), x.raw(), dw.raw(), dw.raw(), db.raw());
 }
 
 }  // namespace mesa::kernels::cuda

@@ -6,8 +6,8 @@
 #include <algorithm>
 #include <vector>
 
-#include "mesa/kernels/common.h"
 #include "mesa/base/random.h"
+#include "mesa/kernels/common.h"
 #include "mesa/kernels/scalar.h"
 
 namespace mesa::kernels::cuda {
@@ -18,13 +18,17 @@ inline constexpr unsigned kFullMask = 0xffffffffu;
 
 template <class T>
 __device__ inline Acc<T> load(const T* p) {
-  if constexpr (std::is_same_v<T, bf16>) return scalar::float_of(static_cast<uint32_t>(p->bits) << 16);
-  else return *p;
+  if constexpr (std::is_same_v<T, bf16>)
+    return scalar::float_of(static_cast<uint32_t>(p->bits) << 16);
+  else
+    return *p;
 }
 template <class T, class V>
 __device__ inline void store(T* p, V value) {
-  if constexpr (std::is_same_v<T, bf16>) p->bits = static_cast<uint16_t>(pack_bf16(static_cast<float>(value), 0.0f));
-  else *p = static_cast<T>(value);
+  if constexpr (std::is_same_v<T, bf16>)
+    p->bits = static_cast<uint16_t>(pack_bf16(static_cast<float>(value), 0.0f));
+  else
+    *p = static_cast<T>(value);
 }
 
 /// N elements that move in one instruction when N sizeof(T) is 4, 8 or 16 and the address is a multiple of it.
@@ -60,15 +64,21 @@ inline bool aligned(const void* p, size_t bytes) { return reinterpret_cast<uintp
 
 struct Sum {
   template <class T>
-  __device__ T operator()(T a, T b) const { return a + b; }
+  __device__ T operator()(T a, T b) const {
+    return a + b;
+  }
 };
 struct Max {
   template <class T>
-  __device__ T operator()(T a, T b) const { return a > b ? a : b; }
+  __device__ T operator()(T a, T b) const {
+    return a > b ? a : b;
+  }
 };
 struct Min {
   template <class T>
-  __device__ T operator()(T a, T b) const { return a < b ? a : b; }
+  __device__ T operator()(T a, T b) const {
+    return a < b ? a : b;
+  }
 };
 
 /// The reduction over `width` neighbouring lanes (a power of two), in every lane.

@@ -48,6 +48,12 @@ Saved Op::save(const char* slot, const Var& x) const {
   return tape_->policy().save(x.value(), site(slot), x.recipe(), !x.requires_grad());
 }
 
+SavedAhead Op::open(const char* slot, const Shape& shape, DType dtype, Device device) const {
+  return recording() ? tape_->policy().open(site(slot), shape, dtype, device) : SavedAhead{};
+}
+
+SavedAhead Op::open(const char* slot, const Tensor& x) const { return recording() ? tape_->policy().open(site(slot), x) : SavedAhead{}; }
+
 bool Op::shares_input(const char* slot, DType dtype) const { return recording() && tape_->policy().shares_input(site(slot), dtype); }
 
 Saved Op::save(const char* slot, const Tensor& x) const { return save(slot, Var(x)); }

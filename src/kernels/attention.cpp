@@ -61,9 +61,13 @@ void cudnn_grad(const Tensor& d_o, const AttentionOperand& q_rows, const Attenti
 }  // namespace
 
 void attention(const Tensor& q_rows, const Tensor& k_rows, const Tensor& v_rows, int64_t heads, double scale, const Tensor& o_rows,
-               const Tensor& lse, AttentionBy by) {
+               const Tensor& lse, AttentionBy by, const QkvCodes& codes) {
+  if (by == AttentionBy::engine && has_fused_kernel(o_rows, heads))
+    return fused_attention(q_rows, k_rows, v_rows, heads, scale, o_rows, lse, codes);
+  if (codes[0].defined()) quantize_running(q_rows, codes[0]);
+  if (codes[1].defined()) quantize_running(k_rows, codes[1]);
+  if (codes[2].defined()) quantize_running(v_rows, codes[2]);
   if (by == AttentionBy::cudnn) return cudnn_attention(q_rows, k_rows, v_rows, heads, scale, o_rows, lse);
-  if (has_fused_kernel(o_rows, heads)) return fused_attention(q_rows, k_rows, v_rows, heads, scale, o_rows, lse);
   const Tensor q = by_head(q_rows, heads), k = by_head(k_rows, heads), v = by_head(v_rows, heads), o = by_head(o_rows, heads);
   const Tensor scores = score_buffer(q, score_type(q));
   const Tensor rounded = q.dtype() == scores.dtype() ? scores : score_buffer(q, q.dtype());

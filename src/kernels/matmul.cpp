@@ -8,24 +8,26 @@ namespace mesa::kernels {
 namespace cuda {
 // kernels/cuda/cublaslt.cpp; null in a build without CUDA.
 /// As matmul; arguments are checked already.
-[[gnu::weak]] void product(const Tensor& a, const Tensor& b, const Tensor& c, const Tensor& bias, bool accumulate);
+[[gnu::weak]] void product(const Tensor& a, const Tensor& b, const Tensor& c, const Tensor& bias, const Tensor& addend);
 /// dw <- (dw +) dy^T x and db <- sum of dy's rows in one product; false if the library has no such product for these operands.
 [[gnu::weak]] bool product_and_row_sums(const Tensor& dy, const Tensor& x, const Tensor& dw, bool accumulate, const Tensor& db);
 }  // namespace cuda
 
 namespace {
 
-void check_operands(const Tensor& a, const Tensor& b, const Tensor& c, const Tensor& bias) {
+void check_operands(const Tensor& a, const Tensor& b, const Tensor& c, const Tensor& bias, const Tensor& addend) {
   bool fits = a.rank() >= 2 && a.rank() == b.rank() && a.rank() == c.rank() && a.dim(-1) == b.dim(-2) && a.dim(-2) == c.dim(-2) &&
               b.dim(-1) == c.dim(-1);
   for (int i = 0; fits && i < a.rank() - 2; ++i) fits = a.dim(i) == b.dim(i) && a.dim(i) == c.dim(i);
   check(fits, "cannot multiply ", a.shape(), " by ", b.shape(), " into ", c.shape());
-  check(a.dtype() == b.dtype() && (c.dtype() == a.dtype() || (a.dtype() == DType::bf16 && c.dtype() == DType::f32)), "no matrix product of ",
-        to_string(a.dtype()), " and ", to_string(b.dtype()), " into ", to_string(c.dtype()));
+  check(a.dtype() == b.dtype() && (c.dtype() == a.dtype() || (a.dtype() == DType::bf16 && c.dtype() == DType::f32)),
+        "no matrix product of ", to_string(a.dtype()), " and ", to_string(b.dtype()), " into ", to_string(c.dtype()));
   check(!bias.defined() || (bias.rank() == 1 && bias.dim(0) == c.dim(-1) && bias.is_contiguous()), "a bias of shape ", bias.shape(),
         " does not fit the product's last extent ", c.dim(-1));
   const DType wide = c.dtype() == DType::f64 ? DType::f64 : DType::f32;
   check(!bias.defined() || bias.dtype() == wide, "a bias of ", to_string(bias.dtype()), " in a product that adds in ", to_string(wide));
+  check(!addend.defined() || (addend.shape() == c.shape() && addend.dtype() == c.dtype() && addend.strides() == c.strides()), "cannot add ",
+        addend.shape(), " ", to_string(addend.dtype()), " to a product of shape ", c.shape(), " in ", to_string(c.dtype()));
 }
 
 /// One product of strided matrices in double: for gradient checks, where right matters and fast does not.
@@ -36,7 +38,8 @@ void plain(const double* a, const double* b, double* c, const double* bias, bool
   for (int64_t i = 0; i < m; ++i)
     for (int64_t j = 0; j < n; ++j) {
       double sum = bias ? bias[j] : 0;
-      for (int64_t l = 0; l < k; ++l) sum += a[i * ta.strides()[-2] + l * ta.strides()[-1]] * b[l * tb.strides()[-2] + j * tb.strides()[-1]];
+      for (int64_t l = 0; l < k; ++l)
+        sum += a[i * ta.strides()[-2] + l * ta.strides()[-1]] * b[l * tb.strides()[-2] + j * tb.strides()[-1]];
       double& out = c[i * tc.strides()[-2] + j * tc.strides()[-1]];
       out = accumulate ? out + sum : sum;
     }
@@ -90,11 +93,13 @@ Tensor plain_right(const Tensor& a, const Tensor& b) {
 
 }  // namespace
 
-void matmul(const Tensor& a, const Tensor& b, const Tensor& c, const Tensor& bias, bool accumulate) {
-  check_operands(a, b, c, bias);
+void matmul(const Tensor& a, const Tensor& b, const Tensor& c, const Tensor& bias, const Tensor& addend) {
+  check_operands(a, b, c, bias, addend);
   if (c.is_meta() || c.numel() == 0) return;
+  const bool accumulate = addend.defined();
+  if (c.device().kind == DeviceKind::cuda && a.dim(-1) > 0) return cuda::product(a, b, c, bias, addend);
+  if (accumulate && addend.raw() != c.raw()) copy(addend, c);
   if (a.dim(-1) == 0) return sum_of_nothing(c, bias, accumulate);
-  if (c.device().kind == DeviceKind::cuda) return cuda::product(a, b, c, bias, accumulate);
   if (c.dtype() == DType::f64) return matmul_f64(a, b, c, bias, accumulate);
   if (a.dtype() == DType::bf16 && !onednn::fast_bf16()) return matmul_widened(a, b, c, bias, accumulate);
   onednn::matmul(a, plain_right(a, b), c, bias, accumulate);
@@ -103,7 +108,7 @@ void matmul(const Tensor& a, const Tensor& b, const Tensor& c, const Tensor& bia
 void matmul_weight_grad(const Tensor& dy, const Tensor& x, const Tensor& dw, bool accumulate_w, const Tensor& db, bool accumulate_b) {
   const bool gpu = dw.device().kind == DeviceKind::cuda;
   if (gpu && db.defined() && !accumulate_b && cuda::product_and_row_sums(dy, x, dw, accumulate_w, db)) return;
-  matmul(dy.transpose(0, 1), x, dw, {}, accumulate_w);
+  matmul(dy.transpose(0, 1), x, dw, {}, accumulate_w ? dw : Tensor());
   if (db.defined()) sum_rows(dy, db, accumulate_b);
 }
 

@@ -6,6 +6,10 @@ namespace mesa {
 
 Var EncoderBlock::operator()(const Var& x) const {
   const Scope scope(name, heads);
+  if (drop_path == 0 || Tape::current() == nullptr) {  // the last product of each branch adds
+    const Var h = attn(norm1(x), x);
+    return mlp(norm2(h), h);
+  }
   const auto drop = [&](const char* which, const Var& branch) {
     const Scope scope(which);  // two streams of random numbers a block
     return mesa::drop_path(branch, drop_path);
@@ -46,9 +50,11 @@ Vit::Vit(const Builder& build, const VitConfig& config) : config_(config), resid
     EncoderBlock block;
     block.name = name;
     block.heads = config_.heads;
-    block.drop_path = config_.depth > 1 ? config_.drop_path * static_cast<double>(i) / static_cast<double>(config_.depth - 1) : config_.drop_path;
+    block.drop_path =
+        config_.depth > 1 ? config_.drop_path * static_cast<double>(i) / static_cast<double>(config_.depth - 1) : config_.drop_path;
     block.norm1 = LayerNorm::make(build, "norm1", C);
-    block.attn = Attention::make(build, "attn", C, config_.heads, config_.attention, config_.qkv_bias, config_.drop_rate, config_.attn_drop_rate);
+    block.attn =
+        Attention::make(build, "attn", C, config_.heads, config_.attention, config_.qkv_bias, config_.drop_rate, config_.attn_drop_rate);
     block.norm2 = LayerNorm::make(build, "norm2", C);
     block.mlp = Mlp::make(build, "mlp", C, config_.hidden(), config_.drop_rate);
     blocks_.push_back(std::move(block));

@@ -15,9 +15,9 @@ Linear Linear::make(const Builder& build, const std::string& name, int64_t in, i
   return layer;
 }
 
-Var Linear::operator()(const Var& x) const {
+Var Linear::operator()(const Var& x, const Var& residual) const {
   const Scope scope(name);
-  return linear(x, *weight, bias ? Var(*bias) : Var(), out);
+  return linear(x, *weight, bias ? Var(*bias) : Var(), out, residual);
 }
 
 LayerNorm LayerNorm::make(const Builder& build, const std::string& name, int64_t width) {
@@ -43,6 +43,13 @@ Var scoped_dropout(const char* name, const Var& x, double p) {
   return dropout(x, p);
 }
 
+/// residual + dropout(layer(x)); where nothing is dropped the layer's own product adds.
+Var onto(const Var& residual, const Linear& layer, const Var& x, const char* dropout_name, double p) {
+  if (!residual.defined()) return scoped_dropout(dropout_name, layer(x), p);
+  if (p == 0) return layer(x, residual);
+  return residual + scoped_dropout(dropout_name, layer(x), p);
+}
+
 }  // namespace
 
 Mlp Mlp::make(const Builder& build, const std::string& name, int64_t width, int64_t hidden, double drop) {
@@ -55,13 +62,13 @@ Mlp Mlp::make(const Builder& build, const std::string& name, int64_t width, int6
   return layer;
 }
 
-Var Mlp::operator()(const Var& x) const {
+Var Mlp::operator()(const Var& x, const Var& residual) const {
   const Scope scope(name);
   const auto act = [&](const Var& h) {
     const Scope scope("act");
     return gelu(h);
   };
-  return scoped_dropout("drop2", fc2(scoped_dropout("drop1", act(fc1(x)), drop)), drop);
+  return onto(residual, fc2, scoped_dropout("drop1", act(fc1(x)), drop), "drop2", drop);
 }
 
 Attention Attention::make(const Builder& build, const std::string& name, int64_t width, int64_t heads, AttentionKind kind, bool qkv_bias,
@@ -100,7 +107,7 @@ Var explicit_attention(const Var& qkv, int64_t heads, double scale_by, double at
 
 }  // namespace
 
-Var Attention::operator()(const Var& x) const {
+Var Attention::operator()(const Var& x, const Var& residual) const {
   const Scope scope(name);
   const Var packed = qkv(x);  // [B, N, 3C]
   const double scale_by = 1.0 / std::sqrt(static_cast<double>(x.dim(-1) / heads));
@@ -109,7 +116,7 @@ Var Attention::operator()(const Var& x) const {
     const Scope scope("attention");
     return attention(packed, heads, scale_by, kind == AttentionKind::cudnn ? kernels::AttentionBy::cudnn : kernels::AttentionBy::engine);
   };
-  return scoped_dropout("proj_drop", proj(mixed()), drop);
+  return onto(residual, proj, mixed(), "proj_drop", drop);
 }
 
 PatchEmbed PatchEmbed::make(const Builder& build, const std::string& name, int64_t channels, int64_t patch, int64_t width) {

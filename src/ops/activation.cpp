@@ -6,9 +6,11 @@ namespace mesa {
 Var gelu(const Var& x) {
   const Op op("gelu", {x});
   const Tensor y = empty_like(x.value());
-  kernels::gelu(x.value(), y);
+  const SavedAhead ahead = op.open("x", x.value());
+  if (ahead.defined()) kernels::gelu_codes(x.value(), y, ahead.codes);
+  else kernels::gelu(x.value(), y);
   if (!op.recording()) return Var(y);
-  const Saved saved = op.save("x", x);
+  const Saved saved = ahead.defined() ? ahead.saved : op.save("x", x);
   // Rebuilding y for the layer behind comes just before this op's own backward: it leaves the slope here, so that x is decoded once.
   const auto slope = std::make_shared<Tensor>();
   const Var result = op.record(y, [saved, slope](const Tensor& dy) -> Grads {

@@ -13,17 +13,19 @@ Tensor third(const Tensor& qkv, int i) { return qkv.narrow(-1, i * (qkv.dim(-1) 
 Tensor by_head(const Tensor& x, int64_t heads) { return x.split_last(x.dim(-1) / heads).transpose(1, 2); }
 
 void check_packed(const Var& qkv, int64_t heads) {
-  check(qkv.value().rank() == 3 && heads > 0 && qkv.dim(-1) % (3 * heads) == 0, "attention with ", heads, " heads needs [B, N, 3 C] with C a multiple of ",
-        heads, ", not ", qkv.shape());
+  check(qkv.value().rank() == 3 && heads > 0 && qkv.dim(-1) % (3 * heads) == 0, "attention with ", heads,
+        " heads needs [B, N, 3 C] with C a multiple of ", heads, ", not ", qkv.shape());
 }
 
-/// q, k and v as views of the packed projection. Where only some of them are kept exactly, those are copied: a view would pin all three.
-std::array<Saved, 3> save_thirds(const Op& op, const Tensor& qkv) {
-  static constexpr const char* kSlots[] = {"q", "k", "v"};
+constexpr const char* kSlots[] = {"q", "k", "v"};
+
+/// q, k and v as views of the packed projection, unless `saved` has them already. Where only some of them are kept exactly, those are
+/// copied: a view would pin all three.
+void save_thirds(const Op& op, const Tensor& qkv, std::array<Saved, 3>& saved) {
   int shared = 0;
   for (const char* slot : kSlots) shared += op.shares_input(slot, qkv.dtype());
-  std::array<Saved, 3> saved;
   for (int i = 0; i < 3; ++i) {
+    if (saved[i].defined()) continue;
     Tensor part = third(qkv, i);
     if (shared < 3 && op.shares_input(kSlots[i], qkv.dtype())) {
       const Tensor own = empty_like(part);
@@ -32,7 +34,6 @@ std::array<Saved, 3> save_thirds(const Op& op, const Tensor& qkv) {
     }
     saved[i] = op.save(kSlots[i], part);
   }
-  return saved;
 }
 
 /// Codes go to the kernel as they are, so that it may decode them on the way in.
@@ -50,9 +51,15 @@ Var attention(const Var& qkv, int64_t heads, double scale, kernels::AttentionBy 
   const Tensor x = qkv.value();
   const Tensor o = Tensor::empty({B, N, C}, x.dtype(), x.device());
   const Tensor lse = Tensor::empty({B, heads, N}, x.dtype() == DType::f64 ? DType::f64 : DType::f32, x.device());
-  kernels::attention(third(x, 0), third(x, 1), third(x, 2), heads, scale, o, lse, by);
+  std::array<Saved, 3> saved;
+  kernels::QkvCodes codes;
+  for (int i = 0; i < 3; ++i) {
+    const SavedAhead ahead = op.open(kSlots[i], third(x, i));
+    saved[i] = ahead.saved, codes[i] = ahead.codes;
+  }
+  kernels::attention(third(x, 0), third(x, 1), third(x, 2), heads, scale, o, lse, by, codes);
   if (!op.recording()) return Var(o);
-  const std::array<Saved, 3> saved = save_thirds(op, x);
+  save_thirds(op, x, saved);
   // Rows of exp(scale q k^T - lse) from decoded q and k do not sum to one, so they are normalized again and neither lse nor o is read.
   const bool exact = saved[0].error() == 0 && saved[1].error() == 0 && saved[2].error() == 0;
   // One copy with the projection behind, which keeps the same buffer; where that is lossy, delta comes from P and dP instead.

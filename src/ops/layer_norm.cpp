@@ -1,5 +1,4 @@
 #include "mesa/kernels/norm.h"
-
 #include "mesa/ops/ops.h"
 
 namespace mesa {
@@ -10,28 +9,34 @@ Var layer_norm(const Var& x, const Var& gamma, const Var& beta, double eps, std:
   check(gamma.value().numel() == x.dim(-1) && beta.value().numel() == x.dim(-1), "gamma has ", gamma.value().numel(), " and beta ",
         beta.value().numel(), " elements but x ends in ", x.dim(-1));
   const DType type_y = out.value_or(x.dtype());
-  const Tensor y = empty_like(x.value(), type_y);
-  Tensor xhat, rstd;
-  if (op.recording()) {
-    xhat = empty_like(y);
-    rstd = Tensor::empty({x.value().rows()}, gamma.dtype(), y.device());
+  const Tensor y = empty_like(x.value(), type_y), g = gamma.value(), b = beta.value();
+  if (!op.recording()) {
+    kernels::layer_norm(x.value(), g, b, eps, y, Tensor(), Tensor());
+    return Var(y);
   }
-  kernels::layer_norm(x.value(), gamma.value(), beta.value(), eps, y, xhat, rstd);
-  if (!op.recording()) return Var(y);
-  const Saved saved = op.save("xhat", xhat);
+  const Tensor rstd = Tensor::empty({x.value().rows()}, gamma.dtype(), y.device());
+  const auto [ahead, codes] = op.open("xhat", y.shape(), type_y, y.device());
+  Saved saved = ahead;
+  if (saved.defined()) {
+    kernels::layer_norm_codes(x.value(), g, b, eps, y, rstd, codes);
+  } else {
+    const Tensor xhat = empty_like(y);
+    kernels::layer_norm(x.value(), g, b, eps, y, xhat, rstd);
+    saved = op.save("xhat", xhat);
+  }
   op.keep("rstd", rstd);
-  const Tensor g = gamma.value(), b = beta.value();
-  const Var result = op.record(y, [=, type_x = x.dtype(), dgamma = op.gradient(gamma), dbeta = op.gradient(beta)](const Tensor& dy) -> Grads {
-    const Tensor dx = empty_like(dy, type_x), xhat = saved.get();
-    Grads grads{dx, Tensor(), Tensor()};
-    // One pass computes all three; the targets only say where the two parameter gradients go.
-    Tensor to_gamma, to_beta;
-    bool add_gamma = false, add_beta = false;
-    grads[1] = dgamma.into([&](const Tensor& out, bool add) { to_gamma = out, add_gamma = add; });
-    grads[2] = dbeta.into([&](const Tensor& out, bool add) { to_beta = out, add_beta = add; });
-    kernels::layer_norm_grad(dy, xhat, rstd, g, dx, to_gamma, to_beta, add_gamma, add_beta);
-    return grads;
-  });
+  const Var result =
+      op.record(y, [=, type_x = x.dtype(), dgamma = op.gradient(gamma), dbeta = op.gradient(beta)](const Tensor& dy) -> Grads {
+        const Tensor dx = empty_like(dy, type_x), xhat = saved.get();
+        Grads grads{dx, Tensor(), Tensor()};
+        // One pass computes all three; the targets only say where the two parameter gradients go.
+        Tensor to_gamma, to_beta;
+        bool add_gamma = false, add_beta = false;
+        grads[1] = dgamma.into([&](const Tensor& out, bool add) { to_gamma = out, add_gamma = add; });
+        grads[2] = dbeta.into([&](const Tensor& out, bool add) { to_beta = out, add_beta = add; });
+        kernels::layer_norm_grad(dy, xhat, rstd, g, dx, to_gamma, to_beta, add_gamma, add_beta);
+        return grads;
+      });
   return result.with_recipe([saved, g, b] {
     const Tensor xhat = saved.get(), y = empty_like(xhat);
     kernels::affine(xhat, g, b, y);

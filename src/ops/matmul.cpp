@@ -15,10 +15,10 @@ Var matmul(const Var& a, const Var& b, bool transpose_b) {
   const Saved sa = op.wants(b) ? op.save("a", a) : Saved(), sb = op.wants(a) ? op.save("b", b) : Saved();
   return op.record(y, [=, da = op.gradient(a), db = op.gradient(b)](const Tensor& dy) -> Grads {
     return {da.into([&](const Tensor& out, bool accumulate) {
-              kernels::matmul(dy, maybe_transposed(sb.get()).transpose(-1, -2), out, {}, accumulate);
+              kernels::matmul(dy, maybe_transposed(sb.get()).transpose(-1, -2), out, {}, accumulate ? out : Tensor());
             }),
             db.into([&](const Tensor& out, bool accumulate) {
-              kernels::matmul(sa.get().transpose(-1, -2), dy, maybe_transposed(out), {}, accumulate);
+              kernels::matmul(sa.get().transpose(-1, -2), dy, maybe_transposed(out), {}, accumulate ? maybe_transposed(out) : Tensor());
             })};
   });
 }

@@ -2,6 +2,7 @@
 #include "mesa/kernels/image.h"
 #include "mesa/kernels/matmul.h"
 #include "mesa/ops/ops.h"
+#include "weight_grad.h"
 
 namespace mesa {
 
@@ -10,7 +11,8 @@ Var patch_embed(const Var& images, const Var& w, const Var& b, DType compute, DT
   check(images.value().rank() == 4 && w.value().rank() == 4 && images.dim(1) == w.dim(1) && w.dim(2) == w.dim(3), "patch_embed: images ",
         images.shape(), " do not fit the weight ", w.shape());
   const int64_t p = w.dim(2), C = w.dim(0), P = w.value().numel() / C;
-  check(images.dim(2) % p == 0 && images.dim(3) % p == 0, "images of ", images.dim(2), " x ", images.dim(3), " do not divide into patches of ", p);
+  check(images.dim(2) % p == 0 && images.dim(3) % p == 0, "images of ", images.dim(2), " x ", images.dim(3),
+        " do not divide into patches of ", p);
   const int64_t B = images.dim(0), N = images.dim(2) / p * (images.dim(3) / p);
   const auto patches_of = [=](const Tensor& x) {
     const Tensor patches = Tensor::empty({B, N, P}, compute, x.device());
@@ -21,29 +23,25 @@ Var patch_embed(const Var& images, const Var& w, const Var& b, DType compute, DT
   const Tensor y = Tensor::empty({B, N, C}, out, images.value().device());
   kernels::matmul(patches_of(images.value()), weight.transpose(0, 1), y.reshape({B * N, C}), b.value());
   const Saved sx = op.wants(w) ? op.save("x", images) : Saved();
-  return op.record(y, [=, to_x = op.wants(images), shape_x = images.shape(), type_x = images.dtype(), dw = op.gradient(w),
-                       db = op.gradient(b)](const Tensor& dy_) -> Grads {
-    Tensor dy = dy_.reshape({B * N, C});
-    if (dy.dtype() != compute) {
-      const Tensor narrow = empty_like(dy, compute);
-      kernels::copy(dy, narrow);
-      dy = narrow;
-    }
-    Grads grads(3);
-    Tensor to_w, to_b;
-    bool add_w = false, add_b = false;
-    grads[1] = dw.into([&](const Tensor& to, bool add) { to_w = to, add_w = add; });
-    grads[2] = db.into([&](const Tensor& to, bool add) { to_b = to, add_b = add; });
-    if (to_w.defined()) kernels::matmul_weight_grad(dy, patches_of(sx.get()), to_w.reshape({C, P}), add_w, to_b, add_b);
-    else if (to_b.defined()) kernels::sum_rows(dy, to_b, add_b);
-    if (to_x) {
-      const Tensor dpatches = Tensor::empty({B, N, P}, compute, dy.device());
-      kernels::matmul(dy, weight, dpatches.reshape({B * N, P}));
-      grads[0] = Tensor::empty(shape_x, type_x, dy.device());
-      kernels::scatter_patches(dpatches, p, grads[0]);
-    }
-    return grads;
-  });
+  return op.record(y,
+                   [=, to_x = op.wants(images), shape_x = images.shape(), type_x = images.dtype(), dw = op.gradient(w),
+                    db = op.gradient(b)](const Tensor& dy_) -> Grads {
+                     Tensor dy = dy_.reshape({B * N, C});
+                     if (dy.dtype() != compute) {
+                       const Tensor narrow = empty_like(dy, compute);
+                       kernels::copy(dy, narrow);
+                       dy = narrow;
+                     }
+                     const auto [to_w, to_b] = weight_and_bias_grads(dw, db, dy, [&] { return patches_of(sx.get()); });
+                     Grads grads{Tensor(), to_w, to_b};
+                     if (to_x) {
+                       const Tensor dpatches = Tensor::empty({B, N, P}, compute, dy.device());
+                       kernels::matmul(dy, weight, dpatches.reshape({B * N, P}));
+                       grads[0] = Tensor::empty(shape_x, type_x, dy.device());
+                       kernels::scatter_patches(dpatches, p, grads[0]);
+                     }
+                     return grads;
+                   });
 }
 
 Var prepend_token(const Var& token, const Var& x) {

@@ -1,8 +1,10 @@
 // Affine codes of 8, 4 or 2 bits: q = clamp(floor((x - offset) / step + u), 0, 2^bits - 1), decoded as offset + q step
 // (Pan et al. 2021, arXiv 2111.11124; both ends are clamped and the scale travels with the codes, which their code does not do).
 #include <cstdlib>
+#include <utility>
 
 #include "builtin_codecs.h"
+#include "mesa/kernels/codec_scalar.h"
 #include "mesa/kernels/elementwise.h"
 
 namespace mesa {
@@ -32,9 +34,12 @@ Settings read_settings(int bits, const CodecOptions& options) {
   s.bits = bits;
   if (const auto found = options.find("groups"); found != options.end()) {
     const std::string& text = found->second;
-    if (text == "heads") s.groups = Settings::Groups::heads;
-    else if (text == "layer") s.groups = Settings::Groups::layer;
-    else if (text == "channel") s.groups = Settings::Groups::channel;
+    if (text == "heads")
+      s.groups = Settings::Groups::heads;
+    else if (text == "layer")
+      s.groups = Settings::Groups::layer;
+    else if (text == "channel")
+      s.groups = Settings::Groups::channel;
     else {
       char* end = nullptr;
       s.count = std::strtoll(text.c_str(), &end, 10);
@@ -65,7 +70,8 @@ GroupLayout layout_of(const Settings& s, const Shape& shape, const Site& site) {
     case Settings::Groups::heads: break;
   }
   if (shape.rank() == 4) return {shape[0], shape[1], shape[2] * shape[3], false};  // [B, H, N, D]
-  check(channels % site.heads == 0, "groups: heads needs channels that divide by the ", site.heads, " heads, not ", channels, " at ", site.name());
+  check(channels % site.heads == 0, "groups: heads needs channels that divide by the ", site.heads, " heads, not ", channels, " at ",
+        site.name());
   return {channels == 0 ? 0 : n / channels, site.heads, channels / site.heads, false};
 }
 
@@ -75,18 +81,17 @@ class AffineCodec : public Codec {
 
   Packed pack(const Tensor& input, const PackContext& context) override {
     const Tensor x = uniform(input);
-    Packed packed{{}, x.shape(), x.dtype(), layout_of(s_, x.shape(), context.site)};
-    const int64_t groups = packed.layout.groups;
-    const Tensor codes = Tensor::empty({code_bytes(x.numel())}, DType::u8, x.device());
-    const Tensor step = Tensor::empty({groups}, DType::f32, x.device());
-    const Tensor offset = Tensor::empty({groups}, DType::f32, x.device());
-    if (!s_.running) {
-      kernels::quantize_current(x, packed.layout, s_.bits, s_.stochastic, context.random, step, offset, codes, context.counts);
-    } else {
-      pack_running(x, packed.layout, context, step, offset, codes);
-    }
-    packed.parts = {codes, step, offset};
+    if (s_.running) return pack_running(x, context);
+    const Packed packed = room_for(x.shape(), x.dtype(), x.device(), context.site);
+    kernels::quantize_current(x, packed.layout, s_.bits, s_.stochastic, context.random, packed.parts[1], packed.parts[2], packed.parts[0],
+                              context.counts);
     return packed;
+  }
+
+  Opened open(const Shape& shape, DType dtype, Device device, const PackContext& context) override {
+    const bool planned = device.kind == DeviceKind::meta;  // a plan is of any step but the first
+    if (!s_.running || (!latest_.defined() && !planned)) return {};
+    return running_codes(room_for(shape, dtype, device, context.site), device, context);
   }
 
   Tensor unpack(const Packed& packed) const override {
@@ -96,6 +101,7 @@ class AffineCodec : public Codec {
   }
 
   std::optional<kernels::Coded> coded(const Packed& packed) const override {
+    if (packed.parts[0].is_meta()) return kernels::Coded{packed.parts[0], {}, {}, packed.layout, s_.bits};  // a plan has no scales
     return kernels::Coded{packed.parts[0], packed.parts[1], packed.parts[2], packed.layout, s_.bits};
   }
 
@@ -104,23 +110,34 @@ class AffineCodec : public Codec {
   }
 
   double error_bound(double lo, double hi) const override {
-    const double step = (hi - lo) / ((1 << s_.bits) - 1);
+    // A range too small to divide by counts as constant: all of it decodes as lo.
+    const bool constant = kernels::step_of_range(static_cast<float>(lo), static_cast<float>(hi), s_.bits) == 0;
+    const double step = constant ? hi - lo : (hi - lo) / ((1 << s_.bits) - 1);
     const double arithmetic = 1e-6 * std::max(std::abs(lo), std::abs(hi)) + 1e-4 * step;  // fp32 rounding of the formula itself
-    return (s_.stochastic ? step : step / 2) + arithmetic;
+    return (s_.stochastic || constant ? step : step / 2) + arithmetic;
   }
 
   std::map<std::string, Tensor> state() const override {
-    if (!alpha_.defined()) return {};
-    return {{"alpha", alpha_}, {"beta", beta_}};
+    if (!latest_.defined()) return {};
+    return {{"alpha", latest_.alpha}, {"beta", latest_.beta}};
+  }
+
+  // No copy, and nothing for a device to do: the estimates of an update that may turn out bad are written beside the good ones.
+  void commit() override {
+    if (!is_committed()) spare_ = std::exchange(committed_, latest_);
+  }
+  void roll_back() override {
+    if (!is_committed()) spare_ = std::exchange(latest_, committed_);
   }
 
   void load_state(const std::map<std::string, Tensor>& state) override {
-    check(s_.running && state.count("alpha") && state.count("beta"), "the checkpoint's storage state is not the running range of this codec");
+    check(s_.running && state.count("alpha") && state.count("beta"),
+          "the checkpoint's storage state is not the running range of this codec");
     const Tensor &alpha = state.at("alpha"), &beta = state.at("beta");
     check(alpha.dtype() == DType::f32 && beta.dtype() == DType::f32 && alpha.rank() == 1 && alpha.shape() == beta.shape(),
           "the checkpoint's running range has the wrong form");
-    alpha_ = own_copy(alpha);  // moved to the tensors' device when the first of them comes
-    beta_ = own_copy(beta);
+    latest_ = committed_ = {own_copy(alpha), own_copy(beta)};  // moved to the tensors' device when the first of them comes
+    spare_ = {};
   }
 
  private:
@@ -140,30 +157,67 @@ class AffineCodec : public Codec {
     return y;
   }
 
-  /// The range is known before the tensor is (except at the first call, which calibrates): one pass packs and measures the next one.
-  void pack_running(const Tensor& x, const GroupLayout& layout, const PackContext& context, const Tensor& step, const Tensor& offset,
-                    const Tensor& codes) {
-    const Tensor lo = empty_like(step), hi = empty_like(step);
-    const bool first = !alpha_.defined();
-    if (first) {
-      alpha_ = Tensor::empty(step.shape(), DType::f32, x.device(), MemoryKind::optimizer);
-      beta_ = Tensor::empty(step.shape(), DType::f32, x.device(), MemoryKind::optimizer);
-      kernels::fill(alpha_, 0);
-      kernels::fill(beta_, 0);
-      kernels::group_range(x, layout, lo, hi, Tensor());  // quantize counts the elements that are not finite
-      kernels::update_range(alpha_, beta_, lo, hi, 0.0);
+  Packed room_for(const Shape& shape, DType dtype, Device device, const Site& site) const {
+    const kernels::GroupLayout layout = layout_of(s_, shape, site);
+    const Tensor codes = Tensor::empty({code_bytes(shape.numel())}, DType::u8, device);
+    const Tensor step = Tensor::empty({layout.groups}, DType::f32, device), offset = empty_like(step);
+    return {{codes, step, offset}, shape, dtype, layout};
+  }
+
+  /// Running range r and minimum m of each group, f32: half precision would stagnate.
+  struct Range {
+    Tensor alpha, beta;
+    bool defined() const { return alpha.defined(); }
+    Range on(Device device) const { return {to(alpha, device, MemoryKind::optimizer), to(beta, device, MemoryKind::optimizer)}; }
+  };
+
+  bool is_committed() const {
+    return latest_.defined() == committed_.defined() && (!latest_.defined() || latest_.alpha.buffer() == committed_.alpha.buffer());
+  }
+  /// Room for the next estimates: what roll_back returns to must stay as it is.
+  Range next_range(const Shape& groups, Device device) {
+    if (!is_committed()) return latest_;
+    if (spare_.defined()) return std::exchange(spare_, {});
+    return {Tensor::empty(groups, DType::f32, device, MemoryKind::optimizer),
+            Tensor::empty(groups, DType::f32, device, MemoryKind::optimizer)};
+  }
+
+  /// The codes of a tensor by the range as it is now; whoever writes them writes the next range, too.
+  Opened running_codes(const Packed& packed, Device device, const PackContext& context) {
+    const Tensor& step = packed.parts[1];
+    const Range next = next_range(step.shape(), device);
+    if (!latest_.defined()) latest_ = next;  // a plan
+    if (latest_.alpha.device() != device) {
+      const bool was_committed = is_committed();
+      latest_ = latest_.on(device);
+      if (was_committed) committed_ = latest_;
     }
-    alpha_ = to(alpha_, x.device(), MemoryKind::optimizer);
-    beta_ = to(beta_, x.device(), MemoryKind::optimizer);
-    check(alpha_.shape() == step.shape(), "the running range of ", context.site.name(), " has ", alpha_.numel(), " groups but the tensor has ",
-          step.numel());
-    kernels::freeze_range(alpha_, beta_, s_.bits, step, offset);
-    kernels::quantize(x, layout, s_.bits, s_.stochastic, context.random, step, offset, codes, lo, hi, context.counts);
-    if (!first) kernels::update_range(alpha_, beta_, lo, hi, s_.decay);
+    check(latest_.alpha.shape() == step.shape(), "the running range of ", context.site.name(), " has ", latest_.alpha.numel(),
+          " groups but the tensor has ", step.numel());
+    const Range now = std::exchange(latest_, next);
+    return {packed,
+            {packed.layout, s_.bits, s_.stochastic, context.random, now.alpha, now.beta, next.alpha, next.beta, s_.decay, step,
+             packed.parts[2], packed.parts[0], context.counts}};
+  }
+
+  /// The range is known before the tensor is, except at the first call, which calibrates.
+  Packed pack_running(const Tensor& x, const PackContext& context) {
+    const Packed packed = room_for(x.shape(), x.dtype(), x.device(), context.site);
+    const bool first = !latest_.defined();
+    if (first) {
+      latest_ = next_range(packed.parts[1].shape(), x.device());
+      const Tensor lo = empty_like(packed.parts[1]), hi = empty_like(lo);
+      kernels::group_range(x, packed.layout, lo, hi, Tensor());  // those that are not finite are counted as they are packed
+      kernels::calibrate_range(lo, hi, latest_.alpha, latest_.beta);
+    }
+    kernels::RunningCodes codes = running_codes(packed, x.device(), context).codes;
+    if (first) codes.decay = 1;  // has seen this tensor already
+    kernels::quantize_running(x, codes);
+    return packed;
   }
 
   Settings s_;
-  Tensor alpha_, beta_;  // running range r and minimum m of each group, f32: half precision would stagnate
+  Range committed_, latest_, spare_;
 };
 
 }  // namespace

@@ -14,7 +14,8 @@ std::map<std::string, Registered>& registry() {
   static std::map<std::string, Registered> codecs = [] {
     std::map<std::string, Registered> all;
     const std::vector<std::string> affine{"groups", "range", "decay", "rounding"};
-    for (int bits : {8, 4, 2}) all["int" + std::to_string(bits)] = {affine, [bits](const CodecOptions& o) { return make_affine_codec(bits, o); }};
+    for (int bits : {8, 4, 2})
+      all["int" + std::to_string(bits)] = {affine, [bits](const CodecOptions& o) { return make_affine_codec(bits, o); }};
     all["exact"] = {{}, [](const CodecOptions&) { return make_exact_codec(); }};
     all["host"] = {{}, [](const CodecOptions&) { return make_host_codec(); }};
     all["bf16"] = {{}, [](const CodecOptions&) { return make_bf16_codec(); }};
@@ -52,7 +53,8 @@ std::unique_ptr<Codec> make_codec(const std::string& name, const CodecOptions& o
   check(found != registry().end(), "unknown codec '", name, "'", suggestion(name, codec_names()));
   const auto& known = found->second.options;
   for (const auto& [key, value] : options)
-    check(std::find(known.begin(), known.end(), key) != known.end(), "codec '", name, "' has no option '", key, "'", suggestion(key, known));
+    check(std::find(known.begin(), known.end(), key) != known.end(), "codec '", name, "' has no option '", key, "'",
+          suggestion(key, known));
   return found->second.make(options);
 }
 

@@ -1,5 +1,5 @@
-// host: the tensor itself, in the host's memory while it waits. From a GPU it is copied out beside the work of the forward pass, and back one
-// step ahead of the backward pass; on the CPU it is where it is.
+// host: the tensor itself, in the host's memory while it waits. From a GPU it is copied out beside the work of the forward pass, and back
+// one step ahead of the backward pass; on the CPU it is where it is.
 #include <map>
 
 #include "builtin_codecs.h"
@@ -22,7 +22,7 @@ class Traffic {
     forget_the_dead();
     const Tensor host = Tensor::empty(x.shape(), x.dtype(), kPinned, MemoryKind::activations);
     Entry& entry = entries_[host.buffer()->id()];
-    entry.host = host.buffer();
+    entry.host = entry.busy = host.buffer();
     entry.shape = x.shape();
     entry.dtype = x.dtype();
     entry.source = x;
@@ -38,7 +38,6 @@ class Traffic {
     cuda::wait_for(found->second.arriving);
     const Tensor x = std::move(found->second.back);
     found->second.back = Tensor();  // whoever asks again fetches again
-    found->second.busy.reset();
     if (found != entries_.begin()) begin(std::prev(found)->second);
     return x;
   }
@@ -46,12 +45,14 @@ class Traffic {
  private:
   struct Entry {
     std::weak_ptr<Buffer> host;
+    std::shared_ptr<Buffer> busy;  // the same while a copy writes or reads it, whoever else lets go of it
     Shape shape;
     DType dtype = DType::f32;
-    Tensor source;                 // on the device; must stay until it has left
-    Tensor back;                   // on its way to the device again, from `busy`
-    std::shared_ptr<Buffer> busy;
+    Tensor source;  // on the device; must stay until it has left
+    Tensor back;    // on its way to the device again
     cuda::Mark left, arriving;
+    /// True while a copy from or to this entry's memory may still run.
+    bool moving() const { return !cuda::passed(left) || (arriving && !cuda::passed(arriving)); }
   };
   /// How many tensors may wait for their copies while the forward pass goes on: each is memory that is not yet free.
   static constexpr int kLeaving = 2;
@@ -75,12 +76,11 @@ class Traffic {
     }
   }
 
-  /// Entries that no Saved holds any more; one on its way back stays until it has arrived.
+  /// Lets go of memory whose copies are done, and of entries that no Saved holds any more.
   void forget_the_dead() {
     for (auto item = entries_.begin(); item != entries_.end();) {
       Entry& entry = item->second;
-      if (entry.busy && entry.busy.use_count() == 1 && cuda::passed(entry.arriving)) entry.busy.reset();
-      if (entry.host.expired() && entry.source.defined()) cuda::wait_for(entry.left);
+      if (!entry.moving()) entry.busy.reset(), entry.source = Tensor();
       item = entry.host.expired() ? entries_.erase(item) : std::next(item);
     }
   }

@@ -19,7 +19,7 @@ Tensor Saved::get() const {
 
 std::optional<kernels::Coded> Saved::coded() const {
   check(defined(), "a backward pass asks for an activation that was not kept");
-  if (entry_->recipe || entry_->packed.parts[0].is_meta()) return {};
+  if (entry_->recipe) return {};
   return entry_->codec->coded(entry_->packed);
 }
 
@@ -62,8 +62,8 @@ struct StoragePolicy::Impl {
     SiteRecord record;
     const StorageRule* rule = nullptr;
     const StorageRule* fallback = nullptr;  // the last matching rule that does not rebuild
-    std::shared_ptr<Codec> codec;  // null for rebuild
-    Tensor counts;                 // this site's row of the counters
+    std::shared_ptr<Codec> codec;           // null for rebuild
+    Tensor counts;                          // this site's row of the counters
   };
 
   std::string name;
@@ -72,7 +72,7 @@ struct StoragePolicy::Impl {
   std::vector<std::string> order;
   std::map<std::string, SiteState> sites;
   std::map<ViewKey, std::weak_ptr<const Saved::Entry>> kept;  // of this pass
-  std::map<std::string, Tensor> pending_state, committed;
+  std::map<std::string, Tensor> pending_state;
   uint64_t seed = 0, step = 0;
   std::string first_nonfinite;
   // Elements that codecs found odd since the last harvest: rows of [2] i64 where the tensors live, so that no pack waits for a device.
@@ -82,8 +82,14 @@ struct StoragePolicy::Impl {
 
   SiteState& site_state(const Site& site);
   void load_pending(SiteState& state);
-  Tensor counts_of(SiteState& state, Device device);
+  const Tensor& counts_of(SiteState& state, Device device);
   void harvest();
+  PackContext context_of(SiteState& state, Device device) {
+    counting = true;
+    const Site& site = state.record.site;
+    return {site, RandomKey::of(seed, site.name(), step), counts_of(state, device)};
+  }
+  std::shared_ptr<const Saved::Entry> keep(Packed packed, SiteState& state, Device device);
   std::shared_ptr<const Saved::Entry> pack(const Tensor& x, SiteState& state);
 };
 
@@ -128,7 +134,8 @@ StoragePolicy::Impl::SiteState& StoragePolicy::Impl::site_state(const Site& site
 void StoragePolicy::Impl::load_pending(SiteState& state) {
   const std::string prefix = state.record.site.name() + "/";
   std::map<std::string, Tensor> mine;
-  for (auto it = pending_state.lower_bound(prefix); it != pending_state.end() && it->first.starts_with(prefix); it = pending_state.erase(it))
+  for (auto it = pending_state.lower_bound(prefix); it != pending_state.end() && it->first.starts_with(prefix);
+       it = pending_state.erase(it))
     mine[it->first.substr(prefix.size())] = it->second;
   if (mine.empty()) return;
   check(state.codec != nullptr, "the checkpoint has a running range for ", state.record.site.name(), ", which this policy rebuilds");
@@ -136,7 +143,7 @@ void StoragePolicy::Impl::load_pending(SiteState& state) {
 }
 
 /// Blocks of rows that double: a model's few hundred sites are read back in a handful of copies.
-Tensor StoragePolicy::Impl::counts_of(SiteState& state, Device device) {
+const Tensor& StoragePolicy::Impl::counts_of(SiteState& state, Device device) {
   if (!state.counts.defined()) {
     if (counters.empty() || rows_used == counters.back().dim(0)) {
       counters.push_back(Tensor::zeros({counters.empty() ? 8 : 2 * counters.back().dim(0), 2}, DType::i64, device));
@@ -168,27 +175,51 @@ void StoragePolicy::Impl::harvest() {
   }
 }
 
-std::shared_ptr<const Saved::Entry> StoragePolicy::Impl::pack(const Tensor& x, SiteState& state) {
+std::shared_ptr<const Saved::Entry> StoragePolicy::Impl::keep(Packed packed, SiteState& state, Device device) {
+  check(!packed.parts.empty(), "the codec ", state.rule->codec, " packed nothing");
+  state.record.elements += packed.shape.numel();
+  state.record.kept_bytes = 0;
+  for (const Tensor& part : packed.parts) {
+    count_as_activation(part);
+    if (part.device() == device) state.record.kept_bytes += counted_bytes(part);
+  }
   auto entry = std::make_shared<Saved::Entry>();
   entry->codec = state.codec;
-  const Site& site = state.record.site;
-  const bool leaves = state.codec->leaves(x.device());
-  if (x.is_meta() && (leaves || !state.codec->shares_input(x.dtype()))) {  // a plan: the promised bytes, no codes
-    counts_of(state, x.device());
-    const Tensor promised = Tensor::empty({leaves ? 0 : state.codec->packed_bytes(x.shape(), x.dtype(), site)}, DType::u8, x.device());
-    entry->packed = {{promised}, x.shape(), x.dtype(), {}};
-  } else {
-    entry->packed = state.codec->pack(x, {site, RandomKey::of(seed, site.name(), step), counts_of(state, x.device())});
-    check(!entry->packed.parts.empty(), "the codec ", state.rule->codec, " packed nothing");
-    counting = true;
-  }
-  state.record.elements += x.numel();
-  state.record.kept_bytes = 0;
-  for (const Tensor& part : entry->packed.parts) {
-    count_as_activation(part);
-    if (part.device() == x.device()) state.record.kept_bytes += counted_bytes(part);
-  }
+  entry->packed = std::move(packed);
   return entry;
+}
+
+std::shared_ptr<const Saved::Entry> StoragePolicy::Impl::pack(const Tensor& x, SiteState& state) {
+  const bool leaves = state.codec->leaves(x.device());
+  const PackContext context = context_of(state, x.device());
+  if (!x.is_meta() || (!leaves && state.codec->shares_input(x.dtype()))) return keep(state.codec->pack(x, context), state, x.device());
+  // A plan: the promised bytes, no codes.
+  const Tensor promised =
+      Tensor::empty({leaves ? 0 : state.codec->packed_bytes(x.shape(), x.dtype(), context.site)}, DType::u8, x.device());
+  return keep({{promised}, x.shape(), x.dtype(), {}}, state, x.device());
+}
+
+SavedAhead StoragePolicy::open(const Site& site, const Shape& shape, DType dtype, Device device) {
+  Impl::SiteState& state = impl_->site_state(site);
+  if (!is_gpu(device) || state.codec == nullptr) return {};
+  const PackContext context = impl_->context_of(state, device);
+  Opened opened = state.codec->open(shape, dtype, device, context);
+  if (!opened.codes.defined()) return {};
+  state.record.shape = shape;
+  state.record.dtype = dtype;
+  state.record.exact_bytes = shape.numel() * size_of(dtype);
+  state.record.codec = state.rule->codec;
+  return {Saved(impl_->keep(std::move(opened.packed), state, device)), std::move(opened.codes)};
+}
+
+SavedAhead StoragePolicy::open(const Site& site, const Tensor& x) {
+  const Impl::SiteState& state = impl_->site_state(site);
+  if (state.codec == nullptr) return {};
+  auto& slot = impl_->kept[view_key(x, describe(*state.rule))];
+  if (!slot.expired()) return {};  // save finds it
+  const SavedAhead ahead = open(site, x.shape(), x.dtype(), x.device());
+  if (ahead.defined()) slot = ahead.saved.entry_;
+  return ahead;
 }
 
 bool StoragePolicy::shares_input(const Site& site, DType dtype) {
@@ -211,8 +242,8 @@ Saved StoragePolicy::save(const Tensor& x, const Site& site, const std::shared_p
   record.exact_bytes = x.buffer()->kind() == MemoryKind::inputs ? 0 : x.bytes();
   record.codec = state.rule->codec;
   if (state.codec == nullptr) {
-    check(recipe != nullptr, state.rule->where, state.rule->where.empty() ? "" : ": ", "the rule '", state.rule->match, "' rebuilds ", site.name(),
-          ", but its value is not computed from anything that is kept; give that site a codec");
+    check(recipe != nullptr, state.rule->where, state.rule->where.empty() ? "" : ": ", "the rule '", state.rule->match, "' rebuilds ",
+          site.name(), ", but its value is not computed from anything that is kept; give that site a codec");
     auto entry = std::make_shared<Saved::Entry>();
     entry->recipe = recipe;
     record.kept_bytes = 0;
@@ -291,26 +322,18 @@ std::map<std::string, Tensor> StoragePolicy::state() const {
 }
 
 void StoragePolicy::commit() {
-  for (const auto& [key, tensor] : state()) {
-    Tensor& slot = impl_->committed[key];
-    if (!slot.defined() || slot.device() != tensor.device())
-      slot = Tensor::empty(tensor.shape(), tensor.dtype(), tensor.device(), MemoryKind::optimizer);
-    transfer(tensor, slot);
-  }
+  for (auto& [site_name, site] : impl_->sites)
+    if (site.codec) site.codec->commit();
 }
 
 void StoragePolicy::roll_back() {
   for (auto& [site_name, site] : impl_->sites)
-    if (site.codec && !site.codec->state().empty()) site.codec = make_codec(site.rule->codec, site.rule->options);
-  impl_->pending_state = impl_->committed;
-  for (auto& [site_name, site] : impl_->sites) impl_->load_pending(site);
+    if (site.codec) site.codec->roll_back();
 }
 
 void StoragePolicy::load_state(std::map<std::string, Tensor> state) {
   impl_->pending_state = std::move(state);
-  impl_->committed.clear();
   for (auto& [site_name, site] : impl_->sites) impl_->load_pending(site);
-  commit();
 }
 
 }  // namespace mesa

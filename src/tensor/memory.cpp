@@ -132,11 +132,12 @@ std::shared_ptr<Buffer> Allocator::allocate(int64_t bytes, MemoryKind kind) {
     free_list.pop_back();
   } else {
     buffer->data_ = impl_->take(buffer->capacity_);
-    if (buffer->data_ == nullptr) {  // blocks of other sizes may be waiting in the cache
+    const bool real = impl_->device.kind != DeviceKind::meta;
+    if (real && buffer->data_ == nullptr) {  // blocks of other sizes may be waiting in the cache
       impl_->release_cached();
       buffer->data_ = impl_->take(buffer->capacity_);
     }
-    if (buffer->data_ == nullptr && impl_->device.kind != DeviceKind::meta)
+    if (real && buffer->data_ == nullptr)
       throw OutOfMemory(concat(Scope::path(), Scope::path().empty() ? "" : ": ", "out of memory on ", to_string(impl_->device.kind), ": ",
                                format_bytes(bytes), " more were asked for ", to_string(kind), "; in use: ", describe(impl_->use)));
     impl_->use.reserved += buffer->capacity_;

@@ -199,8 +199,9 @@ Spread time_calls(const std::function<void()>& call, Device device) {
   return spread_of(std::move(ms));
 }
 
-double copy_bandwidth(Device device) {
-  const int64_t elements = device.kind == DeviceKind::cuda ? int64_t{1} << 28 : int64_t{1} << 25;  // far beyond the caches
+double copy_bandwidth(Device device, int64_t bytes) {
+  const int64_t beyond_caches = device.kind == DeviceKind::cuda ? int64_t{1} << 30 : int64_t{1} << 27;
+  const int64_t elements = (bytes > 0 ? bytes : beyond_caches) / 4;
   const Tensor x = Tensor::zeros({elements}, DType::f32, device), y = empty_like(x);
   const double ms = time_calls([&] { kernels::copy(x, y); }, device).median;
   return 8e3 * static_cast<double>(elements) / ms;
@@ -208,7 +209,7 @@ double copy_bandwidth(Device device) {
 
 }  // namespace
 
-KernelReport run_kernel_benchmark(const RunConfig& config, const std::function<void(const std::string&)>& progress) {
+KernelReport run_kernel_benchmark(const RunConfig& config, const std::function<void(const std::string&)>& progress, int64_t copy_bytes) {
   const VitConfig model = model_config(config, known_classes(config));
   const Device device = choose_device(config.device);
   use_threads(config);
@@ -225,7 +226,7 @@ KernelReport run_kernel_benchmark(const RunConfig& config, const std::function<v
                         device};
   KernelReport report;
   report.device = describe_device(config.device, device);
-  report.copy_bytes_per_second = copy_bandwidth(device);
+  report.copy_bytes_per_second = copy_bandwidth(device, copy_bytes);
   for (const Work& work : Bench(extents).work()) {
     if (progress) progress(work.name);
     KernelResult result{work.name, work.bytes, work.flops, time_calls(work.call, device), 0};

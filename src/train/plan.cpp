@@ -15,11 +15,12 @@ namespace {
 struct MetaStep {
   std::vector<SiteRecord> sites;
   int64_t parameters = 0, activation_bytes = 0;
+  int64_t reserved = 0;  // what the allocator takes from the system for it, rounded up as it rounds
   MemoryUse peak;
 };
 
-/// Where a plan for this config's device lives.
-Device plan_device(const RunConfig& config) { return is_gpu(choose_device(config.device)) ? kMetaCuda : kMeta; }
+/// Where a plan for this config's device lives. A plan for a GPU needs none.
+Device plan_device(const RunConfig& config) { return config.device == "cuda" || is_gpu(choose_device(config.device)) ? kMetaCuda : kMeta; }
 
 /// The batches that a loader holds: those made ahead, one in the trainer's hands, one about to be.
 struct LoaderRing {
@@ -40,6 +41,7 @@ Tensor meta_images(const VitConfig& model, int64_t batch, Device device) {
 MetaStep meta_step(const RunConfig& config, const VitConfig& model, StoragePolicy& policy) {
   const Device device = plan_device(config);
   Allocator& memory = Allocator::of(device);
+  memory.release_cached();
   const MemoryUse before = memory.use();
   memory.reset_peak();
   MetaStep out;
@@ -60,6 +62,7 @@ MetaStep meta_step(const RunConfig& config, const VitConfig& model, StoragePolic
   built.net(meta_images(model, eval_batch, device));
   out.parameters = built.params.count();
   out.peak = memory.use();
+  out.reserved = out.peak.reserved - before.reserved;
   out.sites = policy.sites();
   return out;
 }
@@ -131,7 +134,7 @@ int64_t largest_batch(const RunConfig& config, const VitConfig& model, int64_t b
     other.train.batch_size = batch;
     other.train.eval_batch_size = std::min(config.train.eval_batch_size > 0 ? config.train.eval_batch_size : batch, batch);
     StoragePolicy policy = make_policy(config.storage);
-    return meta_step(other, model, policy).peak.peak <= bytes;
+    return meta_step(other, model, policy).reserved <= bytes;
   };
   if (!fits(1)) return 0;
   int64_t low = 1, high = 2;
@@ -162,15 +165,17 @@ std::string explain_out_of_memory(const RunConfig& config) try {
   const Plan plan = plan_run(config, model);
   MemoryUse at_peak;
   at_peak.live = plan.peak.peak_kind;
-  std::string out = concat("the plan of train.batch_size ", config.train.batch_size, ": ", format_bytes(plan.peak.peak), " (", describe(at_peak),
-                           ") of ", format_bytes(bytes), " that there are");
+  std::string out = concat("the plan of train.batch_size ", config.train.batch_size, ": ", format_bytes(plan.peak.peak), " (",
+                           describe(at_peak), ") of ", format_bytes(bytes), " that there are");
   std::vector<Line> lines = lines_of(plan, false);
   std::stable_sort(lines.begin(), lines.end(), [](const Line& a, const Line& b) { return a.kept * a.count > b.kept * b.count; });
   for (size_t i = 0; i < lines.size() && i < 4 && lines[i].kept > 0; ++i)
     out += concat(i ? ", " : "\nkeeping most: ", lines[i].site, " ", format_bytes(lines[i].kept * lines[i].count), " as ", lines[i].codec);
-  const int64_t batch = largest_batch(config, model, bytes - bytes / 32);  // scratch and the allocator's rounding
-  if (batch > 0 && batch < config.train.batch_size) out += concat("\ntrain.batch_size=", batch, " would fit");
-  else if (batch == 0) out += "\nnot even a batch of 1 would fit";
+  const int64_t batch = largest_batch(config, model, bytes - bytes / 32);  // the scratch of kernels
+  if (batch > 0 && batch < config.train.batch_size)
+    out += concat("\ntrain.batch_size=", batch, " would fit");
+  else if (batch == 0)
+    out += "\nnot even a batch of 1 would fit";
   return out + "\nfewer bits keep less: storage: int8, int4 or int2";
 } catch (const std::exception& e) {
   return concat("(no plan can be made now: ", e.what(), ")");
@@ -180,7 +185,8 @@ std::string format_plan(const Plan& plan, int64_t batch_size, bool all) {
   std::string out = concat("parameters        ", plan.parameters, "\n");
   const double kept = static_cast<double>(plan.activation_bytes), exact = static_cast<double>(plan.exact_activation_bytes);
   char text[256];
-  std::snprintf(text, sizeof text, "kept activations  %s a batch of %lld, %lld bytes an image; exact storage keeps %s (%.1f times as much)\n",
+  std::snprintf(text, sizeof text,
+                "kept activations  %s a batch of %lld, %lld bytes an image; exact storage keeps %s (%.1f times as much)\n",
                 format_bytes(plan.activation_bytes).c_str(), static_cast<long long>(batch_size),
                 static_cast<long long>(plan.activation_bytes / batch_size), format_bytes(plan.exact_activation_bytes).c_str(),
                 kept > 0 ? exact / kept : 0.0);

@@ -152,14 +152,18 @@ Schedule Run::make_schedule() const {
 
 void Run::say(const std::string& text) {
   folder_->log(text);
-  if (progress_) progress_->print(text);
-  else if (!options_.quiet) std::fprintf(stderr, "%s\n", text.c_str());
+  if (progress_)
+    progress_->print(text);
+  else if (!options_.quiet)
+    std::fprintf(stderr, "%s\n", text.c_str());
 }
 
 void Run::warn(const std::string& text) {
   folder_->warn(text);
-  if (progress_) progress_->print("warning: " + text);
-  else std::fprintf(stderr, "warning: %s\n", text.c_str());
+  if (progress_)
+    progress_->print("warning: " + text);
+  else
+    std::fprintf(stderr, "warning: %s\n", text.c_str());
 }
 
 void Run::introduce() {
@@ -170,8 +174,10 @@ void Run::introduce() {
   say("device: " + describe_device(config_.device, model_.device));
   say(concat("data: ", data_.train->size(), " training and ", data_.test->size(), " test images of ", data_.train->classes(),
              " classes; output: ", config_.output));
-  if (!resume_.empty()) say(concat("resumed from ", resume_, " after epoch ", state_.epoch, ", step ", state_.step));
-  else if (!options_.resume.empty()) say(concat("nothing to resume in ", config_.output, "; a fresh run begins"));
+  if (!resume_.empty())
+    say(concat("resumed from ", resume_, " after epoch ", state_.epoch, ", step ", state_.step));
+  else if (!options_.resume.empty())
+    say(concat("nothing to resume in ", config_.output, "; a fresh run begins"));
   if (!changes_.empty()) warn("this run goes on with other settings than the checkpoint's: " + changes_);
 }
 
@@ -219,7 +225,8 @@ bool Run::train_epoch() {
     const TrainingState before = state_;
     try {
       const int64_t count = std::min(config_.train.accumulation, batches - state_.batch);  // fewer at the end of an epoch
-      const UpdateResult result = updater_(count, [this] { return next_batch(); }, [this] { look_ahead(); }, state_);
+      const UpdateResult result = updater_(
+          count, [this] { return next_batch(); }, [this] { look_ahead(); }, state_);
       state_.batch += count;
       report(result, now() - start);
     } catch (const Error&) {
@@ -296,7 +303,9 @@ void Run::show(const UpdateResult& result) {
 void Run::report_saturation() {
   constexpr double kWorthAWarning = 0.05;
   folder_->write_memory(policy_.sites());
-  const auto share = [](const SiteRecord& s) { return s.elements > 0 ? static_cast<double>(s.saturated) / static_cast<double>(s.elements) : 0; };
+  const auto share = [](const SiteRecord& s) {
+    return s.elements > 0 ? static_cast<double>(s.saturated) / static_cast<double>(s.elements) : 0;
+  };
   SiteRecord worst;
   for (const SiteRecord& site : policy_.sites())
     if (share(site) > share(worst)) worst = site;
@@ -320,8 +329,8 @@ bool Run::end_epoch() {
   const double rate = state_.epoch_seconds > 0 ? static_cast<double>(state_.epoch_images) / state_.epoch_seconds : 0;
   const double lr = schedule_.at(std::max<int64_t>(state_.step - 1, 0));
   const int64_t epoch = state_.epoch + 1;
-  folder_->append(EpochRow{epoch, state_.train_loss, eval.loss, eval.top1, eval.top5, lr, rate, bytes_per_image(), peak_bytes(),
-                           state_.epoch_seconds});
+  folder_->append(
+      EpochRow{epoch, state_.train_loss, eval.loss, eval.top1, eval.top5, lr, rate, bytes_per_image(), peak_bytes(), state_.epoch_seconds});
   report_saturation();
   char text[200];
   std::snprintf(text, sizeof text, ": train loss %.4f, eval loss %.4f, top-1 %.2f %%, top-5 %.2f %%, %.1f images/s", state_.train_loss,
@@ -425,12 +434,11 @@ int train(const RunConfig& config, const TrainOptions& options) {
 }
 
 std::string dry_run(const RunConfig& config, int64_t fit_bytes) {
-  choose_device(config.device);
   VitConfig model = model_config(config, known_classes(config));
   const bool readable = config.data.kind == "image_folder" && std::filesystem::is_directory(config.data.path);
   const int64_t classes = readable ? make_datasets(config, model, false).test->classes() : known_classes(config);
   model = model_config(config, classes);
-  compute_dtype(config, choose_device(config.device));
+  compute_dtype(config, config.device == "cuda" ? kCuda : choose_device(config.device));
   make_transform(config, model);
   RunConfig resolved = config;
   if (classes > 0) resolved.model.classes = model.classes;

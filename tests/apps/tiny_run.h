@@ -21,6 +21,7 @@ inline const char* const kTinyConfig =
     "data: {kind: shapes, train_size: 96, test_size: 32, workers: 1}\n"
     "train: {epochs: 2, batch_size: 16, log_interval: 1, threads: 1}\n"
     "optimizer: {lr: 1e-3}\n"
+    "device: cpu\n"
     "storage: int8\n";
 
 /// A temporary folder with tiny.yaml in it; programs run there.

@@ -1,7 +1,11 @@
 // mesa-train and mesa-eval as a user runs them: files, numbers, options and exit codes.
+#include <algorithm>
+
 #include "apps/tiny_run.h"
+#include "mesa/base/cuda.h"
 
 using namespace mesa::testing;
+namespace cuda = mesa::cuda;
 using Catch::Matchers::Contains;
 
 TEST_CASE("apps: a run leaves every file, and they agree") {
@@ -114,12 +118,38 @@ TEST_CASE("apps: help and version") {
   CHECK(eval.code == 0);
   for (const char* option : {"--config", "--set", "--output", "--resume", "--device", "--dry-run", "--quiet", "--version", "75"})
     CHECK_THAT(train.out, Contains(option));
-  for (const char* option : {"checkpoint", "--data", "--batch-size", "--json", "--set", "--version"}) CHECK_THAT(eval.out, Contains(option));
+  for (const char* option : {"checkpoint", "--data", "--batch-size", "--json", "--set", "--version"})
+    CHECK_THAT(eval.out, Contains(option));
   for (const char* program : {"mesa-train", "mesa-eval"}) {
     const ProcessResult version = run(program, {"--version"});
     CHECK(version.code == 0);
     CHECK_THAT(version.out, Contains("commit") && Contains("cuda"));
   }
+}
+
+TEST_CASE("apps: a GPU that is not to be had is one line and exit code 1") {
+  if (cuda::available()) return;
+  const TinyRun tiny;
+  const ProcessResult result = tiny.train({}, "run", {"--device", "cuda"});
+  CHECK(result.code == 1);
+  CHECK_THAT(result.err, Contains("device cuda: " + cuda::unavailable()) && Contains("--device cpu"));
+  CHECK(std::count(result.err.begin(), result.err.end(), '\n') == 1);
+  CHECK_FALSE(tiny.exists("run"));
+}
+
+TEST_CASE("apps: a plan for a GPU needs none, and tells the largest batch for so much memory") {
+  const TinyRun tiny;
+  const auto largest = [&](const char* bytes) {
+    const ProcessResult result = tiny.train({}, "run", {"--device", "cuda", "--dry-run", "--fit", bytes});
+    CHECK(result.code == 0);
+    const std::string says = "largest batch within ";
+    REQUIRE_THAT(result.out, Contains(says));
+    return std::stoll(result.out.substr(result.out.find(": ", result.out.find(says)) + 2));
+  };
+  CHECK(largest("1000") == 0);
+  CHECK(largest("1e6") > 0);
+  CHECK(largest("1e8") > 10 * largest("1e7") / 2);
+  CHECK(tiny.train({}, "run", {"--fit", "1e9"}).code == 2);  // of a dry run only
 }
 
 TEST_CASE("apps: wrong usage ends with 2 and one line that names the place") {
@@ -138,8 +168,7 @@ TEST_CASE("apps: wrong usage ends with 2 and one line that names the place") {
       {tiny.train_args({"train.epochs=0"}), {"train.epochs", "at least 1"}},
       {tiny.train_args({"train.batch_size=97"}), {"train.batch_size", "larger than the data set of 96"}},
       {tiny.train_args({"model.classes=4"}), {"model.classes", "10 classes"}},
-      {tiny.train_args({"storage=[{match: \"*\", codec: int8}, {match: \"blocks.9.*\", codec: int4}]"}),
-       {"blocks.9.*", "matches no site"}},
+      {tiny.train_args({"storage=[{match: \"*\", codec: int8}, {match: \"blocks.9.*\", codec: int4}]"}), {"blocks.9.*", "matches no site"}},
       {tiny.train_args({"storage=[{match: \"*\", codec: rebuild}]"}), {"rebuild"}},
       {tiny.train_args({"storage=[{match: \"*\", codec: int9}]"}), {"int9"}},
       {tiny.train_args({"model.attn_drop_rate=0.1"}), {"model.attn_drop_rate", "explicit"}},

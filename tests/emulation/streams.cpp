@@ -89,7 +89,13 @@ void finish_current_stream() {
   if (mesa::cuda::stream) finish_stream(static_cast<cudaStream_t>(mesa::cuda::stream()));
 }
 
+namespace {
+int64_t wait_count = 0;
+}
+int64_t waits() { return wait_count; }
+
 cudaError_t state_of_device() {
+  ++wait_count;
   const std::string where = damage();
   if (where.empty()) return cudaSuccess;
   std::fprintf(stderr, "emulation: device memory was written %s\n", where.c_str());

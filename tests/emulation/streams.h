@@ -38,6 +38,8 @@ void finish_stream(cudaStream_t stream);
 cudaError_t result(cudaError_t status);
 /// What a wait returns: kernels that wrote where nothing is are noticed then, as on a GPU.
 cudaError_t state_of_device();
+/// How often the host has waited for the device.
+int64_t waits();
 /// Whether there is a device at all.
 cudaError_t ready();
 

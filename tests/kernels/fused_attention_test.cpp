@@ -38,7 +38,7 @@ struct Operands {
   Tensor third(const Tensor& t, int i) const { return t.narrow(-1, i * f.H * f.D, f.H * f.D); }
 
   void forward() {
-    kernels::fused_attention(third(qkv, 0), third(qkv, 1), third(qkv, 2), f.H, scale, o, lse);
+    kernels::fused_attention(third(qkv, 0), third(qkv, 1), third(qkv, 2), f.H, scale, o, lse, kernels::QkvCodes{});
     kernels::attention(third(wide_qkv, 0), third(wide_qkv, 1), third(wide_qkv, 2), f.H, scale, wide_o, wide_lse);
   }
   void wide_backward(bool exact) {

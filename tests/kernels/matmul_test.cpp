@@ -30,22 +30,27 @@ TEST_CASE("matmul: every dtype, transpose, bias and accumulation", "[kernels]") 
     DType in, out;
     double tolerance;
   };
-  for (const Mix& mix : {Mix{DType::f64, DType::f64, 1e-13}, Mix{DType::f32, DType::f32, 2e-5}, Mix{DType::bf16, DType::f32, 2e-5}, Mix{DType::bf16, DType::bf16, 0.01}})
-    for (const auto& [M, K, N] : {std::tuple<int64_t, int64_t, int64_t>{1, 1, 1}, {7, 33, 5}, {600, 20, 17}, {3, 0, 4}, {0, 3, 4}, {64, 64, 64}})
-      for (int variant = 0; variant < 16; ++variant) {
-        const bool left = variant & 1, right = variant & 2, biased = variant & 4, accumulate = variant & 8;
-        CAPTURE(to_string(mix.in), to_string(mix.out), M, K, N, left, right, biased, accumulate);
+  for (const Mix& mix : {Mix{DType::f64, DType::f64, 1e-13}, Mix{DType::f32, DType::f32, 2e-5}, Mix{DType::bf16, DType::f32, 2e-5},
+                         Mix{DType::bf16, DType::bf16, 0.01}})
+    for (const auto& [M, K, N] :
+         {std::tuple<int64_t, int64_t, int64_t>{1, 1, 1}, {7, 33, 5}, {600, 20, 17}, {3, 0, 4}, {0, 3, 4}, {64, 64, 64}})
+      for (int variant = 0; variant < 24; ++variant) {
+        const bool left = variant & 1, right = variant & 2, biased = variant & 4, accumulate = variant / 8 == 1, adding = variant / 8 == 2;
+        CAPTURE(to_string(mix.in), to_string(mix.out), M, K, N, left, right, biased, accumulate, adding);
         const Tensor a = left ? random({K, M}, mix.in, "a").transpose(0, 1) : random({M, K}, mix.in, "a");
         const Tensor b = right ? random({N, K}, mix.in, "b").transpose(0, 1) : random({K, N}, mix.in, "b");
         const Tensor bias = biased ? random({N}, mix.out == DType::f64 ? DType::f64 : DType::f32, "bias") : Tensor();
-        const Tensor c = random({M, N}, mix.out, "c");
-        std::vector<double> start = accumulate ? c.to_vector<double>() : std::vector<double>(M * N);
+        const Tensor c = random({M, N}, mix.out, "c"), other = random({M, N}, mix.out, "addend");
+        const Tensor addend = accumulate ? c : adding ? other : Tensor();
+        std::vector<double> start = addend.defined() ? addend.to_vector<double>() : std::vector<double>(M * N);
         if (biased)
           for (int64_t i = 0; i < M * N; ++i) start[i] += bias.to_vector<double>()[i % N];
         const std::vector<double> want = product(a, b, start);
         Staging at;  // where the test device is a GPU, copies of the operands
-        if (test_device() == kCuda) kernels::matmul(at(a), at(b), at(c), at(bias), accumulate), at.bring_back();
-        else kernels::matmul(a, b, c, bias, accumulate);
+        if (test_device() == kCuda)
+          kernels::matmul(at(a), at(b), at(c), at(bias), at(addend)), at.bring_back();
+        else
+          kernels::matmul(a, b, c, bias, addend);
         // A GPU's epilogue takes the bias in the result's type: its rounding is relative to the bias, which may cancel against the rest.
         std::vector<double> terms(want.size(), 0.0);
         const std::vector<double> added = biased ? bias.to_vector<double>() : std::vector<double>();
@@ -55,6 +60,13 @@ TEST_CASE("matmul: every dtype, transpose, bias and accumulation", "[kernels]") 
         }
         expect(c, want, mix.tolerance, terms);
       }
+}
+
+TEST_CASE("matmul: an addend of another form is refused", "[kernels]") {
+  const Tensor a = random({2, 3}, DType::f32, "a"), b = random({3, 4}, DType::f32, "b"), c = random({2, 4}, DType::f32, "c");
+  for (const Tensor& addend :
+       {random({2, 3}, DType::f32, "x"), random({2, 4}, DType::bf16, "x"), random({4, 2}, DType::f32, "x").transpose(0, 1)})
+    CHECK_THAT(error_of([&] { kernels::matmul(a, b, c, {}, addend); }), Contains("cannot add") && Contains("[2, 4]"));
 }
 
 TEST_CASE("matmul: a bias of another dtype or with gaps is refused", "[kernels]") {

@@ -155,6 +155,20 @@ TEST_CASE("policy: what was released is packed anew, what lives is found") {
   CHECK(again.get().numel() == 64);
 }
 
+TEST_CASE("codecs: a range too small to divide by is kept as one value, and the stated error says so") {
+  for (const char* codec : {"int8", "int4", "int2"})
+    for (const double width : {1e-44, 1e-38, 4e-38, 1e-37, 7e-37, 1e-36, 1e-30}) {
+      CAPTURE(codec, width);
+      StoragePolicy policy = simple_policy({{"*", codec, {{"groups", "layer"}}, ""}});
+      policy.begin(1, 1);
+      const Tensor x = Tensor::from<double>({3}, {0, width / 3, width});
+      const Numbers back = policy.save(x, {"a", "x"}, nullptr).get().to_vector<double>();
+      const double bound = make_codec(codec, {})->error_bound(0, width);
+      for (int i = 0; i < 3; ++i) CHECK(std::abs(back[i] - x.data<double>()[i]) <= bound + 1e-45);
+      CHECK(bound <= 1.001 * width);
+    }
+}
+
 TEST_CASE("running ranges: values outside are clamped at both ends and counted") {
   StoragePolicy policy = simple_policy({{"*", "int8", kRunning, ""}});
   policy.begin(1, 1);

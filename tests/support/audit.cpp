@@ -35,6 +35,8 @@ class AuditedCodec : public Codec {
   }
   double error_bound(double lo, double hi) const override { return inner_->error_bound(lo, hi); }
   bool shares_input(DType dtype) const override { return inner_->shares_input(dtype); }
+  void commit() override { inner_->commit(); }
+  void roll_back() override { inner_->roll_back(); }
   bool leaves(Device device) const override { return inner_->leaves(device); }
 
  private:

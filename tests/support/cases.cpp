@@ -65,6 +65,10 @@ void products(std::vector<Case>& t) {
   t.push_back({"linear", {normal(2, 3, 2, 5), weight(7, 5), weight(7)}, with_bias});
   t.push_back({"linear", {normal(4, 33, 48), weight(65, 48), weight(65)}, with_bias});
   t.push_back({"linear without bias", {normal(2, 5, 8), weight(3, 8)}, [](Vars& v) { return linear(v[0], v[1]); }});
+  const auto onto = [](Vars& v) { return linear(v[0], v[1], v[2], {}, v[3]); };
+  t.push_back({"linear onto a residual", {normal(2, 5, 8), weight(3, 8), weight(3), normal(2, 5, 3)}, onto});
+  t.push_back({"linear onto a residual", {normal(1, 33), weight(65, 33), weight(65), normal(1, 65)}, onto});
+  t.push_back({"linear onto its own input", {normal(4, 6), weight(6, 6)}, [](Vars& v) { return linear(v[0], v[1], {}, {}, v[0]); }});
   t.push_back({"linear used twice", {normal(2, 3, 6), weight(6, 6), weight(6)}, [](Vars& v) {
                  const Var h = within("first", [&] { return linear(v[0], v[1], v[2]); });
                  return within("second", [&] { return linear(h, v[1], v[2]); });
@@ -86,8 +90,8 @@ void attention_rows(std::vector<Case>& t) {
   struct Size {
     int64_t B, N, C, H;
   };
-  for (const auto [B, N, C, H] :
-       {Size{2, 5, 6, 3}, Size{1, 7, 4, 1}, Size{3, 1, 8, 2}, Size{1, 1, 3, 1}, Size{2, 3, 4, 4}, Size{3, 33, 32, 2}, Size{1, 17, 64, 2}, Size{1, 5, 64, 1}}) {
+  for (const auto [B, N, C, H] : {Size{2, 5, 6, 3}, Size{1, 7, 4, 1}, Size{3, 1, 8, 2}, Size{1, 1, 3, 1}, Size{2, 3, 4, 4},
+                                  Size{3, 33, 32, 2}, Size{1, 17, 64, 2}, Size{1, 5, 64, 1}}) {
     const double s = 1.0 / std::sqrt(static_cast<double>(C / H));
     const int64_t heads = H;
     t.push_back({"attention", {normal(B, N, 3 * C)}, [heads, s](Vars& v) {
@@ -147,7 +151,8 @@ void tokens(std::vector<Case>& t) {
 void losses(std::vector<Case>& t) {
   const Tensor three = labels({4, 0, 2}), one = labels({1});
   t.push_back({"cross_entropy", {normal(3, 5)}, [three](Vars& v) { return cross_entropy(v[0], beside(v[0], three)); }, false});
-  t.push_back({"cross_entropy smoothed", {normal(3, 5)}, [three](Vars& v) { return cross_entropy(v[0], beside(v[0], three), 0.1); }, false});
+  t.push_back(
+      {"cross_entropy smoothed", {normal(3, 5)}, [three](Vars& v) { return cross_entropy(v[0], beside(v[0], three), 0.1); }, false});
   t.push_back({"cross_entropy", {normal(1, 2)}, [one](Vars& v) { return cross_entropy(v[0], beside(v[0], one), 0.3); }, false});
   t.push_back({"cross_entropy soft", {normal(4, 7), distribution(4, 7)}, [](Vars& v) { return cross_entropy(v[0], v[1]); }, false});
 }

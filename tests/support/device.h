@@ -1,5 +1,6 @@
 // Where tests compute. The same tests run on the CPU and, with MESA_TEST_DEVICE=cuda, on a GPU or the emulated one.
 #pragma once
+#include <array>
 #include <cstdlib>
 #include <functional>
 #include <map>
@@ -7,6 +8,7 @@
 
 #include "mesa/base/cuda.h"
 #include "mesa/kernels/adamw.h"
+#include "mesa/kernels/codec.h"
 #include "mesa/kernels/kernel.h"
 
 namespace mesa::testing {
@@ -45,6 +47,14 @@ class Staging {
     for (auto& slot : slots)
       for (Tensor* t : {&slot.w, &slot.g, &slot.m, &slot.v, &slot.copy}) *t = (*this)(*t);
     return slots;
+  }
+  kernels::RunningCodes operator()(kernels::RunningCodes r) {
+    for (Tensor* t : {&r.alpha, &r.beta, &r.next_alpha, &r.next_beta, &r.step, &r.offset, &r.codes, &r.counts}) *t = (*this)(*t);
+    return r;
+  }
+  std::array<kernels::RunningCodes, 3> operator()(std::array<kernels::RunningCodes, 3> all) {
+    for (kernels::RunningCodes& r : all) r = (*this)(r);
+    return all;
   }
   template <class T>
   const T& operator()(const T& other) {

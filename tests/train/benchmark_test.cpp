@@ -1,10 +1,11 @@
 #include "mesa/train/benchmark.h"
 
+#include <algorithm>
 #include <catch2/catch.hpp>
 #include <nlohmann/json.hpp>
 
+#include "mesa/train/kernel_benchmark.h"
 #include "mesa/train/version.h"
-
 #include "support/device.h"
 
 using namespace mesa;
@@ -20,9 +21,7 @@ const char* const kTiny =
 
 RunConfig tiny(const std::vector<std::string>& overrides = {}) { return parse_config(kTiny, "tiny.yaml", overrides); }
 
-StorageConfig storage(const std::string& codec) {
-  return {codec, {{"*", codec, {}, "here"}, {"patch_embed.proj:x", "exact", {}, "here"}}};
-}
+StorageConfig storage(const std::string& codec) { return {codec, {{"*", codec, {}, "here"}, {"patch_embed.proj:x", "exact", {}, "here"}}}; }
 
 BenchmarkOptions one_step(std::vector<StorageConfig> policies) {
   BenchmarkOptions options;
@@ -128,7 +127,8 @@ TEST_CASE("benchmark: the JSON and the table") {
   CHECK(found);
 
   const std::string text = format_benchmark(result);
-  CHECK_THAT(text, Contains("vit: ") && Contains(concat("batch 4, fp32, ", to_string(testing::test_device().kind), " (1 thread, ")) && Contains(result.matmul));
+  CHECK_THAT(text, Contains("vit: ") && Contains(concat("batch 4, fp32, ", to_string(testing::test_device().kind), " (1 thread, ")) &&
+                       Contains(result.matmul));
   CHECK_THAT(text, Contains("\nexact ") && Contains("\nint8 ") && Contains("gradient error"));
 }
 
@@ -143,6 +143,28 @@ TEST_CASE("benchmark: what cannot be measured is refused") {
   CHECK_THROWS_WITH(run_benchmark(tiny(), one_step({astray})), Contains("astray.yaml:3") && Contains("blocks.7.*"));
   const RunConfig diverging = tiny({"optimizer.lr=1", "optimizer.weight_decay=1e12"});
   CHECK_THROWS_WITH(run_benchmark(diverging, one_step({storage("exact")})), Contains("the loss of step"));
+}
+
+TEST_CASE("benchmark: every kernel of a step is timed, in bytes or in products") {
+  std::vector<std::string> told;
+  const KernelReport report = run_kernel_benchmark(
+      tiny(), [&](const std::string& name) { told.push_back(name); }, 1 << 16);
+  CHECK(report.copy_bytes_per_second > 0);
+  REQUIRE(told.size() == report.kernels.size());
+  for (size_t i = 0; i < told.size(); ++i) {
+    const KernelResult& kernel = report.kernels[i];
+    INFO(kernel.name);
+    CHECK(kernel.name == told[i]);
+    CHECK((kernel.bytes > 0) != (kernel.flops > 0));
+    check_ordered(kernel.ms);
+    CHECK(kernel.ms.minimum > 0);
+    CHECK_THAT(format_kernels(report), Contains(kernel.name));
+  }
+  for (const char* name :
+       {"layer_norm", "gelu_grad", "quantize, runs of 256, 4 bits", "dequantize, 2 bits", "attention_grad", "fc1: dw, db", "adamw"})
+    CHECK(std::find(told.begin(), told.end(), name) != told.end());
+  const auto json = nlohmann::json::parse(kernels_json(report));
+  CHECK(json.at("kernels").size() == told.size());
 }
 
 TEST_CASE("version: names the build and its backends") {

@@ -90,6 +90,9 @@ class Op {
   /// layer of its own. Undefined when not recording.
   Saved save(const char* slot, const Var& x) const;
   Saved save(const char* slot, const Tensor& x) const;
+  /// What `save` would keep, for a kernel that packs the value as it computes or reads it; undefined where the policy wants it otherwise.
+  SavedAhead open(const char* slot, const Shape& shape, DType dtype, Device device) const;
+  SavedAhead open(const char* slot, const Tensor& x) const;
   /// True if the policy would keep the tensor's own buffer at this slot: then a view pins all of it.
   bool shares_input(const char* slot, DType dtype) const;
   /// Keeps a small exact statistic (rstd, log-sum-exp); returns it.

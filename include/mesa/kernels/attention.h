@@ -1,5 +1,7 @@
 // Softmax attention for all heads at once, by rows of scores that are never kept.
 #pragma once
+#include <array>
+
 #include "mesa/kernels/codec.h"
 
 namespace mesa::kernels {
@@ -10,13 +12,17 @@ struct AttentionOperand {
   Coded coded;  ///< where values is undefined
 };
 
+/// Where the codes of q, k and v go; those that are not defined are not written.
+using QkvCodes = std::array<RunningCodes, 3>;
+
 /// Which kernels compute it: the best that the backend has, or cuDNN's (a GPU and bf16 only).
 enum class AttentionBy { engine, cudnn };
 
 /// o <- softmax(scale q k^T) v for each of `heads` heads; lse [B, H, N] <- log of each row's sum (f32, f64 for f64).
 /// q, k, v, o [B, N, C], C = H D: views of uniform rows with unit last stride, such as thirds of a packed projection.
+/// `codes` of q, k and v are written too where they are defined, as quantize_running does.
 void attention(const Tensor& q, const Tensor& k, const Tensor& v, int64_t heads, double scale, const Tensor& o, const Tensor& lse,
-               AttentionBy by = AttentionBy::engine);
+               AttentionBy by = AttentionBy::engine, const QkvCodes& codes = {});
 
 /// dq, dk, dv from the gradient d_o of o, all [B, N, C]. With o and lse (exact storage) the probabilities are exp(scale q k^T - lse) and
 /// delta = sum_d dO O; without them (undefined) rows are normalized again and delta = sum_j P dP, so that all of it comes from one source.
@@ -25,7 +31,8 @@ void attention_grad(const Tensor& d_o, const AttentionOperand& q, const Attentio
                     AttentionBy by = AttentionBy::engine);
 
 // One kernel for all of it, where a backend has one: CUDA, bf16, heads of 32 or 64 channels, at most 1,024 tokens. Deterministic.
-MESA_KERNEL(fused_attention, const Tensor& q, const Tensor& k, const Tensor& v, int64_t heads, double scale, const Tensor& o, const Tensor& lse);
+MESA_KERNEL(fused_attention, const Tensor& q, const Tensor& k, const Tensor& v, int64_t heads, double scale, const Tensor& o, const Tensor& lse,
+            const QkvCodes& codes);
 MESA_KERNEL(fused_attention_grad, const Tensor& d_o, const AttentionOperand& q, const AttentionOperand& k, const AttentionOperand& v,
             const Tensor& o, const Tensor& lse, int64_t heads, double scale, const Tensor& dq, const Tensor& dk, const Tensor& dv);
 

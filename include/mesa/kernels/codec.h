@@ -33,12 +33,26 @@ MESA_KERNEL(quantize_current, const Tensor& x, GroupLayout layout, int bits, boo
 /// y <- fma(code, step[g], offset[g]), contiguous, f32|bf16|f64.
 MESA_KERNEL(dequantize, const Tensor& codes, GroupLayout layout, int bits, const Tensor& step, const Tensor& offset, const Tensor& y);
 
-/// Running estimates (Pan et al. 2021): with r = hi - lo and m = lo of the tensor just seen, alpha <- decay alpha + (1 - decay) r and
-/// beta <- decay beta + (1 - decay) m; decay 0 or a constant group
-/// (alpha 0) calibrates. All [groups] f32.
-MESA_KERNEL(update_range, const Tensor& alpha, const Tensor& beta, const Tensor& lo, const Tensor& hi, double decay);
-/// step[g] <- alpha[g] / (2^bits - 1), offset[g] <- beta[g]: the scale that codes are packed with, a copy that later updates leave alone.
-MESA_KERNEL(freeze_range, const Tensor& alpha, const Tensor& beta, int bits, const Tensor& step, const Tensor& offset);
+/// Codes by running estimates of the groups' ranges (Pan et al. 2021). They are known before the tensor is, so that the kernel which produces
+/// it can write its codes in the same pass. With r = hi - lo and m = lo of the tensor just seen, the estimates become
+/// decay alpha + (1 - decay) r and decay beta + (1 - decay) m; where alpha is 0 (a group that was constant so far) r and m themselves.
+struct RunningCodes {
+  GroupLayout layout;
+  int bits = 8;
+  bool stochastic = true;
+  RandomKey key;
+  Tensor alpha, beta;            ///< [groups] f32: the estimates so far
+  Tensor next_alpha, next_beta;  ///< receive the new ones; may be the same tensors
+  double decay = 0.9;
+  Tensor step, offset, codes;  ///< receive step[g] = alpha[g] / (2^bits - 1), offset[g] = beta[g] and the codes, all as quantize has them
+  Tensor counts;               ///< as quantize has it
+
+  bool defined() const { return codes.defined(); }
+};
+/// Packs x and takes its range into the estimates, in one pass.
+MESA_KERNEL(quantize_running, const Tensor& x, const RunningCodes& into);
+/// The estimates' beginning: alpha <- hi - lo, beta <- lo, all [groups] f32.
+MESA_KERNEL(calibrate_range, const Tensor& lo, const Tensor& hi, const Tensor& alpha, const Tensor& beta);
 
 /// Codes with everything that decodes them, as the attention kernels read them in place of the values.
 struct Coded {

@@ -71,6 +71,22 @@ MESA_HD static inline uint8_t quantize_value(float d, float inverse, float u, fl
   return static_cast<uint8_t>(static_cast<int32_t>(v));
 }
 
+/// A running estimate of a group's extent and its minimum. An extent beyond f32 would stay infinite in the average for ever.
+struct RangeEstimate {
+  float alpha, beta;
+};
+MESA_HD static inline RangeEstimate calibrated_range(float lo, float hi) {
+  const double extent = static_cast<double>(hi) - lo, most = 3.40282346638528859812e38;
+  return {static_cast<float>(extent < most ? extent : most), lo};
+}
+/// decay old + (1 - decay) new; a group that was constant so far calibrates again.
+MESA_HD static inline RangeEstimate averaged_range(RangeEstimate old, float lo, float hi, double decay) {
+  if (old.alpha == 0) return calibrated_range(lo, hi);
+  const RangeEstimate now = calibrated_range(lo, hi);
+  return {static_cast<float>(std::fma(decay, static_cast<double>(old.alpha), (1 - decay) * now.alpha)),
+          static_cast<float>(std::fma(decay, static_cast<double>(old.beta), (1 - decay) * now.beta))};
+}
+
 MESA_HD static inline float dequantize_value(uint8_t q, float step, float offset) {
   return std::fma(static_cast<float>(q), step, offset);
 }

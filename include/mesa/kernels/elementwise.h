@@ -1,7 +1,7 @@
 // Pointwise arithmetic and its gradients. Floating dtypes; results are rounded to the output's dtype, sums run in fp32 (fp64 for fp64).
 #pragma once
 #include "mesa/base/random.h"
-#include "mesa/kernels/kernel.h"
+#include "mesa/kernels/codec.h"
 
 namespace mesa::kernels {
 
@@ -27,6 +27,8 @@ MESA_KERNEL(relu, const Tensor& x, const Tensor& y);
 MESA_KERNEL(relu_grad, const Tensor& dy, const Tensor& x, const Tensor& dx);
 /// y <- x Phi(x), exact erf form (Hendrycks and Gimpel, 2016); dx <- dy (Phi(x) + x phi(x)).
 MESA_KERNEL(gelu, const Tensor& x, const Tensor& y);
+/// The same with codes of x: bit for bit those that quantize_running makes. CUDA.
+MESA_KERNEL(gelu_codes, const Tensor& x, const Tensor& y, const RunningCodes& of_x);
 MESA_KERNEL(gelu_grad, const Tensor& dy, const Tensor& x, const Tensor& dx);
 /// y and the slope dy/dx in one pass: both need the same exponential.
 MESA_KERNEL(gelu_and_slope, const Tensor& x, const Tensor& y, const Tensor& slope);

@@ -4,10 +4,10 @@
 
 namespace mesa::kernels {
 
-/// c <- a b (+ c if accumulate) (+ bias). a [.., M, K], b [.., K, N], c [.., M, N] of equal rank 2 to 4 and equal leading extents; any strides with
+/// c <- a b (+ addend) (+ bias). a [.., M, K], b [.., K, N], c [.., M, N] of equal rank 2 to 4 and equal leading extents; any strides with
 /// unit stride in one of the last two axes (so a transpose is a view). dtypes: all f64; all f32; a, b bf16 with c bf16 or f32.
-/// bias [N] f32 (f64 for f64), optional.
-void matmul(const Tensor& a, const Tensor& b, const Tensor& c, const Tensor& bias = {}, bool accumulate = false);
+/// bias [N] f32 (f64 for f64), optional. addend, optional, has c's shape, strides and dtype; it may be c itself.
+void matmul(const Tensor& a, const Tensor& b, const Tensor& c, const Tensor& bias = {}, const Tensor& addend = {});
 
 /// The gradients of y = x w^T + b in one product: dw [O, I] <- (dw +) dy^T x, and, if db [O] is defined, db <- (db +) sum of dy's rows.
 /// dy [M, O], x [M, I] of one dtype, dw and db f32 (f64 for f64). The sum rides along in the product's epilogue where the backend can.

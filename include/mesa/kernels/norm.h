@@ -1,6 +1,6 @@
 // Layer normalization over the last axis (Ba et al., 2016), and softmax.
 #pragma once
-#include "mesa/kernels/kernel.h"
+#include "mesa/kernels/codec.h"
 
 namespace mesa::kernels {
 
@@ -9,6 +9,9 @@ namespace mesa::kernels {
 /// An undefined xhat or rstd is not written.
 MESA_KERNEL(layer_norm, const Tensor& x, const Tensor& gamma, const Tensor& beta, double eps, const Tensor& y, const Tensor& xhat,
             const Tensor& rstd);
+/// The same with codes of what would be xhat: bit for bit those that quantize_running makes of it. CUDA.
+MESA_KERNEL(layer_norm_codes, const Tensor& x, const Tensor& gamma, const Tensor& beta, double eps, const Tensor& y, const Tensor& rstd,
+            const RunningCodes& xhat);
 /// y[.., c] <- gamma[c] xhat[.., c] + beta[c], bit for bit what layer_norm wrote for f32 and f64.
 MESA_KERNEL(affine, const Tensor& xhat, const Tensor& gamma, const Tensor& beta, const Tensor& y);
 /// dx <- rstd (g - mean(g) - xhat mean(g xhat)) with g = gamma dy; dgamma[c] += sum dy xhat, dbeta[c] += sum dy (= when not accumulate).

@@ -16,7 +16,8 @@ struct Linear {
   std::optional<DType> out;  ///< result dtype; default the input's
 
   static Linear make(const Builder& build, const std::string& name, int64_t in, int64_t out, bool bias = true);
-  Var operator()(const Var& x) const;
+  /// With a residual: residual + the layer's result, in the residual's dtype.
+  Var operator()(const Var& x, const Var& residual = {}) const;
 };
 
 struct LayerNorm {
@@ -37,7 +38,7 @@ struct Mlp {
   double drop = 0;
 
   static Mlp make(const Builder& build, const std::string& name, int64_t width, int64_t hidden, double drop);
-  Var operator()(const Var& x) const;
+  Var operator()(const Var& x, const Var& residual = {}) const;
 };
 
 enum class AttentionKind { fused, explicit_, cudnn };
@@ -52,7 +53,7 @@ struct Attention {
 
   static Attention make(const Builder& build, const std::string& name, int64_t width, int64_t heads, AttentionKind kind, bool qkv_bias,
                         double drop, double attn_drop);
-  Var operator()(const Var& x) const;  ///< x [B, N, C] -> [B, N, C]
+  Var operator()(const Var& x, const Var& residual = {}) const;  ///< x [B, N, C] -> [B, N, C]
 };
 
 struct PatchEmbed {

@@ -20,7 +20,8 @@ Var bias(const Var& x, const Var& b);
 
 // ---- products ----
 /// y [.., O] = x [.., I] w^T + b with w [O, I], b [O] or undefined. Keeps x only if w is being trained. y has `out` dtype, default x's.
-Var linear(const Var& x, const Var& w, const Var& b = {}, std::optional<DType> out = {});
+/// With a `residual` of y's shape: residual + x w^T + b in the residual's dtype, added by the product itself.
+Var linear(const Var& x, const Var& w, const Var& b = {}, std::optional<DType> out = {}, const Var& residual = {});
 /// c [.., M, N] = a [.., M, K] b [.., K, N]; with transpose_b, b is [.., N, K].
 Var matmul(const Var& a, const Var& b, bool transpose_b = false);
 

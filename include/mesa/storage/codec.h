@@ -31,8 +31,14 @@ struct Packed {
 /// What one call of pack has to know and to tell.
 struct PackContext {
   const Site& site;
-  RandomKey random;               ///< this site's numbers at this step
-  const Tensor& counts;           ///< [2] i64 where x lives: saturated and non-finite elements are added here
+  RandomKey random;      ///< this site's numbers at this step
+  const Tensor& counts;  ///< [2] i64 where x lives: saturated and non-finite elements are added here
+};
+
+/// A value that the kernel which computes it will pack in the same pass: what is kept, and what that kernel needs. Empty: pack it later.
+struct Opened {
+  Packed packed;
+  kernels::RunningCodes codes;
 };
 
 /// One instance serves one site, so a codec may keep running state.
@@ -41,6 +47,8 @@ class Codec {
   virtual ~Codec() = default;
   /// x: any strides, f32|bf16|f64. A codec with running ranges updates them here.
   virtual Packed pack(const Tensor& x, const PackContext& context) = 0;
+  /// The same for a value of this form that does not exist yet, if this codec knows how to code it before it has seen it.
+  virtual Opened open(const Shape&, DType, Device, const PackContext&) { return {}; }
   /// A tensor of the packed shape and dtype, contiguous unless the codec shares its input.
   virtual Tensor unpack(const Packed& packed) const = 0;
   /// The same in the form that kernels can decode as they read, if this codec's codes have it.
@@ -56,6 +64,9 @@ class Codec {
   /// Running state for the checkpoint: tensors by name. load_state throws if names or shapes do not fit.
   virtual std::map<std::string, Tensor> state() const { return {}; }
   virtual void load_state(const std::map<std::string, Tensor>& state);
+  /// Running state as it is now is what roll_back returns to.
+  virtual void commit() {}
+  virtual void roll_back() {}
 };
 
 /// The options of a rule beside `match` and `codec`, as written: {"groups", "256"}.

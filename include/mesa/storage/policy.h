@@ -18,10 +18,17 @@ struct SiteRecord {
   Site site;
   Shape shape;
   DType dtype = DType::f32;
-  std::string codec;           ///< as the rule says; "statistic" for exact values an op keeps, "shared" for a second save of one buffer
-  int64_t exact_bytes = 0;     ///< what the tensor itself takes
-  int64_t kept_bytes = 0;      ///< what is really kept of it, scales included
+  std::string codec;        ///< as the rule says; "statistic" for exact values an op keeps, "shared" for a second save of one buffer
+  int64_t exact_bytes = 0;  ///< what the tensor itself takes
+  int64_t kept_bytes = 0;   ///< what is really kept of it, scales included
   int64_t elements = 0, saturated = 0, nonfinite = 0;  ///< since reset_counts()
+};
+
+/// A value whose kernel packs it: the handle, and what the kernel needs. Undefined where the policy has no such codec at this site.
+struct SavedAhead {
+  Saved saved;
+  kernels::RunningCodes codes;
+  bool defined() const { return saved.defined(); }
 };
 
 class StoragePolicy {
@@ -35,6 +42,10 @@ class StoragePolicy {
   /// Keeps what the rule of this site says. `recipe` (may be null) is how to rebuild x from what is saved already. A `constant` x depends
   /// on nothing trainable, so nothing before it was saved: where a rule says rebuild, the matching rule before that one holds.
   Saved save(const Tensor& x, const Site& site, const std::shared_ptr<const Recipe>& recipe, bool constant = false);
+  /// The same before the value exists, on a GPU and for codecs that can: a kernel then writes the codes as it computes the value.
+  SavedAhead open(const Site& site, const Shape& shape, DType dtype, Device device);
+  /// The same for a tensor that exists and that a kernel is about to read.
+  SavedAhead open(const Site& site, const Tensor& x);
   /// True if this site's codec would keep x's own buffer.
   bool shares_input(const Site& site, DType dtype);
   /// Registers an exact statistic that an op captures itself.

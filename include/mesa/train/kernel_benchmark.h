@@ -19,7 +19,9 @@ struct KernelReport {
 };
 
 /// Every kernel that a training step of this config runs, each alone, on random values of the config's model, batch and precision.
-KernelReport run_kernel_benchmark(const RunConfig& config, const std::function<void(const std::string&)>& progress = {});
+/// `copy_bytes` is the size of each side of the copy that they are compared with; 0 takes one far beyond the device's caches.
+KernelReport run_kernel_benchmark(const RunConfig& config, const std::function<void(const std::string&)>& progress = {},
+                                  int64_t copy_bytes = 0);
 std::string format_kernels(const KernelReport& report);
 std::string kernels_json(const KernelReport& report);
 

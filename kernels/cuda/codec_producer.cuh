@@ -1,0 +1,113 @@
+// How a kernel that computes a tensor writes its codes in the same pass (see RunningCodes). Bits and rounding are known at run time only:
+// such a kernel is large, and is compiled once instead of six times.
+#pragma once
+#include "codec_watch.cuh"
+
+namespace mesa::kernels::cuda {
+namespace {
+
+/// Codes on their way: where they go, what they are made with, and what is noted meanwhile.
+struct Producer {
+  Scales scales{};
+  Dither dither{RandomKey{}};
+  Divider inner{};  ///< elements of a row's group; only of several groups
+  int bits = 8;
+  bool stochastic = false;
+  uint8_t* codes = nullptr;  ///< null: nothing is to be coded
+  Watch watch{};
+
+  __device__ uint32_t group_at(uint32_t column) const { return watch.groups == 1 ? 0 : inner.quotient(column); }
+  __device__ GroupScale scale_of(uint32_t group) const {
+    return group_scale(scales.step[group] / scales.divisor, scales.offset[group], bits);
+  }
+
+  template <int V, int n_bits>
+  __device__ void store(int64_t piece, const float (&v)[V]) const {
+    if constexpr (V * n_bits >= 8) {
+      using Word =
+          std::conditional_t<V * n_bits == 64, uint64_t,
+                             std::conditional_t<V * n_bits == 32, uint32_t, std::conditional_t<V * n_bits == 16, uint16_t, uint8_t>>>;
+      __stcs(reinterpret_cast<Word*>(codes) + piece, static_cast<Word>(pack_codes<n_bits>(v)));
+    }
+  }
+  /// The codes of elements V piece .. V piece + V - 1 (logical order), all in one group.
+  template <int V>
+  __device__ void write(int64_t piece, const float (&x)[V], const GroupScale& scale) const {
+    constexpr int kPieces = kUnit / V;  // of a unit
+    float v[V];
+    if (stochastic) {
+      const Philox4 random = dither.words(static_cast<uint32_t>(piece / kPieces));
+      const int part = static_cast<int>(piece % kPieces);
+#pragma unroll
+      for (int i = 0; i < V; ++i) {
+        uint32_t word = random.word[i / 2];
+#pragma unroll
+        for (int p = 1; p < kPieces; ++p)  // no index that the compiler does not know: the words must stay in registers
+          if (part == p) word = random.word[(p * V + i) / 2];
+        v[i] = std::fma(x[i] - scale.offset, scale.inverse, dither.value(word, i % 2));
+      }
+    } else {
+#pragma unroll
+      for (int i = 0; i < V; ++i) v[i] = std::fma(x[i] - scale.offset, scale.inverse, 0.5f);
+    }
+    if (bits == 8)
+      store<V, 8>(piece, v);
+    else if (bits == 4)
+      store<V, 4>(piece, v);
+    else
+      store<V, 2>(piece, v);
+  }
+};
+
+/// What is noted of the pieces of one group.
+struct Noted {
+  float lo = kEmptyLo, hi = kEmptyHi;
+
+  template <int V>
+  __device__ void add(const float (&x)[V], const GroupScale& scale, uint32_t& saturated, uint32_t& nonfinite) {
+    float least = x[0], greatest = x[0];
+#pragma unroll
+    for (int i = 1; i < V; ++i) least = minimum(least, x[i]), greatest = maximum(greatest, x[i]);
+    if (least >= -FLT_MAX && greatest <= FLT_MAX && !(least - scale.offset < scale.low) && !(greatest - scale.offset > scale.high)) {
+      lo = minimum(lo, least), hi = maximum(hi, greatest);
+      return;
+    }
+#pragma unroll
+    for (int i = 0; i < V; ++i) {
+      if (!is_finite(x[i])) {
+        ++nonfinite;
+        continue;
+      }
+      lo = minimum(lo, x[i]), hi = maximum(hi, x[i]);
+      saturated += is_saturated(x[i] - scale.offset, scale);
+    }
+  }
+};
+
+// --- on the host --------------------------------------------------------------------------------------------------------------------
+
+/// True if pieces of V elements of rows of `width` can be coded by themselves: a group lies in one place of each row, and whole bytes are
+/// whole pieces.
+inline bool can_produce(const RunningCodes& into, int64_t n, int64_t width, int V) {
+  const GroupLayout& layout = into.layout;
+  const bool in_rows = layout.groups == 1 || (!layout.consecutive && layout.groups * layout.inner == width && layout.inner % kUnit == 0);
+  return in_rows && width % kUnit == 0 && V * into.bits % 8 == 0 && layout.groups <= Watch::kShared &&
+         ceil_div(n, kUnit) < int64_t{1} << 31 && aligned(into.codes.raw(), 8);
+}
+
+/// `groups` must live until the kernel is launched.
+inline Producer producer_of(const RunningCodes& into, int64_t n, const WatchedGroups& groups) {
+  Producer out;
+  const Estimates& now = groups.watch.estimates;
+  out.scales = {now.alpha, now.beta, now.top};
+  out.dither = Dither(into.key);
+  out.inner = Divider(into.layout.inner);
+  out.bits = into.bits;
+  out.stochastic = into.stochastic;
+  out.codes = code_bytes(into.codes, n, into.bits);
+  out.watch = groups.watch;
+  return out;
+}
+
+}  // namespace
+}  // namespace mesa::kernels::cuda

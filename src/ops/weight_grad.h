@@ -1,0 +1,26 @@
+// What linear and patch_embed share on their way back.
+#pragma once
+#include "mesa/autograd/tape.h"
+#include "mesa/kernels/elementwise.h"
+#include "mesa/kernels/matmul.h"
+
+namespace mesa {
+
+/// The gradients of w [O, ..] and b [O] of y = x w^T + b from dy [M, O], as Grads holds them. `x` [M, I] is asked for only if w wants one.
+inline std::pair<Tensor, Tensor> weight_and_bias_grads(const Target& dw, const Target& db, const Tensor& dy,
+                                                       const std::function<Tensor()>& x) {
+  // One product computes both; the targets only say where the two go, and whether to add.
+  Tensor to_w, to_b;
+  bool add_w = false, add_b = false;
+  const Tensor w = dw.into([&](const Tensor& to, bool add) { to_w = to, add_w = add; });
+  const Tensor b = db.into([&](const Tensor& to, bool add) { to_b = to, add_b = add; });
+  if (to_w.defined()) {
+    const Tensor rows = x();
+    kernels::matmul_weight_grad(dy, rows, to_w.reshape({dy.dim(1), rows.dim(1)}), add_w, to_b, add_b);
+  } else if (to_b.defined()) {
+    kernels::sum_rows(dy, to_b, add_b);
+  }
+  return {w, b};
+}
+
+}  // namespace mesa

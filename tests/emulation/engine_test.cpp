@@ -1,0 +1,134 @@
+// What the engine promises of a GPU and only an emulated one can count: when the host waits, and what happens when memory runs out.
+#include <catch2/catch.hpp>
+
+#include "device_memory.h"
+#include "mesa/train/plan.h"
+#include "mesa/train/trainer.h"
+#include "streams.h"
+#include "support/data_files.h"
+#include "support/errors.h"
+#include "support/random.h"
+
+using namespace mesa;
+using namespace mesa::testing;
+using Catch::Matchers::Contains;
+
+namespace {
+
+RunConfig config_of(const std::vector<std::string>& sets) {
+  return parse_config(
+      "model: {name: vit, image_size: 32, patch_size: 4, width: 64, depth: 2, heads: 2, classes: 10}\n"
+      "data: {kind: random, train_size: 512, test_size: 64, workers: 1}\n"
+      "train: {epochs: 1, batch_size: 64, threads: 1, steps: 2}\n"
+      "device: cuda\n"
+      "storage: [{match: \"*\", codec: int8, groups: heads, range: running}]\n",
+      "engine.yaml", sets);
+}
+
+/// int4 with running ranges, by way of `pack` alone: every value is coded when it is there.
+struct CodesAfterwards : Codec {
+  std::unique_ptr<Codec> inner;
+  explicit CodesAfterwards(const CodecOptions& options) : inner(make_codec("int4", options)) {}
+  Packed pack(const Tensor& x, const PackContext& context) override { return inner->pack(x, context); }
+  Tensor unpack(const Packed& packed) const override { return inner->unpack(packed); }
+  std::optional<kernels::Coded> coded(const Packed& packed) const override { return inner->coded(packed); }
+  int64_t packed_bytes(const Shape& shape, DType dtype, const Site& site) const override { return inner->packed_bytes(shape, dtype, site); }
+  double error_bound(double lo, double hi) const override { return inner->error_bound(lo, hi); }
+  std::map<std::string, Tensor> state() const override { return inner->state(); }
+  void commit() override { inner->commit(); }
+  void roll_back() override { inner->roll_back(); }
+};
+
+/// Leaves this much device memory beside what is in use, for as long as it lives.
+struct ScarceMemory {
+  explicit ScarceMemory(size_t bytes) {
+    Allocator::of(kCuda).release_cached();
+    emulation::set_device_limit(emulation::device_use().used + bytes);
+  }
+  ~ScarceMemory() { emulation::set_device_limit(size_t{4} << 30); }
+};
+
+}  // namespace
+
+TEST_CASE("emulated GPU: forward and backward never wait for the device, whatever is kept", "[emulation]") {
+  for (const char* storage : {"[{match: \"*\", codec: int8, groups: heads, range: running}]", "[{match: \"*\", codec: int4}]",
+                              "[{match: \"*\", codec: bf16}]", "[{match: \"*\", codec: host}]"})
+    for (const char* precision : {"fp32", "bf16"}) {
+      INFO(storage << ", " << precision);
+      const RunConfig config = config_of({std::string("storage=") + storage, std::string("train.precision=") + precision});
+      const VitConfig vit = model_config(config, 10);
+      BuiltModel model(config, vit, kCuda);
+      model.params.allocate_gradients();
+      StoragePolicy policy = make_policy(config.storage);
+      const Tensor images = to(normal_tensor({2, 3, 32, 32}, "images"), kCuda, MemoryKind::inputs);
+      const Tensor labels = to(Tensor::from<int64_t>({2}, {3, 4}), kCuda, MemoryKind::inputs);
+      for (int step = 0; step < 3; ++step) {
+        policy.first_nonfinite();  // the counts of the last pass are read between steps
+        Tape tape(policy, 1, step);
+        const int64_t before = emulation::waits();
+        const Var loss = cross_entropy(model.net(images), labels);
+        tape.backward(loss);
+        if (step > 0) CHECK(emulation::waits() == before);  // the first step takes memory and builds tables
+        CHECK(std::isfinite(loss.value().to_vector<double>()[0]));
+        CHECK(emulation::waits() > before);  // the count does count
+      }
+    }
+}
+
+TEST_CASE("emulated GPU: codes that kernels write as they compute are those of values packed afterwards", "[emulation]") {
+  register_codec("afterwards", {"groups", "range"},
+                 [](const CodecOptions& options) -> std::unique_ptr<Codec> { return std::make_unique<CodesAfterwards>(options); });
+  for (const char* precision : {"fp32", "bf16"}) {
+    CAPTURE(precision);
+    std::vector<std::vector<double>> gradients[2];
+    std::map<std::string, std::vector<double>> ranges[2];
+    for (const int which : {0, 1}) {
+      const RunConfig config = config_of(
+          {concat("storage=[{match: \"*\", codec: int4, groups: heads, range: running}]"), concat("train.precision=", precision)});
+      BuiltModel model(config, model_config(config, 10), kCuda);
+      StoragePolicy policy("test", {{"*", which ? "afterwards" : "int4", {{"groups", "heads"}, {"range", "running"}}, ""}});
+      const Tensor images = to(normal_tensor({2, 3, 32, 32}, "images"), kCuda, MemoryKind::inputs);
+      const Tensor labels = to(Tensor::from<int64_t>({2}, {3, 4}), kCuda, MemoryKind::inputs);
+      for (int step = 0; step < 4; ++step) {
+        model.params.clear_gradients();
+        Tape tape(policy, 1, step);
+        tape.backward(cross_entropy(model.net(images), labels));
+        step == 2 ? policy.roll_back() : policy.commit();
+        for (const Param& p : model.params.params()) gradients[which].push_back(p.grad.to_vector<double>());
+      }
+      for (const auto& [name, range] : policy.state()) ranges[which][name] = range.to_vector<double>();
+    }
+    CHECK(gradients[0] == gradients[1]);
+    CHECK(ranges[0].size() > 20);
+    CHECK(ranges[0] == ranges[1]);
+  }
+}
+
+TEST_CASE("emulated GPU: a run that does not fit says what would", "[emulation]") {
+  const TemporaryFolder folder;
+  RunConfig config = config_of({});
+  config.output = (folder.path() / "run").string();
+  const ScarceMemory scarce(12 << 20);
+  const std::string error = error_of([&] { train(config, {"", true}); });
+  CHECK_THAT(error, Contains("out of memory on cuda") && Contains("the plan of train.batch_size 64") && Contains("keeping most: "));
+  const std::string says = "train.batch_size=";
+  REQUIRE_THAT(error, Contains(says) && Contains("would fit"));
+  const int64_t batch = std::stoll(error.substr(error.find(says) + says.size()));
+  CHECK((batch >= 1 && batch < 64));
+  // And so it does.
+  Allocator::of(kCuda).release_cached();
+  config.train.batch_size = batch;
+  config.output = (folder.path() / "smaller").string();
+  CHECK(train(config, {"", true}) == 0);
+}
+
+TEST_CASE("emulated GPU: parameters that do not fit are an error that says so, too", "[emulation]") {
+  const TemporaryFolder folder;
+  RunConfig config = config_of({"model.width=256"});
+  config.output = (folder.path() / "run").string();
+  const ScarceMemory scarce(1 << 20);
+  CHECK_THAT(error_of([&] {
+               train(config, {"", true});
+             }),
+             Contains("out of memory on cuda") && Contains("not even a batch of 1 would fit"));
+}

@@ -1,0 +1,164 @@
+// Codes by running ranges: against quantize and the formula of the estimates, and those that a kernel writes as it computes the value
+// against those that are made of the value afterwards.
+#include <catch2/catch.hpp>
+#include <cmath>
+#include <limits>
+
+#include "mesa/kernels/attention.h"
+#include "mesa/kernels/elementwise.h"
+#include "mesa/kernels/norm.h"
+#include "support/kernels.h"
+
+using namespace mesa;
+using namespace mesa::testing;
+using kernels::GroupLayout;
+using kernels::RunningCodes;
+
+namespace {
+
+/// Estimates that some of the values of a normal tensor exceed, and room for the codes of n elements.
+RunningCodes running(const GroupLayout& layout, int bits, bool stochastic, int64_t n, bool in_place) {
+  const int64_t groups = layout.groups;
+  const auto floats = [&](float value) { return Tensor::from({groups}, std::vector<float>(groups, value)); };
+  RunningCodes r;
+  r.layout = layout, r.bits = bits, r.stochastic = stochastic, r.key = RandomKey::of(7, "site", 3);
+  r.alpha = floats(4), r.beta = floats(-1.75F);
+  for (int64_t g = 0; g < groups; ++g) r.beta.data<float>()[g] += 0.01F * static_cast<float>(g % 50);
+  r.alpha.data<float>()[groups - 1] = 0;  // constant so far
+  r.next_alpha = in_place ? r.alpha : floats(-1), r.next_beta = in_place ? r.beta : floats(-1);
+  r.decay = 0.75;
+  r.step = floats(-1), r.offset = floats(-1);
+  r.codes = Tensor::from({(n * bits + 7) / 8}, std::vector<uint8_t>((n * bits + 7) / 8, 0xee));
+  r.counts = Tensor::zeros({2}, DType::i64);
+  return r;
+}
+
+std::string bits_of(const Tensor& t) { return {static_cast<const char*>(t.raw()), static_cast<size_t>(t.bytes())}; }
+
+/// Everything that is written, bit for bit.
+std::vector<std::string> written(const RunningCodes& r) {
+  std::vector<std::string> out;
+  for (const Tensor& t : {r.codes, r.step, r.offset, r.next_alpha, r.next_beta, r.counts}) out.push_back(bits_of(t));
+  return out;
+}
+
+struct Setting {
+  int bits;
+  bool stochastic, in_place;
+};
+const Setting kSettings[] = {{8, true, false}, {4, true, true}, {2, true, false}, {8, false, true}, {4, false, false}, {2, false, true}};
+
+/// Groups by head, by layer and by channel of rows of `width`.
+std::vector<GroupLayout> layouts(int64_t rows, int64_t width, int64_t heads) {
+  return {{rows, heads, width / heads, false}, {1, 1, rows * width, false}, {rows, width, 1, false}};
+}
+
+void spoil(const Tensor& x) {
+  std::vector<float> odd = x.to_vector<float>();
+  odd[odd.size() / 2] = std::numeric_limits<float>::quiet_NaN();
+  odd[odd.size() / 3] = -std::numeric_limits<float>::infinity();
+  odd[odd.size() / 5] = 1e30F;
+  kernels::plain::copy(Tensor::from(x.shape(), odd), x);
+}
+
+}  // namespace
+
+TEST_CASE("running codes: quantize with the estimates' scale, and the estimates follow their formula", "[kernels][codec]") {
+  for (const int64_t rows : {1, 37})
+    for (const GroupLayout& layout : layouts(rows, 48, 3))
+      for (const Setting& s : kSettings) {
+        CAPTURE(rows, layout.groups, s.bits, s.stochastic, s.in_place);
+        const Tensor x = random({rows, 48}, DType::f32, "x");
+        const RunningCodes start = running(layout, s.bits, s.stochastic, x.numel(), false);
+        const Tensor lo = empty_like(start.step), hi = empty_like(lo), codes = empty_like(start.codes), step = empty_like(lo);
+        for (int64_t g = 0; g < layout.groups; ++g)
+          step.data<float>()[g] = start.alpha.data<float>()[g] / static_cast<float>((1 << s.bits) - 1);
+        const Tensor counts = Tensor::zeros({2}, DType::i64);
+        kernels::plain::quantize(x, layout, s.bits, s.stochastic, start.key, step, start.beta, codes, lo, hi, counts);
+        for (const auto& run : implementations(kernels::quantize_running)) {
+          const RunningCodes r = running(layout, s.bits, s.stochastic, x.numel(), s.in_place);
+          run(x, r);
+          REQUIRE(r.codes.to_vector<uint8_t>() == codes.to_vector<uint8_t>());
+          REQUIRE(r.step.to_vector<float>() == step.to_vector<float>());
+          REQUIRE(r.offset.to_vector<float>() == start.beta.to_vector<float>());
+          REQUIRE(r.counts.to_vector<int64_t>() == counts.to_vector<int64_t>());
+          for (int64_t g = 0; g < layout.groups; ++g) {
+            const double a = start.alpha.data<float>()[g], b = start.beta.data<float>()[g], keep = a == 0 ? 0 : 0.75;
+            const double l = lo.data<float>()[g], extent = static_cast<double>(hi.data<float>()[g]) - l;
+            CHECK(r.next_alpha.data<float>()[g] == Approx(keep * a + (1 - keep) * extent).epsilon(1e-6));
+            CHECK(r.next_beta.data<float>()[g] == Approx(keep * b + (1 - keep) * l).epsilon(1e-6));
+          }
+        }
+      }
+}
+
+TEST_CASE("running codes: layer norm codes what it would have kept", "[kernels][codec]") {
+  if (test_device() != kCuda) return;
+  for (const auto& [width, heads] :
+       {std::pair<int64_t, int64_t>{64, 2}, {192, 3}, {384, 6}, {768, 12}, {1024, 8}, {2048, 4}, {72, 3}, {50, 5}})
+    for (const DType out : {DType::f32, DType::bf16})
+      for (const GroupLayout& layout : layouts(41, width, heads))
+        for (const Setting& s : kSettings) {
+          if (width > 500 && (s.bits == 4 || layout.groups == 1)) continue;  // enough of the large ones
+          CAPTURE(width, to_string(out), layout.groups, s.bits, s.stochastic);
+          const Tensor x = random({41, width}, DType::f32, "x", 3), gamma = random({width}, DType::f32, "gamma");
+          const Tensor beta = random({width}, DType::f32, "beta"), y = Tensor::empty(x.shape(), out), want_y = empty_like(y);
+          if (s.bits == 2) spoil(x);
+          const Tensor xhat = empty_like(y), rstd = Tensor::empty({41}, DType::f32), want_rstd = empty_like(rstd);
+          staged(kernels::cuda::layer_norm)(x, gamma, beta, 1e-6, want_y, xhat, want_rstd);
+          const RunningCodes want = running(layout, s.bits, s.stochastic, x.numel(), s.in_place);
+          staged(kernels::cuda::quantize_running)(xhat, want);
+          const RunningCodes got = running(layout, s.bits, s.stochastic, x.numel(), s.in_place);
+          staged(kernels::cuda::layer_norm_codes)(x, gamma, beta, 1e-6, y, rstd, got);
+          REQUIRE((written(got) == written(want)));
+          REQUIRE((bits_of(y) == bits_of(want_y)));
+          REQUIRE((bits_of(rstd) == bits_of(want_rstd)));
+        }
+}
+
+TEST_CASE("running codes: gelu codes what it reads", "[kernels][codec]") {
+  if (test_device() != kCuda) return;
+  for (const auto& [rows, width, heads] : {std::array<int64_t, 3>{7, 64, 2}, {33, 192, 3}, {300, 96, 3}, {5, 3072, 12}, {3, 50, 5}})
+    for (const DType type : {DType::f32, DType::bf16})
+      for (const GroupLayout& layout : layouts(rows, width, heads))
+        for (const Setting& s : kSettings) {
+          CAPTURE(rows, width, to_string(type), layout.groups, s.bits, s.stochastic);
+          const Tensor x = random({rows, width}, type, "x"), y = empty_like(x), want_y = empty_like(x);
+          if (s.bits == 8) spoil(x);
+          staged(kernels::cuda::gelu)(x, want_y);
+          const RunningCodes want = running(layout, s.bits, s.stochastic, x.numel(), s.in_place);
+          staged(kernels::cuda::quantize_running)(x, want);
+          const RunningCodes got = running(layout, s.bits, s.stochastic, x.numel(), s.in_place);
+          staged(kernels::cuda::gelu_codes)(x, y, got);
+          REQUIRE((written(got) == written(want)));
+          REQUIRE((bits_of(y) == bits_of(want_y)));
+        }
+}
+
+TEST_CASE("running codes: attention codes the q, k and v that it reads", "[kernels][codec][fused]") {
+  if (test_device() != kCuda) return;
+  const std::array<int64_t, 4> forms[] = {{2, 17, 2, 32}, {1, 197, 3, 64}, {3, 5, 1, 64}, {1, 70, 4, 32}};
+  for (const auto& [B, N, H, D] : forms)
+    for (const Setting& s : kSettings)
+      for (const int without : {-1, 0, 2}) {
+        CAPTURE(B, N, H, D, s.bits, s.stochastic, without);
+        const int64_t C = H * D, n = B * N * C;
+        const auto all = layouts(B * N, C, H);
+        const Tensor qkv = random({B, N, 3 * C}, DType::bf16, "qkv"), o = Tensor::empty({B, N, C}, DType::bf16), want_o = empty_like(o);
+        const Tensor lse = Tensor::empty({B, H, N}, DType::f32), want_lse = empty_like(lse);
+        const auto third = [&](int i) { return qkv.narrow(-1, i * C, C); };
+        staged(kernels::cuda::fused_attention)(third(0), third(1), third(2), H, 0.125, want_o, want_lse, kernels::QkvCodes{});
+        kernels::QkvCodes got, want;
+        for (int i = 0; i < 3; ++i) {
+          if (i == without) continue;
+          const GroupLayout& layout = all[(i + s.bits / 4) % 3];  // by head, by layer and by channel in turn
+          got[i] = running(layout, s.bits, s.stochastic, n, s.in_place), want[i] = running(layout, s.bits, s.stochastic, n, s.in_place);
+          staged(kernels::cuda::quantize_running)(third(i), want[i]);
+        }
+        staged(kernels::cuda::fused_attention)(third(0), third(1), third(2), H, 0.125, o, lse, got);
+        for (int i = 0; i < 3; ++i)
+          if (i != without) REQUIRE((written(got[i]) == written(want[i])));
+        CHECK(o.to_vector<double>() == want_o.to_vector<double>());
+        CHECK(lse.to_vector<double>() == want_lse.to_vector<double>());
+      }
+}
