@@ -109,17 +109,20 @@ struct Scales {
 /// Philox with its round keys made in advance: a thread then spends two multiplications and two xors on a round, and nothing else.
 struct Dither {
   static constexpr int kRounds = 10;
-  uint32_t step_low, step_high, keys[2 * kRounds];
+  uint64_t step;
+  const uint64_t* live;  ///< see RandomKey
+  uint32_t keys[2 * kRounds];
   uint32_t exponent = 0x4b00u;  ///< of 2^23; a parameter, because nvcc would load a literal anew for every use
 
-  explicit Dither(RandomKey key) : step_low(static_cast<uint32_t>(key.step)), step_high(static_cast<uint32_t>(key.step >> 32)) {
+  explicit Dither(RandomKey key) : step(key.step), live(key.live) {
     uint32_t k0 = static_cast<uint32_t>(key.key), k1 = static_cast<uint32_t>(key.key >> 32);
     for (int r = 0; r < kRounds; ++r, k0 += 0x9E3779B9u, k1 += 0xBB67AE85u) keys[2 * r] = k0, keys[2 * r + 1] = k1;
   }
 
   /// philox(u, step, key).
   __device__ Philox4 words(uint32_t u) const {
-    uint32_t c0 = u, c1 = 0, c2 = step_low, c3 = step_high;
+    const uint64_t now = live != nullptr ? __ldg(live) : step;
+    uint32_t c0 = u, c1 = 0, c2 = static_cast<uint32_t>(now), c3 = static_cast<uint32_t>(now >> 32);
 #pragma unroll
     for (int r = 0; r < kRounds; ++r) {
       const uint64_t p0 = uint64_t{0xD2511F53u} * c0, p1 = uint64_t{0xCD9E8D57u} * c2;

@@ -159,7 +159,7 @@ __global__ void pass_elements_kernel(Elements<T> x, bool stochastic, RandomKey k
   Seen<1> seen;
   watch.begin();
   for (int64_t e = global_index() * kUnit; e < x.count; e += global_stride() * kUnit) {
-    const Philox4 random = stochastic ? philox(static_cast<uint64_t>(e) / kUnit, key.step, key.key) : Philox4{};
+    const Philox4 random = stochastic ? philox(static_cast<uint64_t>(e) / kUnit, key.now(), key.key) : Philox4{};
     Cursor<T> at(x, e);
     uint64_t word = 0;
 #pragma unroll

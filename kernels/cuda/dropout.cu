@@ -22,6 +22,7 @@ Mask<A> mask_of(double p) {
 template <bool kPacked, int N, class X, class Y>
 __global__ void dropout_kernel(int64_t n, Mask<Acc<X>> mask, RandomKey key, const X* x, Y* y) {
   static_assert(N % 4 == 0);
+  const uint64_t step = key.now();
   for (int64_t i = global_index() * N; i < n; i += global_stride() * N) {
     const bool whole = kPacked && i + N <= n;
     Acc<X> v[N] = {};
@@ -34,7 +35,7 @@ __global__ void dropout_kernel(int64_t n, Mask<Acc<X>> mask, RandomKey key, cons
     }
 #pragma unroll
     for (int k = 0; k < N; k += 4) {
-      const Philox4 random = philox(static_cast<uint64_t>(i + k) / 4, key.step, key.key);
+      const Philox4 random = philox(static_cast<uint64_t>(i + k) / 4, step, key.key);
 #pragma unroll
       for (int j = 0; j < 4; ++j) v[k + j] = mask(random.word[j], v[k + j]);
     }
@@ -50,7 +51,7 @@ __global__ void dropout_kernel(int64_t n, Mask<Acc<X>> mask, RandomKey key, cons
 
 /// random_word without an index into registers, which would send them through memory.
 __device__ inline uint32_t word_of(RandomKey key, uint64_t i) {
-  const Philox4 random = philox(i / 4, key.step, key.key);
+  const Philox4 random = philox(i / 4, key.now(), key.key);
   const uint32_t even = i & 2 ? random.word[2] : random.word[0], odd = i & 2 ? random.word[3] : random.word[1];
   return i & 1 ? odd : even;
 }

@@ -19,8 +19,9 @@ void add_to_parameter(Param& param, const Tensor& gradient) {
 }
 }  // namespace
 
-Tape::Tape(StoragePolicy& policy, uint64_t seed, uint64_t step) : policy_(policy), id_(next_tape_id++), seed_(seed), step_(step), previous_(current_tape) {
-  policy_.begin(seed, step);
+Tape::Tape(StoragePolicy& policy, uint64_t seed, uint64_t step, const uint64_t* live_step)
+    : policy_(policy), id_(next_tape_id++), seed_(seed), step_(step), live_step_(live_step), previous_(current_tape) {
+  policy_.begin(seed, step, live_step);
   current_tape = this;
 }
 

@@ -178,6 +178,29 @@ void wait_for(const Mark& mark) {
   check_status(cudaStreamWaitEvent(compute_stream(), static_cast<cudaEvent_t>(mark.get()), 0), "waiting for a copy");
 }
 
+void begin_recording() {
+  check_status(cudaStreamBeginCapture(compute_stream(), cudaStreamCaptureModeRelaxed), "beginning to record work");  // memory may be taken
+}
+
+Recording end_recording(bool keep) {
+  cudaGraph_t graph = nullptr;
+  const cudaError_t ended = cudaStreamEndCapture(compute_stream(), &graph);
+  cudaGraphExec_t ready = nullptr;
+  const cudaError_t made = keep && ended == cudaSuccess ? cudaGraphInstantiate(&ready, graph, 0) : cudaSuccess;
+  if (graph != nullptr) cudaGraphDestroy(graph);
+  if (!keep) {
+    cudaGetLastError();  // whatever broke the recording is reported by whoever drops it
+    return {};
+  }
+  check_status(ended, "recording work");
+  check_status(made, "preparing recorded work");
+  return {ready, [](void* recording) { cudaGraphExecDestroy(static_cast<cudaGraphExec_t>(recording)); }};
+}
+
+void run(const Recording& recording) {
+  check_status(cudaGraphLaunch(static_cast<cudaGraphExec_t>(recording.get()), compute_stream()), "running recorded work");
+}
+
 std::string describe_device() {
   cudaDeviceProp properties{};
   check_status(cudaGetDeviceProperties(&properties, 0), "asking for the GPU's properties");

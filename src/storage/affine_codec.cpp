@@ -130,6 +130,14 @@ class AffineCodec : public Codec {
     if (!is_committed()) spare_ = std::exchange(latest_, committed_);
   }
 
+  uint64_t phase() const override {
+    const auto id = [](const Range& range) { return range.defined() ? range.alpha.buffer()->id() : 0; };
+    return mix64(id(latest_) ^ mix64(id(is_committed() ? spare_ : latest_)));
+  }
+  void repeat() override {
+    if (latest_.defined()) latest_ = next_range(latest_.alpha.shape(), latest_.alpha.device());
+  }
+
   void load_state(const std::map<std::string, Tensor>& state) override {
     check(s_.running && state.count("alpha") && state.count("beta"),
           "the checkpoint's storage state is not the running range of this codec");

@@ -64,6 +64,7 @@ struct StoragePolicy::Impl {
     const StorageRule* fallback = nullptr;  // the last matching rule that does not rebuild
     std::shared_ptr<Codec> codec;           // null for rebuild
     Tensor counts;                          // this site's row of the counters
+    int64_t elements = 0;                   // that this pass has packed
   };
 
   std::string name;
@@ -74,6 +75,7 @@ struct StoragePolicy::Impl {
   std::map<ViewKey, std::weak_ptr<const Saved::Entry>> kept;  // of this pass
   std::map<std::string, Tensor> pending_state;
   uint64_t seed = 0, step = 0;
+  const uint64_t* live_step = nullptr;
   std::string first_nonfinite;
   // Elements that codecs found odd since the last harvest: rows of [2] i64 where the tensors live, so that no pack waits for a device.
   std::vector<Tensor> counters;
@@ -87,7 +89,7 @@ struct StoragePolicy::Impl {
   PackContext context_of(SiteState& state, Device device) {
     counting = true;
     const Site& site = state.record.site;
-    return {site, RandomKey::of(seed, site.name(), step), counts_of(state, device)};
+    return {site, RandomKey::of(seed, site.name(), step, live_step), counts_of(state, device)};
   }
   std::shared_ptr<const Saved::Entry> keep(Packed packed, SiteState& state, Device device);
   std::shared_ptr<const Saved::Entry> pack(const Tensor& x, SiteState& state);
@@ -158,17 +160,22 @@ const Tensor& StoragePolicy::Impl::counts_of(SiteState& state, Device device) {
 void StoragePolicy::Impl::harvest() {
   if (!counting) return;
   counting = false;
-  std::map<uint64_t, Tensor> on_host;
+  int64_t rows = 0;
+  for (const Tensor& block : counters) rows += block.dim(0);
+  const Tensor gathered = Tensor::empty({rows, 2}, DType::i64, counters.front().device());  // one copy to wait for, not one for each block
+  std::map<uint64_t, int64_t> first_of;
+  rows = 0;
   for (const Tensor& block : counters) {
-    const Tensor copy = Tensor::empty(block.shape(), block.dtype());
-    transfer(block, copy);
-    on_host[block.buffer()->id()] = copy;
+    transfer(block, gathered.narrow(0, rows, block.dim(0)));
     clear(block);
+    first_of[block.buffer()->id()] = 2 * rows;
+    rows += block.dim(0);
   }
+  const Tensor on_host = to(gathered, kCpu);
   for (const std::string& site_name : order) {
     SiteState& site = sites.at(site_name);
     if (!site.counts.defined()) continue;
-    const int64_t* found = on_host.at(site.counts.buffer()->id()).data<int64_t>() + site.counts.offset();
+    const int64_t* found = on_host.data<int64_t>() + first_of.at(site.counts.buffer()->id()) + site.counts.offset();
     site.record.saturated += found[0];
     site.record.nonfinite += found[1];
     if (found[1] > 0 && first_nonfinite.empty()) first_nonfinite = site_name;
@@ -178,6 +185,7 @@ void StoragePolicy::Impl::harvest() {
 std::shared_ptr<const Saved::Entry> StoragePolicy::Impl::keep(Packed packed, SiteState& state, Device device) {
   check(!packed.parts.empty(), "the codec ", state.rule->codec, " packed nothing");
   state.record.elements += packed.shape.numel();
+  state.elements += packed.shape.numel();
   state.record.kept_bytes = 0;
   for (const Tensor& part : packed.parts) {
     count_as_activation(part);
@@ -274,12 +282,31 @@ void StoragePolicy::keep(const Tensor& statistic, const Site& site) {
   record.elements += statistic.numel();
 }
 
-void StoragePolicy::begin(uint64_t seed, uint64_t step) {
+void StoragePolicy::begin(uint64_t seed, uint64_t step, const uint64_t* live_step) {
   impl_->harvest();
   impl_->seed = seed;
   impl_->step = step;
+  impl_->live_step = live_step;
   impl_->kept.clear();
   impl_->first_nonfinite.clear();
+  for (auto& [site_name, site] : impl_->sites) site.elements = 0;
+}
+
+void StoragePolicy::repeat() {
+  impl_->harvest();
+  impl_->first_nonfinite.clear();
+  impl_->counting = true;
+  for (auto& [site_name, site] : impl_->sites) {
+    site.record.elements += site.elements;
+    if (site.codec && site.elements > 0) site.codec->repeat();
+  }
+}
+
+uint64_t StoragePolicy::phase() const {
+  uint64_t all = 0;
+  for (const auto& [site_name, site] : impl_->sites)
+    if (site.codec) all = mix64(all ^ site.codec->phase());
+  return all;
 }
 
 const std::string& StoragePolicy::name() const { return impl_->name; }

@@ -13,6 +13,7 @@
 #include <cstdio>
 #include <map>
 #include <mutex>
+#include <utility>
 #include <vector>
 
 #include "mesa/base/cuda.h"
@@ -41,10 +42,17 @@ int64_t size_class(int64_t bytes) {
 std::atomic<uint64_t> next_buffer_id{1};
 }  // namespace
 
+struct BlockCache {
+  Allocator::Impl& owner;
+  std::map<int64_t, std::vector<void*>> free{};  // by capacity
+  ~BlockCache();
+  void release();
+};
+
 /// Where blocks come from. The base class serves `meta`: it counts and hands out nothing.
 class Allocator::Impl {
  public:
-  explicit Impl(Device device) : device(device) {}
+  explicit Impl(Device device) : device(device), shared(std::make_shared<BlockCache>(*this)), cache(shared) {}
   virtual ~Impl() = default;
   virtual void* take(int64_t) { return nullptr; }
   virtual void give_back(void*, int64_t) {}
@@ -58,21 +66,26 @@ class Allocator::Impl {
     }
   }
 
-  void release_cached() {
-    for (auto& [capacity, blocks] : cached)
-      for (void* block : blocks) {
-        ASAN_UNPOISON_MEMORY_REGION(block, static_cast<size_t>(capacity));
-        give_back(block, capacity);
-        use.reserved -= capacity;
-      }
-    cached.clear();
-  }
-
   Device device;
   std::mutex mutex;
   MemoryUse use;
-  std::map<int64_t, std::vector<void*>> cached;  // by capacity
+  std::shared_ptr<BlockCache> shared, cache;  // everybody's, and the one in use
 };
+
+void BlockCache::release() {
+  for (auto& [capacity, blocks] : free)
+    for (void* block : blocks) {
+      ASAN_UNPOISON_MEMORY_REGION(block, static_cast<size_t>(capacity));
+      owner.give_back(block, capacity);
+      owner.use.reserved -= capacity;
+    }
+  free.clear();
+}
+
+BlockCache::~BlockCache() {
+  const std::lock_guard lock(owner.mutex);
+  release();
+}
 
 namespace {
 /// Large blocks ask for huge pages, which spares faults and TLB misses.
@@ -126,7 +139,8 @@ std::shared_ptr<Buffer> Allocator::allocate(int64_t bytes, MemoryKind kind) {
   buffer->kind_ = kind;
   buffer->id_ = next_buffer_id++;
   const std::lock_guard lock(impl_->mutex);
-  auto& free_list = impl_->cached[buffer->capacity_];
+  buffer->cache_ = impl_->cache;
+  auto& free_list = impl_->cache->free[buffer->capacity_];
   if (!free_list.empty()) {
     buffer->data_ = free_list.back();
     free_list.pop_back();
@@ -134,7 +148,7 @@ std::shared_ptr<Buffer> Allocator::allocate(int64_t bytes, MemoryKind kind) {
     buffer->data_ = impl_->take(buffer->capacity_);
     const bool real = impl_->device.kind != DeviceKind::meta;
     if (real && buffer->data_ == nullptr) {  // blocks of other sizes may be waiting in the cache
-      impl_->release_cached();
+      impl_->shared->release();
       buffer->data_ = impl_->take(buffer->capacity_);
     }
     if (real && buffer->data_ == nullptr)
@@ -159,7 +173,7 @@ Buffer::~Buffer() {
   const std::lock_guard lock(impl.mutex);
   impl.count(kind_, -bytes_);
   if (data_ != nullptr && device_ == kCpu) ASAN_POISON_MEMORY_REGION(data_, static_cast<size_t>(capacity_));
-  impl.cached[capacity_].push_back(data_);
+  cache_->free[capacity_].push_back(data_);
 }
 
 void Buffer::retag(MemoryKind kind) {
@@ -183,16 +197,32 @@ void Allocator::reset_peak() {
 
 void Allocator::release_cached() {
   const std::lock_guard lock(impl_->mutex);
-  impl_->release_cached();
+  impl_->shared->release();
+}
+
+std::shared_ptr<BlockCache> Allocator::new_cache() { return std::make_shared<BlockCache>(*impl_); }
+
+Allocator::Using::Using(Allocator& allocator, std::shared_ptr<BlockCache> cache) : allocator_(allocator) {
+  const std::lock_guard lock(allocator.impl_->mutex);
+  previous_ = std::exchange(allocator.impl_->cache, std::move(cache));
+}
+
+Allocator::Using::~Using() {
+  const std::lock_guard lock(allocator_.impl_->mutex);
+  allocator_.impl_->cache.swap(previous_);
 }
 
 std::string format_bytes(int64_t bytes) {
   char text[32];
   const double b = static_cast<double>(bytes);
-  if (bytes < 1000) std::snprintf(text, sizeof text, "%lld B", static_cast<long long>(bytes));
-  else if (bytes < 1000000) std::snprintf(text, sizeof text, "%.1f kB", b / 1e3);
-  else if (bytes < 1000000000) std::snprintf(text, sizeof text, "%.1f MB", b / 1e6);
-  else std::snprintf(text, sizeof text, "%.2f GB", b / 1e9);
+  if (bytes < 1000)
+    std::snprintf(text, sizeof text, "%lld B", static_cast<long long>(bytes));
+  else if (bytes < 1000000)
+    std::snprintf(text, sizeof text, "%.1f kB", b / 1e3);
+  else if (bytes < 1000000000)
+    std::snprintf(text, sizeof text, "%.1f MB", b / 1e6);
+  else
+    std::snprintf(text, sizeof text, "%.2f GB", b / 1e9);
   return text;
 }
 

@@ -65,6 +65,19 @@ class Bench {
     work_.push_back({name, bytes, flops, std::move(call)});
   }
   double width(DType dtype) const { return static_cast<double>(size_of(dtype)); }
+  /// 8-bit codes by heads of a tensor of so many channels, by ranges that suit normal values and stay as they are.
+  kernels::RunningCodes running_codes(int64_t channels) const {
+    kernels::RunningCodes r;
+    r.layout = {e_.B * e_.N, e_.H, channels / e_.H, false};
+    r.key = RandomKey{5, 6};
+    r.alpha = r.next_alpha = room({e_.H}, DType::f32), r.beta = r.next_beta = room({e_.H}, DType::f32);
+    kernels::fill(r.alpha, 8), kernels::fill(r.beta, -4);
+    r.decay = 1;
+    r.step = room({e_.H}, DType::f32), r.offset = room({e_.H}, DType::f32), r.codes = room({e_.B * e_.N * channels}, DType::u8);
+    r.counts = Tensor::zeros({2}, DType::i64, e_.device);
+    return r;
+  }
+  bool on_gpu() const { return e_.device.kind == DeviceKind::cuda; }
 
   void normalization() {
     const double n = e_.rows() * static_cast<double>(e_.C), w = width(e_.type);
@@ -75,6 +88,9 @@ class Bench {
     const Tensor dy = tokens(e_.type), dx = room(x.shape(), DType::f32);
     add("layer_norm", n * (4 + 2 * w), 0, [=] { kernels::layer_norm(x, gamma, beta, 1e-6, y, xhat, rstd); });
     kernels::layer_norm(x, gamma, beta, 1e-6, y, xhat, rstd);
+    if (on_gpu())
+      add("layer_norm, codes 8 bits", n * (4 + w + 1), 0,
+          [=, to = running_codes(e_.C)] { kernels::layer_norm_codes(x, gamma, beta, 1e-6, y, rstd, to); });
     add("affine", n * 2 * w, 0, [=] { kernels::affine(xhat, gamma, beta, y); });
     add("layer_norm_grad", n * (2 * w + 4), 0, [=] { kernels::layer_norm_grad(dy, xhat, rstd, gamma, dx, dgamma, dbeta, false, false); });
   }
@@ -85,6 +101,7 @@ class Bench {
     const Tensor residual = tokens(DType::f32), branch = tokens(e_.type), sum = room(residual.shape(), DType::f32);
     const Tensor db = room({e_.hidden}, DType::f32);
     add("gelu", m * 2 * w, 0, [=] { kernels::gelu(h, g); });
+    if (on_gpu()) add("gelu, codes 8 bits", m * (2 * w + 1), 0, [=, to = running_codes(e_.hidden)] { kernels::gelu_codes(h, g, to); });
     add("gelu_grad", m * 3 * w, 0, [=] { kernels::gelu_grad(g, h, slope); });
     add("gelu_and_slope", m * 3 * w, 0, [=] { kernels::gelu_and_slope(h, g, slope); });
     add("mul", m * 3 * w, 0, [=] { kernels::mul(g, h, slope); });
@@ -98,7 +115,7 @@ class Bench {
   void codecs() {
     const Tensor h = values({e_.B, e_.N, e_.hidden}, e_.type), back = empty_like(h);
     const double m = static_cast<double>(h.numel()), w = width(e_.type);
-    const kernels::GroupLayout runs{1, (h.numel() + 255) / 256, 256, true}, heads{e_.B * e_.N, e_.H, e_.hidden / e_.H, false};
+    const kernels::GroupLayout runs{1, (h.numel() + 255) / 256, 256, true};
     const Tensor counts = Tensor::zeros({2}, DType::i64, e_.device);
     for (int bits : {8, 4, 2}) {
       const Tensor codes = room({(h.numel() * bits + 7) / 8}, DType::u8), step = room({runs.groups}, DType::f32), offset = empty_like(step);
@@ -109,15 +126,8 @@ class Bench {
       });
       kernels::quantize_current(h, runs, bits, true, RandomKey{5, 6}, step, offset, codes, counts);
       add("dequantize," + suffix, m * w + packed + scales, 0, [=] { kernels::dequantize(codes, runs, bits, step, offset, back); });
-      if (bits != 8) continue;
-      const Tensor lo = room({e_.H}, DType::f32), hi = room({e_.H}, DType::f32), known = values({e_.H}, DType::f32),
-                   zero = room({e_.H}, DType::f32);
-      kernels::fill(known, 0.03);
-      kernels::fill(zero, -4);
-      add("quantize, running heads," + suffix, m * w + packed, 0, [=] {
-        kernels::quantize(h, heads, bits, true, RandomKey{5, 6}, known, zero, codes, lo, hi, counts);
-      });
     }
+    add("quantize, running heads, 8 bits", m * (w + 1), 0, [=, to = running_codes(e_.hidden)] { kernels::quantize_running(h, to); });
   }
 
   void attention() {
@@ -128,6 +138,10 @@ class Bench {
     const double product = 2.0 * static_cast<double>(e_.B * e_.N * e_.N * e_.C);
     add("attention", 0, 2 * product, [=, H = e_.H] { kernels::attention(third(qkv, 0), third(qkv, 1), third(qkv, 2), H, scale, o, lse); });
     kernels::attention(third(qkv, 0), third(qkv, 1), third(qkv, 2), e_.H, scale, o, lse);
+    const kernels::QkvCodes codes{running_codes(e_.C), running_codes(e_.C), running_codes(e_.C)};
+    add("attention, codes 8 bits", 0, 2 * product, [=, H = e_.H] {
+      kernels::attention(third(qkv, 0), third(qkv, 1), third(qkv, 2), H, scale, o, lse, kernels::AttentionBy::engine, codes);
+    });
     const auto backward = [=, H = e_.H](const Tensor& out, const Tensor& sums) {
       kernels::attention_grad(d_o, {third(qkv, 0), {}}, {third(qkv, 1), {}}, {third(qkv, 2), {}}, out, sums, H, scale, third(dqkv, 0),
                               third(dqkv, 1), third(dqkv, 2));
@@ -148,6 +162,10 @@ class Bench {
       kernels::copy(values(y.shape(), e_.type), y);
       const double flops = 2.0 * static_cast<double>(M) * static_cast<double>(l.in * l.out);
       add(concat(l.name, ": y = x w^T + b"), 0, flops, [=] { kernels::matmul(x, w.transpose(0, 1), y, bias); });
+      if (l.out == e_.C) {
+        const Tensor residual = values({M, l.out}, DType::f32), sum = empty_like(residual);
+        add(concat(l.name, ": y = residual + x w^T + b"), 0, flops, [=] { kernels::matmul(x, w.transpose(0, 1), sum, bias, residual); });
+      }
       add(concat(l.name, ": dx = dy w"), 0, flops, [=] { kernels::matmul(y, w, dx); });
       add(concat(l.name, ": dw, db"), 0, flops, [=] { kernels::matmul_weight_grad(y, x, dw, false, db, false); });
     }

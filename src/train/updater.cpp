@@ -1,5 +1,6 @@
 #include "updater.h"
 
+#include <bit>
 #include <cmath>
 #include <optional>
 
@@ -9,18 +10,34 @@ namespace mesa {
 
 Updater::Updater(const RunConfig& config, BuiltModel& model, StoragePolicy& policy, AdamW& optimizer, const Schedule& schedule,
                  const TransformOptions& transform)
-    : config_(config), model_(model), policy_(policy), optimizer_(optimizer), schedule_(schedule), transform_(transform) {}
+    : config_(config), model_(model), policy_(policy), optimizer_(optimizer), schedule_(schedule), transform_(transform) {
+  if (config.train.cuda_graph) recorded_.emplace(config, model, policy);
+}
 
 double Updater::forward_backward(const SentBatch& batch, uint64_t micro_step, double scale, const std::function<void()>& meanwhile) {
+  Tensor loss;
+  if (recorded_) {
+    meanwhile();
+    loss = recorded_->run(batch, micro_step, std::bit_cast<uint64_t>(scale), [&](const SentBatch& from, const uint64_t* live_step) {
+      return pass(from, micro_step, live_step, scale, [] {});
+    });
+  } else {
+    loss = pass(batch, micro_step, nullptr, scale, meanwhile);
+  }
+  return to(loss, kCpu).data<float>()[0];  // only now: until here a GPU need not be waited for
+}
+
+Tensor Updater::pass(const SentBatch& batch, uint64_t micro_step, const uint64_t* live_step, double scale,
+                     const std::function<void()>& meanwhile) {
   Allocator& memory = Allocator::of(model_.device);
   const int64_t before = memory.use().of(MemoryKind::activations);
-  Tape tape(policy_, static_cast<uint64_t>(config_.seed), micro_step);
+  Tape tape(policy_, static_cast<uint64_t>(config_.seed), micro_step, live_step);
   const Prepared data = prepare(batch, transform_);
   const Var loss = cross_entropy(model_.net(data.images), data.labels, config_.train.label_smoothing);
   activation_bytes_ = memory.use().of(MemoryKind::activations) - before;
   meanwhile();  // before the backward pass is handed over, so that copies begun here run beside it
   tape.backward(loss, {}, scale);
-  return to(loss.value(), kCpu).data<float>()[0];  // only now: until here a GPU need not be waited for
+  return loss.value();
 }
 
 namespace {

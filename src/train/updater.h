@@ -4,15 +4,16 @@
 
 #include "mesa/train/checkpoint.h"
 #include "mesa/train/setup.h"
+#include "recorded_steps.h"
 
 namespace mesa {
 
 struct UpdateResult {
-  double loss = 0;          ///< mean over the images of the update
+  double loss = 0;  ///< mean over the images of the update
   int64_t images = 0;
   double gradient_norm = 0;
   double lr = 0;
-  std::string bad;          ///< why the update was skipped and where the first NaN or infinity appeared; empty for a good one
+  std::string bad;  ///< why the update was skipped and where the first NaN or infinity appeared; empty for a good one
 };
 
 class Updater {
@@ -21,12 +22,15 @@ class Updater {
           const TransformOptions& transform);
   /// Takes `count` batches, one at a time, for one update, and advances step, micro_step and the counts of bad steps. `meanwhile` is called
   /// each time a forward pass has been handed to the device: what it copies runs beside the backward pass.
-  UpdateResult operator()(int64_t count, const std::function<SentBatch()>& next, const std::function<void()>& meanwhile, TrainingState& state);
+  UpdateResult operator()(int64_t count, const std::function<SentBatch()>& next, const std::function<void()>& meanwhile,
+                          TrainingState& state);
   /// Kept activations of the last forward pass, by the meter.
   int64_t activation_bytes() const { return activation_bytes_; }
 
  private:
   double forward_backward(const SentBatch& batch, uint64_t micro_step, double scale, const std::function<void()>& meanwhile);
+  /// Hands it over to the device; the loss is there later.
+  Tensor pass(const SentBatch& batch, uint64_t micro_step, const uint64_t* live_step, double scale, const std::function<void()>& meanwhile);
   std::string find_culprit(const SentBatch& batch, uint64_t micro_step, const std::string& packed);
 
   const RunConfig& config_;
@@ -35,6 +39,7 @@ class Updater {
   AdamW& optimizer_;
   Schedule schedule_;
   TransformOptions transform_;
+  std::optional<RecordedSteps> recorded_;
   int64_t activation_bytes_ = 0;
 };
 

@@ -267,16 +267,20 @@ cublasStatus_t cublasLtMatmul(cublasLtHandle_t handle, cublasLtMatmulDesc_t oper
       std::memcpy(&algorithm, algo, sizeof algorithm);
       require(algorithm.product == wanted, kInvalid, "the algorithm was chosen for another product");
     }
-    finish_stream(stream);
     p.alpha = scalar(o, alpha), p.beta = scalar(o, beta);
     p.a_data = a_data, p.b_data = b_data, p.c_data = c_data, p.d_data = d_data;
     check_operands(p, algorithm);
     require(workspace_bytes >= algorithm.workspace, kInvalid, "a workspace of ", workspace_bytes, " bytes; the algorithm needs ",
             algorithm.workspace);
     if (workspace_bytes > 0) check_memory("the workspace", workspace, workspace_bytes, 256);
-    const DeviceAccess access;
-    multiply(p);
-    if (algorithm.workspace > 0) std::memset(workspace, 0xff, algorithm.workspace);  // whoever keeps something there shall notice
+    const auto work = [p, workspace, bytes = algorithm.workspace] {
+      const DeviceAccess access;
+      multiply(p);
+      if (bytes > 0) std::memset(workspace, 0xff, bytes);  // whoever keeps something there shall notice
+    };
+    if (record(work)) return;
+    finish_stream(stream);
+    work();
   });
 }
 

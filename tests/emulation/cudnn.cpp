@@ -211,11 +211,15 @@ cudnnStatus_t cudnnBackendExecute(cudnnHandle_t, cudnnBackendDescriptor_t plan, 
   const Object& given = *static_cast<Object*>(pack);
   const auto uids = given.all<int64_t>(CUDNN_ATTR_VARIANT_PACK_UNIQUE_IDS);
   const auto addresses = given.all<char*>(CUDNN_ATTR_VARIANT_PACK_DATA_POINTERS);
+  const auto work = [&graph, uids, addresses] {
+    const mesa::emulation::DeviceAccess access;
+    Memory memory;
+    for (size_t i = 0; i < uids.size(); ++i) memory.given[uids[i]] = addresses[i];
+    for (const Object* op : graph.all<const Object*>(CUDNN_ATTR_OPERATIONGRAPH_OPS)) run(*op, memory);
+  };
+  if (mesa::emulation::record(work)) return CUDNN_STATUS_SUCCESS;
   mesa::emulation::finish_current_stream();
-  const mesa::emulation::DeviceAccess access;
-  Memory memory;
-  for (size_t i = 0; i < uids.size(); ++i) memory.given[uids[i]] = addresses[i];
-  for (const Object* op : graph.all<const Object*>(CUDNN_ATTR_OPERATIONGRAPH_OPS)) run(*op, memory);
+  work();
   return CUDNN_STATUS_SUCCESS;
 }
 }

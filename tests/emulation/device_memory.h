@@ -2,6 +2,7 @@
 #pragma once
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <string>
 
 #if defined(__SANITIZE_ADDRESS__)
@@ -50,6 +51,8 @@ void set_device_limit(size_t bytes);
 
 /// Does what waits in the stream that kernels of this thread run in.
 [[gnu::weak]] void finish_current_stream();
+/// True if the engine's stream records: then the work is kept for the graph, and not to be done now.
+[[gnu::weak]] bool record(std::function<void()> work);
 /// False for a pointer to the host's memory or to a block given back, if the device has any blocks.
 [[gnu::weak]] bool kernel_may_use(const void* memory);
 

@@ -1,6 +1,7 @@
 // The twin of kernels/cuda/native/device_primitives.h for machines without a GPU: the same functions, on emulated threads.
 #pragma once
 #include <cmath>
+#include <tuple>
 
 #include "device_memory.h"
 #include "emulator.h"
@@ -20,8 +21,15 @@ void check_argument(const char* kernel, const T& argument) {
 
 template <class... Parameters, class... Arguments>
 void launch(const char* name, void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, Arguments&&... arguments) {
-  (emulated::check_argument<Parameters>(name, arguments), ...);
-  emulation::run(name, grid, block, shared_bytes, [&] { kernel(static_cast<Parameters>(arguments)...); });
+  const auto work = [=, given = std::tuple<Parameters...>(static_cast<Parameters>(arguments)...)] {
+    std::apply(
+        [&](const auto&... argument) {
+          (emulated::check_argument<Parameters>(name, argument), ...);
+          emulation::run(name, grid, block, shared_bytes, [&] { kernel(argument...); });
+        },
+        given);
+  };
+  if (!emulation::record || !emulation::record(work)) work();
 }
 
 template <class T>

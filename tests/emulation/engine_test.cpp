@@ -1,7 +1,13 @@
 // What the engine promises of a GPU and only an emulated one can count: when the host waits, and what happens when memory runs out.
 #include <catch2/catch.hpp>
+#include <cstring>
+#include <nlohmann/json.hpp>
+#include <sstream>
 
 #include "device_memory.h"
+#include "mesa/base/cuda.h"
+#include "mesa/base/files.h"
+#include "mesa/kernels/elementwise.h"
 #include "mesa/train/plan.h"
 #include "mesa/train/trainer.h"
 #include "streams.h"
@@ -17,7 +23,7 @@ namespace {
 
 RunConfig config_of(const std::vector<std::string>& sets) {
   return parse_config(
-      "model: {name: vit, image_size: 32, patch_size: 4, width: 64, depth: 2, heads: 2, classes: 10}\n"
+      "model: {name: vit, image_size: 32, patch_size: 8, width: 64, depth: 2, heads: 2, classes: 10}\n"
       "data: {kind: random, train_size: 512, test_size: 64, workers: 1}\n"
       "train: {epochs: 1, batch_size: 64, threads: 1, steps: 2}\n"
       "device: cuda\n"
@@ -104,9 +110,70 @@ TEST_CASE("emulated GPU: codes that kernels write as they compute are those of v
   }
 }
 
+TEST_CASE("emulated GPU: recorded passes train bit for bit like those that are handed over one by one", "[emulation]") {
+  const TemporaryFolder folder;
+  for (const char* variant : {"train.accumulation=1", "train.accumulation=3", "optimizer.lr=1e15"}) {
+    INFO(variant);
+    std::string weights[2], metrics[2];
+    int codes[2];
+    for (const bool recorded : {false, true}) {
+      RunConfig config = config_of({"model.drop_path=0.2", "model.drop_rate=0.1", "train.precision=bf16", "train.batch_size=8",
+                                    "data.train_size=48", "train.epochs=2", "train.steps=0", "train.log_interval=1",
+                                    "train.max_bad_steps=3", variant, concat("train.cuda_graph=", recorded ? "true" : "false")});
+      config.output = (folder.path() / concat(variant, recorded)).string();
+      const int64_t before = emulation::graph_launches();
+      codes[recorded] = train(config, {"", true});
+      const int64_t launches = emulation::graph_launches() - before;
+      CHECK((recorded ? launches > 1 : launches == 0));
+      const std::string file = read_text(config.output + "/checkpoints/last/model.safetensors");
+      uint64_t header = 0;  // which tells the run's config
+      std::memcpy(&header, file.data(), sizeof header);
+      weights[recorded] = file.substr(sizeof header + header);
+      std::istringstream lines(read_text(config.output + "/metrics.jsonl"));
+      for (std::string line; std::getline(lines, line);) {
+        const auto row = nlohmann::json::parse(line);
+        metrics[recorded] += concat(row.at("step").dump(), " ", row.at("loss").dump(), " ", row.at("grad_norm").dump(), "\n");
+      }
+    }
+    CHECK(codes[0] == codes[1]);
+    CHECK(metrics[0] == metrics[1]);
+    CHECK(weights[0].size() > 100000);
+    CHECK((weights[0] == weights[1]));
+  }
+}
+
+TEST_CASE("emulated GPU: what cannot be recorded is refused", "[emulation]") {
+  const auto refusal = [](const std::vector<std::string>& sets) {
+    std::vector<std::string> all{"train.cuda_graph=true"};
+    all.insert(all.end(), sets.begin(), sets.end());
+    RunConfig config = config_of(all);
+    const TemporaryFolder folder;
+    config.output = (folder.path() / "run").string();
+    return error_of([&] { train(config, {"", true}); });
+  };
+  CHECK_THAT(refusal({"device=cpu"}), Contains("train.cuda_graph") && Contains("needs a GPU"));
+  CHECK_THAT(refusal({"storage=[{match: \"*\", codec: host}]"}), Contains("train.cuda_graph") && Contains("codec: host"));
+  // A wait, or a copy from the host's own memory, spoils a record.
+  const Tensor host = Tensor::zeros({4}, DType::f32), there = to(host, kCuda);
+  for (const bool waits : {false, true}) {
+    cuda::begin_recording();
+    if (waits)
+      CHECK_THROWS_WITH(cuda::synchronize(), Contains("not permitted when stream is capturing"));
+    else
+      CHECK_THROWS_WITH(transfer(host, there), Contains("not permitted when stream is capturing"));
+    CHECK_THROWS_WITH(cuda::end_recording(), Contains("recording work"));
+  }
+  cuda::begin_recording();
+  kernels::fill(there, 7);
+  const cuda::Recording work = cuda::end_recording();
+  CHECK(there.to_vector<double>()[3] == 0);
+  cuda::run(work);
+  CHECK(there.to_vector<double>()[3] == 7);
+}
+
 TEST_CASE("emulated GPU: a run that does not fit says what would", "[emulation]") {
   const TemporaryFolder folder;
-  RunConfig config = config_of({});
+  RunConfig config = config_of({"model.patch_size=4"});
   config.output = (folder.path() / "run").string();
   const ScarceMemory scarce(12 << 20);
   const std::string error = error_of([&] { train(config, {"", true}); });
@@ -124,7 +191,7 @@ TEST_CASE("emulated GPU: a run that does not fit says what would", "[emulation]"
 
 TEST_CASE("emulated GPU: parameters that do not fit are an error that says so, too", "[emulation]") {
   const TemporaryFolder folder;
-  RunConfig config = config_of({"model.width=256"});
+  RunConfig config = config_of({"model.width=256", "model.patch_size=4"});
   config.output = (folder.path() / "run").string();
   const ScarceMemory scarce(1 << 20);
   CHECK_THAT(error_of([&] {

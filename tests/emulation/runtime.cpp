@@ -61,6 +61,8 @@ cudaError_t copy(const char* function, void* to, const void* from, size_t bytes,
   if (bytes == 0) return cudaSuccess;
   if (const std::string why = misplaced(to, bytes, to_device); !why.empty()) return invalid(function, "to: ", why);
   if (const std::string why = misplaced(from, bytes, from_device); !why.empty()) return invalid(function, "from: ", why);
+  const bool pageable = (!from_device && !pinned(from, bytes)) || (!to_device && !pinned(to, bytes));
+  if (stream->recording && (wait || pageable)) return spoil(*stream);
   if (!to_device && !from_device) {
     finish(*stream);
     std::memcpy(to, from, bytes);
@@ -125,6 +127,9 @@ constexpr Words kWords[] = {
     {cudaErrorIllegalAddress, "cudaErrorIllegalAddress", "an illegal memory access was encountered"},
     {cudaErrorLaunchFailure, "cudaErrorLaunchFailure", "unspecified launch failure"},
     {cudaErrorNotSupported, "cudaErrorNotSupported", "operation not supported"},
+    {cudaErrorIllegalState, "cudaErrorIllegalState", "the operation cannot be performed in the present state"},
+    {cudaErrorStreamCaptureUnsupported, "cudaErrorStreamCaptureUnsupported", "operation not permitted when stream is capturing"},
+    {cudaErrorStreamCaptureInvalidated, "cudaErrorStreamCaptureInvalidated", "operation failed due to a previous error during capture"},
 };
 const Words* words_of(cudaError_t status) {
   const auto* found = std::find_if(std::begin(kWords), std::end(kWords), [&](const Words& w) { return w.status == status; });

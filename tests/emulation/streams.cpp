@@ -2,6 +2,7 @@
 
 #include <cstdio>
 #include <string>
+#include <utility>
 
 #include "device_memory.h"
 #include "mesa/base/cuda.h"
@@ -10,6 +11,7 @@ namespace mesa::emulation {
 namespace {
 
 using Clock = std::chrono::steady_clock;
+using Work = std::vector<std::function<void()>>;  // what a graph is
 
 /// One cudaEventRecord.
 struct Record {
@@ -59,6 +61,19 @@ Stream* stream_of(cudaStream_t handle) {
   return streams().all.count(stream) ? stream : nullptr;
 }
 
+cudaError_t spoil(Stream& stream) {
+  stream.spoiled = true;
+  return result(cudaErrorStreamCaptureUnsupported);
+}
+
+bool record(std::function<void()> work) {
+  if (!mesa::cuda::stream) return false;
+  Stream* const stream = stream_of(static_cast<cudaStream_t>(mesa::cuda::stream()));
+  if (stream == nullptr || !stream->recording) return false;
+  stream->recorded.push_back(std::move(work));
+  return true;
+}
+
 void finish(Stream& stream) {
   if (stream.waiting.empty()) return;
   const DeviceAccess access;
@@ -70,6 +85,7 @@ void finish_all() {
 }
 
 void enqueue(Stream& stream, std::function<void()> work) {
+  if (stream.recording) return stream.recorded.push_back(std::move(work));
   if (&stream != &streams().legacy) return stream.waiting.push_back(std::move(work));
   for (Stream* other : streams().all)
     if (other->blocking) finish(*other);
@@ -90,9 +106,10 @@ void finish_current_stream() {
 }
 
 namespace {
-int64_t wait_count = 0;
+int64_t wait_count = 0, graph_count = 0;
 }
 int64_t waits() { return wait_count; }
+int64_t graph_launches() { return graph_count; }
 
 cudaError_t state_of_device() {
   ++wait_count;
@@ -138,7 +155,9 @@ cudaError_t cudaStreamDestroy(cudaStream_t handle) {
 }
 cudaError_t cudaStreamSynchronize(cudaStream_t handle) {
   const std::lock_guard lock(streams().mutex);
-  if (stream_of(handle) == nullptr) return result(cudaErrorInvalidResourceHandle);
+  Stream* const stream = stream_of(handle);
+  if (stream == nullptr) return result(cudaErrorInvalidResourceHandle);
+  if (stream->recording) return spoil(*stream);
   finish_stream(handle);
   return state_of_device();
 }
@@ -146,6 +165,7 @@ cudaError_t cudaStreamQuery(cudaStream_t handle) {  // not ready the first time,
   const std::lock_guard lock(streams().mutex);
   Stream* const stream = stream_of(handle);
   if (stream == nullptr) return result(cudaErrorInvalidResourceHandle);
+  if (stream->recording) return spoil(*stream);
   if (stream->waiting.empty()) return cudaSuccess;
   finish(*stream);
   return result(cudaErrorNotReady);
@@ -155,6 +175,7 @@ cudaError_t cudaStreamWaitEvent(cudaStream_t handle, cudaEvent_t event_handle, u
   Stream* const stream = stream_of(handle);
   const Event* const event = event_of(event_handle);
   if (stream == nullptr || event == nullptr) return result(cudaErrorInvalidResourceHandle);
+  if (stream->recording) return spoil(*stream);
   if (event->last) enqueue(*stream, [record = event->last] { reach(*record); });
   return cudaSuccess;
 }
@@ -184,6 +205,7 @@ cudaError_t cudaEventRecord(cudaEvent_t handle, cudaStream_t stream_handle) {
   Stream* const stream = stream_of(stream_handle);
   Event* const event = event_of(handle);
   if (stream == nullptr || event == nullptr) return result(cudaErrorInvalidResourceHandle);
+  if (stream->recording) return spoil(*stream);
   event->last = std::make_shared<Record>();
   event->last->stream = stream;
   enqueue(*stream, [record = event->last] {
@@ -217,17 +239,55 @@ cudaError_t cudaEventElapsedTime(float* milliseconds, cudaEvent_t from_handle, c
   return cudaSuccess;
 }
 
-// --- graphs are not emulated ------------------------------------------------------------------------------------------------------
+// --- graphs: the recorded work in its order ---------------------------------------------------------------------------------------
 
-cudaError_t cudaStreamBeginCapture(cudaStream_t, cudaStreamCaptureMode) { return result(cudaErrorNotSupported); }
-cudaError_t cudaStreamEndCapture(cudaStream_t, cudaGraph_t*) { return result(cudaErrorNotSupported); }
-cudaError_t cudaStreamIsCapturing(cudaStream_t, cudaStreamCaptureStatus* status) {
-  *status = cudaStreamCaptureStatusNone;
+cudaError_t cudaStreamBeginCapture(cudaStream_t handle, cudaStreamCaptureMode) {
+  const std::lock_guard lock(streams().mutex);
+  Stream* const stream = stream_of(handle);
+  if (stream == nullptr || stream == &streams().legacy) return result(cudaErrorInvalidResourceHandle);
+  if (stream->recording) return result(cudaErrorIllegalState);
+  stream->recording = true;
+  stream->spoiled = false;
   return cudaSuccess;
 }
-cudaError_t cudaGraphInstantiate(cudaGraphExec_t*, cudaGraph_t, unsigned long long) { return result(cudaErrorNotSupported); }
-cudaError_t cudaGraphLaunch(cudaGraphExec_t, cudaStream_t) { return result(cudaErrorNotSupported); }
-cudaError_t cudaGraphExecDestroy(cudaGraphExec_t) { return result(cudaErrorNotSupported); }
-cudaError_t cudaGraphDestroy(cudaGraph_t) { return result(cudaErrorNotSupported); }
+cudaError_t cudaStreamEndCapture(cudaStream_t handle, cudaGraph_t* graph) {
+  const std::lock_guard lock(streams().mutex);
+  Stream* const stream = stream_of(handle);
+  *graph = nullptr;
+  if (stream == nullptr || !stream->recording) return result(cudaErrorIllegalState);
+  auto recorded = std::exchange(stream->recorded, {});
+  stream->recording = false;
+  if (stream->spoiled) return result(cudaErrorStreamCaptureInvalidated);
+  *graph = reinterpret_cast<cudaGraph_t>(new Work(std::move(recorded)));
+  return cudaSuccess;
+}
+cudaError_t cudaStreamIsCapturing(cudaStream_t handle, cudaStreamCaptureStatus* status) {
+  const Stream* const stream = stream_of(handle);
+  *status = stream && stream->recording ? cudaStreamCaptureStatusActive : cudaStreamCaptureStatusNone;
+  return cudaSuccess;
+}
+cudaError_t cudaGraphInstantiate(cudaGraphExec_t* ready, cudaGraph_t graph, unsigned long long) {
+  *ready = reinterpret_cast<cudaGraphExec_t>(new Work(*reinterpret_cast<Work*>(graph)));
+  return cudaSuccess;
+}
+cudaError_t cudaGraphLaunch(cudaGraphExec_t ready, cudaStream_t handle) {
+  const std::lock_guard lock(streams().mutex);
+  Stream* const stream = stream_of(handle);
+  if (stream == nullptr) return result(cudaErrorInvalidResourceHandle);
+  if (stream->recording) return spoil(*stream);
+  ++graph_count;
+  finish(*stream);
+  const DeviceAccess access;
+  for (const auto& work : *reinterpret_cast<Work*>(ready)) work();
+  return cudaSuccess;
+}
+cudaError_t cudaGraphExecDestroy(cudaGraphExec_t ready) {
+  delete reinterpret_cast<Work*>(ready);
+  return cudaSuccess;
+}
+cudaError_t cudaGraphDestroy(cudaGraph_t graph) {
+  delete reinterpret_cast<Work*>(graph);
+  return cudaSuccess;
+}
 
 }  // extern "C"

@@ -9,12 +9,15 @@
 #include <memory>
 #include <mutex>
 #include <set>
+#include <vector>
 
 namespace mesa::emulation {
 
 struct Stream {
   bool blocking = true;  // waits for the legacy default stream, and it for this one
   std::deque<std::function<void()>> waiting;
+  bool recording = false, spoiled = false;  // work is kept in `recorded` and not done; something could not be
+  std::vector<std::function<void()>> recorded;
 };
 
 /// Everything that the process has made. Never destroyed, as it is used until the end.
@@ -29,6 +32,8 @@ Streams& streams();
 Stream* stream_of(cudaStream_t handle);
 /// Adds work at the end of a stream. The legacy stream is not a queue: it waits for all blocking streams, and they for it.
 void enqueue(Stream& stream, std::function<void()> work);
+/// What a call answers that cannot be recorded, on a stream that records.
+cudaError_t spoil(Stream& stream);
 /// Does what waits.
 void finish(Stream& stream);
 void finish_all();
@@ -38,8 +43,9 @@ void finish_stream(cudaStream_t stream);
 cudaError_t result(cudaError_t status);
 /// What a wait returns: kernels that wrote where nothing is are noticed then, as on a GPU.
 cudaError_t state_of_device();
-/// How often the host has waited for the device.
+/// How often the host has waited for the device, and how often a graph was run.
 int64_t waits();
+int64_t graph_launches();
 /// Whether there is a device at all.
 cudaError_t ready();
 

@@ -47,6 +47,32 @@ TEST_CASE("memory: a released block serves again without asking the system, unde
   CHECK(memory.use().reserved == before.reserved);
 }
 
+TEST_CASE("memory: a cache of its own shares no block, and gives all back in the end") {
+  Allocator& memory = Allocator::of(kCpu);
+  memory.release_cached();
+  const int64_t before = memory.use().reserved;
+  const auto bytes = int64_t{777} * 1000;
+  void* address = nullptr;
+  std::shared_ptr<Buffer> survivor;
+  {
+    auto cache = memory.new_cache();
+    {
+      const Allocator::Using own(memory, cache);
+      address = memory.allocate(bytes, MemoryKind::workspace)->data();  // released at once, into its cache
+      CHECK(memory.allocate(bytes, MemoryKind::workspace)->data() == address);
+      survivor = memory.allocate(1000, MemoryKind::workspace);
+    }
+    CHECK(memory.allocate(bytes, MemoryKind::workspace)->data() != address);
+    memory.release_cached();  // everybody's
+    CHECK(memory.use().reserved - before >= bytes + 1000);
+    const Allocator::Using again(memory, cache);
+    CHECK(memory.allocate(bytes, MemoryKind::workspace)->data() == address);
+  }
+  CHECK(memory.use().reserved - before >= bytes);  // a tensor of it still lives
+  survivor.reset();
+  CHECK(memory.use().reserved == before);
+}
+
 TEST_CASE("memory: blocks are aligned and little is wasted") {
   Allocator& memory = Allocator::of(kCpu);
   for (int64_t bytes : {1, 63, 64, 65, 1000, 4097, 100001, 3000001, 5000000}) {

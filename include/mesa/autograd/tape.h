@@ -17,7 +17,8 @@ using Backward = std::function<Grads(const std::vector<Tensor>& dy)>;
 class Tape {
  public:
   /// Random numbers of dropout, drop path and stochastic rounding come from (seed, step) and the site.
-  explicit Tape(StoragePolicy& policy, uint64_t seed = 0, uint64_t step = 0);
+  /// `live_step`: see RandomKey.
+  explicit Tape(StoragePolicy& policy, uint64_t seed = 0, uint64_t step = 0, const uint64_t* live_step = nullptr);
   ~Tape();
   Tape(const Tape&) = delete;
   Tape& operator=(const Tape&) = delete;
@@ -31,7 +32,7 @@ class Tape {
   void backward(const std::vector<Var>& outputs, const std::vector<Tensor>& gradients, const std::function<void(Param&)>& ready = {});
 
   StoragePolicy& policy() { return policy_; }
-  RandomKey random(const std::string& stream) const { return RandomKey::of(seed_, stream, step_); }
+  RandomKey random(const std::string& stream) const { return RandomKey::of(seed_, stream, step_, live_step_); }
   int64_t steps() const { return static_cast<int64_t>(steps_.size()); }
 
   /// Checks every op's result and gradient for NaN and infinity; the first bad one is named by first_bad(). Slow: for finding a culprit.
@@ -54,6 +55,7 @@ class Tape {
 
   StoragePolicy& policy_;
   uint64_t id_, seed_, step_;
+  const uint64_t* live_step_;
   std::vector<Step> steps_;
   std::vector<Tensor> gradients_;  // by slot
   std::unordered_map<Param*, int> uses_;

@@ -43,6 +43,14 @@ using Mark = std::shared_ptr<void>;
 /// What stream() gets from now on begins when the mark is passed; the host does not wait.
 [[gnu::weak]] void wait_for(const Mark& mark);
 
+/// Work that is recorded instead of done: everything that stream() gets between begin_recording and end_recording, to be run again and again
+/// on the same memory (a CUDA graph). Nothing may wait for the device meanwhile, nor copy from the host.
+using Recording = std::shared_ptr<void>;
+[[gnu::weak]] void begin_recording();
+/// Throws if something was asked for that cannot be recorded; `keep` false drops what there is.
+[[gnu::weak]] Recording end_recording(bool keep = true);
+[[gnu::weak]] void run(const Recording& recording);
+
 /// "NVIDIA H200, compute capability 9.0, driver 13.0" for reports.
 [[gnu::weak]] std::string describe_device();
 /// Bytes of device memory: free now, and in all.

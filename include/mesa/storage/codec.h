@@ -67,6 +67,10 @@ class Codec {
   /// Running state as it is now is what roll_back returns to.
   virtual void commit() {}
   virtual void roll_back() {}
+  /// Names the memory that the next pack or open uses for running state; and what that call does to the codec itself, for work on a device
+  /// that was recorded in the same phase and runs again without the call.
+  virtual uint64_t phase() const { return 0; }
+  virtual void repeat() {}
 };
 
 /// The options of a rule beside `match` and `codec`, as written: {"groups", "256"}.

@@ -50,8 +50,11 @@ class StoragePolicy {
   bool shares_input(const Site& site, DType dtype);
   /// Registers an exact statistic that an op captures itself.
   void keep(const Tensor& statistic, const Site& site);
-  /// A new forward pass: random numbers of (seed, step), no buffer known yet.
-  void begin(uint64_t seed, uint64_t step);
+  /// A new forward pass: random numbers of (seed, step), no buffer known yet. `live_step`: see RandomKey.
+  void begin(uint64_t seed, uint64_t step, const uint64_t* live_step = nullptr);
+  /// The last pass once more, by work on a device that was recorded in the same phase.
+  void repeat();
+  uint64_t phase() const;
 
   const std::string& name() const;
   std::vector<SiteRecord> sites() const;  ///< in order of first use

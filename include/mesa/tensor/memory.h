@@ -24,6 +24,9 @@ struct MemoryUse {
   int64_t of(MemoryKind kind) const { return live[static_cast<int>(kind)]; }
 };
 
+/// Blocks between two uses, with the memory that they return to.
+struct BlockCache;
+
 /// One block of memory. `id` is never reused, so it names a buffer for ever (an address does not).
 class Buffer {
  public:
@@ -46,6 +49,7 @@ class Buffer {
   int64_t bytes_ = 0;
   int64_t capacity_ = 0;
   uint64_t id_ = 0;
+  std::shared_ptr<BlockCache> cache_;
   Device device_;
   MemoryKind kind_ = MemoryKind::workspace;
 };
@@ -61,6 +65,21 @@ class Allocator {
   void reset_peak();
   /// Returns cached blocks to the system.
   void release_cached();
+
+  /// A cache of its own, empty at first; its blocks return to the system when neither its holder nor a tensor is left.
+  std::shared_ptr<BlockCache> new_cache();
+  /// While it lives, blocks come from this cache and no other: recorded work owns the addresses that it uses.
+  class Using {
+   public:
+    Using(Allocator& allocator, std::shared_ptr<BlockCache> cache);
+    ~Using();
+    Using(const Using&) = delete;
+    Using& operator=(const Using&) = delete;
+
+   private:
+    Allocator& allocator_;
+    std::shared_ptr<BlockCache> previous_;
+  };
 
   class Impl;
   explicit Allocator(std::unique_ptr<Impl> impl);

@@ -49,6 +49,7 @@ struct TrainConfig {
   int64_t batch_size = 64;
   std::string precision = "fp32";  ///< fp32 | bf16
   bool force_precision = false;
+  bool cuda_graph = false;
   int64_t accumulation = 1;
   double clip_norm = 0;  ///< 0 = off
   double label_smoothing = 0;

@@ -1,0 +1,77 @@
+#include "recorded_steps.h"
+
+namespace mesa {
+namespace {
+
+/// Kinds of passes: two phases of running ranges, and the first or a later batch of an update. More would mean that no record is used
+/// again.
+constexpr size_t kMostRecords = 12;
+
+}  // namespace
+
+RecordedSteps::RecordedSteps(const RunConfig& config, BuiltModel& model, StoragePolicy& policy) : model_(model), policy_(policy) {
+  if (model.device.kind != DeviceKind::cuda) config.refuse("train.cuda_graph", "needs a GPU (device: cuda)");
+  if (cuda::synchronous()) config.refuse("train.cuda_graph", "records work, but MESA_SYNC=1 waits for each kernel");
+  for (const StorageRuleConfig& rule : config.storage.rules)
+    if (rule.codec == "host")
+      config.refuse("train.cuda_graph", "cannot record copies to the host; the rule '", rule.match, "' has codec: host");
+  memory_ = Allocator::of(model.device).new_cache();
+}
+
+Tensor RecordedSteps::run(const SentBatch& batch, uint64_t step, uint64_t variant, const Pass& pass) {
+  if (eager_ > 0) {
+    --eager_;
+    return pass(batch, nullptr);
+  }
+  take_in(batch, step);
+  bool accumulating = false;
+  for (Param& p : model_.params.params()) {
+    accumulating |= p.grad_written;
+    if (p.bf16_copy().defined()) p.as(DType::bf16);  // a record has no copy in it that was fresh
+  }
+  policy_.first_nonfinite();  // reads what is counted, which a record cannot
+  const uint64_t kind = mix64(policy_.phase() ^ mix64(variant ^ mix64(accumulating)));
+  auto found = recorded_.find(kind);
+  if (found == recorded_.end()) {
+    if (recorded_.size() >= kMostRecords) return pass(batch, nullptr);
+    found = recorded_.emplace(kind, record(pass)).first;
+  } else {
+    policy_.repeat();
+    size_t i = 0;
+    for (Param& p : model_.params.params()) p.grad_written = found->second.written[i++];
+  }
+  cuda::run(found->second.work);
+  return found->second.loss;
+}
+
+/// Records read the batch and the step where they are now.
+void RecordedSteps::take_in(const SentBatch& batch, uint64_t step) {
+  if (!batch_.pixels.defined()) {
+    batch_.pixels = Tensor::empty(batch.pixels.shape(), batch.pixels.dtype(), model_.device, MemoryKind::inputs);
+    batch_.labels = Tensor::empty(batch.labels.shape(), batch.labels.dtype(), model_.device, MemoryKind::inputs);
+    step_ = Tensor::empty({1}, DType::i64, model_.device);
+  }
+  if (batch.arrival) cuda::wait_for(batch.arrival);
+  transfer(batch.pixels, batch_.pixels);
+  transfer(batch.labels, batch_.labels);
+  transfer(Tensor::from<int64_t>({1}, {static_cast<int64_t>(step)}), step_);
+}
+
+RecordedSteps::Recorded RecordedSteps::record(const Pass& pass) {
+  Allocator& allocator = Allocator::of(model_.device);
+  if (recorded_.empty()) allocator.release_cached();  // what passes used so far
+  const Allocator::Using own(allocator, memory_);
+  Recorded out;
+  cuda::begin_recording();
+  try {
+    out.loss = pass(batch_, reinterpret_cast<const uint64_t*>(step_.data<int64_t>()));
+  } catch (...) {
+    cuda::end_recording(false);
+    throw;
+  }
+  out.work = cuda::end_recording();
+  for (const Param& p : model_.params.params()) out.written.push_back(p.grad_written);
+  return out;
+}
+
+}  // namespace mesa
