@@ -1,5 +1,8 @@
-// Decoding: y = fma(q, step[g], offset[g]).
+// Decoding, x = fma(q, step[g], offset[g]), and what backward computes of x in the same visit: gelu and its slope, gelu's gradient,
+// gamma x + beta. A decoded x is rounded to the dtype that it was packed from, as if it had been kept there.
 #include "codec.cuh"
+#include "mesa/kernels/elementwise.h"
+#include "mesa/kernels/norm.h"
 
 namespace mesa::kernels::cuda {
 namespace {
@@ -7,20 +10,18 @@ namespace {
 /// Units that a thread decodes, all of whose codes are under way before the first is used.
 inline constexpr int kAtOnce = 4;
 
-/// Units of y, which is contiguous.
-template <class Y>
-struct Decoded {
-  Y* data;
+/// How many elements there are, by units.
+struct Extent {
   uint32_t count, whole;
   int rest;
 };
 
-template <int bits, class Y>
-__device__ inline uint64_t load_codes(const uint8_t* codes, const Decoded<Y>& y, uint32_t u) {
-  if (u < y.whole) return __ldcs(reinterpret_cast<const CodeWord<bits>*>(codes) + u);
+template <int bits>
+__device__ inline uint64_t load_codes(const uint8_t* codes, const Extent& extent, uint32_t u) {
+  if (u < extent.whole) return __ldcs(reinterpret_cast<const CodeWord<bits>*>(codes) + u);
   uint64_t word = 0;
 #pragma unroll 1
-  for (int i = 0; i < y.rest * bits; i += 8) word |= uint64_t{codes[int64_t{u} * bits + i / 8]} << i;
+  for (int i = 0; i < extent.rest * bits; i += 8) word |= uint64_t{codes[int64_t{u} * bits + i / 8]} << i;
   return word;
 }
 
@@ -40,7 +41,14 @@ __device__ inline void load_scales(const float* from, float (&to)[G]) {
 }
 
 template <class Y>
-__device__ inline void store_unit(Y* to, const float (&v)[kUnit]) {
+__device__ inline void store_unit(Y* to, uint32_t u, const float (&v)[kUnit], int valid) {
+  to += int64_t{u} * kUnit;
+  if (valid < kUnit) {
+#pragma unroll
+    for (int i = 0; i < kUnit; ++i)
+      if (i < valid) store(to + i, v[i]);
+    return;
+  }
   constexpr int kStep = 16 / sizeof(Y);
 #pragma unroll
   for (int from = 0; from < kUnit; from += kStep) {
@@ -50,21 +58,85 @@ __device__ inline void store_unit(Y* to, const float (&v)[kUnit]) {
     store_pack(to + from, part);
   }
 }
+template <class Y>
+__device__ inline void load_unit(const Y* from, uint32_t u, float (&v)[kUnit], int valid) {
+  from += int64_t{u} * kUnit;
+  if (valid < kUnit) {
+#pragma unroll
+    for (int i = 0; i < kUnit; ++i) v[i] = i < valid ? load(from + i) : 0.0f;
+    return;
+  }
+  const Unit<Y> x = Units<Y>::load(from);
+#pragma unroll
+  for (int i = 0; i < kUnit; ++i) v[i] = x[i];
+}
 
-template <class Y, int G, int bits>
-__global__ void dequantize_units_kernel(const uint8_t* __restrict__ codes, Decoded<Y> y, UnitGroups groups, const float* __restrict__ step,
-                                        const float* __restrict__ offset) {
+// What becomes of the unit u of x, of which `valid` elements exist.
+
+template <class Y>
+struct Keep {
+  Y* y;
+  __device__ void operator()(uint32_t u, const float (&x)[kUnit], int valid) const { store_unit(y, u, x, valid); }
+};
+template <class Y>
+struct GeluAndSlope {
+  Y *y, *slope;
+  __device__ void operator()(uint32_t u, const float (&x)[kUnit], int valid) const {
+    float value[kUnit], derivative[kUnit];
+#pragma unroll
+    for (int i = 0; i < kUnit; ++i) value[i] = scalar::gelu(x[i]), derivative[i] = scalar::gelu_slope(x[i]);
+    store_unit(y, u, value, valid);
+    store_unit(slope, u, derivative, valid);
+  }
+};
+template <class Y>
+struct GeluGrad {
+  const Y* dy;
+  Y* dx;
+  __device__ void operator()(uint32_t u, const float (&x)[kUnit], int valid) const {
+    float v[kUnit];
+    load_unit(dy, u, v, valid);
+#pragma unroll
+    for (int i = 0; i < kUnit; ++i) v[i] = v[i] * scalar::gelu_slope(x[i]);
+    store_unit(dx, u, v, valid);
+  }
+};
+template <class Y>
+struct Affine {
+  const float *gamma, *beta;
+  Y* y;
+  Divider row;  ///< units in a row of parameters
+  __device__ void operator()(uint32_t u, const float (&x)[kUnit], int valid) const {
+    float v[kUnit], g[kUnit], b[kUnit];
+    load_unit(gamma, row.remainder(u), g, kUnit);
+    load_unit(beta, row.remainder(u), b, kUnit);
+#pragma unroll
+    for (int i = 0; i < kUnit; ++i) v[i] = std::fma(g[i], x[i], b[i]);
+    store_unit(y, u, v, valid);
+  }
+};
+
+template <class T>
+__device__ inline float rounded_to(float x) {
+  T kept;
+  store(&kept, x);
+  return load(&kept);
+}
+
+template <class T, int G, int bits, class Then>
+__global__ void decode_units_kernel(const uint8_t* __restrict__ codes, Extent extent, UnitGroups groups, const float* __restrict__ step,
+                                    const float* __restrict__ offset, Then then) {
   const uint32_t first = blockIdx.x * blockDim.x * kAtOnce + threadIdx.x;
   uint64_t words[kAtOnce];
 #pragma unroll
   for (int k = 0; k < kAtOnce; ++k)
-    if (const uint32_t u = first + k * blockDim.x; u < y.count) words[k] = load_codes<bits>(codes, y, u);
+    if (const uint32_t u = first + k * blockDim.x; u < extent.count) words[k] = load_codes<bits>(codes, extent, u);
   uint32_t group = ~0u;
   float steps[G]{}, offsets[G]{};
 #pragma unroll
   for (int k = 0; k < kAtOnce; ++k) {
     const uint32_t u = first + k * blockDim.x;
-    if (u >= y.count) break;
+    if (u >= extent.count) break;
     if (const uint32_t g = groups.of(u); g != group) {
       group = g;
       load_scales(step + int64_t{g} * G, steps);
@@ -74,17 +146,31 @@ __global__ void dequantize_units_kernel(const uint8_t* __restrict__ codes, Decod
 #pragma unroll
     for (int i = 0; i < kUnit; ++i) {
       const uint8_t q = static_cast<uint8_t>(words[k] >> i * bits & ((1u << bits) - 1));
-      v[i] = dequantize_value(q, steps[i % G], offsets[i % G]);
+      v[i] = rounded_to<T>(dequantize_value(q, steps[i % G], offsets[i % G]));
     }
-    Y* const to = y.data + int64_t{u} * kUnit;
-    if (u < y.whole) {
-      store_unit(to, v);
-    } else {
-#pragma unroll
-      for (int i = 0; i < kUnit; ++i)
-        if (i < y.rest) store(to + i, v[i]);
-    }
+    then(u, v, u < extent.whole ? kUnit : extent.rest);
   }
+}
+
+/// Hands units of n decoded elements to then_for(tag of the dtype). False if codes or layout have no such units.
+template <class ThenFor>
+bool decode_units(const char* name, const Coded& x, DType dtype, int64_t n, const ThenFor& then_for) {
+  const uint8_t* const bytes = code_bytes(x.codes, n, x.bits);
+  const float *const steps = per_group(x.step, x.layout), *const offsets = per_group(x.offset, x.layout);
+  const int G = dtype != DType::f64 && aligned(bytes, static_cast<size_t>(x.bits)) ? unit_groups(x.layout, n) : 0;
+  if (G == 0 || (G > 1 && !(aligned(steps, 16) && aligned(offsets, 16)))) return false;
+  const Extent extent{static_cast<uint32_t>(ceil_div(n, kUnit)), static_cast<uint32_t>(n / kUnit), static_cast<int>(n % kUnit)};
+  dispatch_bits(x.bits, [&](auto width) {
+    dispatch_units(dtype, G, [&](auto tag, auto each) {
+      using T = decltype(tag);
+      constexpr int kBits = decltype(width)::value, kEach = decltype(each)::value;
+      const auto then = then_for(tag);
+      launch(name, &decode_units_kernel<T, kEach, kBits, std::decay_t<decltype(then)>>,
+             static_cast<unsigned>(ceil_div(extent.count, 256 * kAtOnce)), 256, 0, bytes, extent, UnitGroups(x.layout, kEach), steps,
+             offsets, then);
+    });
+  });
+  return true;
 }
 
 /// Any layout and dtype, element by element.
@@ -103,33 +189,72 @@ __global__ void dequantize_elements_kernel(const uint8_t* codes, int bits, Group
 void dequantize(const Tensor& codes, GroupLayout layout, int bits, const Tensor& step, const Tensor& offset, const Tensor& y) {
   check_layout(y, layout);
   check(y.is_contiguous(), "decoding writes contiguous tensors");
-  const uint8_t* const bytes = code_bytes(codes, y.numel(), bits);
-  const float *const steps = per_group(step, layout), *const offsets = per_group(offset, layout);
   const int64_t n = y.numel();
   if (n == 0) return;
-  int G = has_units(y) && aligned(bytes, static_cast<size_t>(bits)) ? unit_groups(layout, n) : 0;
-  if (G > 1 && !(aligned(steps, 16) && aligned(offsets, 16))) G = 0;
-  if (G == 0) {
-    const auto run = [&](auto tag) {
-      launch("dequantize", &dequantize_elements_kernel<decltype(tag)>, grid_for(n, 256), 256, 0, bytes, bits, layout, steps, offsets,
-             y.data<decltype(tag)>(), n);
-    };
-    if (y.dtype() == DType::f64)
-      run(double{});
-    else
-      dispatch_narrow(y.dtype(), run);
+  const auto keep = [&](auto tag) { return Keep<decltype(tag)>{y.data<decltype(tag)>()}; };
+  if (aligned(y.raw(), 16) && decode_units("dequantize", {codes, step, offset, layout, bits}, y.dtype(), n, keep)) return;
+  const uint8_t* const bytes = code_bytes(codes, n, bits);
+  const float *const steps = per_group(step, layout), *const offsets = per_group(offset, layout);
+  const auto run = [&](auto tag) {
+    launch("dequantize", &dequantize_elements_kernel<decltype(tag)>, grid_for(n, 256), 256, 0, bytes, bits, layout, steps, offsets,
+           y.data<decltype(tag)>(), n);
+  };
+  if (y.dtype() == DType::f64)
+    run(double{});
+  else
+    dispatch_narrow(y.dtype(), run);
+}
+
+namespace {
+
+/// The tensor itself, for kernels that need it.
+Tensor decoded(const Coded& x, const Tensor& like) {
+  const Tensor values = empty_like(like);
+  dequantize(x.codes, x.layout, x.bits, x.step, x.offset, values);
+  return values;
+}
+
+}  // namespace
+
+void gelu_and_slope_coded(const Coded& x, const Tensor& y, const Tensor& slope) {
+  check_alike(y, slope, "gelu_and_slope");
+  const int64_t n = y.numel();
+  if (n == 0) return;
+  const auto both = [&](auto tag) {
+    using T = decltype(tag);
+    return GeluAndSlope<T>{y.data<T>(), slope.data<T>()};
+  };
+  if (aligned(y.raw(), 16) && aligned(slope.raw(), 16) && decode_units("gelu_and_slope_coded", x, y.dtype(), n, both)) return;
+  gelu_and_slope(decoded(x, y), y, slope);
+}
+
+void gelu_grad_coded(const Tensor& dy, const Coded& x, const Tensor& dx) {
+  check_alike(dy, dx, "gelu_grad");
+  const int64_t n = dx.numel();
+  if (n == 0) return;
+  const auto gradient = [&](auto tag) {
+    using T = decltype(tag);
+    return GeluGrad<T>{dy.data<T>(), dx.data<T>()};
+  };
+  if (dy.dtype() == dx.dtype() && aligned(dy.raw(), 16) && aligned(dx.raw(), 16) &&
+      decode_units("gelu_grad_coded", x, dx.dtype(), n, gradient))
     return;
-  }
-  dispatch_bits(bits, [&](auto width) {
-    dispatch_units(y.dtype(), G, [&](auto tag, auto each) {
-      using Y = decltype(tag);
-      constexpr int kBits = decltype(width)::value, kEach = decltype(each)::value;
-      const Decoded<Y> units{y.data<Y>(), static_cast<uint32_t>(ceil_div(n, kUnit)), static_cast<uint32_t>(n / kUnit),
-                             static_cast<int>(n % kUnit)};
-      launch("dequantize", &dequantize_units_kernel<Y, kEach, kBits>, static_cast<unsigned>(ceil_div(units.count, 256 * kAtOnce)), 256, 0,
-             bytes, units, UnitGroups(layout, kEach), steps, offsets);
-    });
-  });
+  gelu_grad(dy, decoded(x, dx), dx);
+}
+
+void affine_coded(const Coded& xhat, const Tensor& gamma, const Tensor& beta, const Tensor& y) {
+  const int64_t n = y.numel(), width = width_of(y);
+  check(y.is_contiguous() && gamma.numel() == width && beta.numel() == width, "affine: gamma has ", gamma.numel(), " and beta ",
+        beta.numel(), " elements but y is ", y.shape());
+  if (n == 0) return;
+  const auto affine_of = [&](auto tag) {
+    using T = decltype(tag);
+    return Affine<T>{gamma.data<float>(), beta.data<float>(), y.data<T>(), Divider(width / kUnit)};
+  };
+  const bool whole =
+      width % kUnit == 0 && gamma.dtype() == DType::f32 && aligned(y.raw(), 16) && aligned(gamma.raw(), 16) && aligned(beta.raw(), 16);
+  if (whole && decode_units("affine_coded", xhat, y.dtype(), n, affine_of)) return;
+  affine(decoded(xhat, y), gamma, beta, y);
 }
 
 }  // namespace mesa::kernels::cuda

@@ -37,9 +37,12 @@ Var layer_norm(const Var& x, const Var& gamma, const Var& beta, double eps, std:
         kernels::layer_norm_grad(dy, xhat, rstd, g, dx, to_gamma, to_beta, add_gamma, add_beta);
         return grads;
       });
-  return result.with_recipe([saved, g, b] {
-    const Tensor xhat = saved.get(), y = empty_like(xhat);
-    kernels::affine(xhat, g, b, y);
+  return result.with_recipe([saved, g, b, shape = y.shape(), type_y, device = y.device()] {
+    const Tensor y = Tensor::empty(shape, type_y, device);
+    if (const auto coded = saved.coded_on_gpu())
+      kernels::affine_coded(*coded, g, b, y);
+    else
+      kernels::affine(saved.get(), g, b, y);
     return y;
   });
 }

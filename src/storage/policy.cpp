@@ -23,6 +23,12 @@ std::optional<kernels::Coded> Saved::coded() const {
   return entry_->codec->coded(entry_->packed);
 }
 
+std::optional<kernels::Coded> Saved::coded_on_gpu() const {
+  auto found = coded();
+  if (found && !is_gpu(found->codes.device())) found.reset();
+  return found;
+}
+
 double Saved::error() const { return defined() && entry_->codec ? entry_->codec->error_bound(0, 1) : 0; }
 
 namespace {

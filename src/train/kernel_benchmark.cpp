@@ -104,6 +104,12 @@ class Bench {
     if (on_gpu()) add("gelu, codes 8 bits", m * (2 * w + 1), 0, [=, to = running_codes(e_.hidden)] { kernels::gelu_codes(h, g, to); });
     add("gelu_grad", m * 3 * w, 0, [=] { kernels::gelu_grad(g, h, slope); });
     add("gelu_and_slope", m * 3 * w, 0, [=] { kernels::gelu_and_slope(h, g, slope); });
+    if (on_gpu()) {
+      const kernels::RunningCodes to = running_codes(e_.hidden);
+      kernels::quantize_running(h, to);
+      const kernels::Coded coded{to.codes, to.step, to.offset, to.layout, to.bits};
+      add("gelu_and_slope, coded 8 bits", m * (2 * w + 1), 0, [=] { kernels::gelu_and_slope_coded(coded, g, slope); });
+    }
     add("mul", m * 3 * w, 0, [=] { kernels::mul(g, h, slope); });
     add("add (residual)", n * (8 + w), 0, [=] { kernels::add(residual, branch, sum); });
     add("dropout", m * 2 * w, 0, [=] { kernels::dropout(h, g, 0.1, RandomKey{3, 4}); });

@@ -251,7 +251,7 @@ TEST_CASE("emulation: the device and its errors describe themselves", "[emulatio
   CHECK(properties.multiProcessorCount == 132);
   CHECK(properties.sharedMemPerBlockOptin == 227 << 10);
   CHECK(cudaSetDevice(1) == cudaErrorInvalidDevice);
-  CHECK(cudaStreamBeginCapture(nullptr, cudaStreamCaptureModeGlobal) == cudaErrorNotSupported);
+  CHECK(cudaStreamBeginCapture(nullptr, cudaStreamCaptureModeGlobal) == cudaErrorStreamCaptureUnsupported);
   CHECK(std::string(cudaGetErrorName(cudaErrorNotSupported)) == "cudaErrorNotSupported");
   CHECK(std::string(cudaGetErrorString(cudaErrorIllegalAddress)) == "an illegal memory access was encountered");
   cudaGetLastError();

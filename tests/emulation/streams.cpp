@@ -244,7 +244,8 @@ cudaError_t cudaEventElapsedTime(float* milliseconds, cudaEvent_t from_handle, c
 cudaError_t cudaStreamBeginCapture(cudaStream_t handle, cudaStreamCaptureMode) {
   const std::lock_guard lock(streams().mutex);
   Stream* const stream = stream_of(handle);
-  if (stream == nullptr || stream == &streams().legacy) return result(cudaErrorInvalidResourceHandle);
+  if (stream == nullptr) return result(cudaErrorInvalidResourceHandle);
+  if (stream == &streams().legacy) return result(cudaErrorStreamCaptureUnsupported);
   if (stream->recording) return result(cudaErrorIllegalState);
   stream->recording = true;
   stream->spoiled = false;

@@ -1,5 +1,5 @@
-// Codes by running ranges: against quantize and the formula of the estimates, and those that a kernel writes as it computes the value
-// against those that are made of the value afterwards.
+// Codes by running ranges: against quantize and the formula of the estimates. Codes that a kernel writes as it computes a value, against
+// those that are made of the value afterwards; and kernels that decode as they read, against the same on decoded tensors.
 #include <catch2/catch.hpp>
 #include <cmath>
 #include <limits>
@@ -161,4 +161,34 @@ TEST_CASE("running codes: attention codes the q, k and v that it reads", "[kerne
         CHECK(o.to_vector<double>() == want_o.to_vector<double>());
         CHECK(lse.to_vector<double>() == want_lse.to_vector<double>());
       }
+}
+
+TEST_CASE("coded operands: kernels that decode as they read compute what they would of the decoded tensor", "[kernels][codec]") {
+  if (test_device() != kCuda) return;
+  for (const auto& [rows, width] : {std::pair<int64_t, int64_t>{40, 64}, {33, 72}, {7, 50}, {1, 8}, {129, 32}})
+    for (const DType type : {DType::f32, DType::bf16, DType::f64})
+      for (const int bits : {8, 4, 2})
+        for (const GroupLayout& layout : {GroupLayout{1, (rows * width + 63) / 64, 64, true}, GroupLayout{rows, width, 1, false},
+                                          GroupLayout{rows, 2, width / 2, false}, GroupLayout{1, 1, rows * width, false}}) {
+          CAPTURE(rows, width, to_string(type), bits, layout.groups, layout.inner);
+          const Tensor x = random({rows, width}, type, "x"), decoded = empty_like(x), dy = random({rows, width}, type, "dy");
+          const Tensor step = Tensor::zeros({layout.groups}, DType::f32), offset = Tensor::zeros({layout.groups}, DType::f32);
+          const Tensor codes = Tensor::zeros({(x.numel() * bits + 7) / 8}, DType::u8);
+          kernels::plain::quantize_current(x, layout, bits, true, RandomKey::of(1, "codes", 2), step, offset, codes, {});
+          staged(kernels::cuda::dequantize)(codes, layout, bits, step, offset, decoded);
+          const kernels::Coded coded{codes, step, offset, layout, bits};
+          const Tensor got = empty_like(x), want = empty_like(x), got_slope = empty_like(x), want_slope = empty_like(x);
+          staged(kernels::cuda::gelu_and_slope)(decoded, want, want_slope);
+          staged(kernels::cuda::gelu_and_slope_coded)(coded, got, got_slope);
+          REQUIRE((bits_of(got) == bits_of(want)));
+          REQUIRE((bits_of(got_slope) == bits_of(want_slope)));
+          staged(kernels::cuda::gelu_grad)(dy, decoded, want);
+          staged(kernels::cuda::gelu_grad_coded)(dy, coded, got);
+          REQUIRE((bits_of(got) == bits_of(want)));
+          const DType wide = type == DType::f64 ? DType::f64 : DType::f32;
+          const Tensor gamma = random({width}, wide, "gamma"), beta = random({width}, wide, "beta");
+          staged(kernels::cuda::affine)(decoded, gamma, beta, want);
+          staged(kernels::cuda::affine_coded)(coded, gamma, beta, got);
+          REQUIRE((bits_of(got) == bits_of(want)));
+        }
 }

@@ -33,13 +33,18 @@ Reference softmax_of(const std::vector<double>& s, int64_t width, double scale) 
   }
   return out;
 }
-/// scale p (dp - sum p dp) for rows of `width`.
-std::vector<double> grad_of(const std::vector<double>& dp, const std::vector<double>& p, int64_t width, double scale) {
+/// scale p (dp - sum p dp) for rows of `width`; `terms`: the same with every term's size, for the difference may cancel.
+std::vector<double> grad_of(const std::vector<double>& dp, const std::vector<double>& p, int64_t width, double scale,
+                            std::vector<double>* terms = nullptr) {
   std::vector<double> out(p.size());
+  if (terms) terms->resize(p.size());
   for (size_t row = 0; row < p.size(); row += width) {
-    double sum = 0;
-    for (int64_t j = 0; j < width; ++j) sum += p[row + j] * dp[row + j];
-    for (int64_t j = 0; j < width; ++j) out[row + j] = scale * p[row + j] * (dp[row + j] - sum);
+    double sum = 0, sizes = 0;
+    for (int64_t j = 0; j < width; ++j) sum += p[row + j] * dp[row + j], sizes += std::fabs(p[row + j] * dp[row + j]);
+    for (int64_t j = 0; j < width; ++j) {
+      out[row + j] = scale * p[row + j] * (dp[row + j] - sum);
+      if (terms) (*terms)[row + j] = scale * p[row + j] * (std::fabs(dp[row + j]) + sizes);
+    }
   }
   return out;
 }
@@ -58,7 +63,9 @@ TEST_CASE("softmax and its gradient", "[kernels]") {
       }
       for (const auto& run : implementations(kernels::softmax_grad)) {
         run(dy, y, dx);
-        expect(dx, grad_of(dy.to_vector<double>(), y.to_vector<double>(), width, 1), tolerance(to));
+        std::vector<double> terms;
+        const std::vector<double> want = grad_of(dy.to_vector<double>(), y.to_vector<double>(), width, 1, &terms);
+        expect(dx, want, tolerance(to), terms);
       }
     }
 }

@@ -52,6 +52,7 @@ class Staging {
     for (Tensor* t : {&r.alpha, &r.beta, &r.next_alpha, &r.next_beta, &r.step, &r.offset, &r.codes, &r.counts}) *t = (*this)(*t);
     return r;
   }
+  kernels::Coded operator()(const kernels::Coded& c) { return {(*this)(c.codes), (*this)(c.step), (*this)(c.offset), c.layout, c.bits}; }
   std::array<kernels::RunningCodes, 3> operator()(std::array<kernels::RunningCodes, 3> all) {
     for (kernels::RunningCodes& r : all) r = (*this)(r);
     return all;

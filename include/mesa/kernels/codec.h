@@ -60,5 +60,6 @@ struct Coded {
   GroupLayout layout;
   int bits = 8;
 };
+inline const Tensor& leading_tensor(const Coded& x) { return x.codes; }
 
 }  // namespace mesa::kernels

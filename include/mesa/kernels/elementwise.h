@@ -32,6 +32,9 @@ MESA_KERNEL(gelu_codes, const Tensor& x, const Tensor& y, const RunningCodes& of
 MESA_KERNEL(gelu_grad, const Tensor& dy, const Tensor& x, const Tensor& dx);
 /// y and the slope dy/dx in one pass: both need the same exponential.
 MESA_KERNEL(gelu_and_slope, const Tensor& x, const Tensor& y, const Tensor& slope);
+/// Both from codes of x, bit for bit as from the decoded tensor, which has the result's dtype. CUDA.
+MESA_KERNEL(gelu_grad_coded, const Tensor& dy, const Coded& x, const Tensor& dx);
+MESA_KERNEL(gelu_and_slope_coded, const Coded& x, const Tensor& y, const Tensor& slope);
 
 /// y[i] <- keep_i ? x[i] / (1 - p) : 0 with keep_i = uniform(random_word(key, i)) >= p. The gradient is the same call on dy.
 MESA_KERNEL(dropout, const Tensor& x, const Tensor& y, double p, RandomKey key);

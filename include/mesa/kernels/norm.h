@@ -14,6 +14,8 @@ MESA_KERNEL(layer_norm_codes, const Tensor& x, const Tensor& gamma, const Tensor
             const RunningCodes& xhat);
 /// y[.., c] <- gamma[c] xhat[.., c] + beta[c], bit for bit what layer_norm wrote for f32 and f64.
 MESA_KERNEL(affine, const Tensor& xhat, const Tensor& gamma, const Tensor& beta, const Tensor& y);
+/// The same from codes of xhat, bit for bit as from the decoded tensor, which has y's dtype. CUDA.
+MESA_KERNEL(affine_coded, const Coded& xhat, const Tensor& gamma, const Tensor& beta, const Tensor& y);
 /// dx <- rstd (g - mean(g) - xhat mean(g xhat)) with g = gamma dy; dgamma[c] += sum dy xhat, dbeta[c] += sum dy (= when not accumulate).
 /// dx has x's dtype. An undefined dgamma or dbeta is not computed. Sums are in an order that does not depend on the thread count.
 MESA_KERNEL(layer_norm_grad, const Tensor& dy, const Tensor& xhat, const Tensor& rstd, const Tensor& gamma, const Tensor& dx,

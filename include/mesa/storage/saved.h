@@ -15,6 +15,8 @@ class Saved {
   Tensor get() const;
   /// What get() would decode, for a kernel that does so itself; empty for values kept in another form, or rebuilt.
   std::optional<kernels::Coded> coded() const;
+  /// The same on a GPU only, whose kernels decode as they read where the CPU's caches make a decoded copy cheaper.
+  std::optional<kernels::Coded> coded_on_gpu() const;
   /// How far get() may be from what was saved, as a share of the range of a group: 0 for exact and rebuilt values, 1/255 for 8 bits.
   double error() const;
 
