@@ -101,6 +101,15 @@ if wanted training; then
       attempt "torch_compile_${name}_$round" 90 python3 tools/peers/torch_vit.py --model "$name" --batch "$batch" --steps 20 --compile
     done
   done
+  # The host against the GPU: passes of a small model at a small batch, handed over one by one and recorded.
+  for round in 1 2; do
+    for graph in false true; do
+      attempt "graph_${graph}_$round" 60 bash -c 'mesa "$@"' - "$bin/mesa-train" --config bench/deit_tiny.yaml --device cuda \
+        --output "$logs/graph_${graph}_$round" --set data.kind=random --set train.batch_size=16 --set train.precision=bf16 \
+        --set data.train_size=3200 --set data.test_size=16 --set train.epochs=1 --set train.cuda_graph=$graph &&
+        say "cuda_graph $graph: $(grep -o '"images_per_second":[^,]*' "$logs/graph_${graph}_$round/summary.json" || true)"
+    done
+  done
   attempt torch_largest_batch 60 python3 tools/peers/torch_vit.py --model deit_base --largest-batch 24e9
   attempt mesa_largest_batch 30 bash -c 'mesa "$@"' - "$bin/mesa-train" --config bench/deit_base.yaml --dry-run --fit 24e9 --device cuda \
     --set train.precision=bf16 --set storage=int4 && tail -n 1 "$logs/mesa_largest_batch.log" | tee -a "$out/summary.txt"

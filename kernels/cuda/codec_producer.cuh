@@ -6,6 +6,9 @@
 namespace mesa::kernels::cuda {
 namespace {
 
+/// x - offset, rounded: where x was just computed, the compiler must not make one instruction of both.
+__device__ inline float distance_of(float x, const GroupScale& scale) { return __fsub_rn(x, scale.offset); }
+
 /// Codes on their way: where they go, what they are made with, and what is noted meanwhile.
 struct Producer {
   Scales scales{};
@@ -44,11 +47,11 @@ struct Producer {
 #pragma unroll
         for (int p = 1; p < kPieces; ++p)  // no index that the compiler does not know: the words must stay in registers
           if (part == p) word = random.word[(p * V + i) / 2];
-        v[i] = std::fma(x[i] - scale.offset, scale.inverse, dither.value(word, i % 2));
+        v[i] = std::fma(distance_of(x[i], scale), scale.inverse, dither.value(word, i % 2));
       }
     } else {
 #pragma unroll
-      for (int i = 0; i < V; ++i) v[i] = std::fma(x[i] - scale.offset, scale.inverse, 0.5f);
+      for (int i = 0; i < V; ++i) v[i] = std::fma(distance_of(x[i], scale), scale.inverse, 0.5f);
     }
     if (bits == 8)
       store<V, 8>(piece, v);
@@ -68,7 +71,8 @@ struct Noted {
     float least = x[0], greatest = x[0];
 #pragma unroll
     for (int i = 1; i < V; ++i) least = minimum(least, x[i]), greatest = maximum(greatest, x[i]);
-    if (least >= -FLT_MAX && greatest <= FLT_MAX && !(least - scale.offset < scale.low) && !(greatest - scale.offset > scale.high)) {
+    if (least >= -FLT_MAX && greatest <= FLT_MAX && !(distance_of(least, scale) < scale.low) &&
+        !(distance_of(greatest, scale) > scale.high)) {
       lo = minimum(lo, least), hi = maximum(hi, greatest);
       return;
     }
@@ -79,7 +83,7 @@ struct Noted {
         continue;
       }
       lo = minimum(lo, x[i]), hi = maximum(hi, x[i]);
-      saturated += is_saturated(x[i] - scale.offset, scale);
+      saturated += is_saturated(distance_of(x[i], scale), scale);
     }
   }
 };

@@ -18,8 +18,12 @@ uint32_t* watch_scratch(int slot) {
   constexpr int64_t kWords = 2 * Watch::kLate + 1;
   static uint32_t* const memory = [] {
     constexpr auto kBytes = static_cast<int64_t>(kScratchSlots * kWords * sizeof(uint32_t));
-    void* const fresh = mesa::cuda::allocate(kBytes);
-    check(fresh != nullptr, "out of memory on cuda: ", format_bytes(kBytes), " for the ranges of activations");
+    void* fresh = mesa::cuda::allocate(kBytes);  // no tensor: scratch of kernels is not metered
+    if (fresh == nullptr) {
+      Allocator::of(kCuda).release_cached();
+      fresh = mesa::cuda::allocate(kBytes);
+    }
+    if (fresh == nullptr) throw OutOfMemory(concat("out of memory on cuda: ", format_bytes(kBytes), " for the ranges of activations"));
     mesa::cuda::clear(fresh, kBytes);
     return static_cast<uint32_t*>(fresh);
   }();

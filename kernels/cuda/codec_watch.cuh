@@ -125,7 +125,7 @@ struct Watch {
   static constexpr int64_t kShared = 2048;  ///< ranks of so many groups are gathered in shared memory first
   static constexpr int64_t kLate = 16384;   ///< more groups than this are too many for the last block to write
 
-  bool wanted() const { return lo || hi || counts; }
+  bool wanted() const { return scratch || counts; }
   bool late() const { return groups > kLate; }
   size_t shared_bytes() const { return scratch && groups <= kShared ? 2 * groups * sizeof(uint32_t) : 0; }
 

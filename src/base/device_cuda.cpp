@@ -112,7 +112,9 @@ void copy_on_device(void* to, const void* from, int64_t bytes) {
   check_status(cudaMemcpyAsync(to, from, static_cast<size_t>(bytes), cudaMemcpyDeviceToDevice, compute_stream()), "copying on the GPU");
 }
 
-void clear(void* device, int64_t bytes) { check_status(cudaMemsetAsync(device, 0, static_cast<size_t>(bytes), compute_stream()), "clearing memory"); }
+void clear(void* device, int64_t bytes) {
+  check_status(cudaMemsetAsync(device, 0, static_cast<size_t>(bytes), compute_stream()), "clearing memory");
+}
 
 namespace {
 
@@ -149,8 +151,8 @@ Mark mark_on(cudaStream_t stream) {
   return mark;
 }
 
-Mark copy_beside(cudaStream_t side, void* to, const void* from, int64_t bytes, cudaMemcpyKind kind) {
-  const Mark ready = mark_on(compute_stream());
+Mark copy_beside(cudaStream_t side, void* to, const void* from, int64_t bytes, cudaMemcpyKind kind, const Mark& after) {
+  const Mark ready = after ? after : mark_on(compute_stream());
   check_status(cudaStreamWaitEvent(side, static_cast<cudaEvent_t>(ready.get()), 0), "waiting for the work before a copy");
   if (bytes > 0) check_status(cudaMemcpyAsync(to, from, static_cast<size_t>(bytes), kind, side), "copying beside the work");
   return mark_on(side);
@@ -158,14 +160,16 @@ Mark copy_beside(cudaStream_t side, void* to, const void* from, int64_t bytes, c
 
 }  // namespace
 
+Mark mark() { return mark_on(compute_stream()); }
+
 Mark copy_to_host_beside(void* host, const void* device, int64_t bytes) {
   static const cudaStream_t side = new_stream();
-  return copy_beside(side, host, device, bytes, cudaMemcpyDeviceToHost);
+  return copy_beside(side, host, device, bytes, cudaMemcpyDeviceToHost, {});
 }
 
-Mark copy_to_device_beside(void* device, const void* host, int64_t bytes) {
+Mark copy_to_device_beside(void* device, const void* host, int64_t bytes, const Mark& after) {
   static const cudaStream_t side = new_stream();
-  return copy_beside(side, device, host, bytes, cudaMemcpyHostToDevice);
+  return copy_beside(side, device, host, bytes, cudaMemcpyHostToDevice, after);
 }
 
 bool passed(const Mark& mark) {
@@ -206,7 +210,8 @@ std::string describe_device() {
   check_status(cudaGetDeviceProperties(&properties, 0), "asking for the GPU's properties");
   int driver = 0;
   cudaDriverGetVersion(&driver);
-  return concat(properties.name, ", compute capability ", properties.major, ".", properties.minor, ", driver for CUDA ", version_text(driver));
+  return concat(properties.name, ", compute capability ", properties.major, ".", properties.minor, ", driver for CUDA ",
+                version_text(driver));
 }
 
 DeviceMemory device_memory() {

@@ -135,7 +135,7 @@ class AffineCodec : public Codec {
     return mix64(id(latest_) ^ mix64(id(is_committed() ? spare_ : latest_)));
   }
   void repeat() override {
-    if (latest_.defined()) latest_ = next_range(latest_.alpha.shape(), latest_.alpha.device());
+    if (is_committed() && spare_.defined()) latest_ = std::exchange(spare_, {});  // as next_range did; a first call leaves it there, too
   }
 
   void load_state(const std::map<std::string, Tensor>& state) override {

@@ -52,6 +52,7 @@ class Traffic {
     Tensor back;    // on its way to the device again
     cuda::Mark left, arriving;
     /// True while a copy from or to this entry's memory may still run.
+    bool wanted() const { return host.use_count() > (busy ? 1 : 0); }  ///< by somebody else
     bool moving() const { return !cuda::passed(left) || (arriving && !cuda::passed(arriving)); }
   };
   /// How many tensors may wait for their copies while the forward pass goes on: each is memory that is not yet free.
@@ -59,7 +60,7 @@ class Traffic {
 
   /// Starts the way back, unless it has begun or nobody will ask for it.
   static void begin(Entry& entry) {
-    if (entry.back.defined() || entry.host.expired()) return;
+    if (entry.back.defined() || !entry.wanted()) return;
     entry.busy = entry.host.lock();
     cuda::wait_for(entry.left);
     entry.source = Tensor();
@@ -80,7 +81,7 @@ class Traffic {
   void forget_the_dead() {
     for (auto item = entries_.begin(); item != entries_.end();) {
       Entry& entry = item->second;
-      if (!entry.moving()) entry.busy.reset(), entry.source = Tensor();
+      if (entry.busy && !entry.moving()) entry.busy.reset(), entry.source = Tensor();
       item = entry.host.expired() ? entries_.erase(item) : std::next(item);
     }
   }

@@ -228,7 +228,7 @@ SavedAhead StoragePolicy::open(const Site& site, const Shape& shape, DType dtype
 
 SavedAhead StoragePolicy::open(const Site& site, const Tensor& x) {
   const Impl::SiteState& state = impl_->site_state(site);
-  if (state.codec == nullptr) return {};
+  if (!is_gpu(x.device()) || state.codec == nullptr) return {};
   auto& slot = impl_->kept[view_key(x, describe(*state.rule))];
   if (!slot.expired()) return {};  // save finds it
   const SavedAhead ahead = open(site, x.shape(), x.dtype(), x.device());
@@ -301,7 +301,7 @@ void StoragePolicy::begin(uint64_t seed, uint64_t step, const uint64_t* live_ste
 void StoragePolicy::repeat() {
   impl_->harvest();
   impl_->first_nonfinite.clear();
-  impl_->counting = true;
+  impl_->counting = !impl_->counters.empty();
   for (auto& [site_name, site] : impl_->sites) {
     site.record.elements += site.elements;
     if (site.codec && site.elements > 0) site.codec->repeat();
@@ -310,8 +310,13 @@ void StoragePolicy::repeat() {
 
 uint64_t StoragePolicy::phase() const {
   uint64_t all = 0;
-  for (const auto& [site_name, site] : impl_->sites)
-    if (site.codec) all = mix64(all ^ site.codec->phase());
+  for (const auto& [site_name, site] : impl_->sites) {
+    if (!site.codec) continue;
+    const uint64_t phase = site.codec->phase();
+    check(phase != 0 || site.codec->state().empty(), "the codec ", site.rule->codec, " of ", site_name,
+          " has running state but no phase, so that its work cannot be recorded; train.cuda_graph: false runs it");
+    all = mix64(all ^ phase);
+  }
   return all;
 }
 

@@ -138,9 +138,10 @@ std::shared_ptr<Buffer> Allocator::allocate(int64_t bytes, MemoryKind kind) {
   buffer->device_ = impl_->device;
   buffer->kind_ = kind;
   buffer->id_ = next_buffer_id++;
+  const bool lasting = kind == MemoryKind::parameters || kind == MemoryKind::gradients || kind == MemoryKind::optimizer;
   const std::lock_guard lock(impl_->mutex);
-  buffer->cache_ = impl_->cache;
-  auto& free_list = impl_->cache->free[buffer->capacity_];
+  buffer->cache_ = lasting ? impl_->shared : impl_->cache;
+  auto& free_list = buffer->cache_->free[buffer->capacity_];
   if (!free_list.empty()) {
     buffer->data_ = free_list.back();
     free_list.pop_back();

@@ -301,12 +301,9 @@ std::string bytes_text(double bytes) { return format_bytes(static_cast<int64_t>(
 ordered_json json_of(const Spread& s) { return {{"minimum", s.minimum}, {"median", s.median}, {"maximum", s.maximum}}; }
 
 ordered_json json_of(const SiteRecord& record) {
-  return {{"name", record.site.name()},
-          {"shape", std::vector<int64_t>(record.shape.begin(), record.shape.end())},
-          {"dtype", to_string(record.dtype)},
-          {"codec", record.codec},
-          {"exact_bytes", record.exact_bytes},
-          {"kept_bytes", record.kept_bytes}};
+  return {{"name", record.site.name()},        {"shape", std::vector<int64_t>(record.shape.begin(), record.shape.end())},
+          {"dtype", to_string(record.dtype)},  {"codec", record.codec},
+          {"exact_bytes", record.exact_bytes}, {"kept_bytes", record.kept_bytes}};
 }
 
 ordered_json json_of(const PolicyResult& policy) {

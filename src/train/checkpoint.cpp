@@ -64,7 +64,9 @@ void save_checkpoint(const std::string& folder, const RunConfig& config, const s
     std::vector<NamedTensor> weights;
     for (const Param& param : params.params()) weights.push_back({param.name, to(param.value, kCpu)});
     write_safetensors(at + "/" + kModelFile, weights,
-                      {{"format", "pt"}, {"mesa.config", to_yaml(trained_by)}, {"mesa.class_names", json(class_names).dump(-1, ' ', false, json::error_handler_t::replace)}});
+                      {{"format", "pt"},
+                       {"mesa.config", to_yaml(trained_by)},
+                       {"mesa.class_names", json(class_names).dump(-1, ' ', false, json::error_handler_t::replace)}});
     std::vector<NamedTensor> tensors = prefixed("optimizer/", optimizer.state());
     for (NamedTensor& range : prefixed("storage/", policy.state())) tensors.push_back(std::move(range));
     write_safetensors(at + "/" + kStateTensors, tensors);
@@ -88,7 +90,8 @@ LoadedModel load_model(const std::string& path) {
   const std::string at = resolve_checkpoint(path, "best");
   const std::string file = fs::is_directory(at) ? at + "/" + kModelFile : at;
   const std::string folder = fs::absolute(file).parent_path().string();
-  if (fs::is_directory(at) || fs::exists(folder + "/" + kStateFile)) verify_folder(folder);  // a file taken out of its checkpoint stands alone
+  if (fs::is_directory(at) || fs::exists(folder + "/" + kStateFile))
+    verify_folder(folder);  // a file taken out of its checkpoint stands alone
   SafetensorsFile tensors = read_safetensors(file);
   const auto config = tensors.metadata.find("mesa.config"), names = tensors.metadata.find("mesa.class_names");
   check(config != tensors.metadata.end(), file, " does not say which model it belongs to (no mesa.config in its metadata)");
@@ -138,8 +141,7 @@ void load_weights(ParamStore& params, const std::map<std::string, Tensor>& weigh
   fail("", source, " belongs to another model: ", list);
 }
 
-LoadedRun load_checkpoint(const std::string& folder, const RunConfig& config, ParamStore& params, AdamW& optimizer,
-                          StoragePolicy& policy) {
+LoadedRun load_checkpoint(const std::string& folder, const RunConfig& config, ParamStore& params, AdamW& optimizer, StoragePolicy& policy) {
   check(fs::is_directory(folder), folder, " is a file of weights; to resume, the folder of a whole checkpoint is needed");
   LoadedModel model = load_model(folder);
   load_weights(params, model.weights, folder + "/" + kModelFile);
@@ -150,8 +152,10 @@ LoadedRun load_checkpoint(const std::string& folder, const RunConfig& config, Pa
   each_field(out.state, [&]<class T>(const char* name, T& value) {
     const bool nan = std::is_floating_point_v<T> && state.contains(name) && state[name].is_null();  // JSON's only way to say it
     check(nan || (state.contains(name) && state[name].is_number()), folder, "/", kStateFile, " has no number '", name, "'");
-    if constexpr (std::is_floating_point_v<T>) value = nan ? std::nan("") : state[name].template get<T>();
-    else state[name].get_to(value);
+    if constexpr (std::is_floating_point_v<T>)
+      value = nan ? std::nan("") : state[name].template get<T>();
+    else
+      state[name].get_to(value);
   });
   const bool has_steps = state.contains("optimizer_steps") && state["optimizer_steps"].is_number_integer();
   check(has_steps, folder, "/", kStateFile, " has no optimizer_steps");
@@ -205,9 +209,18 @@ std::string describe_changes(const LoadedRun& loaded, const RunConfig& config) {
 }
 
 std::vector<std::pair<std::string, std::string>> changed_keys(const RunConfig& then, const RunConfig& now) {
-  static const std::set<std::string> harmless{"output", "device", "data.path", "data.workers", "data.prefetch", "data.max_pixels",
-                                              "train.log_interval", "train.checkpoint_interval", "train.max_bad_steps", "train.steps",
-                                              "train.eval_batch_size", "train.force_precision"};
+  static const std::set<std::string> harmless{"output",
+                                              "device",
+                                              "data.path",
+                                              "data.workers",
+                                              "data.prefetch",
+                                              "data.max_pixels",
+                                              "train.log_interval",
+                                              "train.checkpoint_interval",
+                                              "train.max_bad_steps",
+                                              "train.steps",
+                                              "train.eval_batch_size",
+                                              "train.force_precision"};
   RunConfig a = then, b = now;  // the table's accessors are not const
   std::vector<std::pair<std::string, std::string>> out;
   for (const config::Key& key : config::keys()) {

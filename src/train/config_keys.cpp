@@ -40,7 +40,8 @@ const Key kKeys[] = {
     KEY(model.drop_rate, fraction(), "Dropout after the embedding, the projections and the MLP layers"),
     KEY(model.attn_drop_rate, fraction(), "Dropout on the attention weights"),
     KEY(model.drop_path, fraction(), "Stochastic depth of the last block; rises linearly from 0 over the depth"),
-    KEY(model.attention, one_of("fused|explicit|cudnn"), "`fused` never forms the N x N map; `explicit` is matmul, softmax, matmul; `cudnn` is fused by cuDNN (a GPU and bf16)"),
+    KEY(model.attention, one_of("fused|explicit|cudnn"),
+        "`fused` never forms the N x N map; `explicit` is matmul, softmax, matmul; `cudnn` is fused by cuDNN (a GPU and bf16)"),
 
     KEY(data.kind, one_of("shapes|cifar10|cifar100|idx|image_folder|random"),
         "Data set; `shapes` is drawn, `random` is noise for benchmarks"),
@@ -49,7 +50,8 @@ const Key kKeys[] = {
     KEY(data.test_size, count(0), "Test images to use; 0 = all (2,000 of `shapes`, 256 of `random`)"),
     KEY(data.workers, count(0, 1024), "Loader threads; 0 = one for every four processors, at least one"),
     KEY(data.prefetch, count(1, 4096), "Batches made ahead of training"),
-    KEY(data.on_bad_sample, one_of("error|skip"), "A damaged image stops the run; or it is replaced (left out in evaluation), counted and listed"),
+    KEY(data.on_bad_sample, one_of("error|skip"),
+        "A damaged image stops the run; or it is replaced (left out in evaluation), counted and listed"),
     KEY(data.max_pixels, count(1, 1e12), "Images that claim more pixels are refused before memory is taken"),
     KEY(data.crop, one_of("none|pad|resized"), "Training crop: none, shifted by zero padding, or random resized crop"),
     KEY(data.crop_padding, count(0, 65536), "Pixels of padding on each side for `crop: pad`"),
@@ -122,7 +124,8 @@ struct Reader {
     if ((a.low_open ? x > a.low : x >= a.low) && (a.high_open ? x < a.high : x <= a.high)) return;
     std::string text = "must be ";
     if (std::isfinite(a.low)) text += (a.low_open ? "above " : "at least ") + number_text(a.low);
-    if (std::isfinite(a.high) && (a.high < 1e15 || x > a.high)) text += (a.high_open ? " and below " : " and at most ") + number_text(a.high);
+    if (std::isfinite(a.high) && (a.high < 1e15 || x > a.high))
+      text += (a.high_open ? " and below " : " and at most ") + number_text(a.high);
     wrong(v, text, ", not ", v.text);
   }
 

@@ -264,7 +264,8 @@ void make_folders(const std::string& path) {
 bool is_special(const std::string& path) {
   std::error_code ignored;
   const fs::file_status status = fs::status(path, ignored);
-  return (fs::exists(status) && !fs::is_regular_file(status) && !fs::is_directory(status)) || path.starts_with("/dev/") || path.starts_with("/proc/");
+  return (fs::exists(status) && !fs::is_regular_file(status) && !fs::is_directory(status)) || path.starts_with("/dev/") ||
+         path.starts_with("/proc/");
 }
 
 void check_can_write(const std::string& path) {

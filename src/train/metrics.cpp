@@ -143,7 +143,8 @@ void IntervalLog::append(const IntervalRow& r) {
 void write_memory_csv(const std::string& path, std::span<const MemoryRow> rows) {
   std::string text = "site,shape,codec,exact_bytes,kept_bytes,saturated\n";
   for (const MemoryRow& r : rows)
-    text += concat(cell(r.site), ",", cell(r.shape), ",", cell(r.codec), ",", r.exact_bytes, ",", r.kept_bytes, ",", cell(r.saturated), "\n");
+    text +=
+        concat(cell(r.site), ",", cell(r.shape), ",", cell(r.codec), ",", r.exact_bytes, ",", r.kept_bytes, ",", cell(r.saturated), "\n");
   write_file_atomically(path, text);
 }
 

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cstdio>
 #include <fstream>
+#include <optional>
 #include <regex>
 
 #include "mesa/base/cuda.h"
@@ -28,8 +29,10 @@ struct LoaderRing {
       : pixels(Tensor::empty({batches(config), batch, model.image_size, model.image_size, model.channels}, DType::u8, plan_device(config),
                              MemoryKind::inputs)),
         labels(Tensor::empty({batches(config), batch}, DType::i64, plan_device(config), MemoryKind::inputs)) {}
-  /// A GPU's memory holds the one that it works on and the one that comes next.
-  static int64_t batches(const RunConfig& config) { return plan_device(config) == kMetaCuda ? 2 : config.data.prefetch + 2; }
+  /// A GPU's memory holds the one that it works on and the one that comes next, and recorded passes read a copy.
+  static int64_t batches(const RunConfig& config) {
+    return plan_device(config) == kMetaCuda ? (config.train.cuda_graph ? 3 : 2) : config.data.prefetch + 2;
+  }
   Tensor pixels, labels;
 };
 
@@ -52,7 +55,10 @@ MetaStep meta_step(const RunConfig& config, const VitConfig& model, StoragePolic
   const int64_t eval_batch = config.train.eval_batch_size > 0 ? config.train.eval_batch_size : B;
   const LoaderRing training(config, model, B), evaluation(config, model, eval_batch);
   const Tensor labels = training.labels.select(0, 0);
+  const auto recorded = memory.new_cache();  // recorded passes share no memory with anything else
   {
+    std::optional<Allocator::Using> own;
+    if (config.train.cuda_graph) own.emplace(memory, recorded);
     Tape tape(policy);
     const Var loss = cross_entropy(built.net(meta_images(model, B, device)), labels, config.train.label_smoothing);
     out.activation_bytes = memory.use().of(MemoryKind::activations) - before.of(MemoryKind::activations);

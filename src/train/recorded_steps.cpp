@@ -9,12 +9,17 @@ constexpr size_t kMostRecords = 12;
 
 }  // namespace
 
-RecordedSteps::RecordedSteps(const RunConfig& config, BuiltModel& model, StoragePolicy& policy) : model_(model), policy_(policy) {
-  if (model.device.kind != DeviceKind::cuda) config.refuse("train.cuda_graph", "needs a GPU (device: cuda)");
-  if (cuda::synchronous()) config.refuse("train.cuda_graph", "records work, but MESA_SYNC=1 waits for each kernel");
+void RecordedSteps::check(const RunConfig& config, bool gpu) {
+  const auto refuse = [&](const auto&... why) { config.refuse("train.cuda_graph", why...); };
+  if (!gpu) refuse("needs a GPU (device: cuda)");
+  if (cuda::built() && cuda::synchronous()) refuse("records work, but MESA_SYNC=1 waits for each kernel");
+  if (config.model.attention == "cudnn") refuse("does not record model.attention: cudnn; use fused");
   for (const StorageRuleConfig& rule : config.storage.rules)
-    if (rule.codec == "host")
-      config.refuse("train.cuda_graph", "cannot record copies to the host; the rule '", rule.match, "' has codec: host");
+    if (rule.codec == "host") refuse("cannot record copies to the host; the rule '", rule.match, "' has codec: host");
+}
+
+RecordedSteps::RecordedSteps(const RunConfig& config, BuiltModel& model, StoragePolicy& policy) : model_(model), policy_(policy) {
+  check(config, is_gpu(model.device));
   memory_ = Allocator::of(model.device).new_cache();
 }
 

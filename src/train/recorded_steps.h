@@ -10,7 +10,8 @@ namespace mesa {
 
 class RecordedSteps {
  public:
-  /// Refuses, at train.cuda_graph, what cannot be recorded: no GPU, the codec `host`, MESA_SYNC=1.
+  /// Refuses, at train.cuda_graph, what cannot be recorded: no GPU, the codec `host`, cuDNN's attention, MESA_SYNC=1.
+  static void check(const RunConfig& config, bool gpu);
   RecordedSteps(const RunConfig& config, BuiltModel& model, StoragePolicy& policy);
 
   /// All that a pass gives to the device, from a batch that has arrived to gradients; the result is its loss. It must wait for nothing.
@@ -30,7 +31,7 @@ class RecordedSteps {
 
   BuiltModel& model_;
   StoragePolicy& policy_;
-  int eager_ = 2;  // the first calibrates ranges, after the second nothing new is allocated
+  int eager_ = 2;  // the first calibrates ranges, and both take what lasts
   SentBatch batch_;
   Tensor step_;
   std::shared_ptr<BlockCache> memory_;

@@ -24,7 +24,8 @@ static std::string culprit(const RunConfig& config, const std::string& complaint
 static void check_cudnn(const RunConfig& config) {
   const auto refuse = [&](const auto&... why) { config.refuse("model.attention", "cudnn ", why..., "; use fused"); };
   if (kernels::cudnn_attention.cuda == nullptr) refuse("is not in this build of Mesa");
-  if (choose_device(config.device).kind != DeviceKind::cuda) refuse("needs a GPU, and this run is on the CPU (device: ", config.device, ")");
+  if (config.device != "cuda" && choose_device(config.device).kind != DeviceKind::cuda)
+    refuse("needs a GPU, and this run is on the CPU (device: ", config.device, ")");
   if (config.train.precision != "bf16") refuse("needs train.precision: bf16, not ", config.train.precision);
 }
 
@@ -42,13 +43,17 @@ VitConfig model_config(const RunConfig& config, int64_t classes) {
   set(vit.image_size, m.image_size), set(vit.patch_size, m.patch_size), set(vit.channels, m.channels);
   set(vit.width, m.width), set(vit.depth, m.depth), set(vit.heads, m.heads);
   set(vit.mlp_ratio, m.mlp_ratio), set(vit.qkv_bias, m.qkv_bias);
-  if (m.classes) vit.classes = *m.classes;
-  else if (classes > 0) vit.classes = classes;
+  if (m.classes)
+    vit.classes = *m.classes;
+  else if (classes > 0)
+    vit.classes = classes;
   if (m.pool) vit.class_token = *m.pool == "token";
   vit.drop_rate = m.drop_rate;
   vit.attn_drop_rate = m.attn_drop_rate;
   vit.drop_path = m.drop_path;
-  vit.attention = m.attention == "explicit" ? AttentionKind::explicit_ : m.attention == "cudnn" ? AttentionKind::cudnn : AttentionKind::fused;
+  vit.attention = m.attention == "explicit" ? AttentionKind::explicit_
+                  : m.attention == "cudnn"  ? AttentionKind::cudnn
+                                            : AttentionKind::fused;
   if (vit.attention == AttentionKind::cudnn) check_cudnn(config);
   if (vit.attn_drop_rate > 0 && vit.attention != AttentionKind::explicit_)
     config.refuse("model.attn_drop_rate", "dropout on attention weights needs model.attention: explicit");
@@ -115,11 +120,16 @@ class RandomDataset : public Dataset {
 
 /// Mean and standard deviation of the training pixels, as published for each set.
 void default_normalization(const std::string& kind, std::vector<float>& mean, std::vector<float>& std) {
-  if (kind == "cifar10") mean = {0.4914f, 0.4822f, 0.4465f}, std = {0.2470f, 0.2435f, 0.2616f};
-  else if (kind == "cifar100") mean = {0.5071f, 0.4865f, 0.4409f}, std = {0.2673f, 0.2564f, 0.2762f};
-  else if (kind == "idx") mean = {0.1307f}, std = {0.3081f};
-  else if (kind == "image_folder") mean = {0.485f, 0.456f, 0.406f}, std = {0.229f, 0.224f, 0.225f};
-  else mean = {0.5f, 0.5f, 0.5f}, std = {0.5f, 0.5f, 0.5f};
+  if (kind == "cifar10")
+    mean = {0.4914f, 0.4822f, 0.4465f}, std = {0.2470f, 0.2435f, 0.2616f};
+  else if (kind == "cifar100")
+    mean = {0.5071f, 0.4865f, 0.4409f}, std = {0.2673f, 0.2564f, 0.2762f};
+  else if (kind == "idx")
+    mean = {0.1307f}, std = {0.3081f};
+  else if (kind == "image_folder")
+    mean = {0.485f, 0.456f, 0.406f}, std = {0.229f, 0.224f, 0.225f};
+  else
+    mean = {0.5f, 0.5f, 0.5f}, std = {0.5f, 0.5f, 0.5f};
 }
 
 void fit_channels(std::vector<float>& values, int64_t channels) {
@@ -232,23 +242,23 @@ StorageConfig reference_storage() {
   return exact;
 }
 
-SentBatch send(Batch batch, int64_t classes, Device device) {
+SentBatch send(Batch batch, int64_t classes, Device device, const cuda::Mark& after) {
   check_labels(batch.labels, classes);
   SentBatch sent{std::move(batch), {}, {}, {}, {}};
   sent.pixels = sent.host.images, sent.labels = sent.host.labels;
   if (device.kind != DeviceKind::cuda) return sent;
   const auto copy = [&](Tensor& t) {  // a byte a value: four times less to move than floats
     const Tensor there = Tensor::empty(t.shape(), t.dtype(), device, MemoryKind::inputs);
-    sent.arrival = cuda::copy_to_device_beside(there.raw(), t.raw(), t.bytes());
+    sent.arrival = cuda::copy_to_device_beside(there.raw(), t.raw(), t.bytes(), after);
     t = there;
   };
   copy(sent.pixels);
   copy(sent.labels);
   sent.guard = std::shared_ptr<void>(nullptr, [mark = sent.arrival](void*) {
-                  if (cuda::passed(mark)) return;
-                  cuda::wait_for(mark);
-                  cuda::synchronize();
-                });
+    if (cuda::passed(mark)) return;
+    cuda::wait_for(mark);
+    cuda::synchronize();
+  });
   return sent;
 }
 

@@ -1,8 +1,9 @@
 #include "mesa/train/signals.h"
 
+#include <unistd.h>
+
 #include <csignal>
 #include <ctime>
-#include <unistd.h>
 
 namespace mesa {
 namespace {

@@ -44,7 +44,7 @@ class Run {
   int loop();
   bool train_epoch();
   SentBatch next_batch();
-  void look_ahead();
+  void look_ahead(const cuda::Mark& after);
   void report(const UpdateResult& result, double seconds);
   void show(const UpdateResult& result);
   void report_saturation();
@@ -226,11 +226,12 @@ bool Run::train_epoch() {
     try {
       const int64_t count = std::min(config_.train.accumulation, batches - state_.batch);  // fewer at the end of an epoch
       const UpdateResult result = updater_(
-          count, [this] { return next_batch(); }, [this] { look_ahead(); }, state_);
+          count, [this] { return next_batch(); }, [this](const cuda::Mark& after) { look_ahead(after); }, state_);
       state_.batch += count;
       report(result, now() - start);
     } catch (const Error&) {
       state_ = before;
+      policy_.roll_back();  // ranges have seen the batches of an update that does not count
       throw;
     }
     if (state_.bad_in_a_row >= config_.train.max_bad_steps) return false;
@@ -253,9 +254,9 @@ SentBatch Run::next_batch() {
 }
 
 /// While a GPU works on one batch, the next one is on its way to it.
-void Run::look_ahead() {
+void Run::look_ahead(const cuda::Mark& after) {
   if (model_.device.kind != DeviceKind::cuda || ahead_ || taken_ >= train_loader_.batches_per_epoch()) return;
-  if (auto batch = train_loader_.next()) ahead_ = send(std::move(*batch), vit_.classes, model_.device);
+  if (auto batch = train_loader_.next()) ahead_ = send(std::move(*batch), vit_.classes, model_.device, after);
 }
 
 void Run::report(const UpdateResult& result, double seconds) {
@@ -440,6 +441,7 @@ std::string dry_run(const RunConfig& config, int64_t fit_bytes) {
   model = model_config(config, classes);
   compute_dtype(config, config.device == "cuda" ? kCuda : choose_device(config.device));
   make_transform(config, model);
+  if (config.train.cuda_graph) RecordedSteps::check(config, config.device == "cuda" || is_gpu(choose_device(config.device)));
   RunConfig resolved = config;
   if (classes > 0) resolved.model.classes = model.classes;
   std::string out = concat(to_yaml(resolved), "\n", format_plan(plan_run(config, model), config.train.batch_size));

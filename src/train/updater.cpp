@@ -14,28 +14,28 @@ Updater::Updater(const RunConfig& config, BuiltModel& model, StoragePolicy& poli
   if (config.train.cuda_graph) recorded_.emplace(config, model, policy);
 }
 
-double Updater::forward_backward(const SentBatch& batch, uint64_t micro_step, double scale, const std::function<void()>& meanwhile) {
+double Updater::forward_backward(const SentBatch& batch, uint64_t micro_step, double scale, const Meanwhile& meanwhile) {
   Tensor loss;
   if (recorded_) {
-    meanwhile();
+    const cuda::Mark before = cuda::mark();
     loss = recorded_->run(batch, micro_step, std::bit_cast<uint64_t>(scale), [&](const SentBatch& from, const uint64_t* live_step) {
-      return pass(from, micro_step, live_step, scale, [] {});
+      return pass(from, micro_step, live_step, scale, [](const cuda::Mark&) {});
     });
+    meanwhile(before);
   } else {
     loss = pass(batch, micro_step, nullptr, scale, meanwhile);
   }
   return to(loss, kCpu).data<float>()[0];  // only now: until here a GPU need not be waited for
 }
 
-Tensor Updater::pass(const SentBatch& batch, uint64_t micro_step, const uint64_t* live_step, double scale,
-                     const std::function<void()>& meanwhile) {
+Tensor Updater::pass(const SentBatch& batch, uint64_t micro_step, const uint64_t* live_step, double scale, const Meanwhile& meanwhile) {
   Allocator& memory = Allocator::of(model_.device);
   const int64_t before = memory.use().of(MemoryKind::activations);
   Tape tape(policy_, static_cast<uint64_t>(config_.seed), micro_step, live_step);
   const Prepared data = prepare(batch, transform_);
   const Var loss = cross_entropy(model_.net(data.images), data.labels, config_.train.label_smoothing);
   activation_bytes_ = memory.use().of(MemoryKind::activations) - before;
-  meanwhile();  // before the backward pass is handed over, so that copies begun here run beside it
+  meanwhile({});  // before the backward pass is handed over, so that copies begun here run beside it
   tape.backward(loss, {}, scale);
   return loss.value();
 }
@@ -51,8 +51,7 @@ std::string samples_of(const Batch& batch) {
 
 }  // namespace
 
-UpdateResult Updater::operator()(int64_t count, const std::function<SentBatch()>& next, const std::function<void()>& meanwhile,
-                                 TrainingState& state) {
+UpdateResult Updater::operator()(int64_t count, const std::function<SentBatch()>& next, const Meanwhile& meanwhile, TrainingState& state) {
   UpdateResult result;
   result.lr = schedule_.at(state.step);
   model_.params.clear_gradients();

@@ -20,17 +20,19 @@ class Updater {
  public:
   Updater(const RunConfig& config, BuiltModel& model, StoragePolicy& policy, AdamW& optimizer, const Schedule& schedule,
           const TransformOptions& transform);
+  /// Called when work has been handed to the device: what it copies may begin after the mark (null: now) and runs beside that work.
+  using Meanwhile = std::function<void(const cuda::Mark& after)>;
   /// Takes `count` batches, one at a time, for one update, and advances step, micro_step and the counts of bad steps. `meanwhile` is called
-  /// each time a forward pass has been handed to the device: what it copies runs beside the backward pass.
-  UpdateResult operator()(int64_t count, const std::function<SentBatch()>& next, const std::function<void()>& meanwhile,
+  /// once for each batch.
+  UpdateResult operator()(int64_t count, const std::function<SentBatch()>& next, const Meanwhile& meanwhile,
                           TrainingState& state);
   /// Kept activations of the last forward pass, by the meter.
   int64_t activation_bytes() const { return activation_bytes_; }
 
  private:
-  double forward_backward(const SentBatch& batch, uint64_t micro_step, double scale, const std::function<void()>& meanwhile);
+  double forward_backward(const SentBatch& batch, uint64_t micro_step, double scale, const Meanwhile& meanwhile);
   /// Hands it over to the device; the loss is there later.
-  Tensor pass(const SentBatch& batch, uint64_t micro_step, const uint64_t* live_step, double scale, const std::function<void()>& meanwhile);
+  Tensor pass(const SentBatch& batch, uint64_t micro_step, const uint64_t* live_step, double scale, const Meanwhile& meanwhile);
   std::string find_culprit(const SentBatch& batch, uint64_t micro_step, const std::string& packed);
 
   const RunConfig& config_;

@@ -210,6 +210,7 @@ T* hinted(T* p) {
   return p;
 }
 }  // namespace mesa::emulation
+inline float __fsub_rn(float a, float b) { return a - b; }
 template <class T>
 T __ldg(const T* p) {
   return *mesa::emulation::hinted(p);

@@ -43,8 +43,9 @@ void finish_stream(cudaStream_t stream);
 cudaError_t result(cudaError_t status);
 /// What a wait returns: kernels that wrote where nothing is are noticed then, as on a GPU.
 cudaError_t state_of_device();
-/// How often the host has waited for the device, and how often a graph was run.
+/// How often the host has waited for the device, and how often a graph was made or run.
 int64_t waits();
+int64_t graphs_made();
 int64_t graph_launches();
 /// Whether there is a device at all.
 cudaError_t ready();

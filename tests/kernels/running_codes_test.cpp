@@ -82,6 +82,11 @@ TEST_CASE("running codes: quantize with the estimates' scale, and the estimates 
           REQUIRE(r.step.to_vector<float>() == step.to_vector<float>());
           REQUIRE(r.offset.to_vector<float>() == start.beta.to_vector<float>());
           REQUIRE(r.counts.to_vector<int64_t>() == counts.to_vector<int64_t>());
+          RunningCodes uncounted = running(layout, s.bits, s.stochastic, x.numel(), s.in_place);
+          uncounted.counts = Tensor();
+          run(x, uncounted);
+          uncounted.counts = r.counts;
+          REQUIRE((written(uncounted) == written(r)));
           for (int64_t g = 0; g < layout.groups; ++g) {
             const double a = start.alpha.data<float>()[g], b = start.beta.data<float>()[g], keep = a == 0 ? 0 : 0.75;
             const double l = lo.data<float>()[g], extent = static_cast<double>(hi.data<float>()[g]) - l;

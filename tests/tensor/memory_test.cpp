@@ -61,6 +61,8 @@ TEST_CASE("memory: a cache of its own shares no block, and gives all back in the
       address = memory.allocate(bytes, MemoryKind::workspace)->data();  // released at once, into its cache
       CHECK(memory.allocate(bytes, MemoryKind::workspace)->data() == address);
       survivor = memory.allocate(1000, MemoryKind::workspace);
+      const auto lasting = memory.allocate(bytes, MemoryKind::optimizer);
+      CHECK(lasting->data() != address);  // what outlives a pass belongs to no pass
     }
     CHECK(memory.allocate(bytes, MemoryKind::workspace)->data() != address);
     memory.release_cached();  // everybody's

@@ -1,17 +1,19 @@
 // The trainer in this process: what a full disk, NaN and infinity do to a run.
 #include "mesa/train/trainer.h"
 
-#include <cerrno>
+#include <omp.h>
+
 #include <catch2/catch.hpp>
+#include <cerrno>
 #include <filesystem>
 #include <fstream>
 #include <iostream>
 #include <limits>
 #include <nlohmann/json.hpp>
-#include <omp.h>
 #include <sstream>
 
 #include "mesa/base/files.h"
+#include "mesa/base/random.h"
 #include "mesa/tensor/memory.h"
 #include "mesa/train/checkpoint.h"
 #include "mesa/train/files.h"
@@ -148,14 +150,81 @@ TEST_CASE("trainer: the system is asked for no memory after the first epoch") {
   CHECK(Allocator::of(testing::test_device()).use().system_allocations == short_run);
 }
 
+TEST_CASE("trainer: recorded passes train bit for bit like those that are handed over one by one") {
+  if (test_device() != kCuda) return;
+  const Trainer t;
+  for (const char* variant : {"train.precision=bf16", "train.accumulation=3", "train.accumulation=4", "optimizer.lr=1e15"}) {
+    INFO(variant);
+    std::string results[2];
+    for (const bool recorded : {false, true}) {
+      fs::remove_all(t.path("run"));
+      const int code = t.run({"model.drop_path=0.2", "model.drop_rate=0.1", "model.width=64", "model.heads=2", "train.max_bad_steps=3",
+                              variant, concat("train.cuda_graph=", recorded ? "true" : "false")});
+      results[recorded] = concat("exit code ", code, "\n");
+      std::istringstream lines(t.text("run/metrics.jsonl"));
+      for (std::string line; std::getline(lines, line);) {
+        const auto row = nlohmann::json::parse(line);
+        for (const char* key : {"step", "loss", "grad_norm", "bad_steps"}) results[recorded] += row.at(key).dump() + " ";
+      }
+      for (const char* file : {"model.safetensors", "state.safetensors"}) {
+        const SafetensorsFile kept = read_safetensors(t.path(concat("run/checkpoints/last/", file)));
+        CHECK(kept.tensors.size() > 10);
+        for (const NamedTensor& tensor : kept.tensors)
+          results[recorded] +=
+              concat(tensor.name, " ",
+                     hash_name({static_cast<const char*>(tensor.tensor.raw()), static_cast<size_t>(tensor.tensor.bytes())}), "\n");
+      }
+    }
+    CHECK(results[0] == results[1]);
+  }
+}
+
+TEST_CASE("trainer: an error within an update leaves no trace in the running ranges") {
+  const Trainer t;
+  fs::create_directories(t.path("data"));
+  const auto picture = [&](const char* part, int i) { return concat("data/", part, "/", i % 2 ? "a" : "b", "/", i, ".png"); };
+  for (const char* part : {"train", "val"})
+    for (int i = 0; i < 48; ++i) t.folder.write(picture(part, i), encode_png(test_image(16, 16, 3)));
+  std::vector<std::string> sets{"data.kind=image_folder", "data.path=" + t.path("data"), "data.train_size=0", "data.test_size=0",
+                                "train.batch_size=4",     "train.accumulation=3",        "data.prefetch=1",   "optimizer.lr=1e-30"};
+  const auto ranges = [&] {
+    std::string out;
+    for (const NamedTensor& tensor : read_safetensors(t.path("run/checkpoints/last/state.safetensors")).tensors)
+      if (tensor.name.find("/alpha") != std::string::npos)
+        for (const double value : tensor.tensor.to_vector<double>()) out += concat(tensor.name, " ", value, "\n");
+    return out;
+  };
+  int compared = 0;
+  for (int damaged = 0; damaged < 24 && compared < 3; ++damaged) {
+    fs::remove_all(t.path("run"));
+    t.folder.write(picture("train", damaged), Bytes{1, 2, 3});
+    const std::string error = error_of([&] { t.run(sets); });
+    t.folder.write(picture("train", damaged), encode_png(test_image(16, 16, 3)));
+    const size_t at = error.find("step ");
+    REQUIRE(at != std::string::npos);
+    const int step = std::stoi(error.substr(at + 5));
+    if (step == 0) continue;  // nothing was saved
+    const std::string after_error = ranges();
+    fs::remove_all(t.path("run"));
+    sets.push_back(concat("train.steps=", step));
+    REQUIRE(t.run(sets) == 0);
+    sets.pop_back();
+    CHECK(after_error == ranges());
+    CHECK(after_error.size() > 100);
+    ++compared;
+  }
+  CHECK(compared > 0);
+}
+
 TEST_CASE("trainer: a damaged picture ends the run with its name and a state to resume") {
   const Trainer t;
   fs::create_directories(t.path("data"));
   for (const char* part : {"train", "val"})
     for (int i = 0; i < 40; ++i)
       t.folder.write(concat("data/", part, "/", i % 2 ? "a" : "b", "/", i, ".png"), encode_png(test_image(16, 16, 3)));
-  const std::vector<std::string> sets{"data.kind=image_folder", "data.path=" + t.path("data"), "data.train_size=0", "data.test_size=0",
-                                      "train.batch_size=4", "train.epochs=3", "data.prefetch=1"};
+  const std::vector<std::string> sets{"data.kind=image_folder", "data.path=" + t.path("data"), "data.train_size=0",
+                                      "data.test_size=0",       "train.batch_size=4",          "train.epochs=3",
+                                      "data.prefetch=1"};
   REQUIRE(t.run(sets) == 0);
   fs::remove_all(t.path("run"));
   t.folder.write("data/train/a/1.png", Bytes{1, 2, 3});

@@ -35,10 +35,12 @@ inline bool available() { return unavailable().empty(); }
 
 /// A point in the work of a stream that another can wait for (an event, returned to a pool when the last holder is gone).
 using Mark = std::shared_ptr<void>;
-/// Copies beside the work, on a stream of their own for each direction: they begin when all that stream() has by now is done. `host` is
-/// pinned. Neither side may be reused before the mark is passed.
+/// After all that stream() has by now.
+[[gnu::weak]] Mark mark();
+/// Copies beside the work, on a stream of their own for each direction: they begin when `after` is passed, or (null) when all that stream()
+/// has by now is done. `host` is pinned. Neither side may be reused before the mark is passed.
 [[gnu::weak]] Mark copy_to_host_beside(void* host, const void* device, int64_t bytes);
-[[gnu::weak]] Mark copy_to_device_beside(void* device, const void* host, int64_t bytes);
+[[gnu::weak]] Mark copy_to_device_beside(void* device, const void* host, int64_t bytes, const Mark& after = {});
 [[gnu::weak]] bool passed(const Mark& mark);
 /// What stream() gets from now on begins when the mark is passed; the host does not wait.
 [[gnu::weak]] void wait_for(const Mark& mark);

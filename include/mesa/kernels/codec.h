@@ -20,7 +20,7 @@ MESA_KERNEL(group_range, const Tensor& x, GroupLayout layout, const Tensor& lo, 
 /// Packs x (uniform rows) into codes [ceil(numel bits / 8)] u8 with given step[g] > 0 or = 0 (a constant group: code 0), offset[g] (f32).
 /// Element e (logical order) lies in bits (e mod (8/bits)) * bits of byte e / (8/bits), low bits first.
 /// u is 1/2 for nearest; for stochastic rounding the 16-bit dither h(e) + 1/2 over 65,536, where h(e) is the low (e even) or high (e odd)
-/// half of word (e % 8) / 2 of philox(e / 8, key.step, key.key).
+/// half of word (e % 8) / 2 of philox(e / 8, key.now(), key.key).
 /// v = fma(x - offset, 1/step, u) in f32 with 1/step rounded once: the same on every device. NaN gets code 0, infinities an end; both are
 /// counted. f64 is rounded to f32 first. A group whose 1/step is not finite counts as constant.
 /// lo/hi, if defined, receive the groups' minimum and maximum as group_range gives them, in the same pass.

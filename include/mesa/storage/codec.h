@@ -67,7 +67,7 @@ class Codec {
   /// Running state as it is now is what roll_back returns to.
   virtual void commit() {}
   virtual void roll_back() {}
-  /// Names the memory that the next pack or open uses for running state; and what that call does to the codec itself, for work on a device
+  /// Names the memory that the next pack or open uses for running state (never 0 where there is state); and what that call does to the codec itself, for work on a device
   /// that was recorded in the same phase and runs again without the call.
   virtual uint64_t phase() const { return 0; }
   virtual void repeat() {}

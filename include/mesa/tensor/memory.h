@@ -68,7 +68,8 @@ class Allocator {
 
   /// A cache of its own, empty at first; its blocks return to the system when neither its holder nor a tensor is left.
   std::shared_ptr<BlockCache> new_cache();
-  /// While it lives, blocks come from this cache and no other: recorded work owns the addresses that it uses.
+  /// While it lives, blocks of what a pass needs (activations, inputs, workspace) come from this cache and no other: recorded work owns the
+  /// addresses that it uses. What outlives a pass comes from everybody's as ever. One thread allocates on a device meanwhile.
   class Using {
    public:
     Using(Allocator& allocator, std::shared_ptr<BlockCache> cache);

@@ -44,8 +44,8 @@ struct SentBatch {
   cuda::Mark arrival;     ///< null on the CPU
   std::shared_ptr<void> guard;  ///< whoever drops a batch waits until nothing copies from or to its memory
 };
-/// Checks the labels against `classes` and starts the copy.
-SentBatch send(Batch batch, int64_t classes, Device device);
+/// Checks the labels against `classes` and starts the copy, which waits for `after` where that is given.
+SentBatch send(Batch batch, int64_t classes, Device device, const cuda::Mark& after = {});
 /// Normalizes on the device, once the copy has arrived.
 Prepared prepare(const SentBatch& batch, const TransformOptions& transform);
 
