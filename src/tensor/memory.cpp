@@ -43,9 +43,10 @@ std::atomic<uint64_t> next_buffer_id{1};
 }  // namespace
 
 struct BlockCache {
-  Allocator::Impl& owner;
-  std::map<int64_t, std::vector<void*>> free{};  // by capacity
+  explicit BlockCache(Allocator::Impl& owner) : owner(owner) {}
   ~BlockCache();
+  Allocator::Impl& owner;
+  std::map<int64_t, std::vector<void*>> free;  // by capacity
   void release();
 };
 
