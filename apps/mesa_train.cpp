@@ -2,6 +2,7 @@
 #include <filesystem>
 
 #include "app.h"
+#include "mesa/train/plan.h"
 #include "mesa/train/signals.h"
 #include "mesa/train/trainer.h"
 
@@ -10,7 +11,7 @@ namespace {
 struct Arguments {
   std::string config, output, device;
   std::vector<std::string> overrides;
-  bool dry = false;
+  bool dry = false, list = false;
   double fit = 0;  // bytes
   mesa::TrainOptions options;
 };
@@ -33,6 +34,10 @@ void find_config(Arguments& args) {
 }
 
 int run(Arguments& args) {
+  if (args.list) {
+    std::fputs(mesa::list_models().c_str(), stdout);
+    return 0;
+  }
   if (args.config.empty()) find_config(args);
   mesa::RunConfig config = mesa::load_config(args.config, args.overrides);
   if (config.where("storage") == "default") config.storage = mesa::load_storage("exact");  // the shipped policy, not just its name
@@ -65,6 +70,7 @@ int main(int argc, char** argv) {
       ->check(CLI::Range(1.0, 1e15))
       ->type_name("BYTES")
       ->needs(dry);
+  app.add_flag("--list-models", args.list, "print the models that model.name may name, with their sizes and what they keep; train nothing");
   app.add_flag("--quiet", args.options.quiet, "no progress, only warnings and the summary");
   app.footer("Exit codes: 0 done; 1 failed; 2 wrong usage or config; 75 stopped by a signal and resumable.");
   return mesa::run_app(app, argc, argv, [&] {

@@ -89,20 +89,20 @@ void scatter_patches(const Tensor& dy, int64_t patch, const Tensor& dx) {
   });
 }
 
-void prepend_token(const Tensor& token, const Tensor& x, const Tensor& y) {
-  check(x.rank() == 3 && y.shape() == x.shape().with(1, x.dim(1) + 1) && x.is_contiguous() && y.is_contiguous(),
-        "prepend_token: tensors of shapes ", x.shape(), " and ", y.shape());
-  const int64_t tokens = x.dim(1) + 1, width = x.dim(2);
-  check(token.is_contiguous() && token.numel() == width, "prepend_token: a token of ", token.numel(), " elements before ", x.shape());
-  dispatch(token.dtype(), x.dtype(), y.dtype(), [&](auto tt, auto tx, auto ty) {
-    const auto* pt = token.data<decltype(tt)>();
+void prepend_tokens(const Tensor& front, const Tensor& x, const Tensor& y) {
+  check(front.rank() == 2 && x.rank() == 3 && front.dim(1) == x.dim(2) && y.shape() == x.shape().with(1, x.dim(1) + front.dim(0)) &&
+            front.is_contiguous() && x.is_contiguous() && y.is_contiguous(),
+        "prepend_tokens: tokens ", front.shape(), " before ", x.shape(), " into ", y.shape());
+  const int64_t tokens = y.dim(1), width = x.dim(2), before = front.dim(0);
+  dispatch(front.dtype(), x.dtype(), y.dtype(), [&](auto tt, auto tx, auto ty) {
+    const auto* pt = front.data<decltype(tt)>();
     const auto* px = x.data<decltype(tx)>();
     auto* py = y.data<decltype(ty)>();
     parallel_rows(y.dim(0) * tokens, width, [=](int64_t begin, int64_t end) {
       for (int64_t row = begin; row < end; ++row) {
-        const int64_t b = row / tokens;
-        if (row % tokens == 0) convert_row(pt, py + row * width, width);
-        else convert_row(px + (row - b - 1) * width, py + row * width, width);
+        const int64_t b = row / tokens, n = row % tokens;
+        if (n < before) convert_row(pt + n * width, py + row * width, width);
+        else convert_row(px + (row - (b + 1) * before) * width, py + row * width, width);
       }
     });
   });

@@ -1,6 +1,7 @@
-// y = value, y = a + b, y = a b, y = s x, y[m, n] = a[m, n] + b[n].
+// y = value, y = a + b, y = a b, y = s x, y[m, n] = a[m, n] + b[n], y[m, n] = s[m] x[m, n].
 #include "mesa/kernels/elementwise.h"
 #include "pointwise.h"
+#include "rows.h"
 
 namespace mesa::kernels::cuda {
 
@@ -40,6 +41,29 @@ __global__ void add_rows_kernel(int64_t packs, int64_t across, const X* a, const
   if (i < packs) store_pack(y + i * N, apply<N>(Sum{}, elements_at<N>(a + i * N), vb).v);
 }
 
+template <class X, class Y>
+struct ScaledRow {
+  using A = Acc<X>;
+  Rows<X> x;
+  Rows<Y> y;
+  const A* factors;
+  int64_t width;
+
+  template <class Team>
+  __device__ void operator()(Team team, int64_t row) const {
+    constexpr int V = Team::kVector;
+    Values<Team, X> values(row_at(x, row), width);
+    const A factor = factors[row];
+    team.each(width, [&](int p, auto c) {
+      const A(&v)[V] = values.at(p, c);
+      A out[V];
+#pragma unroll
+      for (int i = 0; i < V; ++i) out[i] = factor * v[i];
+      store_pack(row_at(y, row) + c, out);
+    });
+  }
+};
+
 }  // namespace
 
 void fill(const Tensor& y, double value) {
@@ -55,6 +79,18 @@ void add(const Tensor& a, const Tensor& b, const Tensor& y) { map("add", Sum{}, 
 void mul(const Tensor& a, const Tensor& b, const Tensor& y) { map("mul", Product{}, a, b, y); }
 
 void scale(const Tensor& x, double s, const Tensor& y) { map("scale", Scale{s}, x, y); }
+
+void scale_rows(const Tensor& x, const Tensor& s, const Tensor& y) {
+  check_alike(x, y, "scale_rows");
+  check(s.is_contiguous() && s.numel() == x.rows(), "scale_rows: ", s.numel(), " factors for ", x.rows(), " rows");
+  dispatch(x.dtype(), y.dtype(), [&](auto tx, auto ty) {
+    using X = decltype(tx);
+    using Y = decltype(ty);
+    constexpr int V = kVectorOf<X, Y>;
+    const ScaledRow<X, Y> rows{rows_of<X>(x), rows_of<Y>(y), s.data<Acc<X>>(), width_of(x)};
+    launch_rows<V>("scale_rows", x.rows(), rows.width, in_vectors<V>(rows.width, rows.x, rows.y), rows);
+  });
+}
 
 void add_rows(const Tensor& a, const Tensor& b, const Tensor& y) {
   check_alike(a, y, "add_rows");

@@ -141,13 +141,13 @@ void scatter_patches(const Tensor& dy, int64_t patch, const Tensor& dx) {
   copy(dy.reshape(view.shape()), view);
 }
 
-void prepend_token(const Tensor& token, const Tensor& x, const Tensor& y) {
-  check(x.rank() == 3 && y.shape() == x.shape().with(1, x.dim(1) + 1) && x.is_contiguous() && y.is_contiguous(),
-        "prepend_token: tensors of shapes ", x.shape(), " and ", y.shape());
-  const int64_t B = x.dim(0), N = x.dim(1), C = x.dim(2);
-  check(token.is_contiguous() && token.numel() == C, "prepend_token: a token of ", token.numel(), " elements before ", x.shape());
-  copy(token.as_strided({B, C}, {0, 1}, token.offset()), y.select(1, 0));
-  copy(x, y.narrow(1, 1, N));
+void prepend_tokens(const Tensor& front, const Tensor& x, const Tensor& y) {
+  check(front.rank() == 2 && x.rank() == 3 && front.dim(1) == x.dim(2) && y.shape() == x.shape().with(1, x.dim(1) + front.dim(0)) &&
+            front.is_contiguous() && x.is_contiguous() && y.is_contiguous(),
+        "prepend_tokens: tokens ", front.shape(), " before ", x.shape(), " into ", y.shape());
+  const int64_t B = x.dim(0), N = x.dim(1), C = x.dim(2), T = front.dim(0);
+  copy(front.as_strided({B, T, C}, {0, C, 1}, front.offset()), y.narrow(1, 0, T));
+  copy(x, y.narrow(1, T, N));
 }
 
 void mean_tokens(const Tensor& x, int64_t from, const Tensor& y) {

@@ -26,6 +26,9 @@ void VitConfig::validate() const {
   check(image_size % patch_size == 0, "model.image_size ", image_size, " does not divide into patches of ", patch_size, "; ",
         below > 0 ? concat(below, " or ") : "", below + patch_size, " would");
   check(width % heads == 0, "model.width ", width, " does not divide by model.heads ", heads);
+  check(registers >= 0 && registers <= 1024, "model.registers is ", registers, "; it must lie in [0, 1024]");
+  check(class_token || !distilled, "model.distilled needs model.pool: token");
+  check(layer_scale >= 0, "model.layer_scale is ", layer_scale, "; it must be 0 (none) or the factors' first value");
   check(hidden() > 0, "model.mlp_ratio ", mlp_ratio, " leaves no hidden unit");
   check(drop_path >= 0 && drop_path < 1 && drop_rate >= 0 && drop_rate < 1 && attn_drop_rate >= 0 && attn_drop_rate < 1,
         "model.drop_path, drop_rate and attn_drop_rate must lie in [0, 1)");
@@ -33,16 +36,24 @@ void VitConfig::validate() const {
 
 double VitConfig::forward_flops() const {
   const double n = static_cast<double>(tokens()), c = static_cast<double>(width), h = static_cast<double>(hidden());
-  const double patches = n - (class_token ? 1 : 0), pixels = static_cast<double>(channels * patch_size * patch_size);
+  const double pixels = static_cast<double>(channels * patch_size * patch_size), heads_out = distilled ? 2 : 1;
   const double block = n * (4 * c * c + 2 * c * h) + 2 * n * n * c;
-  return 2 * (patches * c * pixels + static_cast<double>(depth) * block + c * static_cast<double>(classes));
+  return 2 *
+         (static_cast<double>(patches()) * c * pixels + static_cast<double>(depth) * block + heads_out * c * static_cast<double>(classes));
 }
 
 Vit::Vit(const Builder& build, const VitConfig& config) : config_(config), residual_(build.residual()) {
   config_.validate();
   const int64_t C = config_.width;
-  if (config_.class_token) cls_token_ = &build.param("cls_token", {1, 1, C}, Init::normal(1e-6), false);
-  pos_embed_ = &build.param("pos_embed", {1, config_.tokens(), C}, Init::truncated_normal(0.02), false);
+  if (config_.class_token) prefix_.push_back(&build.param("cls_token", {1, 1, C}, Init::normal(1e-6), false));
+  if (config_.distilled) prefix_.push_back(&build.param("dist_token", {1, 1, C}, Init::truncated_normal(0.02), false));
+  if (config_.registers > 0) prefix_.push_back(&build.param("reg_token", {1, config_.registers, C}, Init::normal(1e-6), false));
+  const int64_t positions = config_.token_positions ? config_.tokens() : config_.patches();
+  pos_embed_ = &build.param("pos_embed", {1, positions, C}, Init::truncated_normal(0.02), false);
+  const auto layer_scale = [&](const char* name) -> Param* {
+    const Scope scope(name);
+    return config_.layer_scale > 0 ? &build.param("gamma", {C}, Init::constant(config_.layer_scale), false) : nullptr;
+  };
   patch_embed_ = PatchEmbed::make(build, "patch_embed", config_.channels, config_.patch_size, C);
   for (int64_t i = 0; i < config_.depth; ++i) {
     const std::string name = concat("blocks.", i);
@@ -55,13 +66,29 @@ Vit::Vit(const Builder& build, const VitConfig& config) : config_(config), resid
     block.norm1 = LayerNorm::make(build, "norm1", C);
     block.attn =
         Attention::make(build, "attn", C, config_.heads, config_.attention, config_.qkv_bias, config_.drop_rate, config_.attn_drop_rate);
+    block.attn.proj.scale = layer_scale("ls1");
     block.norm2 = LayerNorm::make(build, "norm2", C);
     block.mlp = Mlp::make(build, "mlp", C, config_.hidden(), config_.drop_rate);
+    block.mlp.fc2.scale = layer_scale("ls2");
     blocks_.push_back(std::move(block));
   }
   norm_ = LayerNorm::make(build, config_.class_token ? "norm" : "fc_norm", C);
   head_ = Linear::make(build, "head", C, config_.classes);
   head_.out = residual_;
+  if (!config_.distilled) return;
+  head_dist_ = Linear::make(build, "head_dist", C, config_.classes);
+  head_dist_->out = residual_;
+}
+
+Var Vit::embed(const Var& images) const {
+  Var x = patch_embed_(images);  // [B, N, C]
+  const Scope scope("pos_drop");
+  if (!config_.token_positions) x = bias(x, *pos_embed_);
+  std::vector<Var> front(prefix_.size());
+  for (size_t i = 0; i < front.size(); ++i) front[i] = *prefix_[i];
+  if (!front.empty()) x = prepend_tokens(front, x);
+  if (config_.token_positions) x = bias(x, *pos_embed_);
+  return dropout(x, config_.drop_rate);
 }
 
 Var Vit::operator()(const Var& images) const {
@@ -69,52 +96,83 @@ Var Vit::operator()(const Var& images) const {
   check(images.value().rank() == 4 && images.dim(1) == config_.channels && images.dim(2) == config_.image_size &&
             images.dim(3) == config_.image_size,
         "the model takes [B, ", config_.channels, ", ", config_.image_size, ", ", config_.image_size, "], not ", images.shape());
-  Var x = patch_embed_(images);  // [B, N, C]
-  if (cls_token_) x = prepend_token(*cls_token_, x);
-  {
-    const Scope scope("pos_drop");
-    x = dropout(bias(x, *pos_embed_), config_.drop_rate);
-  }
+  Var x = embed(images);
   for (const EncoderBlock& block : blocks_) x = block(x);
-  // A layer norm works token by token, so pooling first gives the same class token and keeps one token instead of all.
-  return head_(norm_(config_.class_token ? select_token(x, 0) : mean_pool(x, 0)));
+  // A layer norm works token by token, so pooling first gives the same result and keeps what is read instead of all.
+  if (head_dist_) {
+    const Var both = norm_(first_tokens(x, 2));
+    return scale(head_(select_token(both, 0)) + (*head_dist_)(select_token(both, 1)), 0.5);
+  }
+  return head_(norm_(config_.class_token ? select_token(x, 0) : mean_pool(x, config_.prefix())));
 }
 
 namespace {
 
 struct Size {
   const char* name;
-  int64_t width, heads;
+  int64_t width, heads, depth, patch;
 };
-constexpr Size kSizes[] = {{"tiny", 192, 3}, {"small", 384, 6}, {"base", 768, 12}};
+constexpr Size kTiny{"tiny", 192, 3, 12, 16}, kSmall{"small", 384, 6, 12, 16}, kMedium{"medium", 512, 8, 12, 16},
+    kBase{"base", 768, 12, 12, 16}, kLarge{"large", 1024, 16, 24, 16}, kHuge{"huge", 1280, 16, 32, 14};
 
 VitConfig sized(const Size& size, int64_t image_size) {
   VitConfig config;
   config.width = size.width;
   config.heads = size.heads;
+  config.depth = size.depth;
+  config.patch_size = size.patch;
   config.image_size = image_size;
   return config;
 }
 
+/// timm's name.
+std::string full_name(const std::string& family, const Size& size, int64_t image_size, const char* variant = "") {
+  return concat(family, "_", size.name, variant, "_patch", size.patch, "_", image_size);
+}
+
 std::vector<std::pair<std::string, VitConfig>> table() {
-  std::vector<std::pair<std::string, VitConfig>> all{{"vit", sized(kSizes[0], 224)}};
+  std::vector<std::pair<std::string, VitConfig>> all{{"vit", sized(kTiny, 224)}};
   for (const char* family : {"deit", "vit"})
-    for (const Size& size : kSizes)
-      for (int64_t image_size : {224, 384}) {
-        const VitConfig config = sized(size, image_size);
-        all.emplace_back(concat(family, "_", size.name, "_patch16_", image_size), config);
-        if (image_size == 224) all.emplace_back(concat(family, "_", size.name), config);
-      }
+    for (const Size& size : {kTiny, kSmall, kBase})
+      for (int64_t image_size : {224, 384}) all.emplace_back(full_name(family, size, image_size), sized(size, image_size));
+  for (int64_t image_size : {224, 384}) all.emplace_back(full_name("vit", kLarge, image_size), sized(kLarge, image_size));
+  all.emplace_back(full_name("vit", kHuge, 224), sized(kHuge, 224));
+  for (const Size& size : {kTiny, kSmall, kBase}) {
+    VitConfig config = sized(size, 224);
+    config.distilled = true;
+    all.emplace_back(full_name("deit", size, 224, "_distilled"), config);
+  }
+  for (const Size& size : {kSmall, kMedium, kBase, kLarge, kHuge}) {
+    VitConfig config = sized(size, 224);
+    config.layer_scale = 1e-6;
+    config.token_positions = false;
+    all.emplace_back(full_name("deit3", size, 224), config);
+  }
+  return all;
+}
+
+/// Short names for what is asked for most: deit_small is deit_small_patch16_224.
+std::vector<std::pair<std::string, std::string>> aliases() {
+  std::vector<std::pair<std::string, std::string>> all;
+  for (const char* family : {"deit", "vit"})
+    for (const Size& size : {kTiny, kSmall, kBase}) all.emplace_back(concat(family, "_", size.name), full_name(family, size, 224));
+  for (const Size& size : {kLarge, kHuge}) all.emplace_back(concat("vit_", size.name), full_name("vit", size, 224));
   return all;
 }
 
 }  // namespace
 
 VitConfig vit_config(const std::string& name) {
+  std::vector<std::string> names = model_names();
+  std::string wanted = name;
+  for (const auto& [alias, full] : aliases()) {
+    names.push_back(alias);
+    if (alias == name) wanted = full;
+  }
   for (const auto& [known, config] : table())
-    if (known == name) return config;
-  const std::string near = nearest(name, model_names());
-  fail("there is no model '", name, "'", near.empty() ? "" : "; did you mean '" + near + "'?");
+    if (known == wanted) return config;
+  const std::string near = nearest(name, names);
+  fail("there is no model '", name, "'", near.empty() ? "" : "; did you mean '" + near + "'?", " (mesa-train --list-models)");
 }
 
 std::vector<std::string> model_names() {

@@ -66,7 +66,8 @@ Var bias(const Var& x, const Var& b) {
   const Tensor y = empty_like(x.value());
   kernels::add_rows(x.value(), b.value(), y);
   return op.record(y, [n, to_x = op.wants(x), db = op.gradient(b)](const Tensor& dy) -> Grads {
-    return {to_x ? dy : Tensor(), db.into([&](const Tensor& out, bool accumulate) { kernels::sum_rows(dy, out.reshape({n}), accumulate); })};
+    return {to_x ? dy : Tensor(),
+            db.into([&](const Tensor& out, bool accumulate) { kernels::sum_rows(dy, out.reshape({n}), accumulate); })};
   });
 }
 

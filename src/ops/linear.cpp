@@ -1,5 +1,6 @@
 #include "mesa/kernels/elementwise.h"
 #include "mesa/kernels/matmul.h"
+#include "mesa/kernels/norm.h"
 #include "mesa/ops/ops.h"
 #include "weight_grad.h"
 
@@ -10,6 +11,23 @@ namespace {
 Tensor weight_as(const Var& w, DType dtype) { return w.param() ? w.param()->as(dtype) : w.value(); }
 
 Tensor flatten(const Tensor& x) { return x.reshape({x.rows(), x.dim(-1)}); }
+
+/// A gradient of y as rows in the dtype that products run in.
+Tensor rows_of(const Tensor& dy, DType dtype) {
+  const Tensor rows = flatten(dy);
+  if (rows.dtype() == dtype) return rows;
+  const Tensor narrow = empty_like(rows, dtype);
+  kernels::copy(rows, narrow);
+  return narrow;
+}
+
+/// Writes a gradient to `out`, or adds it to what is there.
+void put(const Tensor& gradient, const Tensor& out, bool accumulate) {
+  if (accumulate)
+    kernels::add(out, gradient, out);
+  else
+    kernels::copy(gradient, out);
+}
 
 std::vector<Var> defined_of(std::vector<Var> vars) {
   std::erase_if(vars, [](const Var& v) { return !v.defined(); });
@@ -34,11 +52,7 @@ Var linear(const Var& x, const Var& w, const Var& b, std::optional<DType> out, c
                    [=, to_x = op.wants(x), to_residual = residual.defined() && op.wants(residual), type_x = x.dtype(), shape_x = x.shape(),
                     dw = op.gradient(w), db = b.defined() ? op.gradient(b) : Target(), has_bias = b.defined(),
                     has_residual = residual.defined()](const Tensor& dy_) -> Grads {
-                     Tensor dy = flatten(dy_);
-                     if (dy.dtype() != type_x) {  // products need one dtype
-                       dy = empty_like(dy, type_x);
-                       kernels::copy(flatten(dy_), dy);
-                     }
+                     const Tensor dy = rows_of(dy_, type_x);
                      Tensor dx;
                      const auto [to_w, to_b] = weight_and_bias_grads(dw, db, dy, [&] { return flatten(sx.get()); });
                      if (to_x) {
@@ -48,6 +62,64 @@ Var linear(const Var& x, const Var& w, const Var& b, std::optional<DType> out, c
                      Grads grads{dx, to_w};
                      if (has_bias) grads.push_back(to_b);
                      if (has_residual) grads.push_back(to_residual ? dy_ : Tensor());
+                     return grads;
+                   });
+}
+
+Var scaled_linear(const Var& x, const Var& w, const Var& b, const Var& gamma, std::optional<DType> out, const Var& residual) {
+  const Op op("scaled_linear", defined_of({x, w, b, gamma, residual}));
+  check(w.value().rank() == 2 && b.defined() && x.value().rank() >= 1 && x.dim(-1) == w.dim(1), "scaled_linear: x ends in ", x.dim(-1),
+        " but the weight is ", w.shape());
+  check(gamma.value().numel() == w.dim(0), "scaled_linear: gamma has ", gamma.value().numel(), " elements for ", w.dim(0), " outputs");
+  const Shape shape = x.shape().with(-1, w.dim(0));
+  check(!residual.defined() || residual.shape() == shape, "scaled_linear: a residual of shape ", residual.shape(),
+        " for a result of shape ", shape);
+  const Tensor g = gamma.value(), weight = w.value(), bias = b.value();
+  const auto scaled_weight = [=, type = x.dtype()] {
+    const Tensor scaled = empty_like(weight, type);
+    kernels::scale_rows(weight, g, scaled);
+    return scaled;
+  };
+  const Tensor scaled_bias = empty_like(bias);
+  kernels::mul(bias, g, scaled_bias);
+  const Tensor y = Tensor::empty(shape, residual.defined() ? residual.dtype() : out.value_or(x.dtype()), x.value().device());
+  kernels::matmul(flatten(x.value()), scaled_weight().transpose(0, 1), flatten(y), scaled_bias,
+                  residual.defined() ? flatten(residual.value()) : Tensor());
+  const bool learns = op.wants(w) || op.wants(gamma);
+  const Saved sx = learns ? op.save("x", x) : Saved();
+  return op.record(y,
+                   [=, to_x = op.wants(x), to_residual = residual.defined() && op.wants(residual), type_x = x.dtype(), shape_x = x.shape(),
+                    dw = op.gradient(w), db = op.gradient(b), dgamma = op.gradient(gamma),
+                    has_residual = residual.defined()](const Tensor& dy_) -> Grads {
+                     const Tensor dy = rows_of(dy_, type_x);
+                     Grads grads(has_residual ? 5 : 4);
+                     if (to_x) {
+                       grads[0] = Tensor::empty(shape_x, type_x, dy.device());
+                       kernels::matmul(dy, scaled_weight(), flatten(grads[0]));
+                     }
+                     // With W = gamma w and B = gamma b: dgamma = sum_i dW_i w_i + dB b, dw = gamma dW, db = gamma dB.
+                     const Tensor d_weight = learns ? empty_like(weight) : Tensor(), d_bias = empty_like(bias);
+                     if (learns)
+                       kernels::matmul_weight_grad(dy, flatten(sx.get()), d_weight, false, d_bias, false);
+                     else
+                       kernels::sum_rows(dy, d_bias, false);
+                     grads[3] = dgamma.into([&](const Tensor& to, bool add) {
+                       const int64_t O = weight.dim(0), I = weight.dim(1);
+                       const Tensor products = Tensor::empty({1, 1, O}, g.dtype(), g.device()), sum = empty_like(d_bias);
+                       kernels::attention_delta(d_weight.reshape({1, O, I}), weight.reshape({1, O, I}), products);  // of rows
+                       kernels::mul(d_bias, bias, sum);
+                       kernels::add(sum, products.reshape({O}), sum);
+                       put(sum, to, add);
+                     });
+                     grads[1] = dw.into([&](const Tensor& to, bool add) {
+                       kernels::scale_rows(d_weight, g, d_weight);
+                       put(d_weight, to, add);
+                     });
+                     grads[2] = db.into([&](const Tensor& to, bool add) {
+                       kernels::mul(d_bias, g, d_bias);
+                       put(d_bias, to, add);
+                     });
+                     if (to_residual) grads[4] = dy_;
                      return grads;
                    });
 }

@@ -5,6 +5,16 @@
 #include "weight_grad.h"
 
 namespace mesa {
+namespace {
+
+/// A copy of its own memory.
+Tensor contiguous(const Tensor& view) {
+  const Tensor out = empty_like(view);
+  kernels::copy(view, out);
+  return out;
+}
+
+}  // namespace
 
 Var patch_embed(const Var& images, const Var& w, const Var& b, DType compute, DType out) {
   const Op op("patch_embed", {images, w, b});
@@ -44,34 +54,69 @@ Var patch_embed(const Var& images, const Var& w, const Var& b, DType compute, DT
                    });
 }
 
-Var prepend_token(const Var& token, const Var& x) {
-  const Op op("prepend_token", {token, x});
+Var prepend_tokens(const std::vector<Var>& tokens, const Var& x) {
+  std::vector<Var> inputs = tokens;
+  inputs.push_back(x);
+  const Op op("prepend_tokens", inputs);
+  check(x.value().rank() == 3, "prepend_tokens needs [B, N, C], not ", x.shape());
   const int64_t C = x.dim(-1), N = x.dim(1);
-  check(x.value().rank() == 3 && token.value().numel() == C, "a token ", token.shape(), " does not fit ", x.shape());
-  const Tensor y = Tensor::empty(x.shape().with(1, N + 1), x.dtype(), x.value().device());
-  kernels::prepend_token(token.value().reshape({C}), x.value(), y);
-  return op.record(y, [=, to_x = op.wants(x), dtoken = op.gradient(token)](const Tensor& dy) -> Grads {
-    const auto contiguous = [](const Tensor& view) {
-      const Tensor out = empty_like(view);
-      kernels::copy(view, out);
-      return out;
-    };
-    return {dtoken.into([&](const Tensor& to, bool add) { kernels::sum_rows(contiguous(dy.select(1, 0)), to.reshape({C}), add); }),
-            to_x ? contiguous(dy.narrow(1, 1, N)) : Tensor()};
+  int64_t T = 0;
+  for (const Var& token : tokens) {
+    check(token.value().rank() == 3 && token.dim(0) == 1 && token.dim(2) == C, "tokens ", token.shape(), " do not fit ", x.shape());
+    T += token.dim(1);
+  }
+  check(T > 0, "prepend_tokens got no token");
+  const Tensor front = Tensor::empty({T, C}, tokens[0].dtype(), x.value().device());
+  struct Part {
+    int64_t from, count;
+    Target gradient;
+  };
+  std::vector<Part> parts;
+  for (const Var& token : tokens) {
+    const Part part{parts.empty() ? 0 : parts.back().from + parts.back().count, token.dim(1), op.gradient(token)};
+    kernels::copy(token.value().reshape({part.count, C}), front.narrow(0, part.from, part.count));
+    parts.push_back(part);
+  }
+  const Tensor y = Tensor::empty(x.shape().with(1, T + N), x.dtype(), x.value().device());
+  kernels::prepend_tokens(front, x.value(), y);
+  return op.record(y, [=, to_x = op.wants(x)](const Tensor& dy) -> Grads {
+    Grads grads;
+    for (const Part& part : parts)
+      grads.push_back(part.gradient.into([&](const Tensor& to, bool add) {
+        const Tensor all = contiguous(dy.narrow(1, part.from, part.count));  // summed over B, as rows of count C elements
+        kernels::sum_rows(all.reshape({dy.dim(0), part.count * C}), to.reshape({part.count * C}), add);
+      }));
+    grads.push_back(to_x ? contiguous(dy.narrow(1, T, N)) : Tensor());
+    return grads;
   });
 }
 
-Var select_token(const Var& x, int64_t index) {
-  const Op op("select_token", {x});
-  check(x.value().rank() == 3, "select_token needs [B, N, C], not ", x.shape());
-  const Tensor y = Tensor::empty({x.dim(0), x.dim(2)}, x.dtype(), x.value().device());
-  kernels::copy(x.value().select(1, index), y);  // a copy: a view would pin all tokens
-  return op.record(y, [index, shape = x.shape()](const Tensor& dy) -> Grads {
+namespace {
+
+/// Part of x, [B, ..., C], as a tensor of its own: a view would pin all tokens. `part` picks it from x and from its gradient.
+template <class Part>
+Var copied(const char* name, const Var& x, const Part& part) {
+  const Op op(name, {x});
+  const Var result = op.record(contiguous(part(x.value())), [part, shape = x.shape()](const Tensor& dy) -> Grads {
     const Tensor dx = Tensor::empty(shape, dy.dtype(), dy.device());
     kernels::fill(dx, 0);
-    kernels::copy(dy, dx.select(1, index));
+    kernels::copy(dy, part(dx));
     return {dx};
   });
+  if (x.recipe() == nullptr) return result;
+  return result.with_recipe([part, whole = x.recipe()] { return contiguous(part((*whole)())); });
+}
+
+}  // namespace
+
+Var first_tokens(const Var& x, int64_t n) {
+  check(x.value().rank() == 3 && n >= 1 && n <= x.dim(1), "the first ", n, " tokens of ", x.shape());
+  return copied("first_tokens", x, [n](const Tensor& t) { return t.narrow(1, 0, n); });
+}
+
+Var select_token(const Var& x, int64_t index) {
+  check(x.value().rank() == 3 && index >= 0 && index < x.dim(1), "the token at ", index, " of ", x.shape());
+  return copied("select_token", x, [index](const Tensor& t) { return t.select(1, index); });
 }
 
 Var mean_pool(const Var& x, int64_t from) {

@@ -42,7 +42,8 @@ VitConfig model_config(const RunConfig& config, int64_t classes) {
   };
   set(vit.image_size, m.image_size), set(vit.patch_size, m.patch_size), set(vit.channels, m.channels);
   set(vit.width, m.width), set(vit.depth, m.depth), set(vit.heads, m.heads);
-  set(vit.mlp_ratio, m.mlp_ratio), set(vit.qkv_bias, m.qkv_bias);
+  set(vit.mlp_ratio, m.mlp_ratio), set(vit.qkv_bias, m.qkv_bias), set(vit.distilled, m.distilled);
+  set(vit.registers, m.registers), set(vit.token_positions, m.token_positions), set(vit.layer_scale, m.layer_scale);
   if (m.classes)
     vit.classes = *m.classes;
   else if (classes > 0)

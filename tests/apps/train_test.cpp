@@ -152,6 +152,14 @@ TEST_CASE("apps: a plan for a GPU needs none, and tells the largest batch for so
   CHECK(tiny.train({}, "run", {"--fit", "1e9"}).code == 2);  // of a dry run only
 }
 
+TEST_CASE("apps: the models are listed with what they keep") {
+  const TinyRun tiny;
+  const ProcessResult result = tiny.call("mesa-train", {"--list-models"});
+  CHECK(result.code == 0);
+  for (const char* text : {"deit_small_patch16_224", "22050664", "deit3_huge_patch14_224", "vit_large_patch16_384", "_distilled_"})
+    CHECK_THAT(result.out, Contains(text));
+}
+
 TEST_CASE("apps: wrong usage ends with 2 and one line that names the place") {
   const TinyRun tiny;
   tiny.write("typo.yaml", "model: {name: vit}\ntrain:\n  epochz: 3\n");

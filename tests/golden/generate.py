@@ -3,11 +3,14 @@
 
 Needs Debian's python3-torch (written with 1.13); the tests themselves read the files only. Run in this folder:
     /usr/bin/python3 generate.py
-The model has timm's parameter names and structure: pre-norm, exact GELU, eps 1e-6, a class token and the head on norm(x)[:, 0]; the second
-file pools the patch tokens' mean and normalizes after that (fc_norm), without a class token.
+The models have timm's parameter names and structure: pre-norm, exact GELU, eps 1e-6, a class token and the head on norm(x)[:, 0].
+mean_pool pools the patch tokens' mean and normalizes after that (fc_norm), without a class token. distilled has a second token and head, and
+averages both. deit3 scales each branch by factors of its own (LayerScale), has two register tokens, and positions for patches alone.
+Files named as arguments are written; without arguments all are.
 """
 import json
 import struct
+import sys
 
 import torch
 from torch import nn
@@ -49,40 +52,64 @@ class Mlp(nn.Module):
         return self.fc2(F.gelu(self.fc1(x)))
 
 
-class Block(nn.Module):
+class LayerScale(nn.Module):
     def __init__(self):
+        super().__init__()
+        self.gamma = nn.Parameter(torch.zeros(WIDTH))
+
+    def forward(self, x):
+        return x * self.gamma
+
+
+class Block(nn.Module):
+    def __init__(self, layer_scale):
         super().__init__()
         self.norm1 = nn.LayerNorm(WIDTH, eps=1e-6)
         self.attn = Attention()
+        self.ls1 = LayerScale() if layer_scale else nn.Identity()
         self.norm2 = nn.LayerNorm(WIDTH, eps=1e-6)
         self.mlp = Mlp()
+        self.ls2 = LayerScale() if layer_scale else nn.Identity()
 
     def forward(self, x):
-        x = x + self.attn(self.norm1(x))
-        return x + self.mlp(self.norm2(x))
+        x = x + self.ls1(self.attn(self.norm1(x)))
+        return x + self.ls2(self.mlp(self.norm2(x)))
 
 
 class Vit(nn.Module):
-    def __init__(self, class_token, depth):
+    def __init__(self, class_token, depth, distilled=False, registers=0, layer_scale=False, token_positions=True):
         super().__init__()
         patches = (IMAGE // PATCH) ** 2
         if class_token:
             self.cls_token = nn.Parameter(torch.zeros(1, 1, WIDTH))
-        self.pos_embed = nn.Parameter(torch.zeros(1, patches + class_token, WIDTH))
+        if distilled:
+            self.dist_token = nn.Parameter(torch.zeros(1, 1, WIDTH))
+            self.head_dist = nn.Linear(WIDTH, CLASSES)
+        if registers:
+            self.reg_token = nn.Parameter(torch.zeros(1, registers, WIDTH))
+        prefix = class_token + distilled + registers
+        self.pos_embed = nn.Parameter(torch.zeros(1, patches + (prefix if token_positions else 0), WIDTH))
         self.patch_embed = PatchEmbed()
-        self.blocks = nn.Sequential(*[Block() for _ in range(depth)])
+        self.blocks = nn.Sequential(*[Block(layer_scale) for _ in range(depth)])
         if class_token:
             self.norm = nn.LayerNorm(WIDTH, eps=1e-6)
         else:
             self.fc_norm = nn.LayerNorm(WIDTH, eps=1e-6)
         self.head = nn.Linear(WIDTH, CLASSES)
-        self.class_token = class_token
+        self.class_token, self.distilled, self.token_positions = class_token, distilled, token_positions
 
     def forward(self, images):
         x = self.patch_embed(images)
-        if self.class_token:
-            x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], 1)
-        x = self.blocks(x + self.pos_embed)
+        if not self.token_positions:
+            x = x + self.pos_embed
+        front = [getattr(self, name) for name in ("cls_token", "dist_token", "reg_token") if hasattr(self, name)]
+        x = torch.cat([token.expand(len(x), -1, -1) for token in front] + [x], 1)
+        if self.token_positions:
+            x = x + self.pos_embed
+        x = self.blocks(x)
+        if self.distilled:
+            x = self.norm(x)
+            return (self.head(x[:, 0]) + self.head_dist(x[:, 1])) / 2
         return self.head(self.norm(x)[:, 0] if self.class_token else self.fc_norm(x.mean(1)))
 
 
@@ -105,9 +132,11 @@ def half_precise(x):
     return x.float().double()
 
 
-def generate(path, class_token, depth, steps):
+def generate(path, class_token, depth, steps, **options):
+    if len(sys.argv) > 1 and path not in sys.argv[1:]:
+        return
     torch.manual_seed(1234)
-    model = Vit(class_token, depth).double()
+    model = Vit(class_token, depth, **options).double()
     with torch.no_grad():
         for name, p in model.named_parameters():  # nothing is at a special value: gains near one, everything else spread out
             p.copy_(half_precise(torch.randn_like(p) * 0.15 + (1.0 if "norm" in name and name.endswith("weight") else 0.0)))
@@ -142,3 +171,5 @@ def generate(path, class_token, depth, steps):
 
 generate("deit.safetensors", True, depth=2, steps=10)
 generate("mean_pool.safetensors", False, depth=1, steps=0)  # forward and gradients only: the files stay small
+generate("distilled.safetensors", True, depth=1, steps=0, distilled=True)
+generate("deit3.safetensors", True, depth=1, steps=0, registers=2, layer_scale=True, token_positions=False)

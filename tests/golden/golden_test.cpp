@@ -6,8 +6,8 @@
 #include "mesa/models/vit.h"
 #include "mesa/optim/adamw.h"
 #include "mesa/train/safetensors.h"
-#include "support/paths.h"
 #include "support/gradcheck.h"
+#include "support/paths.h"
 
 using namespace mesa;
 using namespace mesa::testing;
@@ -56,16 +56,14 @@ struct Net {
   StoragePolicy policy;
   Tensor images, labels;
 
-  static VitConfig config(bool class_token, AttentionKind attention) {
-    VitConfig c;
-    c.image_size = 16, c.patch_size = 4, c.channels = 3, c.classes = 7, c.width = 24, c.depth = class_token ? 2 : 1, c.heads = 3;
-    c.class_token = class_token;
+  static VitConfig with(VitConfig c, AttentionKind attention) {
+    c.image_size = 16, c.patch_size = 4, c.channels = 3, c.classes = 7, c.width = 24, c.heads = 3;
     c.attention = attention;
     return c;
   }
 
-  Net(const SafetensorsFile& file, bool class_token, const Variant& v)
-      : model(Builder(store, 0, v.dtype, v.dtype, test_device()), config(class_token, v.attention)), policy(policy_of(v.storage)) {
+  Net(const SafetensorsFile& file, const VitConfig& config, const Variant& v)
+      : model(Builder(store, 0, v.dtype, v.dtype, test_device()), with(config, v.attention)), policy(policy_of(v.storage)) {
     for (Param& param : store.params()) {
       const Tensor& w = of(file, "weight/" + param.name);
       REQUIRE(w.shape() == param.value.shape());
@@ -94,12 +92,12 @@ std::vector<Variant> variants() {
   return all;
 }
 
-void check_gradients(const std::string& name, bool class_token) {
+void check_gradients(const std::string& name, const VitConfig& config) {
   const SafetensorsFile file = golden(name);
   for (const Variant& v : variants()) {
     const double tolerance = v.dtype == DType::f64 ? 1e-10 : 1e-5;
     INFO(name << ", " << v.storage << ", " << (v.attention == AttentionKind::fused ? "fused" : "explicit") << ", " << to_string(v.dtype));
-    Net net(file, class_token, v);
+    Net net(file, config, v);
     const auto [logits, loss] = net.gradients();
     check_close("logits", logits, of(file, "logits").to_vector<double>(), tolerance, tolerance);
     check_close("loss", loss, of(file, "loss").to_vector<double>(), tolerance, tolerance);
@@ -109,6 +107,12 @@ void check_gradients(const std::string& name, bool class_token) {
     for (const NamedTensor& t : file.tensors) weights += t.name.starts_with("weight/");
     CHECK(weights == net.store.params().size());
   }
+}
+
+VitConfig deit() {
+  VitConfig config;
+  config.depth = 2;
+  return config;
 }
 
 /// The gradient of a key's bias is zero (softmax ignores what all scores of a row share), so that AdamW, which divides a gradient by its
@@ -122,9 +126,30 @@ Numbers without_key_bias(const Numbers& bias) {
 
 }  // namespace
 
-TEST_CASE("golden: logits, loss and every gradient of a DeiT are PyTorch's") { check_gradients("deit.safetensors", true); }
+TEST_CASE("golden: logits, loss and every gradient of a DeiT are PyTorch's") { check_gradients("deit.safetensors", deit()); }
 
-TEST_CASE("golden: the same of a ViT that pools the mean") { check_gradients("mean_pool.safetensors", false); }
+TEST_CASE("golden: the same of a ViT that pools the mean") {
+  VitConfig config;
+  config.depth = 1;
+  config.class_token = false;
+  check_gradients("mean_pool.safetensors", config);
+}
+
+TEST_CASE("golden: the same of a distilled DeiT") {
+  VitConfig config;
+  config.depth = 1;
+  config.distilled = true;
+  check_gradients("distilled.safetensors", config);
+}
+
+TEST_CASE("golden: the same of a DeiT III with registers") {
+  VitConfig config;
+  config.depth = 1;
+  config.registers = 2;
+  config.layer_scale = 1e-6;
+  config.token_positions = false;
+  check_gradients("deit3.safetensors", config);
+}
 
 TEST_CASE("golden: ten clipped AdamW steps arrive at PyTorch's weights") {
   const SafetensorsFile file = golden("deit.safetensors");
@@ -132,7 +157,7 @@ TEST_CASE("golden: ten clipped AdamW steps arrive at PyTorch's weights") {
   for (const Variant& v : variants()) {
     const bool wide = v.dtype == DType::f64;
     INFO(v.storage << ", " << (v.attention == AttentionKind::fused ? "fused" : "explicit") << ", " << to_string(v.dtype));
-    Net net(file, true, v);
+    Net net(file, deit(), v);
     AdamW optimizer(net.store.params(), {});
     for (double expected : norms) {
       net.gradients();

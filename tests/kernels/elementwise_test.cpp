@@ -167,6 +167,24 @@ TEST_CASE("rows are added and summed", "[kernels]") {
   }
 }
 
+TEST_CASE("rows are scaled, each by a factor of its own", "[kernels]") {
+  for (const auto& [m, n] : {std::pair<int64_t, int64_t>{1, 1}, {3, 17}, {65, 192}, {130, 768}, {2, 3000}}) {
+    const int64_t columns = n;
+    for (const Mix& mix : kMixes) {
+      CAPTURE(m, n, to_string(mix.a), to_string(mix.y));
+      const Tensor x = random({m, n}, mix.a, "x"), y = Tensor::empty({m, n}, mix.y);
+      const Tensor s = random({m}, mix.a == DType::f64 ? DType::f64 : DType::f32, "s");
+      const std::vector<double> vx = x.to_vector<double>(), vs = s.to_vector<double>();
+      for (const auto& run : implementations(kernels::scale_rows)) {
+        run(x, s, y);
+        expect(y, [&](size_t i) { return vs[i / columns] * vx[i]; });
+      }
+    }
+  }
+  const Tensor x = Tensor::zeros({3, 4}, DType::f32);
+  CHECK_THROWS_AS(kernels::scale_rows(x, Tensor::zeros({4}, DType::f32), x), Error);
+}
+
 TEST_CASE("relu and gelu and their gradients", "[kernels]") {
   const auto relu_slope = [](double x) { return x > 0 ? 1.0 : 0.0; };
   const auto gelu_slope = [](double x) { return normal_cdf(x) + x * normal_density(x); };

@@ -71,23 +71,26 @@ TEST_CASE("patches are extracted in convolution order and scattered back", "[ker
   CHECK_THROWS_AS(kernels::extract_patches(x, 4, Tensor::zeros({1, 4, 27}, DType::f32)), Error);
 }
 
-TEST_CASE("prepend_token puts the token first", "[kernels]") {
-  for (const DType dtype : kFloats) {
-    const int64_t batch = 3, tokens = 9, width = 65;
-    const Tensor token = random({width}, dtype == DType::f64 ? dtype : DType::f32, "token"), x = random({batch, tokens, width}, dtype, "x");
-    const Tensor y = Tensor::empty({batch, tokens + 1, width}, dtype), rounded = Tensor::empty({width}, dtype);
-    kernels::copy(token, rounded);
-    const std::vector<double> vt = rounded.to_vector<double>(), vx = x.to_vector<double>();
-    for (const auto& run : implementations(kernels::prepend_token)) {
-      run(token, x, y);
-      const std::vector<double> got = y.to_vector<double>();
-      size_t i = 0, wrong = 0;
-      for (int64_t b = 0; b < batch; ++b)
-        for (int64_t n = 0; n <= tokens; ++n)
-          for (int64_t c = 0; c < width; ++c) wrong += got[i++] != (n == 0 ? vt[c] : vx[(b * tokens + n - 1) * width + c]);
-      CHECK(wrong == 0);
+TEST_CASE("prepend_tokens puts the tokens first", "[kernels]") {
+  for (const DType dtype : kFloats)
+    for (const int64_t before : {1, 3}) {
+      const int64_t batch = 3, tokens = 9, width = 65;
+      const Tensor front = random({before, width}, dtype == DType::f64 ? dtype : DType::f32, "tokens"),
+                   x = random({batch, tokens, width}, dtype, "x");
+      const Tensor y = Tensor::empty({batch, before + tokens, width}, dtype), rounded = Tensor::empty({before, width}, dtype);
+      kernels::copy(front, rounded);
+      const std::vector<double> vt = rounded.to_vector<double>(), vx = x.to_vector<double>();
+      for (const auto& run : implementations(kernels::prepend_tokens)) {
+        run(front, x, y);
+        const std::vector<double> got = y.to_vector<double>();
+        size_t i = 0, wrong = 0;
+        for (int64_t b = 0; b < batch; ++b)
+          for (int64_t n = 0; n < before + tokens; ++n)
+            for (int64_t c = 0; c < width; ++c)
+              wrong += got[i++] != (n < before ? vt[n * width + c] : vx[(b * tokens + n - before) * width + c]);
+        CHECK(wrong == 0);
+      }
     }
-  }
 }
 
 TEST_CASE("mean_tokens and its gradient", "[kernels]") {

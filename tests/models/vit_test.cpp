@@ -62,7 +62,11 @@ TEST_CASE("vit: parameter counts and operations of the published sizes") {
     double giga_products;  ///< multiply-adds, as papers count "FLOPs"
   };
   for (const Known& k : {Known{"deit_tiny", 5717416, 1.26}, Known{"deit_small", 22050664, 4.61}, Known{"deit_base", 86567656, 17.58},
-                         Known{"vit_base_patch16_384", 86859496, 55.5}}) {
+                         Known{"vit_base_patch16_384", 86859496, 55.5}, Known{"vit_large", 304326632, 61.6},
+                         Known{"vit_huge_patch14_224", 632045800, 167.4}, Known{"deit_tiny_distilled_patch16_224", 5910800, 1.27},
+                         Known{"deit_small_distilled_patch16_224", 22436432, 4.64}, Known{"deit_base_distilled_patch16_224", 87338192, 17.68},
+                         Known{"deit3_small_patch16_224", 22059496, 4.61}, Known{"deit3_base_patch16_224", 86585320, 17.58},
+                         Known{"deit3_large_patch16_224", 304374760, 61.6}}) {
     INFO(k.name);
     CHECK(Plan(vit_config(k.name)).store.count() == k.parameters);
     CHECK(vit_config(k.name).forward_flops() / 2e9 == Approx(k.giga_products).epsilon(0.01));
@@ -81,6 +85,40 @@ TEST_CASE("vit: mean pooling has fc_norm, no class token and one position fewer"
   CHECK(plan.store.at("pos_embed").value.shape() == Shape{1, 196, 192});
 }
 
+TEST_CASE("vit: distillation, registers and LayerScale have timm's parameters, and positions go where they belong") {
+  VitConfig config = vit_config("deit_tiny_distilled_patch16_224");
+  Plan distilled(config);
+  CHECK(distilled.store.at("dist_token").value.shape() == Shape{1, 1, 192});
+  CHECK(distilled.store.at("pos_embed").value.shape() == Shape{1, 198, 192});
+  CHECK(distilled.store.at("head_dist.weight").value.shape() == Shape{1000, 192});
+  CHECK_FALSE(distilled.store.at("dist_token").decay);
+  config = vit_config("deit3_small_patch16_224");
+  config.registers = 4;
+  Plan deit3(config);
+  CHECK(deit3.store.at("reg_token").value.shape() == Shape{1, 4, 384});
+  CHECK(deit3.store.at("pos_embed").value.shape() == Shape{1, 196, 384});
+  CHECK(deit3.store.at("blocks.11.ls2.gamma").value.shape() == Shape{384});
+  CHECK_FALSE(deit3.store.at("blocks.0.ls1.gamma").decay);
+  CHECK(config.tokens() == 201);
+}
+
+TEST_CASE("vit: LayerScale keeps not a byte more") {
+  const auto kept = [](double layer_scale) {
+    VitConfig config = tiny_config();
+    config.layer_scale = layer_scale;
+    ParamStore store;
+    const Vit net(Builder(store, 1), config);
+    StoragePolicy policy("exact", {{"*", "exact", {}, ""}});
+    Allocator& memory = Allocator::of(kCpu);
+    const int64_t before = memory.use().of(MemoryKind::activations);
+    Tape tape(policy);
+    const Var loss = cross_entropy(net(normal_tensor({2, 3, 16, 16}, "images")), Tensor::from<int64_t>({2}, {0, 1}, MemoryKind::inputs));
+    return memory.use().of(MemoryKind::activations) - before;
+  };
+  CHECK(kept(0) > 0);
+  CHECK(kept(0) == kept(0.1));
+}
+
 TEST_CASE("vit: names that are not known, and sizes that cannot be, are refused with what would fit") {
   CHECK_THAT(error_of([] { vit_config("deit_tinny"); }), Contains("did you mean 'deit_tiny'?"));
   const auto refusal = [](auto change) {
@@ -92,6 +130,8 @@ TEST_CASE("vit: names that are not known, and sizes that cannot be, are refused 
   CHECK_THAT(refusal([](VitConfig& c) { c.heads = 5; }), Contains("model.width 192 does not divide by model.heads 5"));
   CHECK_THAT(refusal([](VitConfig& c) { c.depth = 0; }), Contains("model.depth is 0"));
   CHECK_THAT(refusal([](VitConfig& c) { c.drop_path = 1; }), Contains("drop_path"));
+  CHECK_THAT(refusal([](VitConfig& c) { c.registers = -1; }), Contains("model.registers is -1"));
+  CHECK_THAT(refusal([](VitConfig& c) { c.distilled = true, c.class_token = false; }), Contains("model.distilled needs model.pool: token"));
   const TinyVit net;
   CHECK_THAT(error_of([&] { net.model(normal_tensor({1, 3, 8, 8}, "small")); }), Contains("takes [B, 3, 16, 16], not [1, 3, 8, 8]"));
 }

@@ -69,6 +69,14 @@ void products(std::vector<Case>& t) {
   t.push_back({"linear onto a residual", {normal(2, 5, 8), weight(3, 8), weight(3), normal(2, 5, 3)}, onto});
   t.push_back({"linear onto a residual", {normal(1, 33), weight(65, 33), weight(65), normal(1, 65)}, onto});
   t.push_back({"linear onto its own input", {normal(4, 6), weight(6, 6)}, [](Vars& v) { return linear(v[0], v[1], {}, {}, v[0]); }});
+  const auto scaled = [](Vars& v) { return scaled_linear(v[0], v[1], v[2], v[3], {}, v.size() > 4 ? v[4] : Var()); };
+  t.push_back({"scaled_linear", {normal(2, 5, 8), weight(3, 8), weight(3), weight(3)}, scaled});
+  t.push_back({"scaled_linear", {normal(1, 1), weight(1, 1), weight(1), weight(1)}, scaled});
+  t.push_back({"scaled_linear onto a residual", {normal(4, 33, 16), weight(9, 16), weight(9), weight(9), normal(4, 33, 9)}, scaled});
+  t.push_back({"scaled_linear used twice", {normal(3, 6), weight(6, 6), weight(6), weight(6)}, [](Vars& v) {
+                 const Var h = within("first", [&] { return scaled_linear(v[0], v[1], v[2], v[3]); });
+                 return within("second", [&] { return scaled_linear(h, v[1], v[2], v[3]); });
+               }});
   t.push_back({"linear used twice", {normal(2, 3, 6), weight(6, 6), weight(6)}, [](Vars& v) {
                  const Var h = within("first", [&] { return linear(v[0], v[1], v[2]); });
                  return within("second", [&] { return linear(h, v[1], v[2]); });
@@ -137,9 +145,18 @@ void tokens(std::vector<Case>& t) {
   t.push_back({"patch_embed", {normal(2, 3, 8, 8), weight(5, 3, 4, 4), weight(5)}, patches});
   t.push_back({"patch_embed", {normal(1, 1, 6, 4), weight(3, 1, 2, 2), weight(3)}, patches});
   t.push_back({"patch_embed", {normal(3, 2, 3, 3), weight(1, 2, 3, 3), weight(1)}, patches});
-  const auto prepend = [](Vars& v) { return prepend_token(v[1], v[0]); };
-  t.push_back({"prepend_token", {normal(2, 5, 8), weight(1, 1, 8)}, prepend});
-  t.push_back({"prepend_token", {normal(1, 1, 3), weight(1, 1, 3)}, prepend});
+  const auto prepend = [](Vars& v) { return prepend_tokens({v.begin() + 1, v.end()}, v[0]); };
+  t.push_back({"prepend_tokens", {normal(2, 5, 8), weight(1, 1, 8)}, prepend});
+  t.push_back({"prepend_tokens", {normal(1, 1, 3), weight(1, 1, 3)}, prepend});
+  t.push_back({"prepend_tokens", {normal(3, 4, 7), weight(1, 1, 7), weight(1, 1, 7), weight(1, 4, 7)}, prepend});
+  t.push_back({"prepend_tokens, one twice", {normal(2, 1, 5), weight(1, 2, 5)}, [](Vars& v) {
+                 return prepend_tokens({v[1], v[1]}, v[0]);
+               }});
+  t.push_back({"first_tokens", {normal(3, 4, 7)}, [](Vars& v) { return first_tokens(v[0], 2); }});
+  t.push_back({"select_token of normalized ones", {spread(2, 5, 8), weight(8), weight(8), weight(3, 8)}, [](Vars& v) {
+                 const Var y = within("norm", [&] { return layer_norm(v[0], v[1], v[2], 1e-6); });
+                 return within("head", [&] { return linear(select_token(y, 1), v[3]); });
+               }});
   t.push_back({"select_token", {normal(2, 5, 8)}, [](Vars& v) { return select_token(v[0], 0); }});
   t.push_back({"select_token", {normal(3, 4, 7)}, [](Vars& v) { return select_token(v[0], 3); }});
   t.push_back({"select_token", {normal(1, 1, 1)}, [](Vars& v) { return select_token(v[0], 0); }});

@@ -266,6 +266,9 @@ TEST_CASE("config: what is written reads back equal") {
   c.model.mlp_ratio = 0.1 + 0.2;
   c.model.pool = "mean";
   c.model.qkv_bias = false;
+  c.model.distilled = true;
+  c.model.registers = 4;
+  c.model.layer_scale = 1e-6;
   c.optimizer.lr = 1.0 / 3;
   c.data.path = "/data/with space: and \"quotes\" \\ # \t\n\x01 \xc3\xa9";
   c.data.mean = {1.0 / 7, 0};

@@ -16,6 +16,8 @@ MESA_KERNEL(add, const Tensor& a, const Tensor& b, const Tensor& y);
 MESA_KERNEL(mul, const Tensor& a, const Tensor& b, const Tensor& y);
 /// y <- s x.
 MESA_KERNEL(scale, const Tensor& x, double s, const Tensor& y);
+/// y[r, c] <- s[r] x[r, c] for rows of x's last axis; s [rows] f32 (f64 for f64).
+MESA_KERNEL(scale_rows, const Tensor& x, const Tensor& s, const Tensor& y);
 /// y[m, n] <- a[m, n] + b[n], where n runs over b's elements and m over the rest (bias, position embedding). a, y one shape; b's numel divides it.
 MESA_KERNEL(add_rows, const Tensor& a, const Tensor& b, const Tensor& y);
 /// db[n] <- (accumulate ? db[n] : 0) + sum_m dy[m, n], in a fixed order (deterministic for a given thread count is not enough: the same

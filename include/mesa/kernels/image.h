@@ -12,8 +12,8 @@ MESA_KERNEL(normalize_images, const Tensor& pixels, const std::vector<float>& me
 MESA_KERNEL(extract_patches, const Tensor& x, int64_t patch, const Tensor& y);
 /// dx <- the inverse arrangement of dy.
 MESA_KERNEL(scatter_patches, const Tensor& dy, int64_t patch, const Tensor& dx);
-/// x [B, N, C], token [C] -> y [B, N + 1, C] with the token first.
-MESA_KERNEL(prepend_token, const Tensor& token, const Tensor& x, const Tensor& y);
+/// x [B, N, C], tokens [T, C] -> y [B, T + N, C] with the tokens first.
+MESA_KERNEL(prepend_tokens, const Tensor& tokens, const Tensor& x, const Tensor& y);
 /// x [B, N, C] -> y [B, C], the mean over tokens from..N-1.
 MESA_KERNEL(mean_tokens, const Tensor& x, int64_t from, const Tensor& y);
 /// dx [B, N, C] <- dy [B, C] / (N - from) for tokens from..N-1, 0 before.

@@ -1,4 +1,5 @@
-// Vision transformers: ViT (Dosovitskiy et al., ICLR 2021) and DeiT (Touvron et al., ICML 2021), with timm's parameter names.
+// Vision transformers: ViT (Dosovitskiy et al., ICLR 2021), DeiT (Touvron et al., ICML 2021), DeiT III (Touvron et al., ECCV 2022) and
+// registers (Darcet et al., ICLR 2024), with timm's parameter names.
 #pragma once
 #include "mesa/nn/layers.h"
 
@@ -9,12 +10,18 @@ struct VitConfig {
   int64_t width = 192, depth = 12, heads = 3;
   double mlp_ratio = 4;
   bool class_token = true;  ///< false: mean over the patch tokens, normalized after pooling (timm's global_pool='avg')
+  bool distilled = false;   ///< a distillation token with a head of its own beside the class token's; logits are the mean of both
+  int64_t registers = 0;    ///< tokens that nothing reads
+  bool token_positions = true;  ///< false: only patches have position embeddings (DeiT III; timm's no_embed_class)
+  double layer_scale = 0;   ///< first value of the factors on each branch's channels; 0: none
   bool qkv_bias = true;
   double drop_rate = 0, attn_drop_rate = 0;
   double drop_path = 0;  ///< of the last block; rises linearly from 0
   AttentionKind attention = AttentionKind::fused;
 
-  int64_t tokens() const { return (image_size / patch_size) * (image_size / patch_size) + (class_token ? 1 : 0); }
+  int64_t patches() const { return (image_size / patch_size) * (image_size / patch_size); }
+  int64_t prefix() const { return (class_token ? 1 : 0) + (distilled ? 1 : 0) + registers; }  ///< tokens in front of the patches
+  int64_t tokens() const { return prefix() + patches(); }
   int64_t hidden() const { return static_cast<int64_t>(mlp_ratio * static_cast<double>(width)); }
   /// Throws Error that names the field and says what would fit.
   void validate() const;
@@ -44,17 +51,22 @@ class Vit {
  private:
   VitConfig config_;
   DType residual_;
+  /// Patches with tokens in front and positions added.
+  Var embed(const Var& images) const;
+
   PatchEmbed patch_embed_;
-  Param* cls_token_ = nullptr;
+  std::vector<Param*> prefix_;  ///< class, distillation and register tokens
   Param* pos_embed_ = nullptr;
   std::vector<EncoderBlock> blocks_;
   LayerNorm norm_;
   Linear head_;
+  std::optional<Linear> head_dist_;
 };
 
 /// The configuration that a name stands for (`deit_small_patch16_224`, `vit_base_patch16_384`; `vit` is DeiT-Ti to be changed by parameters).
 /// Throws Error naming the nearest known name.
 VitConfig vit_config(const std::string& name);
+/// All full names; `vit_config` knows short ones, too (`deit_small`).
 std::vector<std::string> model_names();
 
 }  // namespace mesa

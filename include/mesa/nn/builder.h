@@ -32,6 +32,7 @@ struct Init {
   enum class Kind { constant, truncated_normal, normal, uniform } kind = Kind::constant;
   double value = 0;  ///< the constant, the standard deviation, or the bound of a symmetric uniform
   static Init zeros() { return {}; }
+  static Init constant(double value) { return {Kind::constant, value}; }
   static Init ones() { return {Kind::constant, 1}; }
   /// Normal of this standard deviation, cut at +-2 as timm's trunc_normal_ does.
   static Init truncated_normal(double std) { return {Kind::truncated_normal, std}; }

@@ -13,6 +13,7 @@ struct Linear {
   std::string name;
   Param* weight = nullptr;  ///< [out, in]
   Param* bias = nullptr;    ///< [out] or null
+  Param* scale = nullptr;   ///< [out] or null: LayerScale, a parameter of the block
   std::optional<DType> out;  ///< result dtype; default the input's
 
   static Linear make(const Builder& build, const std::string& name, int64_t in, int64_t out, bool bias = true);

@@ -22,6 +22,9 @@ Var bias(const Var& x, const Var& b);
 /// y [.., O] = x [.., I] w^T + b with w [O, I], b [O] or undefined. Keeps x only if w is being trained. y has `out` dtype, default x's.
 /// With a `residual` of y's shape: residual + x w^T + b in the residual's dtype, added by the product itself.
 Var linear(const Var& x, const Var& w, const Var& b = {}, std::optional<DType> out = {}, const Var& residual = {});
+/// y = gamma (x w^T + b) (+ residual) with gamma [O] (LayerScale: Touvron et al. 2021, "Going deeper with image transformers"). gamma is
+/// multiplied into w and b, and its gradient comes from theirs: keeps what `linear` keeps, and nothing for gamma.
+Var scaled_linear(const Var& x, const Var& w, const Var& b, const Var& gamma, std::optional<DType> out = {}, const Var& residual = {});
 /// c [.., M, N] = a [.., M, K] b [.., K, N]; with transpose_b, b is [.., N, K].
 Var matmul(const Var& a, const Var& b, bool transpose_b = false);
 
@@ -50,8 +53,10 @@ Var drop_path(const Var& x, double p);
 // ---- tokens ----
 /// images [B, ch, H, W], w [C, ch, p, p], b [C] -> [B, (H/p)(W/p), C] in `out` dtype; products run in `compute` dtype.
 Var patch_embed(const Var& images, const Var& w, const Var& b, DType compute, DType out);
-/// token [1, 1, C] in front of x [B, N, C] -> [B, N + 1, C].
-Var prepend_token(const Var& token, const Var& x);
+/// Each of `tokens`, [1, T_i, C], one after the other in front of x [B, N, C].
+Var prepend_tokens(const std::vector<Var>& tokens, const Var& x);
+/// x [B, N, C] -> [B, n, C], the first tokens.
+Var first_tokens(const Var& x, int64_t n);
 /// x [B, N, C] -> [B, C], the token at `index`.
 Var select_token(const Var& x, int64_t index);
 /// x [B, N, C] -> [B, C], the mean over tokens from..N-1.

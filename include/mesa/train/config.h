@@ -18,7 +18,9 @@ struct ModelConfig {
   std::optional<double> mlp_ratio;
   std::optional<int64_t> channels, classes;
   std::optional<std::string> pool;  ///< token | mean
-  std::optional<bool> qkv_bias;
+  std::optional<bool> distilled, token_positions, qkv_bias;
+  std::optional<int64_t> registers;
+  std::optional<double> layer_scale;
   double drop_rate = 0, attn_drop_rate = 0, drop_path = 0;
   std::string attention = "fused";  ///< fused | explicit | cudnn
   bool operator==(const ModelConfig&) const = default;

@@ -16,6 +16,10 @@ struct Plan {
 /// storage rule matches a site. Throws UsageError.
 Plan plan_run(const RunConfig& config, const VitConfig& model);
 
+/// All models of the table: name, parameters, GFLOPs (multiply-adds, as papers count), input size, and bytes kept for an image by the shipped
+/// policies exact, int8 and int4.
+std::string list_models();
+
 /// The largest train.batch_size whose planned peak stays within `bytes`, 0 if none does. Tens of plans: a second or so.
 int64_t largest_batch(const RunConfig& config, const VitConfig& model, int64_t bytes);
 /// What a reader of an out-of-memory error needs: the plan by kind, the sites that keep most, and the largest batch that would fit the
