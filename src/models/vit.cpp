@@ -137,17 +137,21 @@ std::vector<std::pair<std::string, VitConfig>> table() {
       for (int64_t image_size : {224, 384}) all.emplace_back(full_name(family, size, image_size), sized(size, image_size));
   for (int64_t image_size : {224, 384}) all.emplace_back(full_name("vit", kLarge, image_size), sized(kLarge, image_size));
   all.emplace_back(full_name("vit", kHuge, 224), sized(kHuge, 224));
-  for (const Size& size : {kTiny, kSmall, kBase}) {
-    VitConfig config = sized(size, 224);
+  const auto distilled = [&](const Size& size, int64_t image_size) {
+    VitConfig config = sized(size, image_size);
     config.distilled = true;
-    all.emplace_back(full_name("deit", size, 224, "_distilled"), config);
-  }
-  for (const Size& size : {kSmall, kMedium, kBase, kLarge, kHuge}) {
-    VitConfig config = sized(size, 224);
+    all.emplace_back(full_name("deit", size, image_size, "_distilled"), config);
+  };
+  for (const Size& size : {kTiny, kSmall, kBase}) distilled(size, 224);
+  distilled(kBase, 384);
+  const auto deit3 = [&](const Size& size, int64_t image_size) {
+    VitConfig config = sized(size, image_size);
     config.layer_scale = 1e-6;
     config.token_positions = false;
-    all.emplace_back(full_name("deit3", size, 224), config);
-  }
+    all.emplace_back(full_name("deit3", size, image_size), config);
+  };
+  for (const Size& size : {kSmall, kMedium, kBase, kLarge, kHuge}) deit3(size, 224);
+  for (const Size& size : {kSmall, kBase, kLarge}) deit3(size, 384);
   return all;
 }
 

@@ -17,6 +17,7 @@ Linear Linear::make(const Builder& build, const std::string& name, int64_t in, i
 
 Var Linear::operator()(const Var& x, const Var& residual) const {
   const Scope scope(name);
+  check(scale == nullptr || bias != nullptr, "a layer with LayerScale needs a bias");
   if (scale) return scaled_linear(x, *weight, *bias, *scale, out, residual);
   return linear(x, *weight, bias ? Var(*bias) : Var(), out, residual);
 }

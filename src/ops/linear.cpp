@@ -70,7 +70,8 @@ Var scaled_linear(const Var& x, const Var& w, const Var& b, const Var& gamma, st
   const Op op("scaled_linear", defined_of({x, w, b, gamma, residual}));
   check(w.value().rank() == 2 && b.defined() && x.value().rank() >= 1 && x.dim(-1) == w.dim(1), "scaled_linear: x ends in ", x.dim(-1),
         " but the weight is ", w.shape());
-  check(gamma.value().numel() == w.dim(0), "scaled_linear: gamma has ", gamma.value().numel(), " elements for ", w.dim(0), " outputs");
+  check(gamma.shape() == Shape({w.dim(0)}) && b.shape() == gamma.shape(), "scaled_linear: gamma ", gamma.shape(), " and bias ", b.shape(),
+        " for ", w.dim(0), " outputs");
   const Shape shape = x.shape().with(-1, w.dim(0));
   check(!residual.defined() || residual.shape() == shape, "scaled_linear: a residual of shape ", residual.shape(),
         " for a result of shape ", shape);
@@ -93,15 +94,11 @@ Var scaled_linear(const Var& x, const Var& w, const Var& b, const Var& gamma, st
                     has_residual = residual.defined()](const Tensor& dy_) -> Grads {
                      const Tensor dy = rows_of(dy_, type_x);
                      Grads grads(has_residual ? 5 : 4);
-                     if (to_x) {
-                       grads[0] = Tensor::empty(shape_x, type_x, dy.device());
-                       kernels::matmul(dy, scaled_weight(), flatten(grads[0]));
-                     }
                      // With W = gamma w and B = gamma b: dgamma = sum_i dW_i w_i + dB b, dw = gamma dW, db = gamma dB.
                      const Tensor d_weight = learns ? empty_like(weight) : Tensor(), d_bias = empty_like(bias);
                      if (learns)
                        kernels::matmul_weight_grad(dy, flatten(sx.get()), d_weight, false, d_bias, false);
-                     else
+                     else if (db.wanted())
                        kernels::sum_rows(dy, d_bias, false);
                      grads[3] = dgamma.into([&](const Tensor& to, bool add) {
                        const int64_t O = weight.dim(0), I = weight.dim(1);
@@ -112,13 +109,18 @@ Var scaled_linear(const Var& x, const Var& w, const Var& b, const Var& gamma, st
                        put(sum, to, add);
                      });
                      grads[1] = dw.into([&](const Tensor& to, bool add) {
-                       kernels::scale_rows(d_weight, g, d_weight);
-                       put(d_weight, to, add);
+                       const Tensor term = add ? empty_like(d_weight) : to;
+                       kernels::scale_rows(d_weight, g, term);
+                       if (add) kernels::add(to, term, to);
                      });
                      grads[2] = db.into([&](const Tensor& to, bool add) {
                        kernels::mul(d_bias, g, d_bias);
                        put(d_bias, to, add);
                      });
+                     if (to_x) {
+                       grads[0] = Tensor::empty(shape_x, type_x, dy.device());
+                       kernels::matmul(dy, scaled_weight(), flatten(grads[0]));
+                     }
                      if (to_residual) grads[4] = dy_;
                      return grads;
                    });

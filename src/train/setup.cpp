@@ -13,7 +13,8 @@ namespace mesa {
 /// Of the model's keys that a complaint names, one that was set, on the command line if possible: there the reader looks first.
 static std::string culprit(const RunConfig& config, const std::string& complaint) {
   std::string found = "model.name";
-  for (const char* key : {"model.image_size", "model.patch_size", "model.width", "model.heads", "model.mlp_ratio"}) {
+  for (const char* key : {"model.image_size", "model.patch_size", "model.width", "model.heads", "model.mlp_ratio", "model.pool",
+                          "model.distilled", "model.registers", "model.layer_scale"}) {
     if (complaint.find(key) == std::string::npos) continue;
     if (config.where(key).starts_with("--set")) return key;
     if (config.where(key) != "default") found = key;
@@ -239,7 +240,7 @@ StorageConfig reference_storage() {
   StorageConfig exact;
   exact.name = "exact";
   exact.rules = {{"*", "exact", {}, ""}};
-  for (const char* rebuilt : {"*.qkv:x", "*.fc1:x", "*.fc2:x", "head:x"}) exact.rules.push_back({rebuilt, "rebuild", {}, ""});
+  for (const char* rebuilt : {"*.qkv:x", "*.fc1:x", "*.fc2:x", "head*:x"}) exact.rules.push_back({rebuilt, "rebuild", {}, ""});
   return exact;
 }
 

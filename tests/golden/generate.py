@@ -87,7 +87,7 @@ class Vit(nn.Module):
             self.head_dist = nn.Linear(WIDTH, CLASSES)
         if registers:
             self.reg_token = nn.Parameter(torch.zeros(1, registers, WIDTH))
-        prefix = class_token + distilled + registers
+        prefix = self.prefix = class_token + distilled + registers
         self.pos_embed = nn.Parameter(torch.zeros(1, patches + (prefix if token_positions else 0), WIDTH))
         self.patch_embed = PatchEmbed()
         self.blocks = nn.Sequential(*[Block(layer_scale) for _ in range(depth)])
@@ -110,7 +110,7 @@ class Vit(nn.Module):
         if self.distilled:
             x = self.norm(x)
             return (self.head(x[:, 0]) + self.head_dist(x[:, 1])) / 2
-        return self.head(self.norm(x)[:, 0] if self.class_token else self.fc_norm(x.mean(1)))
+        return self.head(self.norm(x)[:, 0] if self.class_token else self.fc_norm(x[:, self.prefix :].mean(1)))
 
 
 def save(path, tensors):
@@ -152,8 +152,9 @@ def generate(path, class_token, depth, steps, **options):
     out.update({"logits": logits, "loss": loss.reshape(1)})
     out.update({"gradient/" + name: p.grad.clone() for name, p in model.named_parameters()})
 
-    plain = [p for name, p in model.named_parameters() if p.ndim <= 1 or name in ("cls_token", "pos_embed")]
-    decayed = [p for name, p in model.named_parameters() if not (p.ndim <= 1 or name in ("cls_token", "pos_embed"))]
+    without = ("cls_token", "dist_token", "reg_token", "pos_embed")
+    plain = [p for name, p in model.named_parameters() if p.ndim <= 1 or name in without]
+    decayed = [p for name, p in model.named_parameters() if not (p.ndim <= 1 or name in without)]
     optimizer = torch.optim.AdamW([{"params": decayed, "weight_decay": DECAY}, {"params": plain, "weight_decay": 0.0}], lr=LR, betas=(0.9, 0.999))
     norms = []
     if steps == 0:
@@ -172,4 +173,5 @@ def generate(path, class_token, depth, steps, **options):
 generate("deit.safetensors", True, depth=2, steps=10)
 generate("mean_pool.safetensors", False, depth=1, steps=0)  # forward and gradients only: the files stay small
 generate("distilled.safetensors", True, depth=1, steps=0, distilled=True)
-generate("deit3.safetensors", True, depth=1, steps=0, registers=2, layer_scale=True, token_positions=False)
+generate("deit3.safetensors", True, depth=1, steps=10, registers=2, layer_scale=True, token_positions=False)
+generate("registers.safetensors", False, depth=1, steps=0, registers=2)

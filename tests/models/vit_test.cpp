@@ -61,12 +61,12 @@ TEST_CASE("vit: parameter counts and operations of the published sizes") {
     int64_t parameters;
     double giga_products;  ///< multiply-adds, as papers count "FLOPs"
   };
-  for (const Known& k : {Known{"deit_tiny", 5717416, 1.26}, Known{"deit_small", 22050664, 4.61}, Known{"deit_base", 86567656, 17.58},
-                         Known{"vit_base_patch16_384", 86859496, 55.5}, Known{"vit_large", 304326632, 61.6},
-                         Known{"vit_huge_patch14_224", 632045800, 167.4}, Known{"deit_tiny_distilled_patch16_224", 5910800, 1.27},
-                         Known{"deit_small_distilled_patch16_224", 22436432, 4.64}, Known{"deit_base_distilled_patch16_224", 87338192, 17.68},
-                         Known{"deit3_small_patch16_224", 22059496, 4.61}, Known{"deit3_base_patch16_224", 86585320, 17.58},
-                         Known{"deit3_large_patch16_224", 304374760, 61.6}}) {
+  for (const Known& k :
+       {Known{"deit_tiny", 5717416, 1.26}, Known{"deit_small", 22050664, 4.61}, Known{"deit_base", 86567656, 17.58},
+        Known{"vit_base_patch16_384", 86859496, 55.5}, Known{"vit_large", 304326632, 61.6}, Known{"vit_huge_patch14_224", 632045800, 167.4},
+        Known{"deit_tiny_distilled_patch16_224", 5910800, 1.27}, Known{"deit_small_distilled_patch16_224", 22436432, 4.64},
+        Known{"deit_base_distilled_patch16_224", 87338192, 17.68}, Known{"deit3_small_patch16_224", 22059496, 4.61},
+        Known{"deit3_base_patch16_224", 86585320, 17.58}, Known{"deit3_large_patch16_224", 304374760, 61.6}}) {
     INFO(k.name);
     CHECK(Plan(vit_config(k.name)).store.count() == k.parameters);
     CHECK(vit_config(k.name).forward_flops() / 2e9 == Approx(k.giga_products).epsilon(0.01));
@@ -99,6 +99,7 @@ TEST_CASE("vit: distillation, registers and LayerScale have timm's parameters, a
   CHECK(deit3.store.at("pos_embed").value.shape() == Shape{1, 196, 384});
   CHECK(deit3.store.at("blocks.11.ls2.gamma").value.shape() == Shape{384});
   CHECK_FALSE(deit3.store.at("blocks.0.ls1.gamma").decay);
+  CHECK_FALSE(deit3.store.at("reg_token").decay);
   CHECK(config.tokens() == 201);
 }
 
@@ -139,6 +140,9 @@ TEST_CASE("vit: names that are not known, and sizes that cannot be, are refused 
 TEST_CASE("vit: initial values") {
   VitConfig config = tiny_config();
   config.width = 96;
+  config.distilled = true;
+  config.registers = 2;
+  config.layer_scale = 1e-6;
   ParamStore store, again, other;
   Vit(Builder(store, 1), config), Vit(Builder(again, 1), config), Vit(Builder(other, 2), config);
   for (Param& p : store.params()) {
@@ -156,9 +160,11 @@ TEST_CASE("vit: initial values") {
       const double bound = 1 / std::sqrt(48.0);  // PyTorch's convolution: uniform within 1 / sqrt(channels p^2)
       CHECK(largest(x) <= bound);
       CHECK(std::abs(square / (bound * bound / 3) - 1) < 6 * std::sqrt(0.8 / n));
-    } else if (p.name == "cls_token") {
+    } else if (p.name.ends_with(".gamma")) {
+      CHECK(x == Numbers(x.size(), 1e-6F));
+    } else if (p.name == "cls_token" || p.name == "reg_token") {
       is_normal(1e-6);
-    } else if (p.name == "pos_embed" || (p.name.ends_with("weight") && p.value.rank() == 2)) {
+    } else if (p.name == "pos_embed" || p.name == "dist_token" || (p.name.ends_with("weight") && p.value.rank() == 2)) {
       is_normal(0.02);
       CHECK(other.at(p.name).value.to_vector<double>() != x);
     } else {
@@ -178,9 +184,9 @@ TEST_CASE("vit: a site is named after the parameters beside it") {
     names.insert(record.site.name());
     if (record.site.path.starts_with("blocks.")) CHECK(record.site.heads == 3);
   }
-  for (const char* site : {"patch_embed.proj:x", "blocks.0.norm1:xhat", "blocks.0.norm1:rstd", "blocks.0.attn.qkv:x",
-                           "blocks.0.attn.attention:q", "blocks.0.attn.attention:v", "blocks.0.attn.proj:x", "blocks.2.mlp.fc1:x",
-                           "blocks.2.mlp.act:x", "blocks.2.mlp.fc2:x", "head:x"}) {
+  for (const char* site :
+       {"patch_embed.proj:x", "blocks.0.norm1:xhat", "blocks.0.norm1:rstd", "blocks.0.attn.qkv:x", "blocks.0.attn.attention:q",
+        "blocks.0.attn.attention:v", "blocks.0.attn.proj:x", "blocks.2.mlp.fc1:x", "blocks.2.mlp.act:x", "blocks.2.mlp.fc2:x", "head:x"}) {
     INFO(site);
     CHECK(names.count(site) == 1);
   }
