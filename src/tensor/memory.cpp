@@ -76,7 +76,7 @@ class Allocator::Impl {
 void BlockCache::release() {
   for (auto& [capacity, blocks] : free)
     for (void* block : blocks) {
-      ASAN_UNPOISON_MEMORY_REGION(block, static_cast<size_t>(capacity));
+      if (owner.device == kCpu) ASAN_UNPOISON_MEMORY_REGION(block, static_cast<size_t>(capacity));
       owner.give_back(block, capacity);
       owner.use.reserved -= capacity;
     }
