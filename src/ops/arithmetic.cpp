@@ -1,18 +1,8 @@
+#include "gradients.h"
 #include "mesa/kernels/elementwise.h"
 #include "mesa/ops/ops.h"
 
 namespace mesa {
-namespace {
-
-/// A gradient in the dtype of the value it belongs to.
-Tensor cast(const Tensor& dy, DType dtype) {
-  if (dy.dtype() == dtype) return dy;
-  const Tensor out = empty_like(dy, dtype);
-  kernels::copy(dy, out);
-  return out;
-}
-
-}  // namespace
 
 Var add(const Var& a, const Var& b) {
   const Op op("add", {a, b});

@@ -1,8 +1,8 @@
+#include "gradients.h"
 #include "mesa/kernels/elementwise.h"
 #include "mesa/kernels/matmul.h"
 #include "mesa/kernels/norm.h"
 #include "mesa/ops/ops.h"
-#include "weight_grad.h"
 
 namespace mesa {
 namespace {
@@ -11,15 +11,6 @@ namespace {
 Tensor weight_as(const Var& w, DType dtype) { return w.param() ? w.param()->as(dtype) : w.value(); }
 
 Tensor flatten(const Tensor& x) { return x.reshape({x.rows(), x.dim(-1)}); }
-
-/// A gradient of y as rows in the dtype that products run in.
-Tensor rows_of(const Tensor& dy, DType dtype) {
-  const Tensor rows = flatten(dy);
-  if (rows.dtype() == dtype) return rows;
-  const Tensor narrow = empty_like(rows, dtype);
-  kernels::copy(rows, narrow);
-  return narrow;
-}
 
 /// Writes a gradient to `out`, or adds it to what is there.
 void put(const Tensor& gradient, const Tensor& out, bool accumulate) {
@@ -52,7 +43,7 @@ Var linear(const Var& x, const Var& w, const Var& b, std::optional<DType> out, c
                    [=, to_x = op.wants(x), to_residual = residual.defined() && op.wants(residual), type_x = x.dtype(), shape_x = x.shape(),
                     dw = op.gradient(w), db = b.defined() ? op.gradient(b) : Target(), has_bias = b.defined(),
                     has_residual = residual.defined()](const Tensor& dy_) -> Grads {
-                     const Tensor dy = rows_of(dy_, type_x);
+                     const Tensor dy = cast(flatten(dy_), type_x);
                      Tensor dx;
                      const auto [to_w, to_b] = weight_and_bias_grads(dw, db, dy, [&] { return flatten(sx.get()); });
                      if (to_x) {
@@ -92,7 +83,7 @@ Var scaled_linear(const Var& x, const Var& w, const Var& b, const Var& gamma, st
                    [=, to_x = op.wants(x), to_residual = residual.defined() && op.wants(residual), type_x = x.dtype(), shape_x = x.shape(),
                     dw = op.gradient(w), db = op.gradient(b), dgamma = op.gradient(gamma),
                     has_residual = residual.defined()](const Tensor& dy_) -> Grads {
-                     const Tensor dy = rows_of(dy_, type_x);
+                     const Tensor dy = cast(flatten(dy_), type_x);
                      Grads grads(has_residual ? 5 : 4);
                      // With W = gamma w and B = gamma b: dgamma = sum_i dW_i w_i + dB b, dw = gamma dW, db = gamma dB.
                      const Tensor d_weight = learns ? empty_like(weight) : Tensor(), d_bias = empty_like(bias);

@@ -1,8 +1,8 @@
+#include "gradients.h"
 #include "mesa/kernels/elementwise.h"
 #include "mesa/kernels/image.h"
 #include "mesa/kernels/matmul.h"
 #include "mesa/ops/ops.h"
-#include "weight_grad.h"
 
 namespace mesa {
 namespace {
@@ -36,12 +36,7 @@ Var patch_embed(const Var& images, const Var& w, const Var& b, DType compute, DT
   return op.record(y,
                    [=, to_x = op.wants(images), shape_x = images.shape(), type_x = images.dtype(), dw = op.gradient(w),
                     db = op.gradient(b)](const Tensor& dy_) -> Grads {
-                     Tensor dy = dy_.reshape({B * N, C});
-                     if (dy.dtype() != compute) {
-                       const Tensor narrow = empty_like(dy, compute);
-                       kernels::copy(dy, narrow);
-                       dy = narrow;
-                     }
+                     const Tensor dy = cast(dy_.reshape({B * N, C}), compute);
                      const auto [to_w, to_b] = weight_and_bias_grads(dw, db, dy, [&] { return patches_of(sx.get()); });
                      Grads grads{Tensor(), to_w, to_b};
                      if (to_x) {

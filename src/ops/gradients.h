@@ -1,10 +1,18 @@
-// What linear and patch_embed share on their way back.
+// What ops share on their way back.
 #pragma once
 #include "mesa/autograd/tape.h"
 #include "mesa/kernels/elementwise.h"
 #include "mesa/kernels/matmul.h"
 
 namespace mesa {
+
+/// A gradient in the dtype of the value it belongs to, or of the products that it goes into.
+inline Tensor cast(const Tensor& dy, DType dtype) {
+  if (dy.dtype() == dtype) return dy;
+  const Tensor out = empty_like(dy, dtype);
+  kernels::copy(dy, out);
+  return out;
+}
 
 /// The gradients of w [O, ..] and b [O] of y = x w^T + b from dy [M, O], as Grads holds them. `x` [M, I] is asked for only if w wants one.
 inline std::pair<Tensor, Tensor> weight_and_bias_grads(const Target& dw, const Target& db, const Tensor& dy,
