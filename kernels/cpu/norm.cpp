@@ -150,26 +150,24 @@ struct NormGrad {
   }
 };
 
-void check_parameter(const Tensor& p, int64_t width, const char* name) {
-  check(p.is_contiguous() && p.numel() == width, name, " has ", p.numel(), " elements but x ends in ", width);
-}
-
 }  // namespace
 
 void layer_norm(const Tensor& x, const Tensor& gamma, const Tensor& beta, double eps, const Tensor& y, const Tensor& xhat,
                 const Tensor& rstd) {
   const int64_t width = width_of(x);
-  check(x.shape() == y.shape(), "layer_norm: tensors of shapes ", x.shape(), " and ", y.shape());
-  check_parameter(gamma, width, "gamma");
-  check_parameter(beta, width, "beta");
-  if (xhat.defined()) check_alike(xhat, y, "layer_norm: xhat");
-  if (rstd.defined()) check(rstd.is_contiguous() && rstd.numel() == x.rows(), "layer_norm: rstd has ", rstd.numel(), " elements");
+  check_layer_norm(x, gamma, beta, y, xhat, rstd);
   dispatch(x.dtype(), y.dtype(), [&](auto tx, auto ty) {
     using X = decltype(tx);
     using Y = decltype(ty);
     using A = Acc<X>;
-    const NormRows<X, Y> norm{rows_of<X>(x), rows_of<Y>(y), xhat.defined() ? xhat.data<Y>() : nullptr,
-                              rstd.defined() ? rstd.data<A>() : nullptr, gamma.data<A>(), beta.data<A>(), width, eps};
+    const NormRows<X, Y> norm{rows_of<X>(x),
+                              rows_of<Y>(y),
+                              xhat.defined() ? xhat.data<Y>() : nullptr,
+                              rstd.defined() ? rstd.data<A>() : nullptr,
+                              gamma.data<A>(),
+                              beta.data<A>(),
+                              width,
+                              eps};
     parallel_rows(x.rows(), width, [=](int64_t begin, int64_t end) {
       for (int64_t row = begin; row < end; ++row) norm(row);
     });
@@ -199,8 +197,8 @@ void affine(const Tensor& xhat, const Tensor& gamma, const Tensor& beta, const T
   });
 }
 
-void layer_norm_grad(const Tensor& dy, const Tensor& xhat, const Tensor& rstd, const Tensor& gamma, const Tensor& dx,
-                     const Tensor& dgamma, const Tensor& dbeta, bool accumulate_gamma, bool accumulate_beta) {
+void layer_norm_grad(const Tensor& dy, const Tensor& xhat, const Tensor& rstd, const Tensor& gamma, const Tensor& dx, const Tensor& dgamma,
+                     const Tensor& dbeta, bool accumulate_gamma, bool accumulate_beta) {
   const int64_t width = width_of(dy), rows = dy.rows(), chunks = (rows + kGradRows - 1) / kGradRows;
   check_alike(dy, xhat, "layer_norm_grad: xhat");
   check_alike(dy, dx, "layer_norm_grad: dx");
@@ -221,9 +219,8 @@ void layer_norm_grad(const Tensor& dy, const Tensor& xhat, const Tensor& rstd, c
     const auto finish = [&](const Tensor& out, int64_t which, bool accumulate, const char* name) {
       if (!out.defined()) return;
       check_parameter(out, width, name);
-      dispatch_wide(out.dtype(), [&](auto to) {
-        add_partials(sums + which * width, chunks, 2 * width, width, out.data<decltype(to)>(), accumulate);
-      });
+      dispatch_wide(out.dtype(),
+                    [&](auto to) { add_partials(sums + which * width, chunks, 2 * width, width, out.data<decltype(to)>(), accumulate); });
     };
     finish(dgamma, 0, accumulate_gamma, "dgamma");
     finish(dbeta, 1, accumulate_beta, "dbeta");

@@ -89,6 +89,33 @@ struct Units {
   }
 };
 
+/// Unit u of contiguous elements, of which `valid` exist.
+template <class Y>
+__device__ inline void store_unit(Y* to, uint32_t u, const float (&v)[kUnit], int valid) {
+  to += int64_t{u} * kUnit;
+  if (valid < kUnit) {
+#pragma unroll
+    for (int i = 0; i < kUnit; ++i)
+      if (i < valid) store(to + i, v[i]);
+    return;
+  }
+  constexpr int kStep = 16 / sizeof(Y);
+#pragma unroll
+  for (int from = 0; from < kUnit; from += kStep) {
+    float part[kStep];
+#pragma unroll
+    for (int i = 0; i < kStep; ++i) part[i] = v[from + i];
+    store_pack(to + from, part);
+  }
+}
+/// What is left of x where it is kept as T.
+template <class T>
+__device__ inline float rounded_to(float x) {
+  T kept;
+  store(&kept, x);
+  return load(&kept);
+}
+
 // --- codes --------------------------------------------------------------------------------------------------------------------------
 
 /// The scales of groups: steps times `divisor`, which is 1 where they are given as they are and 2^bits - 1 where they are extents. Without
@@ -97,12 +124,13 @@ struct Scales {
   const float *step = nullptr, *offset = nullptr;
   float divisor = 1;
 
+  __device__ GroupScale of(int64_t g, int bits) const { return group_scale(step[g] / divisor, offset[g], bits); }
   template <int bits>
   __device__ GroupScale of(int64_t g) const {
     if constexpr (bits == 0)
       return {0.0f, 0.0f, -FLT_MAX, FLT_MAX};
     else
-      return group_scale(step[g] / divisor, offset[g], bits);
+      return of(g, bits);
   }
 };
 

@@ -41,24 +41,6 @@ __device__ inline void load_scales(const float* from, float (&to)[G]) {
 }
 
 template <class Y>
-__device__ inline void store_unit(Y* to, uint32_t u, const float (&v)[kUnit], int valid) {
-  to += int64_t{u} * kUnit;
-  if (valid < kUnit) {
-#pragma unroll
-    for (int i = 0; i < kUnit; ++i)
-      if (i < valid) store(to + i, v[i]);
-    return;
-  }
-  constexpr int kStep = 16 / sizeof(Y);
-#pragma unroll
-  for (int from = 0; from < kUnit; from += kStep) {
-    float part[kStep];
-#pragma unroll
-    for (int i = 0; i < kStep; ++i) part[i] = v[from + i];
-    store_pack(to + from, part);
-  }
-}
-template <class Y>
 __device__ inline void load_unit(const Y* from, uint32_t u, float (&v)[kUnit], int valid) {
   from += int64_t{u} * kUnit;
   if (valid < kUnit) {
@@ -115,13 +97,6 @@ struct Affine {
     store_unit(y, u, v, valid);
   }
 };
-
-template <class T>
-__device__ inline float rounded_to(float x) {
-  T kept;
-  store(&kept, x);
-  return load(&kept);
-}
 
 template <class T, int G, int bits, class Then>
 __global__ void decode_units_kernel(const uint8_t* __restrict__ codes, Extent extent, UnitGroups groups, const float* __restrict__ step,

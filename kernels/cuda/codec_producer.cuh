@@ -20,9 +20,7 @@ struct Producer {
   Watch watch{};
 
   __device__ uint32_t group_at(uint32_t column) const { return watch.groups == 1 ? 0 : inner.quotient(column); }
-  __device__ GroupScale scale_of(uint32_t group) const {
-    return group_scale(scales.step[group] / scales.divisor, scales.offset[group], bits);
-  }
+  __device__ GroupScale scale_of(uint32_t group) const { return scales.of(group, bits); }
 
   template <int V, int n_bits>
   __device__ void store(int64_t piece, const float (&v)[V]) const {

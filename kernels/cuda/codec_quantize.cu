@@ -16,10 +16,7 @@ __device__ inline void team_range(float& lo, float& hi, uint32_t lanes) {
     lo = block_reduce(lo, Minimum{}, kEmptyLo), hi = block_reduce(hi, Maximum{}, kEmptyHi);
     return;
   }
-  for (int distance = static_cast<int>(lanes / 2); distance > 0; distance /= 2) {
-    lo = minimum(lo, __shfl_xor_sync(kFullMask, lo, distance));
-    hi = maximum(hi, __shfl_xor_sync(kFullMask, hi, distance));
-  }
+  neighbours_range(lo, hi, static_cast<int>(lanes));
 }
 
 /// 2^log_lanes threads take a group of at most kTeamUnits times as many units. All compute on whatever they hold, so that no branch parts

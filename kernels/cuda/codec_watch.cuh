@@ -43,6 +43,14 @@ struct Extremes<bf16> {
   __device__ float hi() const { return maximum(scalar::float_of(max << 16), scalar::float_of(max & 0xffff0000u)); }
 };
 
+/// The range of `lanes` neighbouring lanes together, a power of two.
+__device__ inline void neighbours_range(float& lo, float& hi, int lanes) {
+  for (int distance = lanes / 2; distance > 0; distance /= 2) {
+    lo = minimum(lo, __shfl_xor_sync(kFullMask, lo, distance));
+    hi = maximum(hi, __shfl_xor_sync(kFullMask, hi, distance));
+  }
+}
+
 __device__ inline bool is_finite(float x) { return is_finite_key(ordered_key(x)); }
 
 /// What one thread has seen of G groups (element i of a unit belongs to group i % G).

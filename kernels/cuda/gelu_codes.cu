@@ -20,15 +20,7 @@ __global__ void gelu_codes_kernel(Units<T> x, T* y, Blocks blocks, UnitGroups gr
     const Unit<T> now = Units<T>::load(x.at(u));
 #pragma unroll
     for (int i = 0; i < kUnit; ++i) v[i] = now[i], out[i] = scalar::gelu(now[i]);
-    T* const at = y + int64_t{u} * kUnit;
-    constexpr int kStep = 16 / sizeof(T);
-#pragma unroll
-    for (int i = 0; i < kUnit; i += kStep) {
-      float part[kStep];
-#pragma unroll
-      for (int j = 0; j < kStep; ++j) part[j] = out[i + j];
-      store_pack(at + i, part);
-    }
+    store_unit(y, u, out, kUnit);
     noted.add(v, scale, saturated, nonfinite);
     to.write(u, v, scale);
   }

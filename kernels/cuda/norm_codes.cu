@@ -20,11 +20,7 @@ class CodedRows {
   __device__ void operator()(int64_t row, int p, Column c, const float (&h)[V]) {
     float x[V];
 #pragma unroll
-    for (int i = 0; i < V; ++i) {
-      T rounded;  // what would be kept without codes
-      store(&rounded, h[i]);
-      x[i] = load(&rounded);
-    }
+    for (int i = 0; i < V; ++i) x[i] = rounded_to<T>(h[i]);  // what would be kept without codes
     noted_[p].add(x, scale_[p], saturated_, nonfinite_);
     to_.write(row * (width_ / V) + c / V, x, scale_[p]);
   }
@@ -35,10 +31,7 @@ class CodedRows {
 #pragma unroll
     for (int p = 0; p < P; ++p) {
       float lo = noted_[p].lo, hi = noted_[p].hi;
-      for (int distance = lanes / 2; distance > 0; distance /= 2) {
-        lo = minimum(lo, __shfl_xor_sync(kFullMask, lo, distance));
-        hi = maximum(hi, __shfl_xor_sync(kFullMask, hi, distance));
-      }
+      neighbours_range(lo, hi, lanes);
       const int c = (p * kWarp + lane) * V;
       if (lane % lanes == 0 && c < width_) to_.watch.put(to_.group_at(static_cast<uint32_t>(c)), lo, hi);
     }

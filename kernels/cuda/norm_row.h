@@ -33,11 +33,7 @@ struct NormRow {
         beta(tbeta.data<A>()),
         width(width_of(tx)),
         eps(static_cast<A>(eps)) {
-    check(tx.shape() == ty.shape(), "layer_norm: tensors of shapes ", tx.shape(), " and ", ty.shape());
-    check_parameter(tgamma, width, "gamma");
-    check_parameter(tbeta, width, "beta");
-    if (xhat) check_alike(txhat, ty, "layer_norm: xhat");
-    if (rstd) check(trstd.is_contiguous() && trstd.numel() == tx.rows(), "layer_norm: rstd has ", trstd.numel(), " elements");
+    check_layer_norm(tx, tgamma, tbeta, ty, txhat, trstd);
   }
   /// True if rows can be read and written in pieces of kVectorOf<X, Y>.
   bool in_vectors() const {

@@ -171,9 +171,6 @@ void launch_rows(const char* name, int64_t rows, int64_t width, bool vectors, co
 
 // --- contracts -------------------------------------------------------------------------------------------------------------------
 
-inline void check_parameter(const Tensor& p, int64_t width, const char* name) {
-  check(p.is_contiguous() && p.numel() == width, name, " has ", p.numel(), " elements but x ends in ", width);
-}
 inline void check_rows(const Tensor& s, const Tensor& p, const char* name) {
   check(s.numel() == p.numel() && width_of(s) == width_of(p), name, ": tensors of shapes ", s.shape(), " and ", p.shape());
 }

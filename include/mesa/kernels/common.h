@@ -18,16 +18,22 @@ using Acc = std::conditional_t<std::is_same_v<T, double>, double, float>;
 /// f(tag) with float or bf16.
 template <class F>
 void dispatch_narrow(DType dtype, F&& f) {
-  if (dtype == DType::f32) f(float{});
-  else if (dtype == DType::bf16) f(bf16{});
-  else fail("tensors of ", to_string(dtype), " do not mix with f32 or bf16 here");
+  if (dtype == DType::f32)
+    f(float{});
+  else if (dtype == DType::bf16)
+    f(bf16{});
+  else
+    fail("tensors of ", to_string(dtype), " do not mix with f32 or bf16 here");
 }
 /// f(tag) with float or double.
 template <class F>
 void dispatch_wide(DType dtype, F&& f) {
-  if (dtype == DType::f32) f(float{});
-  else if (dtype == DType::f64) f(double{});
-  else fail("a tensor of ", to_string(dtype), " where f32 or f64 is needed");
+  if (dtype == DType::f32)
+    f(float{});
+  else if (dtype == DType::f64)
+    f(double{});
+  else
+    fail("a tensor of ", to_string(dtype), " where f32 or f64 is needed");
 }
 /// f(a, b): both f64, or any mix of f32 and bf16.
 template <class F>
@@ -38,19 +44,20 @@ void dispatch(DType a, DType b, F&& f) {
 template <class F>
 void dispatch(DType a, DType b, DType c, F&& f) {
   if (a == DType::f64 && b == DType::f64 && c == DType::f64) return f(double{}, double{}, double{});
-  dispatch_narrow(a, [&](auto ta) {
-    dispatch_narrow(b, [&](auto tb) { dispatch_narrow(c, [&](auto tc) { f(ta, tb, tc); }); });
-  });
+  dispatch_narrow(a, [&](auto ta) { dispatch_narrow(b, [&](auto tb) { dispatch_narrow(c, [&](auto tc) { f(ta, tb, tc); }); }); });
 }
 
 // --- contracts ------------------------------------------------------------------------------------------------------------------
 
-inline void check_flat(const Tensor& x, const char* what) {
-  check(x.defined() && x.is_contiguous(), what, " must be a contiguous tensor");
-}
+inline void check_flat(const Tensor& x, const char* what) { check(x.defined() && x.is_contiguous(), what, " must be a contiguous tensor"); }
 inline void check_alike(const Tensor& x, const Tensor& y, const char* what) {
   check(x.numel() == y.numel(), what, ": tensors of shapes ", x.shape(), " and ", y.shape());
   check(x.is_contiguous() && y.is_contiguous(), what, " needs contiguous tensors");
+}
+
+/// A parameter for each element of rows of `width`.
+inline void check_parameter(const Tensor& p, int64_t width, const char* name) {
+  check(p.is_contiguous() && p.numel() == width, name, " has ", p.numel(), " elements but x ends in ", width);
 }
 
 /// Rows of `width` elements at a constant distance.
@@ -66,6 +73,16 @@ Rows<T> rows_of(const Tensor& x) {
   return {x.data<T>(), x.row_stride()};
 }
 inline int64_t width_of(const Tensor& x) { return x.rank() == 0 ? 1 : x.dim(-1); }
+
+/// What layer_norm takes; xhat and rstd may be undefined.
+inline void check_layer_norm(const Tensor& x, const Tensor& gamma, const Tensor& beta, const Tensor& y, const Tensor& xhat,
+                             const Tensor& rstd) {
+  check(x.shape() == y.shape(), "layer_norm: tensors of shapes ", x.shape(), " and ", y.shape());
+  check_parameter(gamma, width_of(x), "gamma");
+  check_parameter(beta, width_of(x), "beta");
+  if (xhat.defined()) check_alike(xhat, y, "layer_norm: xhat");
+  if (rstd.defined()) check(rstd.is_contiguous() && rstd.numel() == x.rows(), "layer_norm: rstd has ", rstd.numel(), " elements");
+}
 
 }  // namespace
 }  // namespace mesa::kernels::MESA_ISA
