@@ -66,7 +66,7 @@ int main(int argc, char** argv) {
           ->expected(0, 1)->type_name("[auto|CHECKPOINT]");
   app.add_option("--device", args.device, "auto, cpu or cuda")->check(CLI::IsMember({"auto", "cpu", "cuda"}));
   CLI::Option* dry = app.add_flag("--dry-run", args.dry, "print the resolved config, the plan of kept activations and the predicted peak memory; train nothing");
-  app.add_option("--fit", args.fit, "with --dry-run: also the largest train.batch_size whose predicted peak fits so many bytes")
+  app.add_option("--fit", args.fit, "with --dry-run: also the largest train.batch_size that fits so many bytes, the allocator's rounding included")
       ->check(CLI::Range(1.0, 1e15))
       ->type_name("BYTES")
       ->needs(dry);

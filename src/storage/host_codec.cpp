@@ -51,8 +51,9 @@ class Traffic {
     Tensor source;  // on the device; must stay until it has left
     Tensor back;    // on its way to the device again
     cuda::Mark left, arriving;
-    /// True while a copy from or to this entry's memory may still run.
-    bool wanted() const { return host.use_count() > (busy ? 1 : 0); }  ///< by somebody else
+    /// True while somebody else holds this memory.
+    bool wanted() const { return host.use_count() > (busy ? 1 : 0); }
+    /// True while a copy from or to it may still run.
     bool moving() const { return !cuda::passed(left) || (arriving && !cuda::passed(arriving)); }
   };
   /// How many tensors may wait for their copies while the forward pass goes on: each is memory that is not yet free.

@@ -20,7 +20,8 @@ Plan plan_run(const RunConfig& config, const VitConfig& model);
 /// policies exact, int8 and int4.
 std::string list_models();
 
-/// The largest train.batch_size whose planned peak stays within `bytes`, 0 if none does. Tens of plans: a second or so.
+/// The largest train.batch_size for which the allocator takes no more than `bytes` from the system, blocks rounded up and kept for reuse
+/// included; 0 if there is none. Tens of plans: a second or so.
 int64_t largest_batch(const RunConfig& config, const VitConfig& model, int64_t bytes);
 /// What a reader of an out-of-memory error needs: the plan by kind, the sites that keep most, and the largest batch that would fit the
 /// device. Never throws: an explanation must not hide the error.
