@@ -3,6 +3,7 @@
 
 #include "apps/tiny_run.h"
 #include "mesa/base/cuda.h"
+#include "support/paths.h"
 
 using namespace mesa::testing;
 namespace cuda = mesa::cuda;
@@ -152,10 +153,25 @@ TEST_CASE("apps: a plan for a GPU needs none, and tells the largest batch for so
   CHECK(tiny.train({}, "run", {"--fit", "1e9"}).code == 2);  // of a dry run only
 }
 
-TEST_CASE("apps: the models are listed with what they keep") {
+TEST_CASE("apps: the models are listed with what they keep, as docs/models.md has them") {
   const TinyRun tiny;
   const ProcessResult result = tiny.call("mesa-train", {"--list-models"});
   CHECK(result.code == 0);
+  const std::string docs = read_text(source_dir() + "/docs/models.md");
+  std::istringstream lines(result.out);
+  std::string line;
+  std::getline(lines, line);  // the heads of the columns
+  int models = 0;
+  while (std::getline(lines, line) && !line.starts_with("GFLOPs")) {
+    std::string name, parameters, flops, input, kept[3], unit[3];
+    std::istringstream(line) >> name >> parameters >> flops >> input >> kept[0] >> unit[0] >> kept[1] >> unit[1] >> kept[2] >> unit[2];
+    for (int at = static_cast<int>(parameters.size()) - 3; at > 0; at -= 3) parameters.insert(at, ",");
+    std::string row = "| `" + name + "` | " + parameters + " | " + flops + " | " + input + " |";
+    for (int i = 0; i < 3; ++i) row += " " + kept[i] + " " + unit[i] + " |";
+    CHECK_THAT(docs, Contains(row));
+    ++models;
+  }
+  CHECK(models > 20);
   for (const char* text : {"deit_small_patch16_224", "22050664", "deit3_huge_patch14_224", "vit_large_patch16_384", "_distilled_"})
     CHECK_THAT(result.out, Contains(text));
 }

@@ -73,6 +73,15 @@ void products(std::vector<Case>& t) {
   t.push_back({"scaled_linear", {normal(2, 5, 8), weight(3, 8), weight(3), weight(3)}, scaled});
   t.push_back({"scaled_linear", {normal(1, 1), weight(1, 1), weight(1), weight(1)}, scaled});
   t.push_back({"scaled_linear onto a residual", {normal(4, 33, 16), weight(9, 16), weight(9), weight(9), normal(4, 33, 9)}, scaled});
+  const auto frozen = [](Input input) {
+    input.role = Input::Role::frozen;
+    return input;
+  };
+  const Input x = normal(3, 6), w = weight(4, 6), b = weight(4), g = weight(4);
+  t.push_back({"scaled_linear, gamma alone learns", {x, frozen(w), frozen(b), g}, scaled});
+  t.push_back({"scaled_linear, w alone learns", {x, w, frozen(b), frozen(g)}, scaled});
+  t.push_back({"scaled_linear, b alone learns", {x, frozen(w), b, frozen(g)}, scaled});
+  t.push_back({"scaled_linear, nothing learns", {x, frozen(w), frozen(b), frozen(g)}, scaled});
   t.push_back({"scaled_linear used twice", {normal(3, 6), weight(6, 6), weight(6), weight(6)}, [](Vars& v) {
                  const Var h = within("first", [&] { return scaled_linear(v[0], v[1], v[2], v[3]); });
                  return within("second", [&] { return scaled_linear(h, v[1], v[2], v[3]); });

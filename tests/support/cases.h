@@ -8,9 +8,9 @@
 
 namespace mesa::testing {
 
-/// One argument of a row. Activations come out of another op, weights are parameters, constants want no gradient.
+/// One argument of a row. Activations come out of another op, weights are parameters; frozen ones and constants want no gradient.
 struct Input {
-  enum class Role { activation, weight, constant } role = Role::activation;
+  enum class Role { activation, weight, frozen, constant } role = Role::activation;
   enum class Fill { normal, away_from_zero, spread, distribution } fill = Fill::normal;
   Shape shape;
 };

@@ -27,7 +27,8 @@ Numbers draw(const Input& input, RandomStream& random) {
 }
 
 Tensor on_device(const Shape& shape, const Numbers& values, DType dtype, Device device, MemoryKind kind) {
-  return device.kind == DeviceKind::meta ? Tensor::empty(shape, dtype, device, kind) : to(tensor_of(shape, values, dtype, kind), device, kind);
+  return device.kind == DeviceKind::meta ? Tensor::empty(shape, dtype, device, kind)
+                                         : to(tensor_of(shape, values, dtype, kind), device, kind);
 }
 
 /// <r, y> as an op of its own: its closure holds r only, so that nothing but the row's own ops decides what stays alive.
@@ -48,7 +49,7 @@ Var forward(const Case& row, const Values& values, std::deque<Param>& params, co
     const Input& input = row.inputs[i];
     if (input.role == Input::Role::constant)
       v.push_back(on_device(input.shape, values.inputs[i], options.dtype, options.device, MemoryKind::inputs));
-    else if (input.role == Input::Role::weight || options.leaves)
+    else if (input.role == Input::Role::weight || input.role == Input::Role::frozen || options.leaves)
       v.push_back(params[i]);
     else
       v.push_back(scale(params[i], 1.0));
@@ -81,7 +82,9 @@ RunResult run_case(const Case& row, const Values& values, StoragePolicy& policy,
     const Input& input = row.inputs[i];
     Param& param = params.emplace_back();
     param.name = "input" + std::to_string(i);
-    const bool wide = options.dtype == DType::bf16 && input.role == Input::Role::weight;  // masters are f32
+    param.trainable = input.role != Input::Role::frozen;
+    const bool is_parameter = input.role == Input::Role::weight || input.role == Input::Role::frozen;
+    const bool wide = options.dtype == DType::bf16 && is_parameter;  // masters are f32
     param.value = on_device(input.shape, values.inputs[i], wide ? DType::f32 : options.dtype, options.device, MemoryKind::parameters);
   }
   Allocator& memory = Allocator::of(options.device);
