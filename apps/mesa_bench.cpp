@@ -65,7 +65,7 @@ mesa::BenchmarkResult measure(const mesa::RunConfig& config, mesa::BenchmarkOpti
 }
 
 void print_plans(const mesa::RunConfig& config, const std::vector<mesa::StorageConfig>& policies) {
-  const mesa::VitConfig model = mesa::model_config(config, mesa::known_classes(config));
+  const mesa::NetConfig model = mesa::model_config(config, mesa::known_classes(config));
   for (const mesa::StorageConfig& storage : policies) {
     mesa::RunConfig one = config;
     one.storage = storage;

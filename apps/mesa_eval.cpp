@@ -54,13 +54,13 @@ int evaluate_checkpoint(const std::string& path, const std::string& data, int64_
   config.train.force_precision = true;
   if (config.model.attention == "cudnn") config.model.attention = "fused";
   mesa::use_threads(config);
-  const mesa::VitConfig vit = mesa::model_config(config, static_cast<int64_t>(loaded.class_names.size()));
-  const mesa::TransformOptions transform = mesa::make_transform(config, vit);
-  mesa::BuiltModel model(config, vit, mesa::choose_device(device));
+  const mesa::NetConfig net = mesa::model_config(config, static_cast<int64_t>(loaded.class_names.size()));
+  const mesa::TransformOptions transform = mesa::make_transform(config, net.input());
+  mesa::BuiltModel model(config, net, mesa::choose_device(device));
   mesa::load_weights(model.params, loaded.weights, path);
   if (const std::string bad = mesa::first_bad_parameter(model.params); !bad.empty())
     throw mesa::Error(mesa::concat(path, ": the weights are not finite, first in ", bad));
-  const auto test = mesa::make_datasets(config, vit, false).test;
+  const auto test = mesa::make_datasets(config, net.input(), false).test;
   check_classes(loaded.class_names, test->class_names(), path);
   mesa::Loader loader(test, transform, mesa::make_loader_options(config, false, model.device));
   const int64_t total = test->size();

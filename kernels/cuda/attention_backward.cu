@@ -1,8 +1,9 @@
 // With P = exp(scale q k^T - lse), dP = dO v^T and dS = P (dP - delta): dv = P^T dO, dq = scale dS k, dk = scale dS^T q (Dao et al., 2022).
 // Two passes, so that every sum has one owner and a fixed order: queries meet all keys for dq, then keys meet all queries for dk and dv.
 // The first also finds delta = sum_d dO o. Without o and lse it first meets the keys once more, for lse and delta = sum_j P dP.
-#include "attention_tiles.cuh"
+#include "attention_window.cuh"
 #include "mesa/kernels/attention.h"
+#include "mesa/kernels/elementwise.h"
 
 namespace mesa::kernels::cuda {
 namespace {
@@ -15,8 +16,10 @@ inline constexpr int kBlocks = head == 64 ? 2 : 3;
 /// What a block may use on every GPU from compute capability 8.0 on.
 inline constexpr size_t kSharedBytes = 99 << 10;
 
+template <class Seen>
 struct Problem {
   Extent extent;
+  Seen seen;  ///< NoWindows or InWindows
   Operand q, k, v, o, d_o, dq, dk, dv;
   float *lse, *delta;  ///< [B, H, N]
   float scale;
@@ -88,19 +91,19 @@ __device__ inline float dot_rows(const uint32_t (&a)[head / 16][4], int half, co
 }
 
 /// lse and delta of the warp's queries, and delta for the other pass, from what the forward pass kept.
-template <int head>
-__device__ inline void read_row_statistics(Queries<head>& x, const Problem& p, const Share& share, int token) {
+template <int head, class Seen, class Place>
+__device__ inline void read_row_statistics(Queries<head>& x, const Problem<Seen>& p, const Share& share, Place place, int token) {
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const int at = token + threadIdx.x % kWarp / 4 + 8 * half, row = min(at, p.extent.tokens - 1);
     x.lse[half] = kLog2E * p.lse[share.line + row];
-    x.delta[half] = dot_rows<head>(x.d_o, half, p.o.values + static_cast<int64_t>(share.row + row) * p.o.stride + share.column);
+    x.delta[half] = dot_rows<head>(x.d_o, half, p.o.values + place[row] * p.o.stride + share.column);
     if (threadIdx.x % 4 == 0 && at < p.extent.tokens) p.delta[share.line + at] = x.delta[half];
   }
 }
 /// The same from the sums over all keys.
-template <int head>
-__device__ inline void finish_row_statistics(Queries<head>& x, RowSums& sums, const Problem& p, const Share& share, int token) {
+template <int head, class Seen>
+__device__ inline void finish_row_statistics(Queries<head>& x, RowSums& sums, const Problem<Seen>& p, const Share& share, int token) {
   sums.finish(x.lse, x.delta);
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
@@ -111,13 +114,14 @@ __device__ inline void finish_row_statistics(Queries<head>& x, RowSums& sums, co
   }
 }
 
-/// 16 keys: their share of the sums, or of dq / scale.
-template <int head, bool summing>
-__device__ inline void meet_keys(Queries<head>& x, RowSums& sums, const bf16* k, int valid, float scale) {
+/// 16 keys from token `key` on: their share of the sums, or of dq / scale. `query` is the warp's first.
+template <int head, bool summing, class Seen>
+__device__ inline void meet_keys(Queries<head>& x, RowSums& sums, const bf16* k, const Problem<Seen>& p, int query, int key) {
   float s[2][4] = {}, dp[2][4] = {};
   multiply_transposed<head>(s, x.q, k);
   multiply_transposed<head>(dp, x.d_o, k + kSecond<head>);
-  mask_columns(s, valid);
+  const float scale = p.seen.template add<false>(s, p.scale, p.extent, query, key);
+  mask_columns(s, p.extent.tokens - key);
   if constexpr (summing) {
     sums.add(s, dp, scale);
   } else {
@@ -131,32 +135,34 @@ __device__ inline void meet_keys(Queries<head>& x, RowSums& sums, const bf16* k,
     multiply<head>(x.dq, ds, k);
   }
 }
-template <int head, bool summing>
-__device__ inline void meet_chunk(Queries<head>& x, RowSums& sums, const bf16* k, int rows, float scale) {
-  for (int from = 0; from < rows; from += kTile) meet_keys<head, summing>(x, sums, k + from * kPitch<head>, rows - from, scale);
+template <int head, bool summing, class Seen>
+__device__ inline void meet_chunk(Queries<head>& x, RowSums& sums, const bf16* k, const Problem<Seen>& p, int query, int c) {
+  for (int from = 0; from < p.extent.rows(c); from += kTile)
+    meet_keys<head, summing>(x, sums, k + from * kPitch<head>, p, query, c * kChunk + from);
 }
 
-template <int head, bool exact>
-__global__ void __launch_bounds__(kWarps* kWarp, kBlocks<head>) queries_kernel(Problem p) {
+template <int head, bool exact, class Seen>
+__global__ void __launch_bounds__(kWarps* kWarp, kBlocks<head>) queries_kernel(Problem<Seen> p) {
   const Extent& e = p.extent;
   const Share share = share_of<head>(e);
   const int warp = threadIdx.x / kWarp, rows = blockDim.x / kWarp * kTile, chunks = e.chunks(), visits = exact ? chunks : 2 * chunks;
-  bf16* const q = dynamic_shared<bf16>();
+  const auto place = p.seen.open(e, share);
+  bf16* const q = dynamic_shared<bf16>() + p.seen.shared_elements(e);
   bf16* const d_o = q + rows * kPitch<head>;
   bf16* const slots = d_o + rows * kPitch<head>;
   // A visit is a chunk of keys in shared memory; where all chunks fit, the second round finds them there.
   const auto load_visit = [&](int visit) {
     if (visit < chunks || e.slots < chunks) {
-      const int c = visit % chunks, row = share.row + c * kChunk, rows = e.rows(c);
+      const int c = visit % chunks, rows = e.rows(c);
       bf16* const k = slots + visit % e.slots * kSlot<head>;
-      load_operand<head>(k, p.k, row, share.column, rows, whole_tiles(rows));
-      load_operand<head>(k + kSecond<head>, p.v, row, share.column, rows, whole_tiles(rows));
+      load_operand<head>(k, p.k, place.from(c * kChunk), share.column, rows, whole_tiles(rows));
+      load_operand<head>(k + kSecond<head>, p.v, place.from(c * kChunk), share.column, rows, whole_tiles(rows));
     }
     copy_async_commit();
   };
   const int first = share.first * kTile, token = first + warp * kTile;
-  load_operand<head>(q, p.q, share.row + first, share.column, e.tokens - first, share.tiles * kTile);
-  load_values<head>(d_o, p.d_o, share.row + first, share.column, e.tokens - first, share.tiles * kTile);
+  load_operand<head>(q, p.q, place.from(first), share.column, e.tokens - first, share.tiles * kTile);
+  load_values<head>(d_o, p.d_o, place.from(first), share.column, e.tokens - first, share.tiles * kTile);
 
   Queries<head> x = {};
   RowSums sums;
@@ -166,9 +172,9 @@ __global__ void __launch_bounds__(kWarps* kWarp, kBlocks<head>) queries_kernel(P
     if (active && visit >= 0) {
       const bf16* const k = slots + visit % e.slots * kSlot<head>;
       if (!exact && visit < chunks)
-        meet_chunk<head, true>(x, sums, k, e.rows(visit % chunks), p.scale);
+        meet_chunk<head, true>(x, sums, k, p, token, visit % chunks);
       else
-        meet_chunk<head, false>(x, sums, k, e.rows(visit % chunks), p.scale);
+        meet_chunk<head, false>(x, sums, k, p, token, visit % chunks);
       if (!exact && visit + 1 == chunks) finish_row_statistics(x, sums, p, share, token);
     }
     copy_async_wait<0>();
@@ -176,12 +182,12 @@ __global__ void __launch_bounds__(kWarps* kWarp, kBlocks<head>) queries_kernel(P
     if (active && visit < 0) {
       load_left<head>(x.q, q + warp * kTile * kPitch<head>);
       load_left<head>(x.d_o, d_o + warp * kTile * kPitch<head>);
-      if (exact) read_row_statistics(x, p, share, token);
+      if (exact) read_row_statistics(x, p, share, place, token);
     }
   }
   if (!active) return;
   const float factor[2] = {p.scale * kLn2, p.scale * kLn2};
-  store_product<head>(x.dq, factor, q + warp * kTile * kPitch<head>, p.dq, share.row + token, share.column, e.tokens - token);
+  store_product<head>(x.dq, factor, q + warp * kTile * kPitch<head>, p.dq, place.from(token), share.column, e.tokens - token);
 }
 
 // --- dk, dv -----------------------------------------------------------------------------------------------------------------------
@@ -193,13 +199,14 @@ struct Keys {
   float dk[head / 8][4], dv[head / 8][4];
 };
 
-/// 16 queries, with (lse, delta) of each: their share of dk / scale and dv.
-template <int head>
-__device__ inline void meet_queries(Keys<head>& x, const bf16* q, const float2* statistics, float scale) {
+/// 16 queries from token `query` on, with (lse, delta) of each: their share of dk / scale and dv. `key` is the warp's first.
+template <int head, class Seen>
+__device__ inline void meet_queries(Keys<head>& x, const bf16* q, const float2* statistics, const Problem<Seen>& p, int key, int query) {
   const bf16* d_o = q + kSecond<head>;
   float s[2][4] = {}, dp[2][4] = {};
   multiply_transposed<head>(s, x.k, q);
   multiply_transposed<head>(dp, x.v, d_o);
+  const float scale = p.seen.template add<true>(s, p.scale, p.extent, key, query);
 #pragma unroll
   for (int j = 0; j < 2; ++j) {
     float of[4];  // lse and delta of this lane's two columns
@@ -217,25 +224,26 @@ __device__ inline void meet_queries(Keys<head>& x, const bf16* q, const float2* 
   multiply<head>(x.dk, left, q);
 }
 
-template <int head>
-__global__ void __launch_bounds__(kWarps* kWarp, kBlocks<head>) keys_kernel(Problem p) {
+template <int head, class Seen>
+__global__ void __launch_bounds__(kWarps* kWarp, kBlocks<head>) keys_kernel(Problem<Seen> p) {
   const Extent& e = p.extent;
   const Share share = share_of<head>(e);
   const int warp = threadIdx.x / kWarp, rows = blockDim.x / kWarp * kTile, chunks = e.chunks();
-  float2* const statistics = dynamic_shared<float2>();
+  const auto place = p.seen.open(e, share);
+  float2* const statistics = reinterpret_cast<float2*>(dynamic_shared<bf16>() + p.seen.shared_elements(e));
   bf16* const k = reinterpret_cast<bf16*>(statistics + e.tiles() * kTile);
   bf16* const v = k + rows * kPitch<head>;
   bf16* const slots = v + rows * kPitch<head>;
   const auto load_chunk = [&](int c) {
-    const int row = share.row + c * kChunk, rows = e.rows(c);
+    const int rows = e.rows(c);
     bf16* const q = slots + c % e.slots * kSlot<head>;
-    load_operand<head>(q, p.q, row, share.column, rows, whole_tiles(rows));
-    load_values<head>(q + kSecond<head>, p.d_o, row, share.column, rows, whole_tiles(rows));
+    load_operand<head>(q, p.q, place.from(c * kChunk), share.column, rows, whole_tiles(rows));
+    load_values<head>(q + kSecond<head>, p.d_o, place.from(c * kChunk), share.column, rows, whole_tiles(rows));
     copy_async_commit();
   };
   const int first = share.first * kTile, token = first + warp * kTile;
-  load_operand<head>(k, p.k, share.row + first, share.column, e.tokens - first, share.tiles * kTile);
-  load_operand<head>(v, p.v, share.row + first, share.column, e.tokens - first, share.tiles * kTile);
+  load_operand<head>(k, p.k, place.from(first), share.column, e.tokens - first, share.tiles * kTile);
+  load_operand<head>(v, p.v, place.from(first), share.column, e.tokens - first, share.tiles * kTile);
   for (int i = threadIdx.x; i < e.tiles() * kTile; i += blockDim.x) {
     // Queries that are padding: P = exp2(s - infinity) = 0.
     statistics[i] = i < e.tokens ? float2{kLog2E * p.lse[share.line + i], p.delta[share.line + i]} : float2{INFINITY, 0.0f};
@@ -247,9 +255,9 @@ __global__ void __launch_bounds__(kWarps* kWarp, kBlocks<head>) keys_kernel(Prob
     if (c + 1 < chunks) load_chunk(c + 1);
     if (active && c >= 0) {
       const bf16* q = slots + c % e.slots * kSlot<head>;
-      const float2* at = statistics + c * kChunk;
-      const float2* const end = statistics + min(e.tokens, (c + 1) * kChunk);
-      for (; at < end; at += kTile, q += kTile * kPitch<head>) meet_queries<head>(x, q, at, p.scale);
+      const int end = min(e.tokens, (c + 1) * kChunk);
+      for (int query = c * kChunk; query < end; query += kTile, q += kTile * kPitch<head>)
+        meet_queries<head>(x, q, statistics + query, p, token, query);
     }
     copy_async_wait<0>();
     __syncthreads();
@@ -260,52 +268,138 @@ __global__ void __launch_bounds__(kWarps* kWarp, kBlocks<head>) keys_kernel(Prob
   }
   if (!active) return;
   const float factor[2] = {p.scale * kLn2, p.scale * kLn2}, one[2] = {1, 1};
-  store_product<head>(x.dk, factor, k + warp * kTile * kPitch<head>, p.dk, share.row + token, share.column, e.tokens - token);
-  store_product<head>(x.dv, one, v + warp * kTile * kPitch<head>, p.dv, share.row + token, share.column, e.tokens - token);
+  store_product<head>(x.dk, factor, k + warp * kTile * kPitch<head>, p.dk, place.from(token), share.column, e.tokens - token);
+  store_product<head>(x.dv, one, v + warp * kTile * kPitch<head>, p.dv, place.from(token), share.column, e.tokens - token);
 }
 
-template <int head>
-void start(const Sizes& n, Problem p, bool exact) {
-  const auto bytes = [](const Deal& d) { return (2 * d.most_tiles * kTile * kPitch<head> + slot_elements<head>(d.extent)) * sizeof(bf16); };
+template <int head, class Seen>
+void start(const Sizes& n, Problem<Seen> p, bool exact) {
+  const auto bytes = [&](const Deal& d) {
+    return (p.seen.shared_elements(d.extent) + 2 * d.most_tiles * kTile * kPitch<head> + slot_elements<head>(d.extent)) * sizeof(bf16);
+  };
   const Deal by_keys = deal(n, kWarps, 2);
-  Deal by_queries = deal(n, kWarps, exact ? 2 : static_cast<int>(n.tokens));
+  Deal by_queries = deal(n, kWarps, exact ? 2 : static_cast<int>(n.length));
   if (bytes(by_queries) > kSharedBytes) by_queries = by_keys;  // the keys then come twice
   const dim3 block(by_keys.most_tiles * kWarp);
   p.extent = by_queries.extent;
-  launch("fused_attention_grad (dq)", exact ? &queries_kernel<head, true> : &queries_kernel<head, false>, dim3(by_queries.grid), block,
-         bytes(by_queries), p);
+  launch("fused_attention_grad (dq)", exact ? &queries_kernel<head, true, Seen> : &queries_kernel<head, false, Seen>, dim3(by_queries.grid),
+         block, bytes(by_queries), p);
   p.extent = by_keys.extent;
   const size_t rows = p.extent.tiles() * kTile * sizeof(float2);
-  launch("fused_attention_grad (dk, dv)", &keys_kernel<head>, dim3(by_keys.grid), block, bytes(by_keys) + rows, p);
+  launch("fused_attention_grad (dk, dv)", &keys_kernel<head, Seen>, dim3(by_keys.grid), block, bytes(by_keys) + rows, p);
+}
+
+// --- the table of biases ------------------------------------------------------------------------------------------------------------
+
+/// The gradient of the biases of 16 queries and a chunk of keys, summed over the windows of a part in their order: sums [parts, heads, n, n].
+/// One warp each; blockIdx.x runs over row tiles and chunks within heads within parts.
+template <int head>
+__global__ void __launch_bounds__(kWarp) bias_kernel(Problem<InWindows> p, int sequences, int parts, float* sums) {
+  const Extent& e = p.extent;
+  const int tiles = e.tiles(), chunks = e.chunks();
+  const int tile = blockIdx.x % tiles, c = blockIdx.x / tiles % chunks, h = blockIdx.x / (tiles * chunks) % e.heads;
+  const int part = blockIdx.x / (tiles * chunks * e.heads);
+  const int query = tile * kTile, key = c * kChunk, rows = e.rows(c);
+  bf16* const q = dynamic_shared<bf16>() + p.seen.shared_elements(e);
+  bf16* const d_o = q + kTile * kPitch<head>;
+  bf16* const k = d_o + kTile * kPitch<head>;
+  float sum[kChunk / 8][4] = {};
+  const int end = static_cast<int>(int64_t{part + 1} * sequences / parts);
+  for (int sequence = static_cast<int>(int64_t{part} * sequences / parts); sequence < end; ++sequence) {
+    const Share share{sequence, (sequence * e.heads + h) * e.tokens, h * head, 0, tiles};
+    __syncthreads();  // the previous window may still be read
+    const auto place = p.seen.open(e, share);
+    load_operand<head>(q, p.q, place.from(query), share.column, e.tokens - query, kTile);
+    load_values<head>(d_o, p.d_o, place.from(query), share.column, e.tokens - query, kTile);
+    load_operand<head>(k, p.k, place.from(key), share.column, rows, whole_tiles(rows));
+    load_operand<head>(k + kSecond<head>, p.v, place.from(key), share.column, rows, whole_tiles(rows));
+    copy_async_commit();
+    copy_async_wait<0>();
+    __syncthreads();
+    Queries<head> x = {};
+    load_left<head>(x.q, q);
+    load_left<head>(x.d_o, d_o);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int at = share.line + min(query + static_cast<int>(threadIdx.x) / 4 + 8 * half, e.tokens - 1);
+      x.lse[half] = kLog2E * p.lse[at];
+      x.delta[half] = p.delta[at];
+    }
+#pragma unroll
+    for (int g = 0; g < kChunk / kTile; ++g) {
+      if (g * kTile >= rows) break;
+      float s[2][4] = {}, dp[2][4] = {};
+      multiply_transposed<head>(s, x.q, k + g * kTile * kPitch<head>);
+      multiply_transposed<head>(dp, x.d_o, k + kSecond<head> + g * kTile * kPitch<head>);
+      p.seen.template add<false>(s, p.scale, e, query, key + g * kTile);
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) sum[2 * g + j][i] += exp2_approx(s[j][i] - x.lse[i / 2]) * (dp[j][i] - x.delta[i / 2]);
+      }
+    }
+  }
+  float* const to = sums + (static_cast<int64_t>(part) * e.heads + h) * e.tokens * e.tokens;
+#pragma unroll
+  for (int j = 0; j < kChunk / 8; ++j) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int row = query + static_cast<int>(threadIdx.x) / 4 + i / 2 * 8, column = key + 8 * j + static_cast<int>(threadIdx.x) % 4 * 2 + i % 2;
+      if (row < e.tokens && column < e.tokens) to[row * e.tokens + column] = sum[j][i];
+    }
+  }
+}
+
+/// The rows' statistics must be there.
+template <int head>
+void start_bias(const Sizes& n, Problem<InWindows> p, const WindowBias& windows) {
+  p.extent = deal(n, kWarps, 2).extent;
+  const int64_t across = p.extent.tiles() * p.extent.chunks() * n.heads, pairs = n.heads * n.length * n.length;
+  const int64_t parts = std::clamp<int64_t>(132 * 16 / across, 1, n.sequences);
+  const Tensor sums = Tensor::empty({parts, pairs}, DType::f32, windows.d_table.device());
+  const Tensor sum = Tensor::empty({n.heads, n.length, n.length}, DType::f32, windows.d_table.device());
+  const int elements = p.seen.shared_elements(p.extent) + 2 * kTile * kPitch<head> + kSlot<head>;
+  launch("fused_attention_grad (biases)", &bias_kernel<head>, dim3(static_cast<unsigned>(across * parts)), dim3(kWarp),
+         elements * sizeof(bf16), p, static_cast<int>(n.sequences), static_cast<int>(parts), sums.data<float>());
+  sum_rows(sums, sum.reshape({pairs}), false);
+  expand_bias_grad(sum, windows.windows, 1, windows.d_table, windows.accumulate);
 }
 
 }  // namespace
 
 void fused_attention_grad(const Tensor& d_o, const AttentionOperand& q, const AttentionOperand& k, const AttentionOperand& v,
                           const Tensor& o, const Tensor& lse, int64_t heads, double scale, const Tensor& dq, const Tensor& dk,
-                          const Tensor& dv) {
-  const Sizes n = sizes_of(d_o, heads, scale);
+                          const Tensor& dv, const WindowBias& windows) {
+  const Sizes n = sizes_of(d_o, heads, scale, windows);
   if (lse.defined()) n.check_lines(lse, "lse");
   if (d_o.numel() == 0) return;
   const bool exact = o.defined() && lse.defined();
-  const auto lines = [&] { return Tensor::empty({n.batch, heads, n.tokens}, DType::f32, d_o.device()); };
+  const auto lines = [&] { return Tensor::empty({n.sequences, heads, n.length}, DType::f32, d_o.device()); };
   const Tensor rows = exact ? lse : lines(), delta = lines();
-  const Problem p{{},
-                  n.operand(q, "q"),
-                  n.operand(k, "k"),
-                  n.operand(v, "v"),
-                  exact ? n.operand(o, "o") : Operand(),
-                  n.operand(d_o, "d_o"),
-                  n.operand(dq, "dq"),
-                  n.operand(dk, "dk"),
-                  n.operand(dv, "dv"),
-                  rows.data<float>(),
-                  delta.data<float>(),
-                  static_cast<float>(scale * kLog2E)};
-  if (n.head == 64)
-    start<64>(n, p, exact);
-  else
+  const auto problem = [&](auto seen) {
+    return Problem<decltype(seen)>{{},
+                                   seen,
+                                   n.operand(q, "q"),
+                                   n.operand(k, "k"),
+                                   n.operand(v, "v"),
+                                   exact ? n.operand(o, "o") : Operand(),
+                                   n.operand(d_o, "d_o"),
+                                   n.operand(dq, "dq"),
+                                   n.operand(dk, "dk"),
+                                   n.operand(dv, "dv"),
+                                   rows.data<float>(),
+                                   delta.data<float>(),
+                                   static_cast<float>(scale * kLog2E)};
+  };
+  if (windows.defined()) {
+    const auto p = problem(InWindows{windows.windows, windows.table.data<float>()});
     start<32>(n, p, exact);
+    if (windows.d_table.defined()) start_bias<32>(n, p, windows);
+  } else if (n.head == 64) {
+    start<64>(n, problem(NoWindows{}), exact);
+  } else {
+    start<32>(n, problem(NoWindows{}), exact);
+  }
 }
 
 }  // namespace mesa::kernels::cuda

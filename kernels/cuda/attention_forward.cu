@@ -1,7 +1,7 @@
 // o = softmax(scale q k^T) v and lse = log sum_j exp(scale s_j) in one pass over the keys. With maximum m and sum l of a row so far, new
 // scores s give m' = max(m, s), o <- exp(m - m') o + exp(s - m') v, and l likewise (Milakov and Gimelshein, 2018; Dao et al., 2022).
 // The blocks of a head also write the codes of its q, k and v, each those of its own tokens.
-#include "attention_tiles.cuh"
+#include "attention_window.cuh"
 #include "codec_producer.cuh"
 #include "mesa/kernels/attention.h"
 
@@ -14,8 +14,10 @@ inline constexpr int kWarps = 4;
 template <int head>
 inline constexpr int kTilesPerWarp = head == 64 ? 2 : 1;
 
+template <class Seen>
 struct Problem {
   Extent extent;
+  Seen seen;  ///< NoWindows or InWindows
   Operand q, k, v, o;
   float* lse;
   float scale;  ///< times log2 e: exponentials are powers of two
@@ -23,17 +25,17 @@ struct Problem {
 };
 
 /// The rows of one operand that belong to this block: straight from global memory, where the tiles will find them in the cache.
-template <int head>
-__device__ inline void write_codes(const Producer& to, const Operand& x, const Extent& e, const Share& share) {
+template <int head, class Place>
+__device__ inline void write_codes(const Producer& to, const Operand& x, const Extent& e, const Share& share, Place place) {
   constexpr int lanes = head / kUnit;
-  const int from = share.row + share.first * kTile, rows = min(share.tiles * kTile, e.tokens - share.first * kTile);
+  const int from = share.first * kTile, rows = min(share.tiles * kTile, e.tokens - from);
   const uint32_t group = to.group_at(share.column);
   const GroupScale scale = to.scale_of(group);
   Noted noted;
   uint32_t saturated = 0, nonfinite = 0;
 #pragma unroll 1
   for (int i = threadIdx.x; i < rows * lanes; i += blockDim.x) {
-    const int64_t row = from + i / lanes;
+    const int64_t row = place[from + i / lanes];
     const int column = share.column + i % lanes * kUnit;
     float v[kUnit];
     load_pack(x.values + row * x.stride + column, v);
@@ -44,14 +46,15 @@ __device__ inline void write_codes(const Producer& to, const Operand& x, const E
   if (threadIdx.x % kWarp == 0) to.watch.put_directly(group, lo, hi);
   if (to.watch.counts && __any_sync(kFullMask, saturated + nonfinite > 0)) to.watch.count(saturated, nonfinite);
 }
-template <int head>
-__device__ inline void write_codes(const Problem& p, const Share& share) {
-  if (p.codes[0].codes) write_codes<head>(p.codes[0], p.q, p.extent, share);
-  if (p.codes[1].codes) write_codes<head>(p.codes[1], p.k, p.extent, share);
-  if (p.codes[2].codes) write_codes<head>(p.codes[2], p.v, p.extent, share);
+template <int head, class Seen, class Place>
+__device__ inline void write_codes(const Problem<Seen>& p, const Share& share, Place place) {
+  if (p.codes[0].codes) write_codes<head>(p.codes[0], p.q, p.extent, share, place);
+  if (p.codes[1].codes) write_codes<head>(p.codes[1], p.k, p.extent, share, place);
+  if (p.codes[2].codes) write_codes<head>(p.codes[2], p.v, p.extent, share, place);
 }
 /// When all blocks have written theirs, the last one takes the ranges into the estimates.
-__device__ inline void finish_codes(const Problem& p) {
+template <class Seen>
+__device__ inline void finish_codes(const Problem<Seen>& p) {
   const int first = p.codes[0].codes ? 0 : p.codes[1].codes ? 1 : 2;
   if (!p.codes[first].codes || !p.codes[first].watch.is_last_block()) return;
   for (int i = first; i < 3; ++i)
@@ -69,8 +72,8 @@ struct Queries {
 /// A row keeps its old maximum until a score exceeds it by this much: rescaling is rare and exp2(s - m) <= 256 costs no precision.
 inline constexpr float kSlack = 8;
 
-/// s <- exp2(scale s - top), and the sums.
-template <int head, int n>
+/// s <- exp2(scale s - top), and the sums. A window may hide all keys so far, which the top -infinity tells.
+template <bool hiding, int head, int n>
 __device__ inline void exponentials(float (&s)[n][4], Queries<head>& x, float scale) {
   float top[2];
 #pragma unroll
@@ -84,7 +87,7 @@ __device__ inline void exponentials(float (&s)[n][4], Queries<head>& x, float sc
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       top[half] = fmaxf(top[half], x.top[half]);
-      const float factor = exp2_approx(x.top[half] - top[half]);
+      const float factor = hiding && top[half] == -INFINITY ? 0.0f : exp2_approx(x.top[half] - top[half]);
       x.top[half] = top[half];
       x.sum[half] *= factor;
 #pragma unroll
@@ -98,15 +101,24 @@ __device__ inline void exponentials(float (&s)[n][4], Queries<head>& x, float sc
   for (int j = 0; j < n; ++j) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      s[j][i] = exp2_approx(fmaf(s[j][i], scale, -x.top[i / 2]));
+      s[j][i] = exp2_approx(fmaf(s[j][i], scale, hiding && x.top[i / 2] == -INFINITY ? 0.0f : -x.top[i / 2]));
       x.sum[i / 2] += s[j][i];
     }
   }
 }
 
-/// The first `active` tiles of x meet `groups` times 16 keys, of which `valid` exist.
-template <int active, int groups, int head, int tiles>
-__device__ inline void attend(Queries<head> (&x)[tiles], const bf16* k, int valid, float scale) {
+/// What scores of a warp's queries are made of: `row` is the token of its first query, `step` from one of its tiles to the next.
+template <class Seen>
+struct Scores {
+  const Extent& extent;
+  const Seen& seen;
+  float scale;
+  int row, step;
+};
+
+/// The first `active` tiles of x meet `groups` times 16 keys from token `key` on.
+template <int active, int groups, int head, int tiles, class Seen>
+__device__ inline void attend(Queries<head> (&x)[tiles], const bf16* k, int key, const Scores<Seen>& of) {
   const bf16* v = k + kSecond<head>;
   float s[active][2 * groups][4] = {};
 #pragma unroll
@@ -121,8 +133,9 @@ __device__ inline void attend(Queries<head> (&x)[tiles], const bf16* k, int vali
   }
 #pragma unroll
   for (int t = 0; t < active; ++t) {
-    mask_columns(s[t], valid);
-    exponentials(s[t], x[t], scale);
+    const float scale = of.seen.template add<false>(s[t], of.scale, of.extent, of.row + t * of.step, key);
+    mask_columns(s[t], of.extent.tokens - key);
+    exponentials<Seen::windowed>(s[t], x[t], scale);
   }
 #pragma unroll
   for (int g = 0; g < groups; ++g) {
@@ -139,15 +152,16 @@ __device__ inline void attend(Queries<head> (&x)[tiles], const bf16* k, int vali
   }
 }
 
-/// A chunk of `rows` keys, 32 by 32 (more scores at once would not fit the registers), the last 16 alone if they are.
-template <int active, int head, int tiles>
-__device__ inline void attend_chunk(Queries<head> (&x)[tiles], const bf16* k, int rows, float scale) {
+/// Chunk c of the keys, 32 by 32 (more scores at once would not fit the registers), the last 16 alone if they are.
+template <int active, int head, int tiles, class Seen>
+__device__ inline void attend_chunk(Queries<head> (&x)[tiles], const bf16* k, int c, const Scores<Seen>& of) {
+  const int rows = of.extent.rows(c);
 #pragma unroll 1
   for (int from = 0; from < rows; from += 2 * kTile) {
     if (rows - from > kTile)
-      attend<active, 2>(x, k + from * kPitch<head>, rows - from, scale);
+      attend<active, 2>(x, k + from * kPitch<head>, c * kChunk + from, of);
     else
-      attend<active, 1>(x, k + from * kPitch<head>, rows - from, scale);
+      attend<active, 1>(x, k + from * kPitch<head>, c * kChunk + from, of);
   }
 }
 
@@ -155,34 +169,37 @@ __device__ inline void attend_chunk(Queries<head> (&x)[tiles], const bf16* k, in
 template <int head>
 inline constexpr int kBlocks = head == 64 ? 3 : 6;
 
-template <int head, int tiles, bool coded>
-__global__ void __launch_bounds__(kWarps* kWarp, kBlocks<head>) attention_kernel(Problem p) {
+template <int head, int tiles, bool coded, class Seen>
+__global__ void __launch_bounds__(kWarps* kWarp, kBlocks<head>) attention_kernel(Problem<Seen> p) {
   const Extent& e = p.extent;
   const Share share = share_of<head>(e);
   const int warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp, chunks = e.chunks();
-  bf16* const q = dynamic_shared<bf16>();
+  const auto place = p.seen.open(e, share);
+  bf16* const q = dynamic_shared<bf16>() + p.seen.shared_elements(e);
   bf16* const slots = q + warps * tiles * kTile * kPitch<head>;
   const auto load_chunk = [&](int c) {
-    const int row = share.row + c * kChunk, rows = e.rows(c);
+    const int rows = e.rows(c);
     bf16* const k = slots + c % e.slots * kSlot<head>;
-    load_values<head>(k, p.k, row, share.column, rows, whole_tiles(rows));
-    load_values<head>(k + kSecond<head>, p.v, row, share.column, rows, whole_tiles(rows));
+    load_values<head>(k, p.k, place.from(c * kChunk), share.column, rows, whole_tiles(rows));
+    load_values<head>(k + kSecond<head>, p.v, place.from(c * kChunk), share.column, rows, whole_tiles(rows));
     copy_async_commit();
   };
-  if constexpr (coded) write_codes<head>(p, share);
-  load_values<head>(q, p.q, share.row + share.first * kTile, share.column, e.tokens - share.first * kTile, share.tiles * kTile);
+  if constexpr (coded) write_codes<head>(p, share, place);
+  const int own = share.first * kTile;  // the block's first query
+  load_values<head>(q, p.q, place.from(own), share.column, e.tokens - own, share.tiles * kTile);
 
   // Tile warp + t warps of the share is tile t of the warp: no warp has two more than another.
   Queries<head> x[tiles] = {};
   const int active = share.tiles <= warp ? 0 : (share.tiles - warp - 1) / warps + 1;
+  const Scores<Seen> scores{e, p.seen, p.scale, own + warp * kTile, warps * kTile};
   for (int c = -1; c < chunks; ++c) {  // at -1 things are loaded, no more
     if (c + 1 < chunks) load_chunk(c + 1);
     if (c >= 0) {
       const bf16* const k = slots + c % e.slots * kSlot<head>;
       if (active == tiles)
-        attend_chunk<tiles>(x, k, e.rows(c), p.scale);
+        attend_chunk<tiles>(x, k, c, scores);
       else if (active == 1)
-        attend_chunk<1>(x, k, e.rows(c), p.scale);
+        attend_chunk<1>(x, k, c, scores);
     }
     copy_async_wait<0>();
     __syncthreads();
@@ -197,7 +214,7 @@ __global__ void __launch_bounds__(kWarps* kWarp, kBlocks<head>) attention_kernel
 #pragma unroll
   for (int t = 0; t < tiles; ++t) {
     if (t >= active) break;
-    const int tile = warp + t * warps, token = (share.first + tile) * kTile;
+    const int tile = warp + t * warps, token = own + tile * kTile;
     float inverse[2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -206,30 +223,29 @@ __global__ void __launch_bounds__(kWarps* kWarp, kBlocks<head>) attention_kernel
       inverse[half] = 1.0f / sum;
       if (threadIdx.x % 4 == 0 && at < e.tokens) p.lse[share.line + at] = kLn2 * x[t].top[half] + std::log(sum);
     }
-    store_product<head>(x[t].o, inverse, q + tile * kTile * kPitch<head>, p.o, share.row + token, share.column, e.tokens - token);
+    store_product<head>(x[t].o, inverse, q + tile * kTile * kPitch<head>, p.o, place.from(token), share.column, e.tokens - token);
   }
   if constexpr (coded) finish_codes(p);
 }
 
-template <int head>
-void start(const Sizes& n, Problem p, bool coded) {
+template <int head, class Seen>
+void start(const Sizes& n, Problem<Seen> p, bool coded) {
   constexpr int tiles = kTilesPerWarp<head>;
   const Deal d = deal(n, kWarps * tiles, 2);
   p.extent = d.extent;
-  const int warps = std::min(d.most_tiles, kWarps), elements = warps * tiles * kTile * kPitch<head> + slot_elements<head>(d.extent);
-  launch("fused_attention", coded ? &attention_kernel<head, tiles, true> : &attention_kernel<head, tiles, false>, dim3(d.grid),
+  const int warps = std::min(d.most_tiles, kWarps);
+  const int elements = p.seen.shared_elements(d.extent) + warps * tiles * kTile * kPitch<head> + slot_elements<head>(d.extent);
+  launch("fused_attention", coded ? &attention_kernel<head, tiles, true, Seen> : &attention_kernel<head, tiles, false, Seen>, dim3(d.grid),
          dim3(warps * kWarp), elements * sizeof(bf16), p);
 }
 
 }  // namespace
 
 void fused_attention(const Tensor& q, const Tensor& k, const Tensor& v, int64_t heads, double scale, const Tensor& o, const Tensor& lse,
-                     const QkvCodes& codes) {
-  const Sizes n = sizes_of(q, heads, scale);
+                     const QkvCodes& codes, const WindowBias& windows) {
+  const Sizes n = sizes_of(q, heads, scale, windows);
   n.check_lines(lse, "lse");
-  Problem p{
-      {}, n.operand(q, "q"), n.operand(k, "k"), n.operand(v, "v"), n.operand(o, "o"), lse.data<float>(), static_cast<float>(scale * kLog2E),
-      {}};
+  Producer producers[3];
   const Tensor* const rows[] = {&q, &k, &v};
   std::array<WatchedGroups, 3> groups;  // live until the launch
   for (int i = 0; i < 3; ++i) {
@@ -240,14 +256,27 @@ void fused_attention(const Tensor& q, const Tensor& k, const Tensor& v, int64_t 
       continue;
     }
     groups[i] = WatchedGroups(codes[i], i);
-    p.codes[i] = producer_of(codes[i], q.numel(), groups[i]);
+    producers[i] = producer_of(codes[i], q.numel(), groups[i]);
   }
   if (q.numel() == 0) return;
-  const bool coded = p.codes[0].codes || p.codes[1].codes || p.codes[2].codes;
-  if (n.head == 64)
-    start<64>(n, p, coded);
+  const bool coded = producers[0].codes || producers[1].codes || producers[2].codes;
+  const auto problem = [&](auto seen) {
+    return Problem<decltype(seen)>{{},
+                                   seen,
+                                   n.operand(q, "q"),
+                                   n.operand(k, "k"),
+                                   n.operand(v, "v"),
+                                   n.operand(o, "o"),
+                                   lse.data<float>(),
+                                   static_cast<float>(scale * kLog2E),
+                                   {producers[0], producers[1], producers[2]}};
+  };
+  if (windows.defined())
+    start<32>(n, problem(InWindows{windows.windows, windows.table.data<float>()}), coded);
+  else if (n.head == 64)
+    start<64>(n, problem(NoWindows{}), coded);
   else
-    start<32>(n, p, coded);
+    start<32>(n, problem(NoWindows{}), coded);
 }
 
 }  // namespace mesa::kernels::cuda

@@ -78,22 +78,31 @@ inline Operand coded_operand(const Coded& x, int64_t batch, int64_t tokens, int6
 /// The sizes of a call, checked.
 struct Sizes {
   int64_t batch, tokens, channels, heads, head;
+  int64_t sequences, length;  ///< that attend within themselves: images, or windows
 
   Operand operand(const Tensor& x, const char* what) const { return values_operand(x, batch, tokens, channels, what); }
   Operand operand(const AttentionOperand& x, const char* what) const {
     return x.values.defined() ? operand(x.values, what) : coded_operand(x.coded, batch, tokens, channels, what);
   }
   void check_lines(const Tensor& x, const char* what) const {
-    check(x.is_contiguous() && x.numel() == batch * heads * tokens, "fused attention: ", what, " is ", x.shape(), ", not [", batch, ", ",
-          heads, ", ", tokens, "]");
+    check(x.is_contiguous() && x.numel() == sequences * heads * length, "fused attention: ", what, " is ", x.shape(), ", not [",
+          sequences, ", ", heads, ", ", length, "]");
   }
 };
 
-inline Sizes sizes_of(const Tensor& x, int64_t heads, double scale) {
+inline Sizes sizes_of(const Tensor& x, int64_t heads, double scale, const WindowBias& windows) {
   check(x.rank() == 3 && heads > 0 && x.dim(2) % heads == 0, "fused attention: ", heads, " heads in a tensor of shape ", x.shape());
-  const Sizes n{x.dim(0), x.dim(1), x.dim(2), heads, x.dim(2) / heads};
+  Sizes n{x.dim(0), x.dim(1), x.dim(2), heads, x.dim(2) / heads, x.dim(0), x.dim(1)};
   check(n.head == 32 || n.head == 64, "fused attention: heads of 32 or 64 channels, not ", n.head);
-  check(n.tokens <= kMostTokens, "fused attention: at most ", kMostTokens, " tokens, not ", n.tokens);
+  if (windows.defined()) {
+    windows.windows.validate(n.tokens);
+    check(n.head == 32, "fused attention in windows: heads of 32 channels, not ", n.head);
+    check(windows.table.is_contiguous() && windows.table.shape() == Shape({windows.windows.distances(), heads}),
+          "fused attention: a table of biases ", windows.table.shape());
+    n.sequences *= windows.windows.count();
+    n.length = windows.windows.length();
+  }
+  check(n.length <= kMostTokens, "fused attention: at most ", kMostTokens, " tokens, not ", n.length);
   check(scale > 0, "fused attention: the scale is ", scale, " but must be positive");
   return n;
 }
@@ -144,48 +153,60 @@ __device__ inline void decode_item(const Operand& x, int row, int column, bf16* 
   }
 }
 
-/// Rows row.. (of all B N) at column.. of x -> `rows` rows of the tile, zeros from the `valid`th on: padding must not hold a NaN. The
-/// values arrive in the background (copy_async_wait). All threads of the block take part.
-template <int head>
-__device__ inline void load_values(bf16* tile, const Operand& x, int row, int column, int valid, int rows) {
+/// Where the tokens of a sequence lie among all B N rows: one after the other,
+struct Consecutive {
+  int row;
+  __device__ int operator[](int r) const { return row + r; }
+  __device__ Consecutive from(int token) const { return {row + token}; }
+};
+/// or anywhere, by a list.
+struct Listed {
+  const int* rows;
+  __device__ int operator[](int r) const { return rows[r]; }
+  __device__ Listed from(int token) const { return {rows + token}; }
+};
+
+/// The rows at `place` and column.. of x -> `rows` rows of the tile, zeros from the `valid`th on: padding must not hold a NaN. The values
+/// arrive in the background (copy_async_wait). All threads of the block take part.
+template <int head, class Place>
+__device__ inline void load_values(bf16* tile, const Operand& x, Place place, int column, int valid, int rows) {
   constexpr int lanes = head / 8;
   const int first = threadIdx.x / lanes, step = blockDim.x / lanes, c = threadIdx.x % lanes * 8;
-  const bf16* from = x.values + static_cast<int64_t>(row + first) * x.stride + column + c;
   bf16* to = tile + first * kPitch<head> + c;
 #pragma unroll 1
-  for (int r = first; r < rows; r += step, from += step * x.stride, to += step * kPitch<head>) {
+  for (int r = first; r < rows; r += step, to += step * kPitch<head>) {
     if (r < valid)
-      copy_async_16(to, from);
+      copy_async_16(to, x.values + place[r] * x.stride + column + c);
     else
       *reinterpret_cast<uint4*>(to) = uint4{};
   }
 }
 /// The same for values or codes.
-template <int head>
-__device__ inline void load_operand(bf16* tile, const Operand& x, int row, int column, int valid, int rows) {
-  if (x.values != nullptr) return load_values<head>(tile, x, row, column, valid, rows);
+template <int head, class Place>
+__device__ inline void load_operand(bf16* tile, const Operand& x, Place place, int column, int valid, int rows) {
+  if (x.values != nullptr) return load_values<head>(tile, x, place, column, valid, rows);
   constexpr int items = head / kItem;
   const int first = threadIdx.x / items, step = blockDim.x / items, c = threadIdx.x % items * kItem;
 #pragma unroll 1
   for (int r = first; r < rows; r += step) {
     bf16* to = tile + r * kPitch<head> + c;
     if (r < valid)
-      decode_item(x, row + r, column + c, to);
+      decode_item(x, place[r], column + c, to);
     else
       reinterpret_cast<uint4*>(to)[0] = reinterpret_cast<uint4*>(to)[1] = uint4{};
   }
 }
 
-/// This warp's 16 rows of the tile, the first `valid` of them, -> rows row.. at column.. of x.
-template <int head>
-__device__ inline void store_rows(const bf16* tile, const Operand& x, int row, int column, int valid) {
+/// This warp's 16 rows of the tile, the first `valid` of them, -> the rows at `place` and column.. of x.
+template <int head, class Place>
+__device__ inline void store_rows(const bf16* tile, const Operand& x, Place place, int column, int valid) {
   constexpr int lanes = head / 8;
   const int lane = threadIdx.x % kWarp;
 #pragma unroll
   for (int i = 0; i < 16 * lanes; i += kWarp) {
     const int r = (i + lane) / lanes, c = lane % lanes * 8;
     if (r < valid)
-      *reinterpret_cast<uint4*>(x.values + static_cast<int64_t>(row + r) * x.stride + column + c) =
+      *reinterpret_cast<uint4*>(x.values + place[r] * x.stride + column + c) =
           *reinterpret_cast<const uint4*>(tile + r * kPitch<head> + c);
   }
 }

@@ -30,11 +30,11 @@ struct Extent {
   MESA_HD int rows(int c) const { return tokens - c * kChunk < kChunk ? tokens - c * kChunk : kChunk; }
 };
 
-/// The block's share: `tiles` tiles of 16 tokens from `first` on of one head of one image.
+/// The block's share: `tiles` tiles of 16 tokens from `first` on of one head of one sequence.
 struct Share {
-  int row;     ///< of the image's first token among all B N
-  int line;    ///< of the image's and head's first token among all B H N
-  int column;  ///< of the head's first channel
+  int sequence;  ///< the image, or the window of one
+  int line;      ///< of the sequence's and head's first token among the rows of all heads
+  int column;    ///< of the head's first channel
   int first, tiles;
 };
 
@@ -42,8 +42,7 @@ template <int head>
 __device__ inline Share share_of(const Extent& e) {
   const unsigned part = blockIdx.x % e.parts, at = blockIdx.x / e.parts;  // parts of a head side by side: they read the same rows
   const int first = part * e.tiles() / e.parts, end = (part + 1) * e.tiles() / e.parts;
-  return {static_cast<int>(at / e.heads * e.tokens), static_cast<int>(at * e.tokens), static_cast<int>(at % e.heads * head), first,
-          end - first};
+  return {static_cast<int>(at / e.heads), static_cast<int>(at * e.tokens), static_cast<int>(at % e.heads * head), first, end - first};
 }
 
 MESA_HD inline int whole_tiles(int rows) { return (rows + kTile - 1) / kTile * kTile; }
@@ -62,10 +61,10 @@ struct Deal {
   unsigned grid;
 };
 inline Deal deal(const Sizes& n, int most_tiles, int most_slots) {
-  Extent e{static_cast<int>(n.tokens), static_cast<int>(n.heads), 1, 1};
+  Extent e{static_cast<int>(n.length), static_cast<int>(n.heads), 1, 1};
   e.parts = static_cast<int>(ceil_div(e.tiles(), most_tiles));
   e.slots = std::min(e.chunks(), most_slots);
-  const int64_t lines = n.batch * n.heads * n.tokens, blocks = n.batch * n.heads * e.parts;
+  const int64_t lines = n.sequences * n.heads * n.length, blocks = n.sequences * n.heads * e.parts;
   check(std::max(lines, blocks) < int64_t{1} << 31, "fused attention: ", n.batch, " images of ", n.heads,
         " heads are too many for one launch");
   return {e, static_cast<int>(ceil_div(e.tiles(), e.parts)), static_cast<unsigned>(blocks)};
@@ -147,9 +146,9 @@ __device__ inline void mask_columns(float (&s)[n][4], int valid) {
   }
 }
 
-/// Writes factor[half] d, rounded to bf16, to the 16 rows of x that begin at `row`, the first `valid` of them; `tile` is this warp's room.
-template <int head>
-__device__ inline void store_product(const float (&d)[head / 8][4], const float (&factor)[2], bf16* tile, const Operand& x, int row,
+/// Writes factor[half] d, rounded to bf16, to the 16 rows of x at `place`, the first `valid` of them; `tile` is this warp's room.
+template <int head, class Place>
+__device__ inline void store_product(const float (&d)[head / 8][4], const float (&factor)[2], bf16* tile, const Operand& x, Place place,
                                      int column, int valid) {
   const int lane = threadIdx.x % kWarp;
 #pragma unroll
@@ -161,7 +160,7 @@ __device__ inline void store_product(const float (&d)[head / 8][4], const float 
     }
   }
   __syncwarp();
-  store_rows<head>(tile, x, row, column, valid);
+  store_rows<head>(tile, x, place, column, valid);
 }
 
 }  // namespace

@@ -9,36 +9,102 @@
 namespace mesa::kernels {
 namespace {
 
-/// Images per turn: the scores of a turn (f32, [images, H, N, N]) should stay in the cores' second-level caches.
-constexpr int64_t kScoreBytes = 1 << 21;
-
-int64_t images_per_turn(const Tensor& q) {
-  const int64_t one = q.dim(1) * q.dim(2) * q.dim(2) * 4;
-  return std::clamp<int64_t>(kScoreBytes / std::max<int64_t>(one, 1), 1, std::max<int64_t>(q.dim(0), 1));
-}
-
 DType score_type(const Tensor& q) { return q.dtype() == DType::f64 ? DType::f64 : DType::f32; }
 
-Tensor head(const Tensor& t, int64_t images) { return t.dim(0) == images ? t : t.narrow(0, 0, images); }
+/// What attends among itself: the tokens of an image, or of a window of it. Attention works through them in turns.
+class Sequences {
+ public:
+  Sequences(const Tensor& rows, int64_t heads, const WindowBias& bias)
+      : windows_(bias.windows),
+        count_(bias.defined() ? rows.dim(0) * windows_.count() : rows.dim(0)),
+        length_(bias.defined() ? windows_.length() : rows.dim(1)),
+        heads_(heads) {
+    if (bias.defined()) windows_.validate(rows.dim(1));
+  }
 
-/// Calls turn(from, count) over the images.
-template <class Turn>
-void by_turns(const Tensor& q, const Turn& turn) {
-  const int64_t step = images_per_turn(q);
-  for (int64_t from = 0; from < q.dim(0); from += step) turn(from, std::min(step, q.dim(0) - from));
-}
+  int64_t count() const { return count_; }
+  /// Scores of a turn (f32, [sequences, H, N, N]) should stay in the cores' second-level caches.
+  int64_t of_a_turn() const {
+    constexpr int64_t kScoreBytes = 1 << 21;
+    const int64_t one = heads_ * length_ * length_ * 4;
+    return std::clamp<int64_t>(kScoreBytes / std::max<int64_t>(one, 1), 1, std::max<int64_t>(count_, 1));
+  }
+  template <class Turn>
+  void by_turns(const Turn& turn) const {
+    for (int64_t from = 0; from < count_; from += of_a_turn()) turn(from, std::min(of_a_turn(), count_ - from));
+  }
 
-Tensor score_buffer(const Tensor& q, DType dtype) {
-  return Tensor::empty({images_per_turn(q), q.dim(1), q.dim(2), q.dim(2)}, dtype, q.device());
-}
+  /// Sequences of x [B, N, C] as [count, n, C]: a view, or windows that are copied together.
+  Tensor take(const Tensor& x, int64_t from, int64_t count) const {
+    const Tensor part = room(x, from, count);
+    if (windows_.defined()) gather_windows(x, windows_, from, part);
+    return part;
+  }
+  /// Where to write sequences of x; `put` then brings them there.
+  Tensor room(const Tensor& x, int64_t from, int64_t count) const {
+    return windows_.defined() ? Tensor::empty({count, length_, x.dim(2)}, x.dtype(), x.device()) : x.narrow(0, from, count);
+  }
+  void put(const Tensor& part, const Tensor& x, int64_t from) const {
+    if (windows_.defined()) scatter_windows(part, windows_, from, x);
+  }
+
+  Tensor scores(DType dtype, Device device) const { return Tensor::empty({of_a_turn(), heads_, length_, length_}, dtype, device); }
+  /// A number for each row of each head.
+  Tensor lines(DType dtype, Device device) const { return Tensor::empty({count_, heads_, length_}, dtype, device); }
+
+ private:
+  Windows windows_;
+  int64_t count_, length_, heads_;
+};
+
+/// The first `count` sequences of a turn's buffer.
+Tensor head(const Tensor& t, int64_t count) { return t.dim(0) == count ? t : t.narrow(0, 0, count); }
+
+/// A bias table laid out for the scores of any window.
+class Bias {
+ public:
+  Bias(const WindowBias& of, int64_t heads) : of_(of) {
+    if (!of.defined()) return;
+    check(of.table.rank() == 2 && of.table.dim(1) == heads, "a table of biases ", of.table.shape(), " for ", heads, " heads");
+    pairs_ = Tensor::empty({heads, of.windows.length(), of.windows.length()}, of.table.dtype(), of.table.device());
+    expand_bias(of.table, of.windows, pairs_);
+  }
+  /// Adds to the scores of sequences from.. on; returns the factor that is left to apply to them.
+  double add(const Tensor& s, double scale, int64_t from) const {
+    if (!of_.defined()) return scale;
+    add_window_bias(s, scale, pairs_, of_.windows, from, s);
+    return 1;
+  }
+
+ private:
+  const WindowBias& of_;
+  Tensor pairs_;
+};
+
+/// The gradient of a bias table: that of biased scores, summed over windows in their order.
+class BiasGradient {
+ public:
+  BiasGradient(const WindowBias& of, int64_t heads) : of_(of) {
+    if (!of.d_table.defined()) return;
+    sum_ = Tensor::empty({heads, of.windows.length(), of.windows.length()}, of.d_table.dtype(), of.d_table.device());
+  }
+  bool wanted() const { return sum_.defined(); }
+  void add(const Tensor& ds, bool first) { sum_rows(ds.reshape({ds.dim(0), sum_.numel()}), sum_.reshape({sum_.numel()}), !first); }
+  /// `factor`: what turns the gradients that were added into those of biased scores.
+  void finish(double factor) const { expand_bias_grad(sum_, of_.windows, factor, of_.d_table, of_.accumulate); }
+
+ private:
+  const WindowBias& of_;
+  Tensor sum_;
+};
 
 /// [B, N, C] -> [B, H, N, C/H], a view.
 Tensor by_head(const Tensor& x, int64_t heads) { return x.split_last(x.dim(-1) / heads).transpose(1, 2); }
 
-bool has_fused_kernel(const Tensor& o, int64_t heads) {
+bool has_fused_kernel(const Tensor& o, int64_t heads, const WindowBias& windows) {
   const int64_t head = o.dim(2) / heads;
-  return is_gpu(o.device()) && fused_attention.cuda != nullptr && o.dtype() == DType::bf16 && (head == 32 || head == 64) &&
-         o.dim(1) <= 1024;
+  if (!is_gpu(o.device()) || fused_attention.cuda == nullptr || o.dtype() != DType::bf16) return false;
+  return windows.defined() ? head == 32 && windows.windows.length() <= 1024 : (head == 32 || head == 64) && o.dim(1) <= 1024;
 }
 
 Tensor decode(const AttentionOperand& x, const Tensor& like) {
@@ -49,8 +115,8 @@ Tensor decode(const AttentionOperand& x, const Tensor& like) {
 }
 
 /// cuDNN's backward needs an o and a log-sum-exp that belong to its q, k and v: where these were decoded, its forward runs again.
-void cudnn_grad(const Tensor& d_o, const AttentionOperand& q_rows, const AttentionOperand& k_rows, const AttentionOperand& v_rows, const Tensor& o,
-                const Tensor& lse, int64_t heads, double scale, const Tensor& dq, const Tensor& dk, const Tensor& dv) {
+void cudnn_grad(const Tensor& d_o, const AttentionOperand& q_rows, const AttentionOperand& k_rows, const AttentionOperand& v_rows,
+                const Tensor& o, const Tensor& lse, int64_t heads, double scale, const Tensor& dq, const Tensor& dk, const Tensor& dv) {
   const Tensor q = decode(q_rows, dq), k = decode(k_rows, dk), v = decode(v_rows, dv);
   if (o.defined() && lse.defined()) return cudnn_attention_grad(d_o, q, k, v, o, lse, heads, scale, dq, dk, dv);
   const Tensor own_o = empty_like(d_o, dq.dtype()), own_lse = Tensor::empty({dq.dim(0), heads, dq.dim(1)}, DType::f32, dq.device());
@@ -61,59 +127,77 @@ void cudnn_grad(const Tensor& d_o, const AttentionOperand& q_rows, const Attenti
 }  // namespace
 
 void attention(const Tensor& q_rows, const Tensor& k_rows, const Tensor& v_rows, int64_t heads, double scale, const Tensor& o_rows,
-               const Tensor& lse, AttentionBy by, const QkvCodes& codes) {
-  if (by == AttentionBy::engine && has_fused_kernel(o_rows, heads))
-    return fused_attention(q_rows, k_rows, v_rows, heads, scale, o_rows, lse, codes);
+               const Tensor& lse, AttentionBy by, const QkvCodes& codes, const WindowBias& windows) {
+  if (by == AttentionBy::engine && has_fused_kernel(o_rows, heads, windows))
+    return fused_attention(q_rows, k_rows, v_rows, heads, scale, o_rows, lse, codes, windows);
   if (codes[0].defined()) quantize_running(q_rows, codes[0]);
   if (codes[1].defined()) quantize_running(k_rows, codes[1]);
   if (codes[2].defined()) quantize_running(v_rows, codes[2]);
   if (by == AttentionBy::cudnn) return cudnn_attention(q_rows, k_rows, v_rows, heads, scale, o_rows, lse);
-  const Tensor q = by_head(q_rows, heads), k = by_head(k_rows, heads), v = by_head(v_rows, heads), o = by_head(o_rows, heads);
-  const Tensor scores = score_buffer(q, score_type(q));
-  const Tensor rounded = q.dtype() == scores.dtype() ? scores : score_buffer(q, q.dtype());
-  by_turns(q, [&](int64_t from, int64_t count) {
-    const auto part = [&](const Tensor& t) { return t.narrow(0, from, count); };
-    const Tensor s = head(scores, count), p = head(rounded, count);
-    matmul(part(q), part(k).transpose(-1, -2), s);
-    attention_softmax(s, scale, p, part(lse));
-    matmul(p, part(v), part(o));
+  const Sequences all(q_rows, heads, windows);
+  const Bias bias(windows, heads);
+  const Tensor scores = all.scores(score_type(q_rows), q_rows.device());
+  const Tensor rounded = q_rows.dtype() == scores.dtype() ? scores : all.scores(q_rows.dtype(), q_rows.device());
+  all.by_turns([&](int64_t from, int64_t count) {
+    const auto part = [&](const Tensor& x) { return by_head(all.take(x, from, count), heads); };
+    const Tensor s = head(scores, count), p = head(rounded, count), o = all.room(o_rows, from, count);
+    matmul(part(q_rows), part(k_rows).transpose(-1, -2), s);
+    attention_softmax(s, bias.add(s, scale, from), p, lse.narrow(0, from, count));
+    matmul(p, part(v_rows), by_head(o, heads));
+    all.put(o, o_rows, from);
   });
 }
 
-void attention_grad(const Tensor& d_o, const AttentionOperand& q_rows, const AttentionOperand& k_rows, const AttentionOperand& v_rows,
+void attention_grad(const Tensor& d_o, const AttentionOperand& q_coded, const AttentionOperand& k_coded, const AttentionOperand& v_coded,
                     const Tensor& o, const Tensor& lse, int64_t heads, double scale, const Tensor& dq_rows, const Tensor& dk_rows,
-                    const Tensor& dv_rows, AttentionBy by) {
-  if (by == AttentionBy::cudnn) return cudnn_grad(d_o, q_rows, k_rows, v_rows, o, lse, heads, scale, dq_rows, dk_rows, dv_rows);
-  if (has_fused_kernel(dq_rows, heads))
-    return fused_attention_grad(d_o, q_rows, k_rows, v_rows, o, lse, heads, scale, dq_rows, dk_rows, dv_rows);
-  const Tensor q = by_head(decode(q_rows, dq_rows), heads), k = by_head(decode(k_rows, dq_rows), heads);
-  const Tensor v = by_head(decode(v_rows, dq_rows), heads);
-  const Tensor dq = by_head(dq_rows, heads), dk = by_head(dk_rows, heads), dv = by_head(dv_rows, heads);
-  const DType wide = score_type(q);
-  const bool narrow = q.dtype() != wide;
-  const Tensor probabilities = score_buffer(q, wide), gradients = score_buffer(q, wide);
-  const Tensor rounded_p = narrow ? score_buffer(q, q.dtype()) : Tensor(), rounded_ds = narrow ? score_buffer(q, q.dtype()) : gradients;
-  const Tensor delta = o.defined() ? Tensor::empty({q.dim(0), q.dim(1), q.dim(2)}, wide, q.device()) : Tensor();
-  const Tensor own_lse = lse.defined() ? Tensor() : Tensor::empty({q.dim(0), q.dim(1), q.dim(2)}, wide, q.device());
-  if (o.defined()) attention_delta(d_o, o, delta);
-  by_turns(q, [&](int64_t from, int64_t count) {
-    const auto part = [&](const Tensor& t) { return t.defined() ? t.narrow(0, from, count) : t; };
-    const Tensor p = head(probabilities, count), dp = head(gradients, count), ds = head(rounded_ds, count);
-    matmul(part(q), part(k).transpose(-1, -2), p);
-    if (lse.defined()) attention_probabilities(p, scale, part(lse), p);
-    else attention_softmax(p, scale, p, part(own_lse));
-    Tensor p_in = p;
-    if (narrow) {
-      p_in = head(rounded_p, count);
-      copy(p, p_in);
-    }
-    const Tensor d_heads = part(d_o).split_last(q.dim(3)).transpose(1, 2);
-    matmul(p_in.transpose(-1, -2), d_heads, part(dv));
-    matmul(d_heads, part(v).transpose(-1, -2), dp);
-    attention_softmax_grad(dp, p, part(delta), scale, ds);
-    matmul(ds, part(k), part(dq));
-    matmul(ds.transpose(-1, -2), part(q), part(dk));
+                    const Tensor& dv_rows, AttentionBy by, const WindowBias& windows) {
+  if (by == AttentionBy::cudnn) return cudnn_grad(d_o, q_coded, k_coded, v_coded, o, lse, heads, scale, dq_rows, dk_rows, dv_rows);
+  if (has_fused_kernel(dq_rows, heads, windows))
+    return fused_attention_grad(d_o, q_coded, k_coded, v_coded, o, lse, heads, scale, dq_rows, dk_rows, dv_rows, windows);
+  const Tensor q_rows = decode(q_coded, dq_rows), k_rows = decode(k_coded, dq_rows), v_rows = decode(v_coded, dq_rows);
+  const Device device = q_rows.device();
+  const Sequences all(q_rows, heads, windows);
+  const Bias bias(windows, heads);
+  BiasGradient d_bias(windows, heads);
+  const DType wide = score_type(q_rows), narrow = q_rows.dtype();
+  const Tensor probabilities = all.scores(wide, device), gradients = all.scores(wide, device);
+  const Tensor rounded_p = narrow != wide ? all.scores(narrow, device) : Tensor(),
+               rounded_ds = narrow != wide ? all.scores(narrow, device) : Tensor();
+  // The sums over windows are of other rows than o's, which then come from P and dP.
+  const Tensor delta = o.defined() && !windows.defined() ? all.lines(wide, device) : Tensor();
+  const Tensor own_lse = lse.defined() ? Tensor() : all.lines(wide, device);
+  if (delta.defined()) attention_delta(d_o, o, delta);
+  all.by_turns([&](int64_t from, int64_t count) {
+    const auto part = [&](const Tensor& x) { return by_head(all.take(x, from, count), heads); };
+    const auto lines = [&](const Tensor& x) { return x.defined() ? x.narrow(0, from, count) : x; };
+    const auto rounded = [&](const Tensor& x, const Tensor& buffer) {
+      if (!buffer.defined()) return x;
+      copy(x, head(buffer, count));
+      return head(buffer, count);
+    };
+    const Tensor p = head(probabilities, count), ds = head(gradients, count);
+    const Tensor q = part(q_rows), k = part(k_rows), d_heads = part(d_o);
+    matmul(q, k.transpose(-1, -2), p);
+    const double factor = bias.add(p, scale, from);
+    if (lse.defined())
+      attention_probabilities(p, factor, lines(lse), p);
+    else
+      attention_softmax(p, factor, p, lines(own_lse));
+    const auto product = [&](const Tensor& a, const Tensor& b, const Tensor& rows) {
+      const Tensor result = all.room(rows, from, count);
+      matmul(a, b, by_head(result, heads));
+      all.put(result, rows, from);
+    };
+    product(rounded(p, rounded_p).transpose(-1, -2), d_heads, dv_rows);
+    matmul(d_heads, part(v_rows).transpose(-1, -2), ds);
+    const Tensor direct = rounded_ds.defined() && !d_bias.wanted() ? head(rounded_ds, count) : ds;
+    attention_softmax_grad(ds, p, lines(delta), scale, direct);
+    if (d_bias.wanted()) d_bias.add(ds, from == 0);
+    const Tensor ds_in = d_bias.wanted() ? rounded(ds, rounded_ds) : direct;
+    product(ds_in, k, dq_rows);
+    product(ds_in.transpose(-1, -2), q, dk_rows);
   });
+  if (d_bias.wanted()) d_bias.finish(1 / scale);
 }
 
 }  // namespace mesa::kernels

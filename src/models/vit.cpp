@@ -4,27 +4,15 @@
 
 namespace mesa {
 
-Var EncoderBlock::operator()(const Var& x) const {
-  const Scope scope(name, heads);
-  if (drop_path == 0 || Tape::current() == nullptr) {  // the last product of each branch adds
-    const Var h = attn(norm1(x), x);
-    return mlp(norm2(h), h);
-  }
-  const auto drop = [&](const char* which, const Var& branch) {
-    const Scope scope(which);  // two streams of random numbers a block
-    return mesa::drop_path(branch, drop_path);
-  };
-  const Var h = x + drop("drop_path1", attn(norm1(x)));
-  return h + drop("drop_path2", mlp(norm2(h)));
-}
-
 void VitConfig::validate() const {
   const auto positive = [](const char* name, int64_t value) { check(value > 0, "model.", name, " is ", value, "; it must be at least 1"); };
   positive("image_size", image_size), positive("patch_size", patch_size), positive("channels", channels), positive("classes", classes);
   positive("width", width), positive("depth", depth), positive("heads", heads);
-  const int64_t below = image_size / patch_size * patch_size;
-  check(image_size % patch_size == 0, "model.image_size ", image_size, " does not divide into patches of ", patch_size, "; ",
-        below > 0 ? concat(below, " or ") : "", below + patch_size, " would");
+  for (int64_t side : {height_px(), width_px()}) {
+    const int64_t below = side / patch_size * patch_size;
+    check(side % patch_size == 0, "model.image_size ", side, " does not divide into patches of ", patch_size, "; ",
+          below > 0 ? concat(below, " or ") : "", below + patch_size, " would");
+  }
   check(width % heads == 0, "model.width ", width, " does not divide by model.heads ", heads);
   check(registers >= 0 && registers <= 1024, "model.registers is ", registers, "; it must lie in [0, 1024]");
   check(class_token || !distilled, "model.distilled needs model.pool: token");
@@ -64,8 +52,8 @@ Vit::Vit(const Builder& build, const VitConfig& config) : config_(config), resid
     block.drop_path =
         config_.depth > 1 ? config_.drop_path * static_cast<double>(i) / static_cast<double>(config_.depth - 1) : config_.drop_path;
     block.norm1 = LayerNorm::make(build, "norm1", C);
-    block.attn =
-        Attention::make(build, "attn", C, config_.heads, config_.attention, config_.qkv_bias, config_.drop_rate, config_.attn_drop_rate);
+    block.attn = Attention::make(build, "attn", C, config_.heads,
+                                 {config_.attention, config_.qkv_bias, config_.drop_rate, config_.attn_drop_rate});
     block.attn.proj.scale = layer_scale("ls1");
     block.norm2 = LayerNorm::make(build, "norm2", C);
     block.mlp = Mlp::make(build, "mlp", C, config_.hidden(), config_.drop_rate);
@@ -93,9 +81,7 @@ Var Vit::embed(const Var& images) const {
 
 Var Vit::operator()(const Var& images) const {
   const Scope scope("", config_.heads);
-  check(images.value().rank() == 4 && images.dim(1) == config_.channels && images.dim(2) == config_.image_size &&
-            images.dim(3) == config_.image_size,
-        "the model takes [B, ", config_.channels, ", ", config_.image_size, ", ", config_.image_size, "], not ", images.shape());
+  config_.check_images(images.shape());
   Var x = embed(images);
   for (const EncoderBlock& block : blocks_) x = block(x);
   // A layer norm works token by token, so pooling first gives the same result and keeps what is read instead of all.
@@ -130,7 +116,9 @@ std::string full_name(const std::string& family, const Size& size, int64_t image
   return concat(family, "_", size.name, variant, "_patch", size.patch, "_", image_size);
 }
 
-std::vector<std::pair<std::string, VitConfig>> table() {
+}  // namespace
+
+std::vector<std::pair<std::string, VitConfig>> vit_models() {
   std::vector<std::pair<std::string, VitConfig>> all{{"vit", sized(kTiny, 224)}};
   for (const char* family : {"deit", "vit"})
     for (const Size& size : {kTiny, kSmall, kBase})
@@ -153,36 +141,6 @@ std::vector<std::pair<std::string, VitConfig>> table() {
   for (const Size& size : {kSmall, kMedium, kBase, kLarge, kHuge}) deit3(size, 224);
   for (const Size& size : {kSmall, kBase, kLarge}) deit3(size, 384);
   return all;
-}
-
-/// Short names for what is asked for most: deit_small is deit_small_patch16_224.
-std::vector<std::pair<std::string, std::string>> aliases() {
-  std::vector<std::pair<std::string, std::string>> all;
-  for (const char* family : {"deit", "vit"})
-    for (const Size& size : {kTiny, kSmall, kBase}) all.emplace_back(concat(family, "_", size.name), full_name(family, size, 224));
-  for (const Size& size : {kLarge, kHuge}) all.emplace_back(concat("vit_", size.name), full_name("vit", size, 224));
-  return all;
-}
-
-}  // namespace
-
-VitConfig vit_config(const std::string& name) {
-  std::vector<std::string> names = model_names();
-  std::string wanted = name;
-  for (const auto& [alias, full] : aliases()) {
-    names.push_back(alias);
-    if (alias == name) wanted = full;
-  }
-  for (const auto& [known, config] : table())
-    if (known == wanted) return config;
-  const std::string near = nearest(name, names);
-  fail("there is no model '", name, "'", near.empty() ? "" : "; did you mean '" + near + "'?", " (mesa-train --list-models)");
-}
-
-std::vector<std::string> model_names() {
-  std::vector<std::string> names;
-  for (const auto& [name, config] : table()) names.push_back(name);
-  return names;
 }
 
 }  // namespace mesa

@@ -22,10 +22,11 @@ Var Linear::operator()(const Var& x, const Var& residual) const {
   return linear(x, *weight, bias ? Var(*bias) : Var(), out, residual);
 }
 
-LayerNorm LayerNorm::make(const Builder& build, const std::string& name, int64_t width) {
+LayerNorm LayerNorm::make(const Builder& build, const std::string& name, int64_t width, double eps) {
   const Scope scope(name);
   LayerNorm layer;
   layer.name = name;
+  layer.eps = eps;
   layer.weight = &build.param("weight", {width}, Init::ones(), false);
   layer.bias = &build.param("bias", {width}, Init::zeros(), false);
   layer.out = build.compute();
@@ -73,52 +74,79 @@ Var Mlp::operator()(const Var& x, const Var& residual) const {
   return onto(residual, fc2, scoped_dropout("drop1", act(fc1(x)), drop), "drop2", drop);
 }
 
-Attention Attention::make(const Builder& build, const std::string& name, int64_t width, int64_t heads, AttentionKind kind, bool qkv_bias,
-                          double drop, double attn_drop) {
+Attention Attention::make(const Builder& build, const std::string& name, int64_t width, int64_t heads, const AttentionOptions& options,
+                          const kernels::Windows& windows) {
   check(heads > 0 && width % heads == 0, "width ", width, " does not divide by ", heads, " heads");
-  check(kind == AttentionKind::explicit_ || attn_drop == 0, "dropout on attention weights needs model.attention: explicit");
+  check(options.kind == AttentionKind::explicit_ || options.attn_drop == 0, "dropout on attention weights needs model.attention: explicit");
+  check(options.kind != AttentionKind::cudnn || !windows.defined(), "model.attention: cudnn knows no windows; use fused");
   const Scope scope(name);
   Attention layer;
   layer.name = name;
   layer.heads = heads;
-  layer.kind = kind;
-  layer.drop = drop;
-  layer.attn_drop = attn_drop;
-  layer.qkv = Linear::make(build, "qkv", width, 3 * width, qkv_bias);
+  layer.options = options;
+  layer.windows = windows;
+  if (windows.defined())
+    layer.relative_position_bias_table =
+        &build.param("relative_position_bias_table", {windows.distances(), heads}, Init::truncated_normal(0.02), false);
+  layer.qkv = Linear::make(build, "qkv", width, 3 * width, options.qkv_bias);
   layer.proj = Linear::make(build, "proj", width, width);
   return layer;
 }
 
 namespace {
 
-/// softmax(scale q k^T) v spelled out, each op under a scope of its own so that policies can name it.
-Var explicit_attention(const Var& qkv, int64_t heads, double scale_by, double attn_drop) {
+/// f under a scope of its own, so that policies can name its sites.
+template <class F>
+Var within(const char* name, const F& f) {
+  const Scope scope(name);
+  return f();
+}
+
+/// softmax(scale q k^T) v spelled out; `biased` may add to the scores.
+template <class Biased>
+Var explicit_attention(const Var& qkv, int64_t heads, double scale_by, double attn_drop, const Biased& biased) {
   const auto [q, k, v] = split_heads(qkv, heads);  // each [B, H, N, D]
-  const auto scores = [&] {
-    const Scope scope("matmul1");
-    return scale(matmul(q, k, true), scale_by);  // [B, H, N, N]
-  };
-  const auto weights = [&](const Var& s) {
-    const Scope scope("softmax");
-    return softmax(s);
-  };
-  const Var p = scoped_dropout("attn_drop", weights(scores()), attn_drop);
-  const Scope scope("matmul2");
-  return merge_heads(matmul(p, v));
+  const Var scores = within("matmul1", [&, &q = q, &k = k] { return biased(scale(matmul(q, k, true), scale_by)); });  // [B, H, N, N]
+  const Var weights = within("softmax", [&] { return softmax(scores); });
+  const Var p = scoped_dropout("attn_drop", weights, attn_drop);
+  return within("matmul2", [&, &v = v] { return merge_heads(matmul(p, v)); });
 }
 
 }  // namespace
 
 Var Attention::operator()(const Var& x, const Var& residual) const {
   const Scope scope(name);
-  const Var packed = qkv(x);  // [B, N, 3C]
   const double scale_by = 1.0 / std::sqrt(static_cast<double>(x.dim(-1) / heads));
-  const auto mixed = [&] {
-    if (kind == AttentionKind::explicit_) return explicit_attention(packed, heads, scale_by, attn_drop);
+  const auto mixed = [&](const Var& packed) {  // [B, N, 3C] -> [B, N, C]
+    const bool in_windows = windows.defined();
+    if (options.kind == AttentionKind::explicit_) {
+      if (!in_windows) return explicit_attention(packed, heads, scale_by, options.attn_drop, [](const Var& s) { return s; });
+      const auto biased = [&](const Var& s) { return window_bias(s, *relative_position_bias_table, windows); };
+      return from_windows(explicit_attention(to_windows(packed, windows), heads, scale_by, options.attn_drop, biased), windows);
+    }
     const Scope scope("attention");
-    return attention(packed, heads, scale_by, kind == AttentionKind::cudnn ? kernels::AttentionBy::cudnn : kernels::AttentionBy::engine);
+    if (in_windows) return window_attention(packed, *relative_position_bias_table, heads, scale_by, windows);
+    return attention(packed, heads, scale_by,
+                     options.kind == AttentionKind::cudnn ? kernels::AttentionBy::cudnn : kernels::AttentionBy::engine);
   };
-  return onto(residual, proj, mixed(), "proj_drop", drop);
+  const int64_t h = windows.inner_height, w = windows.inner_width, H = windows.height, W = windows.width;
+  if (h == H && w == W) return onto(residual, proj, mixed(qkv(x)), "proj_drop", options.drop);
+  // Padding is zeros in front of the projection, as in the original: it takes part as the projection's bias.
+  return onto(residual, proj, crop_grid(mixed(qkv(pad_grid(x, h, w, H, W))), H, W, h, w), "proj_drop", options.drop);
+}
+
+Var EncoderBlock::operator()(const Var& x) const {
+  const Scope scope(name, heads);
+  if (drop_path == 0 || Tape::current() == nullptr) {  // the last product of each branch adds
+    const Var h = attn(norm1(x), x);
+    return mlp(norm2(h), h);
+  }
+  const auto drop = [&](const char* which, const Var& branch) {
+    const Scope scope(which);  // two streams of random numbers a block
+    return mesa::drop_path(branch, drop_path);
+  };
+  const Var h = x + drop("drop_path1", attn(norm1(x)));
+  return h + drop("drop_path2", mlp(norm2(h)));
 }
 
 PatchEmbed PatchEmbed::make(const Builder& build, const std::string& name, int64_t channels, int64_t patch, int64_t width) {

@@ -42,22 +42,28 @@ kernels::AttentionOperand operand(const Saved& saved) {
   return {saved.get(), {}};
 }
 
-}  // namespace
+struct Form {
+  int64_t heads;
+  double scale;
+  kernels::AttentionBy by;
+  kernels::Windows windows;
+};
 
-Var attention(const Var& qkv, int64_t heads, double scale, kernels::AttentionBy by) {
-  const Op op("attention", {qkv});
-  check_packed(qkv, heads);
+/// Of whole images, or with a `table` of windows.
+Var fused(const Op& op, const Var& qkv, const Var& table, const Form& f) {
+  check_packed(qkv, f.heads);
   const int64_t B = qkv.dim(0), N = qkv.dim(1), C = qkv.dim(2) / 3;
-  const Tensor x = qkv.value();
+  const Tensor x = qkv.value(), bias = table.value();
   const Tensor o = Tensor::empty({B, N, C}, x.dtype(), x.device());
-  const Tensor lse = Tensor::empty({B, heads, N}, x.dtype() == DType::f64 ? DType::f64 : DType::f32, x.device());
+  const Shape rows = table.defined() ? Shape{B * f.windows.count(), f.heads, f.windows.length()} : Shape{B, f.heads, N};
+  const Tensor lse = Tensor::empty(rows, x.dtype() == DType::f64 ? DType::f64 : DType::f32, x.device());
   std::array<Saved, 3> saved;
   kernels::QkvCodes codes;
   for (int i = 0; i < 3; ++i) {
     const SavedAhead ahead = op.open(kSlots[i], third(x, i));
     saved[i] = ahead.saved, codes[i] = ahead.codes;
   }
-  kernels::attention(third(x, 0), third(x, 1), third(x, 2), heads, scale, o, lse, by, codes);
+  kernels::attention(third(x, 0), third(x, 1), third(x, 2), f.heads, f.scale, o, lse, f.by, codes, {f.windows, bias, {}, false});
   if (!op.recording()) return Var(o);
   save_thirds(op, x, saved);
   // Rows of exp(scale q k^T - lse) from decoded q and k do not sum to one, so they are normalized again and neither lse nor o is read.
@@ -65,13 +71,33 @@ Var attention(const Var& qkv, int64_t heads, double scale, kernels::AttentionBy 
   // One copy with the projection behind, which keeps the same buffer; where that is lossy, delta comes from P and dP instead.
   const Saved so = exact && op.shares_input("o", o.dtype()) ? op.save("o", o) : Saved();
   if (exact) op.keep("lse", lse);
-  const Tensor rows = exact ? lse : Tensor();
-  return op.record(o, [=, shape = qkv.shape(), type = qkv.dtype()](const Tensor& d_o) -> Grads {
+  const Tensor kept_lse = exact ? lse : Tensor();
+  return op.record(o, [=, shape = qkv.shape(), type = qkv.dtype(), has_table = table.defined(),
+                       d_table = table.defined() ? op.gradient(table) : Target()](const Tensor& d_o) -> Grads {
     const Tensor dqkv = Tensor::empty(shape, type, d_o.device());
-    kernels::attention_grad(d_o, operand(saved[0]), operand(saved[1]), operand(saved[2]), so.defined() ? so.get() : Tensor(), rows, heads,
-                            scale, third(dqkv, 0), third(dqkv, 1), third(dqkv, 2), by);
-    return {dqkv};
+    kernels::WindowBias windows{f.windows, bias, {}, false};
+    Grads grads{dqkv};
+    if (has_table)
+      grads.push_back(d_table.into([&](const Tensor& to, bool add) { windows.d_table = to, windows.accumulate = add; }));
+    kernels::attention_grad(d_o, operand(saved[0]), operand(saved[1]), operand(saved[2]), so.defined() ? so.get() : Tensor(), kept_lse,
+                            f.heads, f.scale, third(dqkv, 0), third(dqkv, 1), third(dqkv, 2), f.by, windows);
+    return grads;
   });
+}
+
+}  // namespace
+
+Var attention(const Var& qkv, int64_t heads, double scale, kernels::AttentionBy by) {
+  return fused(Op("attention", {qkv}), qkv, {}, {heads, scale, by, {}});
+}
+
+Var window_attention(const Var& qkv, const Var& table, int64_t heads, double scale, const kernels::Windows& windows) {
+  const Op op("attention", {qkv, table});
+  check(qkv.value().rank() == 3, "attention needs [B, N, 3 C], not ", qkv.shape());
+  windows.validate(qkv.dim(1));
+  check(table.shape() == Shape({windows.distances(), heads}), "windows of ", windows.window_height, " x ", windows.window_width, " and ",
+        heads, " heads need a table of [", windows.distances(), ", ", heads, "], not ", table.shape());
+  return fused(op, qkv, table, {heads, scale, kernels::AttentionBy::engine, windows});
 }
 
 std::array<Var, 3> split_heads(const Var& qkv, int64_t heads) {

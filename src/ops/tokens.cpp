@@ -117,13 +117,18 @@ Var select_token(const Var& x, int64_t index) {
 Var mean_pool(const Var& x, int64_t from) {
   const Op op("mean_pool", {x});
   check(x.value().rank() == 3 && from >= 0 && from < x.dim(1), "mean_pool from token ", from, " of ", x.shape());
-  const Tensor y = Tensor::empty({x.dim(0), x.dim(2)}, x.dtype(), x.value().device());
-  kernels::mean_tokens(x.value(), from, y);
-  return op.record(y, [from, shape = x.shape()](const Tensor& dy) -> Grads {
+  const auto mean = [from](const Tensor& t) {
+    const Tensor y = Tensor::empty({t.dim(0), t.dim(2)}, t.dtype(), t.device());
+    kernels::mean_tokens(t, from, y);
+    return y;
+  };
+  const Var result = op.record(mean(x.value()), [from, shape = x.shape()](const Tensor& dy) -> Grads {
     const Tensor dx = Tensor::empty(shape, dy.dtype(), dy.device());
     kernels::mean_tokens_grad(dy, from, dx);
     return {dx};
   });
+  if (x.recipe() == nullptr) return result;
+  return result.with_recipe([mean, whole = x.recipe()] { return mean((*whole)()); });
 }
 
 }  // namespace mesa

@@ -1,6 +1,7 @@
 // Affine codes of 8, 4 or 2 bits: q = clamp(floor((x - offset) / step + u), 0, 2^bits - 1), decoded as offset + q step
 // (Pan et al. 2021, arXiv 2111.11124; both ends are clamped and the scale travels with the codes, which their code does not do).
 #include <cstdlib>
+#include <numeric>
 #include <utility>
 
 #include "builtin_codecs.h"
@@ -14,8 +15,8 @@ using kernels::GroupLayout;
 
 struct Settings {
   int bits = 8;
-  enum class Groups { heads, layer, channel, count } groups = Groups::count;
-  int64_t count = 256;
+  enum class Groups { heads, layer, channel, channels, count } groups = Groups::count;
+  int64_t count = 256;  ///< elements of a run, or channels of a block
   bool running = false;
   double decay = 0.9;
   bool stochastic = true;
@@ -43,8 +44,11 @@ Settings read_settings(int bits, const CodecOptions& options) {
     else {
       char* end = nullptr;
       s.count = std::strtoll(text.c_str(), &end, 10);
-      check(!text.empty() && *end == 0 && s.count >= 8 && s.count <= (1 << 20), "groups is '", text,
-            "'; it may be heads, layer, channel or a number of consecutive elements from 8 to 1,048,576");
+      const std::string unit = end;
+      s.groups = unit == " channels" ? Settings::Groups::channels : Settings::Groups::count;
+      check(!text.empty() && (unit.empty() ? s.count >= 8 && s.count <= (1 << 20) : unit == " channels" && s.count >= 1 && s.count <= 65536),
+            "groups is '", text,
+            "'; it may be heads, layer, channel, 'N channels', or a number of consecutive elements from 8 to 1,048,576");
     }
   }
   s.running = read_choice(options, "range", {"current", "running"}) == "running";
@@ -56,7 +60,7 @@ Settings read_settings(int bits, const CodecOptions& options) {
     check(s.running, "decay belongs to range: running");
   }
   check(!s.running || s.groups != Settings::Groups::count,
-        "range: running needs groups: heads, layer or channel (a run of consecutive elements is a different one in every batch size)");
+        "range: running needs groups: heads, layer, channel or 'N channels' (a run of consecutive elements is a different one in every batch size)");
   return s;
 }
 
@@ -66,6 +70,11 @@ GroupLayout layout_of(const Settings& s, const Shape& shape, const Site& site) {
   switch (s.groups) {
     case Settings::Groups::layer: return {1, 1, n, false};
     case Settings::Groups::channel: return {channels == 0 ? 0 : n / channels, channels, 1, false};
+    case Settings::Groups::channels: {
+      if (shape.rank() == 4) break;
+      const int64_t block = std::gcd(s.count, channels);
+      return {channels == 0 ? 0 : n / channels, channels == 0 ? 0 : channels / block, block, false};
+    }
     case Settings::Groups::count: return {1, (n + s.count - 1) / s.count, s.count, true};
     case Settings::Groups::heads: break;
   }

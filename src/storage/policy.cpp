@@ -128,7 +128,7 @@ StoragePolicy::Impl::SiteState& StoragePolicy::Impl::site_state(const Site& site
   order.push_back(site_name);
   state.record.site = site;
   for (size_t i = 0; i < rules.size(); ++i)
-    if (fnmatch(rules[i].match.c_str(), site_name.c_str(), 0) == 0) {
+    if (fnmatch(rules[i].match.c_str(), site_name.c_str(), FNM_EXTMATCH) == 0) {
       matched[i] = true;
       state.rule = &rules[i];
       if (rules[i].codec != "rebuild") state.fallback = &rules[i];

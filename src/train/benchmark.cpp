@@ -25,7 +25,7 @@ double milliseconds(Clock::time_point from, Clock::time_point to) { return std::
 struct FixedBatch {
   Tensor images, labels;
 
-  FixedBatch(const RunConfig& config, const VitConfig& model, Device device) {
+  FixedBatch(const RunConfig& config, const ImageConfig& model, Device device) {
     const int64_t B = config.train.batch_size;
     const Shape shape{B, model.channels, model.image_size, model.image_size};
     RandomStream random(RandomKey::of(static_cast<uint64_t>(config.seed), "benchmark.batch", 0));
@@ -49,7 +49,7 @@ struct StepSample {
 /// A model with its own weights, moments and running ranges, trained with one policy.
 class Contestant {
  public:
-  Contestant(const RunConfig& config, const VitConfig& model, const StorageConfig& storage, Device device)
+  Contestant(const RunConfig& config, const NetConfig& model, const StorageConfig& storage, Device device)
       : config_(config),
         memory_(Allocator::of(device)),
         before_(memory_.use().live),
@@ -157,10 +157,10 @@ using Contestants = std::vector<std::unique_ptr<Contestant>>;
 /// What the contestants share: one config, one batch, and a count of steps that selects the random numbers.
 struct Bench {
   const RunConfig& config;
-  const VitConfig& model;
+  const NetConfig& model;
   const BenchmarkOptions& options;
   Device device;
-  FixedBatch batch{config, model, device};
+  FixedBatch batch{config, model.input(), device};
   uint64_t step = 0;
 
   void tell(const std::string& what) const {
@@ -243,7 +243,7 @@ BenchmarkResult run_benchmark(const RunConfig& config, const BenchmarkOptions& o
   if (options.warmup < 0) throw UsageError(concat("warmup: ", options.warmup, ": cannot be negative"));
   check(options.draws >= 1, "gradients cannot be compared ", options.draws, " times");
   check(options.training_steps >= 0, "cannot train for ", options.training_steps, " steps");
-  const VitConfig model = model_config(config, known_classes(config));
+  const NetConfig model = model_config(config, known_classes(config));
   const Device device = choose_device(config.device);
   use_threads(config);
   const std::vector<StorageConfig> policies = options.policies.empty() ? std::vector{config.storage} : options.policies;

@@ -26,12 +26,16 @@ constexpr Allowed pair(double low, double high) { return {low, high, true, false
   }
 
 const Key kKeys[] = {
-    KEY(model.name, any(), "Architecture: `vit` (give all sizes), or a table entry such as `deit_small_patch16_224` (timm's names)"),
+    KEY(model.name, any(),
+        "Architecture: `vit` or `swin` (give all sizes), or a table entry such as `deit_small_patch16_224` (timm's names)"),
     KEY(model.image_size, size(), "Height and width of the input in pixels"),
     KEY(model.patch_size, size(), "Height and width of a patch; divides the image size"),
     KEY(model.width, size(), "Embedding dimension; a multiple of `model.heads`"),
-    KEY(model.depth, size(1000), "Number of encoder blocks"),
-    KEY(model.heads, size(1024), "Attention heads"),
+    KEY(model.depth, size(1000), "Number of encoder blocks (ViT)"),
+    KEY(model.depths, size(1000), "Number of encoder blocks of each stage, such as `[2, 2, 6, 2]` (Swin)"),
+    KEY(model.heads, size(1024), "Attention heads; of a Swin's first stage, and width and heads double at each"),
+    KEY(model.window, size(64), "Side of the windows of attention in tokens (Swin)"),
+    KEY(model.pad, any(), "Pad grids of tokens that windows do not tile (Swin), in place of refusing them"),
     KEY(model.mlp_ratio, pair(0, 64), "Hidden width of the MLP over the embedding width"),
     KEY(model.channels, size(64), "Channels of the input image"),
     KEY(model.classes, size(1e6), "Number of classes"),
@@ -99,7 +103,7 @@ const Key kKeys[] = {
 
     KEY(seed, between(0, 9e18), "Seed of initialization, data order, augmentation, dropout and stochastic rounding"),
     KEY(device, one_of("auto|cpu|cuda"), "Where to train; `auto` takes the best that this build and machine have"),
-    KEY(output, any(), "Folder of the run; empty = `runs/<date>-vit-<width>x<depth>-<image size>`"),
+    KEY(output, any(), "Folder of the run; empty = `runs/<date>-<model>-<image size>`"),
 };
 #undef KEY
 
@@ -193,6 +197,9 @@ struct Reader {
   void into(std::string& field) const { field = text(value); }
   void into(std::vector<std::string>& field) const {
     field = list([&](const Value& v) { return text(v); });
+  }
+  void into(std::vector<int64_t>& field) const {
+    field = list([&](const Value& v) { return integer(v); });
   }
   void into(std::vector<double>& field) const {
     field = list([&](const Value& v) { return number(v); });

@@ -14,7 +14,7 @@ using Ref = T& (*)(RunConfig&);
 
 using Field =
     std::variant<Ref<int64_t>, Ref<double>, Ref<bool>, Ref<std::string>, Ref<std::optional<int64_t>>, Ref<std::optional<double>>,
-                 Ref<std::optional<bool>>, Ref<std::optional<std::string>>, Ref<std::vector<std::string>>, Ref<std::vector<double>>>;
+                 Ref<std::optional<bool>>, Ref<std::optional<std::string>>, Ref<std::optional<std::vector<int64_t>>>, Ref<std::vector<std::string>>, Ref<std::vector<double>>>;
 
 /// What a value may be. Numbers: an interval, open ends excluded. Text: one of `choices` ("a|b"), or anything. Lists: `length`, or any.
 struct Allowed {

@@ -20,9 +20,11 @@ void check_option(const Value& at, const std::string& name, const std::string& t
   if (name == "decay" && !(is_number(text, x) && x >= 0 && x < 1)) wrong("a number of at least 0 and below 1");
   if (name == "range" && text != "running" && text != "current") wrong("running or current");
   if (name == "rounding" && text != "stochastic" && text != "nearest") wrong("stochastic or nearest");
-  if (name == "groups" && text != "heads" && text != "layer" && text != "channel" &&
-      !(is_number(text, x) && x >= 1 && x <= 1e9 && text.find_first_not_of("0123456789") == std::string::npos))
-    wrong("heads, layer, channel or a number of elements");
+  if (name == "groups" && text != "heads" && text != "layer" && text != "channel") {
+    const std::string number = text.ends_with(" channels") ? text.substr(0, text.find(' ')) : text;
+    if (!(is_number(number, x) && x >= 1 && x <= 1e9 && number.find_first_not_of("0123456789") == std::string::npos))
+      wrong("heads, layer, channel, 'N channels' or a number of elements");
+  }
 }
 
 StorageRuleConfig read_rule(const Value& value) {

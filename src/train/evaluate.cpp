@@ -56,7 +56,7 @@ EvalResult evaluate(const BuiltModel& model, Loader& loader, const TransformOpti
     result.left_out += static_cast<int64_t>(batch->replaced.size());
     if (!batch->replaced.empty()) batch = without_replacements(*batch);
     if (batch->labels.numel() == 0) continue;
-    const SentBatch sent = send(std::move(*batch), model.net.config().classes, model.device);
+    const SentBatch sent = send(std::move(*batch), model.net.input().classes, model.device);
     const Tensor logits = to(model.net(prepare(sent, transform).images).value(), kCpu), labels = sent.host.labels;
     const int64_t n = labels.numel();
     loss += static_cast<double>(*cross_entropy(logits, labels).value().data<float>()) * static_cast<double>(n);

@@ -234,7 +234,9 @@ double copy_bandwidth(Device device, int64_t bytes) {
 }  // namespace
 
 KernelReport run_kernel_benchmark(const RunConfig& config, const std::function<void(const std::string&)>& progress, int64_t copy_bytes) {
-  const VitConfig model = model_config(config, known_classes(config));
+  const NetConfig net = model_config(config, known_classes(config));
+  if (!std::holds_alternative<VitConfig>(net.family)) config.refuse("model.name", "kernels are measured at the sizes of a ViT");
+  const VitConfig& model = std::get<VitConfig>(net.family);
   const Device device = choose_device(config.device);
   use_threads(config);
   const Extents extents{config.train.batch_size,

@@ -27,11 +27,11 @@ std::string list_models() {
   std::string out = line;
   for (const std::string& name : model_names()) {
     if (name == "vit") continue;  // has no sizes of its own
-    const VitConfig config = vit_config(name);
+    const NetConfig config = net_config(name);
     ParamStore params;
-    const Vit shape(Builder(params, 0, DType::f32, DType::f32, kMeta), config);
+    const Net shape(Builder(params, 0, DType::f32, DType::f32, kMeta), config);
     std::snprintf(line, sizeof line, "%-36s %12lld %8.1f %6lld %12s %12s %12s\n", name.c_str(), static_cast<long long>(params.count()),
-                  config.forward_flops() / 2e9, static_cast<long long>(config.image_size), format_bytes(kept_bytes(name, "exact")).c_str(),
+                  config.forward_flops() / 2e9, static_cast<long long>(config.input().image_size), format_bytes(kept_bytes(name, "exact")).c_str(),
                   format_bytes(kept_bytes(name, "int8")).c_str(), format_bytes(kept_bytes(name, "int4")).c_str());
     out += line;
   }

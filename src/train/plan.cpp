@@ -25,7 +25,7 @@ Device plan_device(const RunConfig& config) { return config.device == "cuda" || 
 
 /// The batches that a loader holds: those made ahead, one in the trainer's hands, one about to be.
 struct LoaderRing {
-  LoaderRing(const RunConfig& config, const VitConfig& model, int64_t batch)
+  LoaderRing(const RunConfig& config, const ImageConfig& model, int64_t batch)
       : pixels(Tensor::empty({batches(config), batch, model.image_size, model.image_size, model.channels}, DType::u8, plan_device(config),
                              MemoryKind::inputs)),
         labels(Tensor::empty({batches(config), batch}, DType::i64, plan_device(config), MemoryKind::inputs)) {}
@@ -36,12 +36,12 @@ struct LoaderRing {
   Tensor pixels, labels;
 };
 
-Tensor meta_images(const VitConfig& model, int64_t batch, Device device) {
+Tensor meta_images(const ImageConfig& model, int64_t batch, Device device) {
   return Tensor::empty({batch, model.channels, model.image_size, model.image_size}, DType::f32, device, MemoryKind::inputs);
 }
 
 /// One step and one evaluation of the real code on meta tensors.
-MetaStep meta_step(const RunConfig& config, const VitConfig& model, StoragePolicy& policy) {
+MetaStep meta_step(const RunConfig& config, const NetConfig& model, StoragePolicy& policy) {
   const Device device = plan_device(config);
   Allocator& memory = Allocator::of(device);
   memory.release_cached();
@@ -53,19 +53,19 @@ MetaStep meta_step(const RunConfig& config, const VitConfig& model, StoragePolic
   AdamW optimizer(built.params.params(), {});
   const int64_t B = config.train.batch_size;
   const int64_t eval_batch = config.train.eval_batch_size > 0 ? config.train.eval_batch_size : B;
-  const LoaderRing training(config, model, B), evaluation(config, model, eval_batch);
+  const LoaderRing training(config, model.input(), B), evaluation(config, model.input(), eval_batch);
   const Tensor labels = training.labels.select(0, 0);
   const auto recorded = memory.new_cache();  // recorded passes share no memory with anything else
   {
     std::optional<Allocator::Using> own;
     if (config.train.cuda_graph) own.emplace(memory, recorded);
     Tape tape(policy);
-    const Var loss = cross_entropy(built.net(meta_images(model, B, device)), labels, config.train.label_smoothing);
+    const Var loss = cross_entropy(built.net(meta_images(model.input(), B, device)), labels, config.train.label_smoothing);
     out.activation_bytes = memory.use().of(MemoryKind::activations) - before.of(MemoryKind::activations);
     tape.backward(loss);
   }
   optimizer.step(config.optimizer.lr);
-  built.net(meta_images(model, eval_batch, device));
+  built.net(meta_images(model.input(), eval_batch, device));
   out.parameters = built.params.count();
   out.peak = memory.use();
   out.reserved = out.peak.reserved - before.reserved;
@@ -74,7 +74,7 @@ MetaStep meta_step(const RunConfig& config, const VitConfig& model, StoragePolic
 }
 
 /// Every rule must match a site of the model as it is or, where parameters are frozen and so keep nothing, of the model that trains all.
-void check_rules(const RunConfig& config, const VitConfig& model, StoragePolicy& policy) {
+void check_rules(const RunConfig& config, const NetConfig& model, StoragePolicy& policy) {
   if (config.train.frozen.empty()) return policy.check_rules_matched();
   RunConfig thawed = config;
   thawed.train.frozen.clear();
@@ -85,7 +85,7 @@ void check_rules(const RunConfig& config, const VitConfig& model, StoragePolicy&
 
 }  // namespace
 
-Plan plan_run(const RunConfig& config, const VitConfig& model) try {
+Plan plan_run(const RunConfig& config, const NetConfig& model) try {
   StoragePolicy policy = make_policy(config.storage);
   const MetaStep step = meta_step(config, model, policy);
   check_rules(config, model, policy);
@@ -134,7 +134,7 @@ std::vector<Line> lines_of(const Plan& plan, bool all) {
 
 }  // namespace
 
-int64_t largest_batch(const RunConfig& config, const VitConfig& model, int64_t bytes) {
+int64_t largest_batch(const RunConfig& config, const NetConfig& model, int64_t bytes) {
   const auto fits = [&](int64_t batch) {
     RunConfig other = config;
     other.train.batch_size = batch;
@@ -166,7 +166,7 @@ int64_t available_memory(Device device) {
 }
 
 std::string explain_out_of_memory(const RunConfig& config) try {
-  const VitConfig model = model_config(config, known_classes(config));
+  const NetConfig model = model_config(config, known_classes(config));
   const int64_t bytes = available_memory(choose_device(config.device));
   const Plan plan = plan_run(config, model);
   MemoryUse at_peak;

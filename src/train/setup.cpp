@@ -3,69 +3,11 @@
 #include <omp.h>
 
 #include "mesa/base/cuda.h"
-#include "mesa/kernels/attention.h"
 #include "mesa/kernels/elementwise.h"
 #include "mesa/kernels/image.h"
 #include "mesa/kernels/matmul.h"
 
 namespace mesa {
-
-/// Of the model's keys that a complaint names, one that was set, on the command line if possible: there the reader looks first.
-static std::string culprit(const RunConfig& config, const std::string& complaint) {
-  std::string found = "model.name";
-  for (const char* key : {"model.image_size", "model.patch_size", "model.width", "model.heads", "model.mlp_ratio", "model.pool",
-                          "model.distilled", "model.registers", "model.layer_scale"}) {
-    if (complaint.find(key) == std::string::npos) continue;
-    if (config.where(key).starts_with("--set")) return key;
-    if (config.where(key) != "default") found = key;
-  }
-  return found;
-}
-
-static void check_cudnn(const RunConfig& config) {
-  const auto refuse = [&](const auto&... why) { config.refuse("model.attention", "cudnn ", why..., "; use fused"); };
-  if (kernels::cudnn_attention.cuda == nullptr) refuse("is not in this build of Mesa");
-  if (config.device != "cuda" && choose_device(config.device).kind != DeviceKind::cuda)
-    refuse("needs a GPU, and this run is on the CPU (device: ", config.device, ")");
-  if (config.train.precision != "bf16") refuse("needs train.precision: bf16, not ", config.train.precision);
-}
-
-VitConfig model_config(const RunConfig& config, int64_t classes) {
-  const ModelConfig& m = config.model;
-  VitConfig vit;
-  try {
-    vit = vit_config(m.name);
-  } catch (const Error& e) {
-    config.refuse("model.name", e.what());
-  }
-  const auto set = [](auto& field, const auto& wish) {
-    if (wish) field = *wish;
-  };
-  set(vit.image_size, m.image_size), set(vit.patch_size, m.patch_size), set(vit.channels, m.channels);
-  set(vit.width, m.width), set(vit.depth, m.depth), set(vit.heads, m.heads);
-  set(vit.mlp_ratio, m.mlp_ratio), set(vit.qkv_bias, m.qkv_bias), set(vit.distilled, m.distilled);
-  set(vit.registers, m.registers), set(vit.token_positions, m.token_positions), set(vit.layer_scale, m.layer_scale);
-  if (m.classes)
-    vit.classes = *m.classes;
-  else if (classes > 0)
-    vit.classes = classes;
-  if (m.pool) vit.class_token = *m.pool == "token";
-  vit.drop_rate = m.drop_rate;
-  vit.attn_drop_rate = m.attn_drop_rate;
-  vit.drop_path = m.drop_path;
-  vit.attention = m.attention == "explicit" ? AttentionKind::explicit_
-                  : m.attention == "cudnn"  ? AttentionKind::cudnn
-                                            : AttentionKind::fused;
-  if (vit.attention == AttentionKind::cudnn) check_cudnn(config);
-  if (vit.attn_drop_rate > 0 && vit.attention != AttentionKind::explicit_)
-    config.refuse("model.attn_drop_rate", "dropout on attention weights needs model.attention: explicit");
-  try {
-    vit.validate();
-  } catch (const Error& e) {
-    config.refuse(culprit(config, e.what()), e.what());
-  }
-  return vit;
-}
 
 DType compute_dtype(const RunConfig& config, Device device) {
   if (config.train.precision != "bf16") return DType::f32;
@@ -96,7 +38,7 @@ namespace {
 /// Noise pictures with random labels; each depends on (seed, index) alone.
 class RandomDataset : public Dataset {
  public:
-  RandomDataset(int64_t size, const VitConfig& model, uint64_t seed, const char* stream)
+  RandomDataset(int64_t size, const ImageConfig& model, uint64_t seed, const char* stream)
       : size_(size), model_(model), key_(RandomKey::of(seed, stream, 0)) {
     for (int64_t i = 0; i < model.classes; ++i) names_.push_back(std::to_string(i));
   }
@@ -115,7 +57,7 @@ class RandomDataset : public Dataset {
 
  private:
   int64_t size_;
-  VitConfig model_;
+  ImageConfig model_;
   RandomKey key_;
   std::vector<std::string> names_;
 };
@@ -149,7 +91,7 @@ int64_t known_classes(const RunConfig& config) {
   return kind == "shapes" || kind == "cifar10" || kind == "idx" ? 10 : 0;
 }
 
-DatasetPair make_datasets(const RunConfig& config, const VitConfig& model, bool train) {
+DatasetPair make_datasets(const RunConfig& config, const ImageConfig& model, bool train) {
   const DataConfig& d = config.data;
   const uint64_t seed = static_cast<uint64_t>(config.seed);
   if (d.kind == "random") {
@@ -172,7 +114,7 @@ DatasetPair make_datasets(const RunConfig& config, const VitConfig& model, bool 
   return open_datasets(options);
 }
 
-DatasetPair make_training_data(const RunConfig& config, const VitConfig& model) {
+DatasetPair make_training_data(const RunConfig& config, const ImageConfig& model) {
   DatasetPair data = make_datasets(config, model);
   const int64_t size = data.train->size(), classes = data.train->classes();
   if (config.train.batch_size > size)
@@ -182,7 +124,7 @@ DatasetPair make_training_data(const RunConfig& config, const VitConfig& model) 
   return data;
 }
 
-TransformOptions make_transform(const RunConfig& config, const VitConfig& model) {
+TransformOptions make_transform(const RunConfig& config, const ImageConfig& model) {
   const DataConfig& d = config.data;
   TransformOptions t;
   t.image_size = model.image_size;
@@ -240,7 +182,7 @@ StorageConfig reference_storage() {
   StorageConfig exact;
   exact.name = "exact";
   exact.rules = {{"*", "exact", {}, ""}};
-  for (const char* rebuilt : {"*.qkv:x", "*.fc1:x", "*.fc2:x", "head*:x"}) exact.rules.push_back({rebuilt, "rebuild", {}, ""});
+  for (const char* rebuilt : {"*.@(qkv|fc1|fc2|reduction):x", "head*:x"}) exact.rules.push_back({rebuilt, "rebuild", {}, ""});
   return exact;
 }
 
@@ -273,7 +215,7 @@ Prepared prepare(const SentBatch& batch, const TransformOptions& transform) {
   return {images, batch.labels};
 }
 
-BuiltModel::BuiltModel(const RunConfig& config, const VitConfig& model, Device device)
+BuiltModel::BuiltModel(const RunConfig& config, const NetConfig& model, Device device)
     : device(device), net(Builder(params, static_cast<uint64_t>(config.seed), compute_dtype(config, device), DType::f32, device), model) {
   for (const std::string& glob : config.train.frozen) {
     try {

@@ -23,11 +23,11 @@ constexpr const char* kFailed = "failed";
 
 double now() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
 
-std::string default_output(const VitConfig& model) {
+std::string default_output(const std::string& name, const ImageConfig& model) {
   char stamp[32];
   const std::time_t t = std::time(nullptr);
   std::strftime(stamp, sizeof stamp, "%Y%m%d-%H%M%S", std::localtime(&t));
-  return concat("runs/", stamp, "-vit-", model.width, "x", model.depth, "-", model.image_size);
+  return concat("runs/", stamp, "-", name, "-", model.image_size);
 }
 
 /// All parts of one run. The members are made in this order.
@@ -69,7 +69,7 @@ class Run {
   RunConfig config_;
   TrainOptions options_;
   std::string resume_;
-  VitConfig vit_;
+  NetConfig net_;
   DatasetPair data_;
   TransformOptions transform_;
   Plan plan_;
@@ -97,22 +97,22 @@ AdamWConfig adamw_config(const OptimizerConfig& o) { return {o.lr, o.weight_deca
 Run::Run(RunConfig config, const TrainOptions& options)
     : config_(std::move(config)),
       options_(options),
-      vit_(model_config(config_, known_classes(config_))),
-      data_(make_training_data(config_, vit_)),
-      transform_(make_transform(config_, vit_ = model_config(config_, data_.train->classes()))),
-      plan_(plan_run(config_, vit_)),
+      net_(model_config(config_, known_classes(config_))),
+      data_(make_training_data(config_, net_.input())),
+      transform_(make_transform(config_, (net_ = model_config(config_, data_.train->classes())).input())),
+      plan_(plan_run(config_, net_)),
       train_loader_(data_.train, transform_, make_loader_options(config_, true, choose_device(config_.device))),
       eval_loader_(data_.test, transform_, make_loader_options(config_, false, choose_device(config_.device))),
-      model_(config_, vit_, choose_device(config_.device)),
+      model_(config_, net_, choose_device(config_.device)),
       policy_(make_policy(config_.storage)),
       optimizer_((model_.params.allocate_gradients(), model_.params.params()), adamw_config(config_.optimizer)),
       updates_per_epoch_((train_loader_.batches_per_epoch() + config_.train.accumulation - 1) / config_.train.accumulation),
       schedule_(make_schedule()),
       updater_(config_, model_, policy_, optimizer_, schedule_, transform_) {
-  config_.model.classes = vit_.classes;  // from here on fixed: config.yaml and the checkpoints say it
+  config_.model.classes = net_.input().classes;  // from here on fixed: config.yaml and the checkpoints say it
   if (config_.output.empty() && options_.resume == "auto")
     throw UsageError("--resume needs to know the run: give its folder with --output (or `output` in the config)");
-  if (config_.output.empty()) config_.output = default_output(vit_);
+  if (config_.output.empty()) config_.output = default_output(config_.model.name, net_.input());
   resume_ = find_checkpoint(options_.resume, config_.output);
   if (!resume_.empty()) take_up(resume_);
   open_folder();
@@ -250,13 +250,13 @@ SentBatch Run::next_batch() {
   }
   auto batch = train_loader_.next();
   check(batch.has_value(), "the loader ended before the epoch");
-  return send(std::move(*batch), vit_.classes, model_.device);
+  return send(std::move(*batch), net_.input().classes, model_.device);
 }
 
 /// While a GPU works on one batch, the next one is on its way to it.
 void Run::look_ahead(const cuda::Mark& after) {
   if (model_.device.kind != DeviceKind::cuda || ahead_ || taken_ >= train_loader_.batches_per_epoch()) return;
-  if (auto batch = train_loader_.next()) ahead_ = send(std::move(*batch), vit_.classes, model_.device, after);
+  if (auto batch = train_loader_.next()) ahead_ = send(std::move(*batch), net_.input().classes, model_.device, after);
 }
 
 void Run::report(const UpdateResult& result, double seconds) {
@@ -435,15 +435,15 @@ int train(const RunConfig& config, const TrainOptions& options) {
 }
 
 std::string dry_run(const RunConfig& config, int64_t fit_bytes) {
-  VitConfig model = model_config(config, known_classes(config));
+  NetConfig model = model_config(config, known_classes(config));
   const bool readable = config.data.kind == "image_folder" && std::filesystem::is_directory(config.data.path);
-  const int64_t classes = readable ? make_datasets(config, model, false).test->classes() : known_classes(config);
+  const int64_t classes = readable ? make_datasets(config, model.input(), false).test->classes() : known_classes(config);
   model = model_config(config, classes);
   compute_dtype(config, config.device == "cuda" ? kCuda : choose_device(config.device));
-  make_transform(config, model);
+  make_transform(config, model.input());
   if (config.train.cuda_graph) RecordedSteps::check(config, config.device == "cuda" || is_gpu(choose_device(config.device)));
   RunConfig resolved = config;
-  if (classes > 0) resolved.model.classes = model.classes;
+  if (classes > 0) resolved.model.classes = model.input().classes;
   std::string out = concat(to_yaml(resolved), "\n", format_plan(plan_run(config, model), config.train.batch_size));
   if (fit_bytes > 0) out += concat("\nlargest batch within ", format_bytes(fit_bytes), ": ", largest_batch(config, model, fit_bytes), "\n");
   return out;

@@ -62,7 +62,7 @@ TEST_CASE("emulated GPU: forward and backward never wait for the device, whateve
     for (const char* precision : {"fp32", "bf16"}) {
       INFO(storage << ", " << precision);
       const RunConfig config = config_of({std::string("storage=") + storage, std::string("train.precision=") + precision});
-      const VitConfig vit = model_config(config, 10);
+      const NetConfig vit = model_config(config, 10);
       BuiltModel model(config, vit, kCuda);
       model.params.allocate_gradients();
       StoragePolicy policy = make_policy(config.storage);

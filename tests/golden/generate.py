@@ -6,6 +6,8 @@ Needs Debian's python3-torch (written with 1.13); the tests themselves read the 
 The models have timm's parameter names and structure: pre-norm, exact GELU, eps 1e-6, a class token and the head on norm(x)[:, 0].
 mean_pool pools the patch tokens' mean and normalizes after that (fc_norm), without a class token. distilled has a second token and head, and
 averages both. deit3 scales each branch by factors of its own (LayerScale), has two register tokens, and positions for patches alone.
+swin (swin.py) has a picture that is not square and a second stage that windows do not tile; swin_odd one head, one picture, an odd grid
+as wide as its windows; swin_even grids that need no padding.
 Files named as arguments are written; without arguments all are.
 """
 import json
@@ -15,6 +17,8 @@ import sys
 import torch
 from torch import nn
 import torch.nn.functional as F
+
+from swin import Swin
 
 IMAGE, PATCH, CHANNELS, WIDTH, HEADS, CLASSES, BATCH = 16, 4, 3, 24, 3, 7, 3
 LR, DECAY, CLIP, SMOOTHING = 1e-3, 0.05, 1.0, 0.1
@@ -132,16 +136,16 @@ def half_precise(x):
     return x.float().double()
 
 
-def generate(path, class_token, depth, steps, **options):
+def generate(path, make_model, steps, image=(IMAGE, IMAGE), batch=BATCH):
     if len(sys.argv) > 1 and path not in sys.argv[1:]:
         return
     torch.manual_seed(1234)
-    model = Vit(class_token, depth, **options).double()
+    model = make_model().double()
     with torch.no_grad():
         for name, p in model.named_parameters():  # nothing is at a special value: gains near one, everything else spread out
             p.copy_(half_precise(torch.randn_like(p) * 0.15 + (1.0 if "norm" in name and name.endswith("weight") else 0.0)))
-    images = torch.randn(BATCH, CHANNELS, IMAGE, IMAGE)
-    labels = torch.tensor([5, 0, 3])
+    images = torch.randn(batch, CHANNELS, *image)
+    labels = torch.tensor([5, 0, 3])[:batch]
     start = {name: p.detach().clone() for name, p in model.named_parameters()}
     out = {"weight/" + name: p.float() for name, p in start.items()}
     out.update({"images": images, "labels": labels})
@@ -152,9 +156,9 @@ def generate(path, class_token, depth, steps, **options):
     out.update({"logits": logits, "loss": loss.reshape(1)})
     out.update({"gradient/" + name: p.grad.clone() for name, p in model.named_parameters()})
 
-    without = ("cls_token", "dist_token", "reg_token", "pos_embed")
-    plain = [p for name, p in model.named_parameters() if p.ndim <= 1 or name in without]
-    decayed = [p for name, p in model.named_parameters() if not (p.ndim <= 1 or name in without)]
+    without = ("cls_token", "dist_token", "reg_token", "pos_embed", "relative_position_bias_table")
+    plain = [p for name, p in model.named_parameters() if p.ndim <= 1 or name.endswith(without)]
+    decayed = [p for name, p in model.named_parameters() if not (p.ndim <= 1 or name.endswith(without))]
     optimizer = torch.optim.AdamW([{"params": decayed, "weight_decay": DECAY}, {"params": plain, "weight_decay": 0.0}], lr=LR, betas=(0.9, 0.999))
     norms = []
     if steps == 0:
@@ -170,8 +174,11 @@ def generate(path, class_token, depth, steps, **options):
     save(path, out)
 
 
-generate("deit.safetensors", True, depth=2, steps=10)
-generate("mean_pool.safetensors", False, depth=1, steps=0)  # forward and gradients only: the files stay small
-generate("distilled.safetensors", True, depth=1, steps=0, distilled=True)
-generate("deit3.safetensors", True, depth=1, steps=10, registers=2, layer_scale=True, token_positions=False)
-generate("registers.safetensors", False, depth=1, steps=0, registers=2)
+generate("deit.safetensors", lambda: Vit(True, depth=2), steps=10)
+generate("mean_pool.safetensors", lambda: Vit(False, depth=1), steps=0)  # forward and gradients only: the files stay small
+generate("distilled.safetensors", lambda: Vit(True, depth=1, distilled=True), steps=0)
+generate("deit3.safetensors", lambda: Vit(True, depth=1, registers=2, layer_scale=True, token_positions=False), steps=10)
+generate("registers.safetensors", lambda: Vit(False, depth=1, registers=2), steps=0)
+generate("swin.safetensors", lambda: Swin((24, 32), 2, 8, 2, (2, 2), 4, CLASSES), steps=10, image=(24, 32))
+generate("swin_odd.safetensors", lambda: Swin((20, 12), 2, 8, 1, (2, 2), 3, CLASSES), steps=0, image=(20, 12), batch=1)
+generate("swin_even.safetensors", lambda: Swin((16, 16), 2, 12, 3, (2,), 4, CLASSES), steps=0)

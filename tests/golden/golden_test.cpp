@@ -3,7 +3,7 @@
 #include <cmath>
 
 #include "mesa/kernels/elementwise.h"
-#include "mesa/models/vit.h"
+#include "mesa/models/model.h"
 #include "mesa/optim/adamw.h"
 #include "mesa/train/safetensors.h"
 #include "support/gradcheck.h"
@@ -45,24 +45,23 @@ struct Variant {
 StoragePolicy policy_of(const std::string& storage) {
   std::vector<StorageRule> rules{{"*", "exact", {}, ""}};
   if (storage == "rebuild")
-    for (const char* site : {"*.qkv:x", "*.fc1:x", "*.fc2:x", "head*:x"}) rules.push_back({site, "rebuild", {}, ""});
+    for (const char* site : {"*.@(qkv|fc1|fc2|reduction):x", "head*:x"}) rules.push_back({site, "rebuild", {}, ""});
   return StoragePolicy(storage, rules);
 }
 
 /// The golden network with the golden weights.
-struct Net {
+struct Golden {
   ParamStore store;
-  Vit model;
+  Net model;
   StoragePolicy policy;
   Tensor images, labels;
 
-  static VitConfig with(VitConfig c, AttentionKind attention) {
-    c.image_size = 16, c.patch_size = 4, c.channels = 3, c.classes = 7, c.width = 24, c.heads = 3;
-    c.attention = attention;
+  static NetConfig with(NetConfig c, AttentionKind attention) {
+    std::visit([&](auto& family) { family.attention = attention, family.classes = 7; }, c.family);
     return c;
   }
 
-  Net(const SafetensorsFile& file, const VitConfig& config, const Variant& v)
+  Golden(const SafetensorsFile& file, const NetConfig& config, const Variant& v)
       : model(Builder(store, 0, v.dtype, v.dtype, test_device()), with(config, v.attention)), policy(policy_of(v.storage)) {
     for (Param& param : store.params()) {
       const Tensor& w = of(file, "weight/" + param.name);
@@ -92,12 +91,12 @@ std::vector<Variant> variants() {
   return all;
 }
 
-void check_gradients(const std::string& name, const VitConfig& config) {
+void check_gradients(const std::string& name, const NetConfig& config) {
   const SafetensorsFile file = golden(name);
   for (const Variant& v : variants()) {
     const double tolerance = v.dtype == DType::f64 ? 1e-10 : 1e-5;
     INFO(name << ", " << v.storage << ", " << (v.attention == AttentionKind::fused ? "fused" : "explicit") << ", " << to_string(v.dtype));
-    Net net(file, config, v);
+    Golden net(file, config, v);
     const auto [logits, loss] = net.gradients();
     check_close("logits", logits, of(file, "logits").to_vector<double>(), tolerance, tolerance);
     check_close("loss", loss, of(file, "loss").to_vector<double>(), tolerance, tolerance);
@@ -109,20 +108,31 @@ void check_gradients(const std::string& name, const VitConfig& config) {
   }
 }
 
-VitConfig deit() {
+/// The ViT of all goldens, changed.
+template <class Change>
+NetConfig vit(const Change& change) {
   VitConfig config;
-  config.depth = 2;
-  return config;
+  config.image_size = 16, config.patch_size = 4, config.width = 24, config.heads = 3, config.depth = 1;
+  change(config);
+  return {config};
 }
 
-VitConfig deit3() {
-  VitConfig config;
-  config.depth = 1;
-  config.registers = 2;
-  config.layer_scale = 1e-6;
-  config.token_positions = false;
-  return config;
+NetConfig deit() {
+  return vit([](VitConfig& c) { c.depth = 2; });
 }
+
+NetConfig deit3() {
+  return vit([](VitConfig& c) { c.registers = 2, c.layer_scale = 1e-6, c.token_positions = false; });
+}
+
+NetConfig swin(int64_t height, int64_t width_px, int64_t width, int64_t heads, std::vector<int64_t> depths, int64_t window) {
+  SwinConfig config;
+  config.image_size = height, config.image_width = width_px, config.patch_size = 2;
+  config.width = width, config.heads = heads, config.depths = std::move(depths), config.window = window;
+  config.pad = true;
+  return {config};
+}
+NetConfig wide_swin() { return swin(24, 32, 8, 2, {2, 2}, 4); }
 
 /// The gradient of a key's bias is zero (softmax ignores what all scores of a row share), so that AdamW, which divides a gradient by its
 /// own size, turns the rounding noise of single precision into steps: these elements are left out there.
@@ -138,38 +148,34 @@ Numbers without_key_bias(const Numbers& bias) {
 TEST_CASE("golden: logits, loss and every gradient of a DeiT are PyTorch's") { check_gradients("deit.safetensors", deit()); }
 
 TEST_CASE("golden: the same of a ViT that pools the mean") {
-  VitConfig config;
-  config.depth = 1;
-  config.class_token = false;
-  check_gradients("mean_pool.safetensors", config);
+  check_gradients("mean_pool.safetensors", vit([](VitConfig& c) { c.class_token = false; }));
 }
 
 TEST_CASE("golden: the same of a distilled DeiT") {
-  VitConfig config;
-  config.depth = 1;
-  config.distilled = true;
-  check_gradients("distilled.safetensors", config);
+  check_gradients("distilled.safetensors", vit([](VitConfig& c) { c.distilled = true; }));
 }
 
 TEST_CASE("golden: the same of a DeiT III with registers") { check_gradients("deit3.safetensors", deit3()); }
 
 TEST_CASE("golden: the same of a ViT with registers that pools the patches") {
-  VitConfig config;
-  config.depth = 1;
-  config.class_token = false;
-  config.registers = 2;
-  check_gradients("registers.safetensors", config);
+  check_gradients("registers.safetensors", vit([](VitConfig& c) { c.class_token = false, c.registers = 2; }));
+}
+
+TEST_CASE("golden: the same of Swin transformers, with grids that windows tile, that they do not, and as wide as they are") {
+  check_gradients("swin.safetensors", wide_swin());
+  check_gradients("swin_odd.safetensors", swin(20, 12, 8, 1, {2, 2}, 3));
+  check_gradients("swin_even.safetensors", swin(16, 16, 12, 3, {2}, 4));
 }
 
 namespace {
 
-void check_steps(const std::string& name, const VitConfig& config) {
+void check_steps(const std::string& name, const NetConfig& config) {
   const SafetensorsFile file = golden(name);
   const Numbers norms = of(file, "gradient_norms").to_vector<double>();
   for (const Variant& v : variants()) {
     const bool wide = v.dtype == DType::f64;
     INFO(name << ", " << v.storage << ", " << (v.attention == AttentionKind::fused ? "fused" : "explicit") << ", " << to_string(v.dtype));
-    Net net(file, config, v);
+    Golden net(file, config, v);
     AdamW optimizer(net.store.params(), {});
     for (double expected : norms) {
       net.gradients();
@@ -190,4 +196,5 @@ void check_steps(const std::string& name, const VitConfig& config) {
 TEST_CASE("golden: ten clipped AdamW steps arrive at PyTorch's weights") {
   check_steps("deit.safetensors", deit());
   check_steps("deit3.safetensors", deit3());
+  check_steps("swin.safetensors", wide_swin());
 }

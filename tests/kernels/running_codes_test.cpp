@@ -142,8 +142,12 @@ TEST_CASE("running codes: gelu codes what it reads", "[kernels][codec]") {
 
 TEST_CASE("running codes: attention codes the q, k and v that it reads", "[kernels][codec][fused]") {
   if (test_device() != kCuda) return;
-  const std::array<int64_t, 4> forms[] = {{2, 17, 2, 32}, {1, 197, 3, 64}, {3, 5, 1, 64}, {1, 70, 4, 32}};
-  for (const auto& [B, N, H, D] : forms)
+  struct Form {
+    int64_t B, N, H, D;
+    kernels::Windows windows = {};
+  };
+  for (const auto& [B, N, H, D, grid] :
+       {Form{2, 17, 2, 32}, Form{1, 197, 3, 64}, Form{3, 5, 1, 64}, Form{1, 70, 4, 32}, Form{2, 98, 3, 32, {7, 14, 7, 7, 0, 3, 7, 14}}})
     for (const Setting& s : kSettings)
       for (const int without : {-1, 0, 2}) {
         CAPTURE(B, N, H, D, s.bits, s.stochastic, without);
@@ -151,8 +155,10 @@ TEST_CASE("running codes: attention codes the q, k and v that it reads", "[kerne
         const auto all = layouts(B * N, C, H);
         const Tensor qkv = random({B, N, 3 * C}, DType::bf16, "qkv"), o = Tensor::empty({B, N, C}, DType::bf16), want_o = empty_like(o);
         const Tensor lse = Tensor::empty({B, H, N}, DType::f32), want_lse = empty_like(lse);
+        kernels::WindowBias windows{grid, {}, {}, false};
+        if (grid.defined()) windows.table = random({grid.distances(), H}, DType::f32, "table");
         const auto third = [&](int i) { return qkv.narrow(-1, i * C, C); };
-        staged(kernels::cuda::fused_attention)(third(0), third(1), third(2), H, 0.125, want_o, want_lse, kernels::QkvCodes{});
+        staged(kernels::cuda::fused_attention)(third(0), third(1), third(2), H, 0.125, want_o, want_lse, kernels::QkvCodes{}, windows);
         kernels::QkvCodes got, want;
         for (int i = 0; i < 3; ++i) {
           if (i == without) continue;
@@ -160,7 +166,7 @@ TEST_CASE("running codes: attention codes the q, k and v that it reads", "[kerne
           got[i] = running(layout, s.bits, s.stochastic, n, s.in_place), want[i] = running(layout, s.bits, s.stochastic, n, s.in_place);
           staged(kernels::cuda::quantize_running)(third(i), want[i]);
         }
-        staged(kernels::cuda::fused_attention)(third(0), third(1), third(2), H, 0.125, o, lse, got);
+        staged(kernels::cuda::fused_attention)(third(0), third(1), third(2), H, 0.125, o, lse, got, windows);
         for (int i = 0; i < 3; ++i)
           if (i != without) REQUIRE((written(got[i]) == written(want[i])));
         CHECK(o.to_vector<double>() == want_o.to_vector<double>());

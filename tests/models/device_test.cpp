@@ -28,12 +28,12 @@ RunConfig config_of(const std::string& precision, const std::string& storage, co
 }
 
 StepResult step_on(Device device, const RunConfig& config) {
-  const VitConfig vit = model_config(config, 10);
-  BuiltModel model(config, vit, device);
+  const NetConfig net = model_config(config, 10);
+  BuiltModel model(config, net, device);
   model.params.allocate_gradients();
   StoragePolicy policy = make_policy(config.storage);
   const Tensor images =
-      to(normal_tensor({4, 3, vit.image_size, vit.image_size}, "images", DType::f32, MemoryKind::inputs), device, MemoryKind::inputs);
+      to(normal_tensor({4, 3, net.input().image_size, net.input().image_size}, "images", DType::f32, MemoryKind::inputs), device, MemoryKind::inputs);
   const Tensor labels = to(Tensor::from<int64_t>({4}, {1, 0, 3, 2}, MemoryKind::inputs), device, MemoryKind::inputs);
   Tape tape(policy, 5, 1);
   const Var loss = cross_entropy(model.net(images), labels, 0.1);

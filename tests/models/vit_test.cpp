@@ -1,5 +1,5 @@
 // Vision transformers: timm's names and sizes, initial values, configurations that cannot be, and a training loop that takes no memory.
-#include "mesa/models/vit.h"
+#include "mesa/models/model.h"
 
 #include <catch2/catch.hpp>
 #include <cmath>
@@ -15,6 +15,8 @@ using namespace mesa::testing;
 using Catch::Matchers::Contains;
 
 namespace {
+
+VitConfig vit_config(const std::string& name) { return std::get<VitConfig>(net_config(name).family); }
 
 /// Parameters without memory.
 struct Plan {

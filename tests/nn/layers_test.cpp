@@ -54,7 +54,7 @@ TEST_CASE("layers: fused and explicit attention are the same function with the s
   for (AttentionKind kind : {AttentionKind::fused, AttentionKind::explicit_}) {
     ParamStore store;
     const Builder build(store, 3, DType::f64, DType::f64);
-    const Attention layer = Attention::make(build, "attn", 12, 3, kind, true, 0, 0);
+    const Attention layer = Attention::make(build, "attn", 12, 3, {kind, true, 0, 0});
     StoragePolicy policy = one_codec("exact");
     Param x;
     x.value = normal_tensor({2, 5, 12}, "x", DType::f64);
@@ -71,8 +71,8 @@ TEST_CASE("layers: fused and explicit attention are the same function with the s
 TEST_CASE("layers: what does not fit is refused") {
   ParamStore store;
   const Builder build(store, 1);
-  CHECK_THROWS_WITH(Attention::make(build, "a", 10, 3, AttentionKind::fused, true, 0, 0), Contains("width 10 does not divide by 3 heads"));
-  CHECK_THROWS_WITH(Attention::make(build, "b", 12, 3, AttentionKind::fused, true, 0, 0.1), Contains("needs model.attention: explicit"));
+  CHECK_THROWS_WITH(Attention::make(build, "a", 10, 3, {AttentionKind::fused, true, 0, 0}), Contains("width 10 does not divide by 3 heads"));
+  CHECK_THROWS_WITH(Attention::make(build, "b", 12, 3, {AttentionKind::fused, true, 0, 0.1}), Contains("needs model.attention: explicit"));
   const Linear layer = Linear::make(build, "c", 4, 2);
   CHECK_THROWS_WITH(layer(normal_tensor({2, 5}, "x")), Contains("c: linear: x ends in 5 but the weight is [2, 4]"));
 }

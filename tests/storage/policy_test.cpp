@@ -50,6 +50,8 @@ TEST_CASE("policy: mistakes in rules are refused with their place and the neares
              Contains("no option 'group'") && Contains("did you mean 'groups'?"));
   CHECK_THAT(refusal({"*:x", "int8", {{"groups", "head"}}, ""}), Contains("groups is 'head'") && Contains("heads, layer, channel"));
   CHECK_THAT(refusal({"*:x", "int8", {{"groups", "4"}}, ""}), Contains("from 8 to"));
+  CHECK_THAT(refusal({"*:x", "int8", {{"groups", "0 channels"}}, ""}), Contains("'N channels'"));
+  CHECK_THAT(refusal({"*:x", "int8", {{"groups", "32 canals"}}, ""}), Contains("groups is '32 canals'"));
   CHECK_THAT(refusal({"*:x", "int8", {{"rounding", "up"}}, ""}), Contains("rounding is 'up'") && Contains("stochastic or nearest"));
   CHECK_THAT(refusal({"*:x", "int8", {{"decay", "0.5"}}, ""}), Contains("decay belongs to range: running"));
   CHECK_THAT(refusal({"*:x", "int8", {{"groups", "heads"}, {"range", "running"}, {"decay", "1.5"}}, ""}), Contains("decay is '1.5'"));

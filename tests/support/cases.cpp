@@ -131,6 +131,54 @@ void attention_rows(std::vector<Case>& t) {
                }});
 }
 
+kernels::Windows windows(int height, int width, int window_height, int window_width, int shift_y, int shift_x, int inner_height = 0,
+                         int inner_width = 0) {
+  return {height, width, window_height, window_width, shift_y, shift_x, inner_height ? inner_height : height, inner_width ? inner_width : width};
+}
+
+void window_rows(std::vector<Case>& t) {
+  struct Size {
+    int64_t B, D, H;
+    kernels::Windows w;
+  };
+  for (const auto& [B, D, H, w] :
+       {Size{2, 2, 3, windows(4, 6, 2, 3, 1, 1)}, Size{1, 4, 1, windows(4, 4, 4, 4, 0, 0)}, Size{2, 1, 2, windows(3, 6, 3, 2, 0, 1)},
+        Size{1, 3, 2, windows(6, 6, 3, 3, 1, 2, 5, 4)}, Size{1, 32, 1, windows(7, 14, 7, 7, 3, 3)}, Size{2, 2, 1, windows(1, 2, 1, 1, 0, 0)}}) {
+    const int64_t N = w.tokens(), C = H * D, heads = H, n = w.length();
+    const double s = 1.0 / std::sqrt(static_cast<double>(D));
+    t.push_back({"window_attention", {normal(B, N, 3 * C), weight(w.distances(), H)}, [heads, s, w = w](Vars& v) {
+                   const Scope scope("", heads);
+                   return window_attention(v[0], v[1], heads, s, w);
+                 }});
+    t.push_back({"window_attention op by op", {normal(B, N, 3 * C), weight(w.distances(), H)}, [heads, w = w](Vars& v) {
+                   const Scope scope("", heads);
+                   const auto [q, k, x] = split_heads(to_windows(v[0], w), heads);
+                   const double s = 1.0 / std::sqrt(static_cast<double>(q.dim(3)));
+                   const Var scores = within("matmul1", [&, &q = q, &k = k] { return scale(matmul(q, k, true), s); });
+                   const Var p = within("softmax", [&] { return softmax(window_bias(scores, v[1], w)); });
+                   return from_windows(within("matmul2", [&, &x = x] { return merge_heads(matmul(p, x)); }), w);
+                 }});
+    t.push_back({"to_windows", {normal(B, N, C)}, [w = w](Vars& v) { return to_windows(v[0], w); }});
+    t.push_back({"from_windows", {normal(B * w.count(), n, C)}, [w = w](Vars& v) { return from_windows(v[0], w); }});
+  }
+  t.push_back({"window_attention, frozen table", {normal(1, 16, 6), {Input::Role::frozen, Input::Fill::normal, {9, 1}}}, [](Vars& v) {
+                 return window_attention(v[0], v[1], 1, 0.6, windows(4, 4, 2, 2, 1, 1));
+               }});
+  t.push_back({"window_attention used twice", {normal(1, 4, 6), weight(9, 1)}, [](Vars& v) {
+                 const Var first = within("first", [&] { return window_attention(v[0], v[1], 1, 0.6, windows(2, 2, 2, 2, 0, 0)); });
+                 const Var second = within("second", [&] { return window_attention(v[0], v[1], 1, 0.4, windows(2, 2, 2, 2, 0, 0)); });
+                 return first + second;
+               }});
+  t.push_back({"merge_patches", {normal(2, 24, 3)}, [](Vars& v) { return merge_patches(v[0], 4, 6); }});
+  t.push_back({"merge_patches", {normal(1, 4, 1)}, [](Vars& v) { return merge_patches(v[0], 2, 2); }});
+  t.push_back({"pad_grid", {normal(2, 6, 3)}, [](Vars& v) { return pad_grid(v[0], 2, 3, 3, 5); }});
+  t.push_back({"pad_grid of normalized tokens", {spread(1, 6, 4), weight(4), weight(4), weight(2, 4)}, [](Vars& v) {
+                 const Var y = within("norm", [&] { return layer_norm(v[0], v[1], v[2], 1e-5); });
+                 return within("fc", [&] { return linear(pad_grid(y, 3, 2, 4, 3), v[3]); });
+               }});
+  t.push_back({"crop_grid", {normal(2, 15, 3)}, [](Vars& v) { return crop_grid(v[0], 3, 5, 2, 3); }});
+}
+
 void normalization(std::vector<Case>& t) {
   const auto norm = [](Vars& v) { return layer_norm(v[0], v[1], v[2], 1e-6); };
   t.push_back({"layer_norm", {spread(2, 5, 8), weight(8), weight(8)}, norm});
@@ -171,6 +219,10 @@ void tokens(std::vector<Case>& t) {
   t.push_back({"select_token", {normal(1, 1, 1)}, [](Vars& v) { return select_token(v[0], 0); }});
   t.push_back({"mean_pool", {normal(2, 5, 8)}, [](Vars& v) { return mean_pool(v[0], 0); }});
   t.push_back({"mean_pool", {normal(3, 4, 7)}, [](Vars& v) { return mean_pool(v[0], 1); }});
+  t.push_back({"mean_pool of normalized tokens", {spread(2, 5, 8), weight(8), weight(8), weight(3, 8)}, [](Vars& v) {
+                 const Var y = within("norm", [&] { return layer_norm(v[0], v[1], v[2], 1e-6); });
+                 return within("head", [&] { return linear(mean_pool(y, 1), v[3]); });
+               }});
   t.push_back({"mean_pool", {normal(1, 1, 5)}, [](Vars& v) { return mean_pool(v[0], 0); }});
 }
 
@@ -197,6 +249,7 @@ const std::vector<Case>& cases() {
     arithmetic(t);
     products(t);
     attention_rows(t);
+    window_rows(t);
     normalization(t);
     tokens(t);
     losses(t);

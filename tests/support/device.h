@@ -9,6 +9,7 @@
 #include "mesa/base/cuda.h"
 #include "mesa/kernels/adamw.h"
 #include "mesa/kernels/codec.h"
+#include "mesa/kernels/windows.h"
 #include "mesa/kernels/kernel.h"
 
 namespace mesa::testing {
@@ -56,6 +57,10 @@ class Staging {
   std::array<kernels::RunningCodes, 3> operator()(std::array<kernels::RunningCodes, 3> all) {
     for (kernels::RunningCodes& r : all) r = (*this)(r);
     return all;
+  }
+  kernels::WindowBias operator()(kernels::WindowBias w) {
+    for (Tensor* t : {&w.table, &w.d_table}) *t = (*this)(*t);
+    return w;
   }
   template <class T>
   const T& operator()(const T& other) {

@@ -33,10 +33,10 @@ TEST_CASE("evaluate: the result does not depend on the batch size, and a stop is
       "model: {name: vit, image_size: 16, patch_size: 8, width: 24, depth: 1, heads: 3, classes: 10}\n"
       "data: {kind: shapes, train_size: 32, test_size: 21, workers: 1}\ntrain: {batch_size: 7}\n";
   const RunConfig config = parse_config(text, "e.yaml");
-  const VitConfig vit = model_config(config, 10);
-  BuiltModel model(config, vit);
-  const TransformOptions transform = make_transform(config, vit);
-  const DatasetPair data = make_datasets(config, vit);
+  const NetConfig net = model_config(config, 10);
+  BuiltModel model(config, net);
+  const TransformOptions transform = make_transform(config, net.input());
+  const DatasetPair data = make_datasets(config, net.input());
   std::vector<EvalResult> results;
   for (int64_t batch : {1, 7, 8, 21, 64}) {
     Loader loader(data.test, transform, LoaderOptions::evaluation(batch));

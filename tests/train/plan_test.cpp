@@ -19,7 +19,7 @@ TEST_CASE("plan: kept bytes equal the meter's exactly, in every storage, precisi
   const RunConfig config = parse_config("model: {name: vit, image_size: 16, patch_size: 4, width: 48, depth: 2, heads: 3, classes: 10, "
                                         "drop_path: 0.3, drop_rate: 0.1, attention: " + attention + ", pool: " + pool + "}\n"
                                         "train: {batch_size: 6, precision: " + precision + "}\nstorage: " + rules + "\n", "plan.yaml");
-  const VitConfig vit = model_config(config, 10);
+  const NetConfig vit = model_config(config, 10);
   const Plan plan = plan_run(config, vit);
 
   BuiltModel model(config, vit, test_device());

@@ -19,13 +19,30 @@ RunConfig config_of(const std::vector<std::string>& sets) {
 }  // namespace
 
 TEST_CASE("setup: the fields that are set change the table's entry, the data say the classes") {
-  const VitConfig vit = model_config(config_of({"model.pool=mean", "model.drop_path=0.1"}), 7);
+  const auto vit = std::get<VitConfig>(model_config(config_of({"model.pool=mean", "model.drop_path=0.1"}), 7).family);
   CHECK(vit.width == 24);
   CHECK(vit.classes == 7);
   CHECK_FALSE(vit.class_token);
   CHECK(vit.drop_path == 0.1);
-  CHECK(model_config(config_of({"model.classes=3"}), 7).classes == 3);
-  CHECK(model_config(parse_config("model: {name: deit_small_patch16_224}\n", "d.yaml"), 0).width == 384);
+  CHECK(model_config(config_of({"model.classes=3"}), 7).input().classes == 3);
+  CHECK(std::get<VitConfig>(model_config(parse_config("model: {name: deit_small_patch16_224}\n", "d.yaml"), 0).family).width == 384);
+}
+
+TEST_CASE("setup: a Swin has its own keys, and what another family has is refused") {
+  const auto of = [](std::vector<std::string> sets) {
+    return model_config(parse_config("model: {name: swin, image_size: 32, patch_size: 2}\n", "s.yaml", sets), 7);
+  };
+  const auto swin = std::get<SwinConfig>(of({"model.window=4", "model.depths=[2, 1]", "model.heads=2", "model.width=8"}).family);
+  CHECK(swin.window == 4);
+  CHECK(swin.depths == std::vector<int64_t>{2, 1});
+  CHECK(swin.classes == 7);
+  CHECK_THROWS_WITH(of({"model.window=5"}), Contains("--set model.window=5") && Contains("windows of 5") && Contains("model.pad: true"));
+  CHECK_NOTHROW(of({"model.window=5", "model.pad=true"}));
+  CHECK_THROWS_WITH(of({"model.window=4", "model.depth=3"}), Contains("--set model.depth=3") && Contains("model.depths"));
+  CHECK_THROWS_WITH(of({"model.window=4", "model.registers=3"}), Contains("model.registers") && Contains("Swin"));
+  CHECK_THROWS_WITH(of({"model.window=4", "model.pool=token"}), Contains("no class token"));
+  CHECK_THROWS_WITH(model_config(config_of({"model.window=4"}), 7), Contains("model.window") && Contains("ViT"));
+  CHECK_THROWS_WITH(model_config(config_of({"model.depths=[4]"}), 7), Contains("model.depths") && Contains("model.depth"));
 }
 
 TEST_CASE("setup: what cannot be is a usage error with the key and its place") {
@@ -48,18 +65,18 @@ TEST_CASE("setup: what cannot be is a usage error with the key and its place") {
   CHECK_THAT(usage([] { model_config(config_of({"model.name=deit_smal"}), 0); }), Contains("--set model.name") && Contains("deit_small"));
   CHECK_THAT(usage([] { make_datasets(config_of({"data.kind=idx"}), {}); }), Contains("data.path"));
   const RunConfig big = config_of({"data.kind=random", "data.train_size=100", "train.batch_size=100"});
-  CHECK_NOTHROW(make_training_data(big, model_config(big, 0)));
+  CHECK_NOTHROW(make_training_data(big, model_config(big, 0).input()));
   RunConfig bigger = big;
   bigger.train.batch_size = 101;
-  CHECK_THAT(usage([&] { make_training_data(bigger, model_config(bigger, 0)); }), Contains("train.batch_size") && Contains("100"));
+  CHECK_THAT(usage([&] { make_training_data(bigger, model_config(bigger, 0).input()); }), Contains("train.batch_size") && Contains("100"));
   const RunConfig few = config_of({"model.classes=9", "data.train_size=64"});
-  CHECK_THAT(usage([&] { make_training_data(few, model_config(few, 0)); }), Contains("model.classes") && Contains("10 classes"));
+  CHECK_THAT(usage([&] { make_training_data(few, model_config(few, 0).input()); }), Contains("model.classes") && Contains("10 classes"));
   CHECK_THAT(usage([] { BuiltModel(config_of({"train.frozen=[nothing.*]"}), model_config(config_of({}), 2)); }), Contains("train.frozen"));
 }
 
 TEST_CASE("setup: the normalization fits the channels") {
   const RunConfig gray = config_of({"model.channels=1", "data.kind=image_folder"});
-  const TransformOptions t = make_transform(gray, model_config(gray, 2));
+  const TransformOptions t = make_transform(gray, model_config(gray, 2).input());
   REQUIRE(t.mean.size() == 1);
   CHECK(t.mean[0] == Approx((0.485 + 0.456 + 0.406) / 3).epsilon(1e-5));
 }

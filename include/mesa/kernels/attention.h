@@ -3,6 +3,7 @@
 #include <array>
 
 #include "mesa/kernels/codec.h"
+#include "mesa/kernels/windows.h"
 
 namespace mesa::kernels {
 
@@ -18,23 +19,26 @@ using QkvCodes = std::array<RunningCodes, 3>;
 /// Which kernels compute it: the best that the backend has, or cuDNN's (a GPU and bf16 only).
 enum class AttentionBy { engine, cudnn };
 
-/// o <- softmax(scale q k^T) v for each of `heads` heads; lse [B, H, N] <- log of each row's sum (f32, f64 for f64).
+/// o <- softmax(scale q k^T) v for each of `heads` heads; lse [B, H, N] <- log of each row's sum (f32, f64 for f64). With `windows` each
+/// attends within itself: softmax(scale q k^T + bias) v, and lse is [B windows, H, n].
 /// q, k, v, o [B, N, C], C = H D: views of uniform rows with unit last stride, such as thirds of a packed projection.
 /// `codes` of q, k and v are written too where they are defined, as quantize_running does.
 void attention(const Tensor& q, const Tensor& k, const Tensor& v, int64_t heads, double scale, const Tensor& o, const Tensor& lse,
-               AttentionBy by = AttentionBy::engine, const QkvCodes& codes = {});
+               AttentionBy by = AttentionBy::engine, const QkvCodes& codes = {}, const WindowBias& windows = {});
 
 /// dq, dk, dv from the gradient d_o of o, all [B, N, C]. With o and lse (exact storage) the probabilities are exp(scale q k^T - lse) and
 /// delta = sum_d dO O; without them (undefined) rows are normalized again and delta = sum_j P dP, so that all of it comes from one source.
 void attention_grad(const Tensor& d_o, const AttentionOperand& q, const AttentionOperand& k, const AttentionOperand& v, const Tensor& o,
                     const Tensor& lse, int64_t heads, double scale, const Tensor& dq, const Tensor& dk, const Tensor& dv,
-                    AttentionBy by = AttentionBy::engine);
+                    AttentionBy by = AttentionBy::engine, const WindowBias& windows = {});
 
-// One kernel for all of it, where a backend has one: CUDA, bf16, heads of 32 or 64 channels, at most 1,024 tokens. Deterministic.
+// One kernel for all of it, where a backend has one: CUDA, bf16, heads of 32 or 64 channels (32 in windows), at most 1,024 tokens that see
+// each other. Deterministic.
 MESA_KERNEL(fused_attention, const Tensor& q, const Tensor& k, const Tensor& v, int64_t heads, double scale, const Tensor& o, const Tensor& lse,
-            const QkvCodes& codes);
+            const QkvCodes& codes, const WindowBias& windows);
 MESA_KERNEL(fused_attention_grad, const Tensor& d_o, const AttentionOperand& q, const AttentionOperand& k, const AttentionOperand& v,
-            const Tensor& o, const Tensor& lse, int64_t heads, double scale, const Tensor& dq, const Tensor& dk, const Tensor& dv);
+            const Tensor& o, const Tensor& lse, int64_t heads, double scale, const Tensor& dq, const Tensor& dk, const Tensor& dv,
+            const WindowBias& windows);
 
 // The same by cuDNN, where the build has it: bf16, heads of a multiple of 8 channels. Deterministic. The backward needs o and lse.
 MESA_KERNEL(cudnn_attention, const Tensor& q, const Tensor& k, const Tensor& v, int64_t heads, double scale, const Tensor& o, const Tensor& lse);

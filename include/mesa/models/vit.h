@@ -1,12 +1,13 @@
 // Vision transformers: ViT (Dosovitskiy et al., ICLR 2021), DeiT (Touvron et al., ICML 2021), DeiT III (Touvron et al., ECCV 2022) and
 // registers (Darcet et al., ICLR 2024), with timm's parameter names.
 #pragma once
+#include "mesa/models/input.h"
 #include "mesa/nn/layers.h"
 
 namespace mesa {
 
-struct VitConfig {
-  int64_t image_size = 224, patch_size = 16, channels = 3, classes = 1000;
+struct VitConfig : ImageConfig {
+  int64_t patch_size = 16;
   int64_t width = 192, depth = 12, heads = 3;
   double mlp_ratio = 4;
   bool class_token = true;  ///< false: mean over the patch tokens, normalized after pooling (timm's global_pool='avg')
@@ -19,7 +20,7 @@ struct VitConfig {
   double drop_path = 0;  ///< of the last block; rises linearly from 0
   AttentionKind attention = AttentionKind::fused;
 
-  int64_t patches() const { return (image_size / patch_size) * (image_size / patch_size); }
+  int64_t patches() const { return (height_px() / patch_size) * (width_px() / patch_size); }
   int64_t prefix() const { return (class_token ? 1 : 0) + (distilled ? 1 : 0) + registers; }  ///< tokens in front of the patches
   int64_t tokens() const { return prefix() + patches(); }
   int64_t hidden() const { return static_cast<int64_t>(mlp_ratio * static_cast<double>(width)); }
@@ -27,17 +28,6 @@ struct VitConfig {
   void validate() const;
   /// Floating-point operations (2 for a multiply-add) of one image's forward pass: products only.
   double forward_flops() const;
-};
-
-/// Pre-norm block: h = x + attn(norm1(x)); h + mlp(norm2(h)).
-struct EncoderBlock {
-  std::string name;
-  int64_t heads;
-  double drop_path;
-  LayerNorm norm1, norm2;
-  Attention attn;
-  Mlp mlp;
-  Var operator()(const Var& x) const;
 };
 
 class Vit {
@@ -63,10 +53,7 @@ class Vit {
   std::optional<Linear> head_dist_;
 };
 
-/// The configuration that a name stands for (`deit_small_patch16_224`, `vit_base_patch16_384`; `vit` is DeiT-Ti to be changed by parameters).
-/// Throws Error naming the nearest known name.
-VitConfig vit_config(const std::string& name);
-/// All full names; `vit_config` knows short ones, too (`deit_small`).
-std::vector<std::string> model_names();
+/// timm's names with their configurations; `vit` is DeiT-Ti to be changed by parameters.
+std::vector<std::pair<std::string, VitConfig>> vit_models();
 
 }  // namespace mesa

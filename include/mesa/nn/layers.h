@@ -4,6 +4,7 @@
 #include <optional>
 #include <string>
 
+#include "mesa/kernels/windows.h"
 #include "mesa/nn/builder.h"
 #include "mesa/ops/ops.h"
 
@@ -28,7 +29,7 @@ struct LayerNorm {
   double eps = 1e-6;
   DType out = DType::f32;
 
-  static LayerNorm make(const Builder& build, const std::string& name, int64_t width);
+  static LayerNorm make(const Builder& build, const std::string& name, int64_t width, double eps = 1e-6);
   Var operator()(const Var& x) const;
 };
 
@@ -44,17 +45,38 @@ struct Mlp {
 
 enum class AttentionKind { fused, explicit_, cudnn };
 
-/// Multi-head self-attention (Vaswani et al. 2017). explicit_ spells out matmul, softmax, matmul.
+/// What every attention of a model has in common.
+struct AttentionOptions {
+  AttentionKind kind = AttentionKind::fused;
+  bool qkv_bias = true;
+  double drop = 0;       ///< after the projection
+  double attn_drop = 0;  ///< of the weights; needs explicit_
+};
+
+/// Multi-head self-attention (Vaswani et al. 2017), or within windows with a bias by relative position (Liu et al. 2021). explicit_ spells
+/// out matmul, softmax, matmul.
 struct Attention {
   std::string name;
   int64_t heads = 1;
-  AttentionKind kind = AttentionKind::fused;
-  double drop = 0, attn_drop = 0;
+  AttentionOptions options;
+  kernels::Windows windows;                       ///< undefined: every token sees every token
+  Param* relative_position_bias_table = nullptr;  ///< [distances, heads], with windows
   Linear qkv, proj;
 
-  static Attention make(const Builder& build, const std::string& name, int64_t width, int64_t heads, AttentionKind kind, bool qkv_bias,
-                        double drop, double attn_drop);
+  static Attention make(const Builder& build, const std::string& name, int64_t width, int64_t heads, const AttentionOptions& options,
+                        const kernels::Windows& windows = {});
   Var operator()(const Var& x, const Var& residual = {}) const;  ///< x [B, N, C] -> [B, N, C]
+};
+
+/// Pre-norm block: h = x + attn(norm1(x)); h + mlp(norm2(h)).
+struct EncoderBlock {
+  std::string name;
+  int64_t heads;
+  double drop_path;
+  LayerNorm norm1, norm2;
+  Attention attn;
+  Mlp mlp;
+  Var operator()(const Var& x) const;
 };
 
 struct PatchEmbed {

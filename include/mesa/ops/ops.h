@@ -37,6 +37,14 @@ Var merge_heads(const Var& x);
 /// these are exact, o and the rows' log-sum-exp; never N x N. From lossy storage rows are normalized again and nothing else is needed.
 Var attention(const Var& qkv, int64_t heads, double scale, kernels::AttentionBy by = kernels::AttentionBy::engine);
 
+/// The same within windows of the grid that the tokens form, with a bias by relative position: table [distances, H] (Liu et al., ICCV 2021,
+/// section 3.2). The windows are never laid out on a GPU, nor biases or masks for each of them anywhere.
+Var window_attention(const Var& qkv, const Var& table, int64_t heads, double scale, const kernels::Windows& windows);
+/// Op by op: tokens [B, N, C] -> windows [B W, n, C] and back, and scores [B W, H, n, n] + bias, -infinity where places do not see each other.
+Var to_windows(const Var& x, const kernels::Windows& windows);
+Var from_windows(const Var& x, const kernels::Windows& windows);
+Var window_bias(const Var& scores, const Var& table, const kernels::Windows& windows);
+
 // ---- normalization and activation ----
 /// Over the last axis; y in `out` dtype, default x's. Keeps xhat and 1/std; y can be rebuilt as gamma xhat + beta.
 Var layer_norm(const Var& x, const Var& gamma, const Var& beta, double eps, std::optional<DType> out = {});
@@ -55,6 +63,11 @@ Var drop_path(const Var& x, double p);
 Var patch_embed(const Var& images, const Var& w, const Var& b, DType compute, DType out);
 /// Each of `tokens`, [1, T_i, C], one after the other in front of x [B, N, C].
 Var prepend_tokens(const std::vector<Var>& tokens, const Var& x);
+/// Neighbours of a grid side by side: x [B, H W, C] -> [B, (H/2)(W/2), 4 C], the four of a square column by column (Swin's patch merging).
+Var merge_patches(const Var& x, int64_t height, int64_t width);
+/// A grid [B, height width, C] with zeros after each row and at its end: [B, to_height to_width, C]; and without.
+Var pad_grid(const Var& x, int64_t height, int64_t width, int64_t to_height, int64_t to_width);
+Var crop_grid(const Var& x, int64_t height, int64_t width, int64_t to_height, int64_t to_width);
 /// x [B, N, C] -> [B, n, C], the first tokens.
 Var first_tokens(const Var& x, int64_t n);
 /// x [B, N, C] -> [B, C], the token at `index`.

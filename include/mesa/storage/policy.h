@@ -6,7 +6,7 @@
 
 namespace mesa {
 
-/// One line of a policy: sites whose name matches the glob use this codec. The last rule that matches wins.
+/// One line of a policy: sites whose name matches the glob, in which @(a|b) means a or b, use this codec. The last rule that matches wins.
 struct StorageRule {
   std::string match, codec;
   CodecOptions options;

@@ -14,11 +14,12 @@ namespace mesa {
 /// The fields left empty come from the table entry that `name` selects.
 struct ModelConfig {
   std::string name = "vit";
-  std::optional<int64_t> image_size, patch_size, width, depth, heads;
+  std::optional<int64_t> image_size, patch_size, width, depth, heads, window;
+  std::optional<std::vector<int64_t>> depths;
   std::optional<double> mlp_ratio;
   std::optional<int64_t> channels, classes;
   std::optional<std::string> pool;  ///< token | mean
-  std::optional<bool> distilled, token_positions, qkv_bias;
+  std::optional<bool> distilled, token_positions, qkv_bias, pad;
   std::optional<int64_t> registers;
   std::optional<double> layer_scale;
   double drop_rate = 0, attn_drop_rate = 0, drop_path = 0;

@@ -14,7 +14,7 @@ struct Plan {
 
 /// Runs forward, backward, update and evaluation on meta tensors: every allocation is metered as in a real step. Also checks that every
 /// storage rule matches a site. Throws UsageError.
-Plan plan_run(const RunConfig& config, const VitConfig& model);
+Plan plan_run(const RunConfig& config, const NetConfig& model);
 
 /// All models of the table: name, parameters, GFLOPs (multiply-adds, as papers count), input size, and bytes kept for an image by the shipped
 /// policies exact, int8 and int4.
@@ -22,7 +22,7 @@ std::string list_models();
 
 /// The largest train.batch_size for which the allocator takes no more than `bytes` from the system, blocks rounded up and kept for reuse
 /// included; 0 if there is none. Tens of plans: a second or so.
-int64_t largest_batch(const RunConfig& config, const VitConfig& model, int64_t bytes);
+int64_t largest_batch(const RunConfig& config, const NetConfig& model, int64_t bytes);
 /// What a reader of an out-of-memory error needs: the plan by kind, the sites that keep most, and the largest batch that would fit the
 /// device. Never throws: an explanation must not hide the error.
 std::string explain_out_of_memory(const RunConfig& config);

@@ -4,7 +4,7 @@
 
 #include "mesa/base/cuda.h"
 #include "mesa/data/loader.h"
-#include "mesa/models/vit.h"
+#include "mesa/models/model.h"
 #include "mesa/optim/adamw.h"
 #include "mesa/train/config.h"
 
@@ -12,7 +12,7 @@ namespace mesa {
 
 /// The model's configuration: the table entry that model.name selects, changed by the fields that are set. `classes` (of the data) fills in
 /// where the config is silent; 0 if unknown. Throws UsageError naming the key's place.
-VitConfig model_config(const RunConfig& config, int64_t classes);
+NetConfig model_config(const RunConfig& config, int64_t classes);
 /// bf16 or f32 for matrix products. Throws UsageError with the reason where `device` has no bf16 products (unless train.force_precision).
 DType compute_dtype(const RunConfig& config, Device device);
 /// The device; `auto` takes a GPU where one can be used. Throws Error with the reason if `cuda` is asked for and not to be had.
@@ -23,12 +23,12 @@ std::string describe_device(const std::string& wish, Device device);
 void use_threads(const RunConfig& config);
 /// Both halves of the data; kind `random` is noise with random labels, for benchmarks.
 /// `train` false: only the test half is opened, and `train` of the pair is empty.
-DatasetPair make_datasets(const RunConfig& config, const VitConfig& model, bool train = true);
+DatasetPair make_datasets(const RunConfig& config, const ImageConfig& model, bool train = true);
 /// The same for training: refuses, with the key's place, a batch or a number of classes that does not fit the data.
-DatasetPair make_training_data(const RunConfig& config, const VitConfig& model);
+DatasetPair make_training_data(const RunConfig& config, const ImageConfig& model);
 /// How many classes the data has without opening it, 0 if only opening tells.
 int64_t known_classes(const RunConfig& config);
-TransformOptions make_transform(const RunConfig& config, const VitConfig& model);
+TransformOptions make_transform(const RunConfig& config, const ImageConfig& model);
 LoaderOptions make_loader_options(const RunConfig& config, bool train, Device device);
 StoragePolicy make_policy(const StorageConfig& storage);
 /// The rules of configs/storage/exact.yaml, built in: what plans and benchmarks compare with, whatever files lie around.
@@ -51,10 +51,10 @@ Prepared prepare(const SentBatch& batch, const TransformOptions& transform);
 
 /// A model with its parameters: what training, evaluation and benchmarks share.
 struct BuiltModel {
-  BuiltModel(const RunConfig& config, const VitConfig& model, Device device = kCpu);
+  BuiltModel(const RunConfig& config, const NetConfig& model, Device device = kCpu);
   Device device;
   ParamStore params;
-  Vit net;
+  Net net;
 };
 
 /// "blocks.0.norm1.weight (element 7)": the first parameter that holds a NaN or infinity, or "".

@@ -1,0 +1,94 @@
+// Which model a config names.
+#include "mesa/kernels/attention.h"
+#include "mesa/train/setup.h"
+
+namespace mesa {
+namespace {
+
+/// Of the model's keys that a complaint names, one that was set, on the command line if possible: there the reader looks first.
+std::string culprit(const RunConfig& config, const std::string& complaint) {
+  std::string found = "model.name";
+  for (const char* key : {"model.image_size", "model.patch_size", "model.window", "model.width", "model.heads", "model.depths",
+                          "model.mlp_ratio", "model.pool", "model.distilled", "model.registers", "model.layer_scale"}) {
+    if (complaint.find(key) == std::string::npos) continue;
+    if (config.where(key).starts_with("--set")) return key;
+    if (config.where(key) != "default") found = key;
+  }
+  return found;
+}
+
+void check_cudnn(const RunConfig& config) {
+  const auto refuse = [&](const auto&... why) { config.refuse("model.attention", "cudnn ", why..., "; use fused"); };
+  if (kernels::cudnn_attention.cuda == nullptr) refuse("is not in this build of Mesa");
+  if (config.device != "cuda" && choose_device(config.device).kind != DeviceKind::cuda)
+    refuse("needs a GPU, and this run is on the CPU (device: ", config.device, ")");
+  if (config.train.precision != "bf16") refuse("needs train.precision: bf16, not ", config.train.precision);
+}
+
+template <class Field, class Wish>
+void set(Field& field, const Wish& wish) {
+  if (wish) field = *wish;
+}
+
+/// Refuses a key that is set though this family has no such thing.
+template <class Wish>
+void foreign(const RunConfig& config, const char* key, const Wish& wish, const char* family) {
+  if (wish) config.refuse(key, "is nothing that a ", family, " has, and model.name is ", config.model.name);
+}
+
+void change(const RunConfig& config, VitConfig& vit) {
+  const ModelConfig& m = config.model;
+  foreign(config, "model.depths", m.depths, "ViT (which has model.depth)"), foreign(config, "model.window", m.window, "ViT");
+  foreign(config, "model.pad", m.pad, "ViT");
+  set(vit.depth, m.depth), set(vit.distilled, m.distilled), set(vit.registers, m.registers);
+  set(vit.token_positions, m.token_positions), set(vit.layer_scale, m.layer_scale);
+  if (m.pool) vit.class_token = *m.pool == "token";
+}
+
+void change(const RunConfig& config, SwinConfig& swin) {
+  const ModelConfig& m = config.model;
+  foreign(config, "model.depth", m.depth, "Swin (which has model.depths)"), foreign(config, "model.distilled", m.distilled, "Swin");
+  foreign(config, "model.registers", m.registers, "Swin"), foreign(config, "model.token_positions", m.token_positions, "Swin");
+  foreign(config, "model.layer_scale", m.layer_scale, "Swin");
+  if (m.pool && *m.pool != "mean") config.refuse("model.pool", "a Swin has no class token; it pools the mean");
+  set(swin.depths, m.depths), set(swin.window, m.window), set(swin.pad, m.pad);
+}
+
+/// What every family has.
+template <class Config>
+void change_common(const RunConfig& config, Config& net, int64_t classes) {
+  const ModelConfig& m = config.model;
+  set(net.image_size, m.image_size), set(net.patch_size, m.patch_size), set(net.channels, m.channels), set(net.width, m.width);
+  set(net.heads, m.heads), set(net.mlp_ratio, m.mlp_ratio), set(net.qkv_bias, m.qkv_bias);
+  if (m.classes)
+    net.classes = *m.classes;
+  else if (classes > 0)
+    net.classes = classes;
+  net.drop_rate = m.drop_rate, net.attn_drop_rate = m.attn_drop_rate, net.drop_path = m.drop_path;
+  net.attention = m.attention == "explicit" ? AttentionKind::explicit_
+                  : m.attention == "cudnn"  ? AttentionKind::cudnn
+                                            : AttentionKind::fused;
+}
+
+}  // namespace
+
+NetConfig model_config(const RunConfig& config, int64_t classes) {
+  NetConfig model;
+  try {
+    model = net_config(config.model.name);
+  } catch (const Error& e) {
+    config.refuse("model.name", e.what());
+  }
+  std::visit([&](auto& family) { change_common(config, family, classes), change(config, family); }, model.family);
+  if (config.model.attention == "cudnn") check_cudnn(config);
+  if (config.model.attn_drop_rate > 0 && config.model.attention != "explicit")
+    config.refuse("model.attn_drop_rate", "dropout on attention weights needs model.attention: explicit");
+  try {
+    model.validate();
+  } catch (const Error& e) {
+    config.refuse(culprit(config, e.what()), e.what());
+  }
+  return model;
+}
+
+}  // namespace mesa
