@@ -11,22 +11,26 @@ namespace {
 
 DType score_type(const Tensor& q) { return q.dtype() == DType::f64 ? DType::f64 : DType::f32; }
 
-/// What attends among itself: the tokens of an image, or of a window of it. Attention works through them in turns.
+/// What attends among itself: the tokens of an image, or of a window of it; or to as many keys of its own. Attention works through them in
+/// turns.
 class Sequences {
  public:
-  Sequences(const Tensor& rows, int64_t heads, const WindowBias& bias)
+  Sequences(const Tensor& q, const Tensor& k, int64_t heads, const WindowBias& bias)
       : windows_(bias.windows),
-        count_(bias.defined() ? rows.dim(0) * windows_.count() : rows.dim(0)),
-        length_(bias.defined() ? windows_.length() : rows.dim(1)),
+        count_(bias.defined() ? q.dim(0) * windows_.count() : q.dim(0)),
+        queries_(bias.defined() ? windows_.length() : q.dim(1)),
+        keys_(bias.defined() ? windows_.length() : k.dim(1)),
         heads_(heads) {
-    if (bias.defined()) windows_.validate(rows.dim(1));
+    if (!bias.defined()) return;
+    windows_.validate(q.dim(1));
+    check(k.dim(1) == q.dim(1), "windows of ", q.dim(1), " queries and ", k.dim(1), " keys");
   }
 
   int64_t count() const { return count_; }
-  /// Scores of a turn (f32, [sequences, H, N, N]) should stay in the cores' second-level caches.
+  /// Scores of a turn (f32, [sequences, H, N, M]) should stay in the cores' second-level caches.
   int64_t of_a_turn() const {
     constexpr int64_t kScoreBytes = 1 << 21;
-    const int64_t one = heads_ * length_ * length_ * 4;
+    const int64_t one = heads_ * queries_ * keys_ * 4;
     return std::clamp<int64_t>(kScoreBytes / std::max<int64_t>(one, 1), 1, std::max<int64_t>(count_, 1));
   }
   template <class Turn>
@@ -42,19 +46,19 @@ class Sequences {
   }
   /// Where to write sequences of x; `put` then brings them there.
   Tensor room(const Tensor& x, int64_t from, int64_t count) const {
-    return windows_.defined() ? Tensor::empty({count, length_, x.dim(2)}, x.dtype(), x.device()) : x.narrow(0, from, count);
+    return windows_.defined() ? Tensor::empty({count, queries_, x.dim(2)}, x.dtype(), x.device()) : x.narrow(0, from, count);
   }
   void put(const Tensor& part, const Tensor& x, int64_t from) const {
     if (windows_.defined()) scatter_windows(part, windows_, from, x);
   }
 
-  Tensor scores(DType dtype, Device device) const { return Tensor::empty({of_a_turn(), heads_, length_, length_}, dtype, device); }
+  Tensor scores(DType dtype, Device device) const { return Tensor::empty({of_a_turn(), heads_, queries_, keys_}, dtype, device); }
   /// A number for each row of each head.
-  Tensor lines(DType dtype, Device device) const { return Tensor::empty({count_, heads_, length_}, dtype, device); }
+  Tensor lines(DType dtype, Device device) const { return Tensor::empty({count_, heads_, queries_}, dtype, device); }
 
  private:
   Windows windows_;
-  int64_t count_, length_, heads_;
+  int64_t count_, queries_, keys_, heads_;
 };
 
 /// The first `count` sequences of a turn's buffer.
@@ -101,9 +105,9 @@ class BiasGradient {
 /// [B, N, C] -> [B, H, N, C/H], a view.
 Tensor by_head(const Tensor& x, int64_t heads) { return x.split_last(x.dim(-1) / heads).transpose(1, 2); }
 
-bool has_fused_kernel(const Tensor& o, int64_t heads, const WindowBias& windows) {
+bool has_fused_kernel(const Tensor& o, const Tensor& k, int64_t heads, const WindowBias& windows) {
   const int64_t head = o.dim(2) / heads;
-  if (!is_gpu(o.device()) || fused_attention.cuda == nullptr || o.dtype() != DType::bf16) return false;
+  if (!is_gpu(o.device()) || o.dim(1) != k.dim(1) || fused_attention.cuda == nullptr || o.dtype() != DType::bf16) return false;
   return windows.defined() ? head == 32 && windows.windows.length() <= 1024 : (head == 32 || head == 64) && o.dim(1) <= 1024;
 }
 
@@ -128,13 +132,13 @@ void cudnn_grad(const Tensor& d_o, const AttentionOperand& q_rows, const Attenti
 
 void attention(const Tensor& q_rows, const Tensor& k_rows, const Tensor& v_rows, int64_t heads, double scale, const Tensor& o_rows,
                const Tensor& lse, AttentionBy by, const QkvCodes& codes, const WindowBias& windows) {
-  if (by == AttentionBy::engine && has_fused_kernel(o_rows, heads, windows))
+  if (by == AttentionBy::engine && has_fused_kernel(o_rows, k_rows, heads, windows))
     return fused_attention(q_rows, k_rows, v_rows, heads, scale, o_rows, lse, codes, windows);
   if (codes[0].defined()) quantize_running(q_rows, codes[0]);
   if (codes[1].defined()) quantize_running(k_rows, codes[1]);
   if (codes[2].defined()) quantize_running(v_rows, codes[2]);
   if (by == AttentionBy::cudnn) return cudnn_attention(q_rows, k_rows, v_rows, heads, scale, o_rows, lse);
-  const Sequences all(q_rows, heads, windows);
+  const Sequences all(q_rows, k_rows, heads, windows);
   const Bias bias(windows, heads);
   const Tensor scores = all.scores(score_type(q_rows), q_rows.device());
   const Tensor rounded = q_rows.dtype() == scores.dtype() ? scores : all.scores(q_rows.dtype(), q_rows.device());
@@ -152,11 +156,11 @@ void attention_grad(const Tensor& d_o, const AttentionOperand& q_coded, const At
                     const Tensor& o, const Tensor& lse, int64_t heads, double scale, const Tensor& dq_rows, const Tensor& dk_rows,
                     const Tensor& dv_rows, AttentionBy by, const WindowBias& windows) {
   if (by == AttentionBy::cudnn) return cudnn_grad(d_o, q_coded, k_coded, v_coded, o, lse, heads, scale, dq_rows, dk_rows, dv_rows);
-  if (has_fused_kernel(dq_rows, heads, windows))
+  if (has_fused_kernel(dq_rows, dk_rows, heads, windows))
     return fused_attention_grad(d_o, q_coded, k_coded, v_coded, o, lse, heads, scale, dq_rows, dk_rows, dv_rows, windows);
-  const Tensor q_rows = decode(q_coded, dq_rows), k_rows = decode(k_coded, dq_rows), v_rows = decode(v_coded, dq_rows);
+  const Tensor q_rows = decode(q_coded, dq_rows), k_rows = decode(k_coded, dk_rows), v_rows = decode(v_coded, dv_rows);
   const Device device = q_rows.device();
-  const Sequences all(q_rows, heads, windows);
+  const Sequences all(q_rows, k_rows, heads, windows);
   const Bias bias(windows, heads);
   BiasGradient d_bias(windows, heads);
   const DType wide = score_type(q_rows), narrow = q_rows.dtype();

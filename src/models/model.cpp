@@ -2,17 +2,12 @@
 
 namespace mesa {
 
-Net::Net(const Builder& build, const NetConfig& config)
-    : net_(std::visit(
-          [&](const auto& c) -> std::variant<Vit, Swin> {
-            if constexpr (std::is_same_v<std::decay_t<decltype(c)>, VitConfig>)
-              return Vit(build, c);
-            else
-              return Swin(build, c);
-          },
-          config.family)) {}
-
 namespace {
+
+using AnyNet = std::variant<Vit, Swin, Pvt>;
+AnyNet make(const Builder& build, const VitConfig& config) { return Vit(build, config); }
+AnyNet make(const Builder& build, const SwinConfig& config) { return Swin(build, config); }
+AnyNet make(const Builder& build, const PvtConfig& config) { return Pvt(build, config); }
 
 std::vector<std::pair<std::string, NetConfig>> table() {
   std::vector<std::pair<std::string, NetConfig>> all;
@@ -21,6 +16,7 @@ std::vector<std::pair<std::string, NetConfig>> table() {
   };
   add(vit_models());
   add(swin_models());
+  add(pvt_models());
   return all;
 }
 
@@ -37,6 +33,9 @@ std::vector<std::pair<std::string, std::string>> aliases() {
 }
 
 }  // namespace
+
+Net::Net(const Builder& build, const NetConfig& config)
+    : net_(std::visit([&](const auto& family) { return make(build, family); }, config.family)) {}
 
 NetConfig net_config(const std::string& name) {
   std::vector<std::string> names = model_names();

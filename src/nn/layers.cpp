@@ -135,7 +135,44 @@ Var Attention::operator()(const Var& x, const Var& residual) const {
   return onto(residual, proj, crop_grid(mixed(qkv(pad_grid(x, h, w, H, W))), H, W, h, w), "proj_drop", options.drop);
 }
 
-Var EncoderBlock::operator()(const Var& x) const {
+ReducedAttention ReducedAttention::make(const Builder& build, const std::string& name, int64_t channels, int64_t heads, int64_t height,
+                                        int64_t width, int64_t reduction, bool qkv_bias, double drop) {
+  check(heads > 0 && channels % heads == 0, "width ", channels, " does not divide by ", heads, " heads");
+  const Scope scope(name);
+  ReducedAttention layer;
+  layer.name = name;
+  layer.heads = heads;
+  layer.height = height, layer.width = width;
+  layer.drop = drop;
+  layer.compute = build.compute();
+  layer.q = Linear::make(build, "q", channels, channels, qkv_bias);
+  layer.kv = Linear::make(build, "kv", channels, 2 * channels, qkv_bias);
+  layer.proj = Linear::make(build, "proj", channels, channels);
+  if (reduction == 1) return layer;
+  {
+    const Scope scope("sr");
+    const double bound = 1.0 / std::sqrt(static_cast<double>(channels * reduction * reduction));
+    layer.reduce_weight = &build.param("weight", {channels, channels, reduction, reduction}, Init::uniform(bound), true);
+    layer.reduce_bias = &build.param("bias", {channels}, Init::uniform(bound), false);
+  }
+  layer.norm = LayerNorm::make(build, "norm", channels, 1e-5);
+  return layer;
+}
+
+Var ReducedAttention::operator()(const Var& x, const Var& residual) const {
+  const Scope scope(name);
+  const auto reduced = [&] {
+    const Var smaller = within("sr", [&] { return patch_conv(x, height, width, *reduce_weight, *reduce_bias, compute, compute); });
+    return norm(smaller);
+  };
+  const Var queries = q(x), keys = kv(reduce_weight ? reduced() : x);
+  const double scale_by = 1.0 / std::sqrt(static_cast<double>(x.dim(-1) / heads));
+  const Var mixed = within("attention", [&] { return attention(queries, keys, heads, scale_by); });
+  return onto(residual, proj, mixed, "proj_drop", drop);
+}
+
+template <class AttentionLayer>
+Var Block<AttentionLayer>::operator()(const Var& x) const {
   const Scope scope(name, heads);
   if (drop_path == 0 || Tape::current() == nullptr) {  // the last product of each branch adds
     const Var h = attn(norm1(x), x);
@@ -148,6 +185,9 @@ Var EncoderBlock::operator()(const Var& x) const {
   const Var h = x + drop("drop_path1", attn(norm1(x)));
   return h + drop("drop_path2", mlp(norm2(h)));
 }
+
+template struct Block<Attention>;
+template struct Block<ReducedAttention>;
 
 PatchEmbed PatchEmbed::make(const Builder& build, const std::string& name, int64_t channels, int64_t patch, int64_t width) {
   const Scope outer(name), scope("proj");
@@ -164,6 +204,11 @@ PatchEmbed PatchEmbed::make(const Builder& build, const std::string& name, int64
 Var PatchEmbed::operator()(const Var& images) const {
   const Scope outer(name), scope("proj");
   return patch_embed(images, *weight, *bias, compute, out);
+}
+
+Var PatchEmbed::operator()(const Var& tokens, int64_t height, int64_t width) const {
+  const Scope outer(name), scope("proj");
+  return patch_conv(tokens, height, width, *weight, *bias, compute, out);
 }
 
 }  // namespace mesa

@@ -49,6 +49,59 @@ Var patch_embed(const Var& images, const Var& w, const Var& b, DType compute, DT
                    });
 }
 
+namespace {
+
+/// [B, height width, C] as [B, height/p, width/p, p, p, C], a view: patches with the channels innermost.
+Tensor patches_view(const Tensor& x, int64_t height, int64_t width, int64_t p) {
+  const int64_t C = x.dim(2);
+  return x.as_strided({x.dim(0), height / p, width / p, p, p, C}, {height * width * C, p * width * C, p * C, width * C, C, 1}, x.offset());
+}
+/// [O, C, p, p] as [O, p, p, C], a view.
+Tensor channels_last(const Tensor& w) { return w.transpose(1, 2).transpose(2, 3); }
+
+}  // namespace
+
+Var patch_conv(const Var& x, int64_t height, int64_t width, const Var& w, const Var& b, DType compute, DType out) {
+  const Op op("patch_conv", {x, w, b});
+  check(x.value().rank() == 3 && w.value().rank() == 4 && x.dim(1) == height * width && x.dim(2) == w.dim(1) && w.dim(2) == w.dim(3) &&
+            b.shape() == Shape({w.dim(0)}),
+        "patch_conv: tokens ", x.shape(), " of a grid ", height, " x ", width, " do not fit the weight ", w.shape());
+  const int64_t p = w.dim(2), O = w.dim(0), C = w.dim(1), P = p * p * C;
+  check(height % p == 0 && width % p == 0, "a grid of ", height, " x ", width, " does not divide into patches of ", p);
+  const int64_t B = x.dim(0), N = height / p * (width / p);
+  const auto patches_of = [=](const Tensor& t) { return contiguous(patches_view(t, height, width, p)).reshape({B * N, P}); };
+  const auto matrix_of = [=](const Tensor& weight) {
+    const Tensor m = Tensor::empty({O, p, p, C}, compute, weight.device());
+    kernels::copy(channels_last(weight), m);
+    return m.reshape({O, P});
+  };
+  const Tensor weight = w.value(), input = cast(x.value(), compute), y = Tensor::empty({B, N, O}, out, input.device());
+  kernels::matmul(patches_of(input), matrix_of(weight).transpose(0, 1), y.reshape({B * N, O}), b.value());
+  // With x itself comes its recipe.
+  const Saved sx = !op.wants(w) ? Saved() : x.dtype() == compute ? op.save("x", x) : op.save("x", input);
+  return op.record(y,
+                   [=, to_x = op.wants(x), shape_x = x.shape(), type_x = x.dtype(), dw = op.gradient(w),
+                    db = op.gradient(b)](const Tensor& dy_) -> Grads {
+                     const Tensor dy = cast(dy_.reshape({B * N, O}), compute);
+                     Grads grads(3);
+                     grads[1] = dw.into([&](const Tensor& to, bool add) {
+                       const Tensor dm = Tensor::empty({O, P}, to.dtype(), to.device()), term = add ? empty_like(to) : to;
+                       kernels::matmul_weight_grad(dy, patches_of(sx.get()), dm, false, Tensor(), false);
+                       kernels::copy(dm.reshape({O, p, p, C}), channels_last(term));
+                       if (add) kernels::add(to, term, to);
+                     });
+                     grads[2] = db.into([&](const Tensor& to, bool add) { kernels::sum_rows(dy, to, add); });
+                     if (to_x) {
+                       const Tensor dpatches = Tensor::empty({B * N, P}, compute, dy.device());
+                       kernels::matmul(dy, matrix_of(weight), dpatches);
+                       grads[0] = Tensor::empty(shape_x, type_x, dy.device());
+                       const Tensor into = patches_view(grads[0], height, width, p);
+                       kernels::copy(dpatches.reshape(into.shape()), into);
+                     }
+                     return grads;
+                   });
+}
+
 Var prepend_tokens(const std::vector<Var>& tokens, const Var& x) {
   std::vector<Var> inputs = tokens;
   inputs.push_back(x);

@@ -36,8 +36,20 @@ void foreign(const RunConfig& config, const char* key, const Wish& wish, const c
   if (wish) config.refuse(key, "is nothing that a ", family, " has, and model.name is ", config.model.name);
 }
 
+/// Of a ViT and a Swin.
+template <class Config>
+void change_sizes(const RunConfig& config, Config& net) {
+  const ModelConfig& m = config.model;
+  set(net.width, m.width), set(net.heads, m.heads), set(net.mlp_ratio, m.mlp_ratio);
+  net.attn_drop_rate = m.attn_drop_rate;
+  net.attention = m.attention == "explicit" ? AttentionKind::explicit_
+                  : m.attention == "cudnn"  ? AttentionKind::cudnn
+                                            : AttentionKind::fused;
+}
+
 void change(const RunConfig& config, VitConfig& vit) {
   const ModelConfig& m = config.model;
+  change_sizes(config, vit);
   foreign(config, "model.depths", m.depths, "ViT (which has model.depth)"), foreign(config, "model.window", m.window, "ViT");
   foreign(config, "model.pad", m.pad, "ViT");
   set(vit.depth, m.depth), set(vit.distilled, m.distilled), set(vit.registers, m.registers);
@@ -47,6 +59,7 @@ void change(const RunConfig& config, VitConfig& vit) {
 
 void change(const RunConfig& config, SwinConfig& swin) {
   const ModelConfig& m = config.model;
+  change_sizes(config, swin);
   foreign(config, "model.depth", m.depth, "Swin (which has model.depths)"), foreign(config, "model.distilled", m.distilled, "Swin");
   foreign(config, "model.registers", m.registers, "Swin"), foreign(config, "model.token_positions", m.token_positions, "Swin");
   foreign(config, "model.layer_scale", m.layer_scale, "Swin");
@@ -54,20 +67,30 @@ void change(const RunConfig& config, SwinConfig& swin) {
   set(swin.depths, m.depths), set(swin.window, m.window), set(swin.pad, m.pad);
 }
 
+void change(const RunConfig& config, PvtConfig& pvt) {
+  const ModelConfig& m = config.model;
+  foreign(config, "model.depth", m.depth, "PVT (which has model.depths)"), foreign(config, "model.distilled", m.distilled, "PVT");
+  foreign(config, "model.registers", m.registers, "PVT"), foreign(config, "model.token_positions", m.token_positions, "PVT");
+  foreign(config, "model.layer_scale", m.layer_scale, "PVT"), foreign(config, "model.window", m.window, "PVT");
+  foreign(config, "model.pad", m.pad, "PVT"), foreign(config, "model.mlp_ratio", m.mlp_ratio, "PVT (each stage has its own)");
+  foreign(config, "model.width", m.width, "PVT (each stage has its own)"), foreign(config, "model.heads", m.heads, "PVT (as model.width)");
+  if (m.pool && *m.pool != "token") config.refuse("model.pool", "a PVT reads its class token");
+  if (m.attention != "fused") config.refuse("model.attention", m.attention, " is not there for a PVT; use fused");
+  if (!m.depths) return;
+  if (m.depths->size() != pvt.stages.size()) config.refuse("model.depths", "has ", m.depths->size(), " stages, and a PVT ", pvt.stages.size());
+  for (size_t i = 0; i < pvt.stages.size(); ++i) pvt.stages[i].depth = (*m.depths)[i];
+}
+
 /// What every family has.
 template <class Config>
 void change_common(const RunConfig& config, Config& net, int64_t classes) {
   const ModelConfig& m = config.model;
-  set(net.image_size, m.image_size), set(net.patch_size, m.patch_size), set(net.channels, m.channels), set(net.width, m.width);
-  set(net.heads, m.heads), set(net.mlp_ratio, m.mlp_ratio), set(net.qkv_bias, m.qkv_bias);
+  set(net.image_size, m.image_size), set(net.patch_size, m.patch_size), set(net.channels, m.channels), set(net.qkv_bias, m.qkv_bias);
   if (m.classes)
     net.classes = *m.classes;
   else if (classes > 0)
     net.classes = classes;
-  net.drop_rate = m.drop_rate, net.attn_drop_rate = m.attn_drop_rate, net.drop_path = m.drop_path;
-  net.attention = m.attention == "explicit" ? AttentionKind::explicit_
-                  : m.attention == "cudnn"  ? AttentionKind::cudnn
-                                            : AttentionKind::fused;
+  net.drop_rate = m.drop_rate, net.drop_path = m.drop_path;
 }
 
 }  // namespace

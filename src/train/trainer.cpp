@@ -69,8 +69,8 @@ class Run {
   RunConfig config_;
   TrainOptions options_;
   std::string resume_;
-  NetConfig net_;
   DatasetPair data_;
+  NetConfig net_;
   TransformOptions transform_;
   Plan plan_;
   Loader train_loader_, eval_loader_;
@@ -97,9 +97,9 @@ AdamWConfig adamw_config(const OptimizerConfig& o) { return {o.lr, o.weight_deca
 Run::Run(RunConfig config, const TrainOptions& options)
     : config_(std::move(config)),
       options_(options),
-      net_(model_config(config_, known_classes(config_))),
-      data_(make_training_data(config_, net_.input())),
-      transform_(make_transform(config_, (net_ = model_config(config_, data_.train->classes())).input())),
+      data_(make_training_data(config_, model_config(config_, known_classes(config_)).input())),
+      net_(model_config(config_, data_.train->classes())),
+      transform_(make_transform(config_, net_.input())),
       plan_(plan_run(config_, net_)),
       train_loader_(data_.train, transform_, make_loader_options(config_, true, choose_device(config_.device))),
       eval_loader_(data_.test, transform_, make_loader_options(config_, false, choose_device(config_.device))),
@@ -435,10 +435,10 @@ int train(const RunConfig& config, const TrainOptions& options) {
 }
 
 std::string dry_run(const RunConfig& config, int64_t fit_bytes) {
-  NetConfig model = model_config(config, known_classes(config));
   const bool readable = config.data.kind == "image_folder" && std::filesystem::is_directory(config.data.path);
-  const int64_t classes = readable ? make_datasets(config, model.input(), false).test->classes() : known_classes(config);
-  model = model_config(config, classes);
+  const auto data_classes = [&] { return make_datasets(config, model_config(config, 0).input(), false).test->classes(); };
+  const int64_t classes = readable ? data_classes() : known_classes(config);
+  const NetConfig model = model_config(config, classes);
   compute_dtype(config, config.device == "cuda" ? kCuda : choose_device(config.device));
   make_transform(config, model.input());
   if (config.train.cuda_graph) RecordedSteps::check(config, config.device == "cuda" || is_gpu(choose_device(config.device)));

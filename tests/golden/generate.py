@@ -7,7 +7,8 @@ The models have timm's parameter names and structure: pre-norm, exact GELU, eps 
 mean_pool pools the patch tokens' mean and normalizes after that (fc_norm), without a class token. distilled has a second token and head, and
 averages both. deit3 scales each branch by factors of its own (LayerScale), has two register tokens, and positions for patches alone.
 swin (swin.py) has a picture that is not square and a second stage that windows do not tile; swin_odd one head, one picture, an odd grid
-as wide as its windows; swin_even grids that need no padding.
+as wide as its windows; swin_even grids that need no padding. pvt (pvt.py)
+has two stages and a picture that is not square; pvt_long four, of which three reduce, and one picture.
 Files named as arguments are written; without arguments all are.
 """
 import json
@@ -18,6 +19,7 @@ import torch
 from torch import nn
 import torch.nn.functional as F
 
+from pvt import Pvt
 from swin import Swin
 
 IMAGE, PATCH, CHANNELS, WIDTH, HEADS, CLASSES, BATCH = 16, 4, 3, 24, 3, 7, 3
@@ -158,7 +160,7 @@ def generate(path, make_model, steps, image=(IMAGE, IMAGE), batch=BATCH):
 
     without = ("cls_token", "dist_token", "reg_token", "pos_embed", "relative_position_bias_table")
     plain = [p for name, p in model.named_parameters() if p.ndim <= 1 or name.endswith(without)]
-    decayed = [p for name, p in model.named_parameters() if not (p.ndim <= 1 or name.endswith(without))]
+    decayed = [p for name, p in model.named_parameters() if not (p.ndim <= 1 or name.endswith(without))]  # PVT's pos_embed1.. among them
     optimizer = torch.optim.AdamW([{"params": decayed, "weight_decay": DECAY}, {"params": plain, "weight_decay": 0.0}], lr=LR, betas=(0.9, 0.999))
     norms = []
     if steps == 0:
@@ -182,3 +184,6 @@ generate("registers.safetensors", lambda: Vit(False, depth=1, registers=2), step
 generate("swin.safetensors", lambda: Swin((24, 32), 2, 8, 2, (2, 2), 4, CLASSES), steps=10, image=(24, 32))
 generate("swin_odd.safetensors", lambda: Swin((20, 12), 2, 8, 1, (2, 2), 3, CLASSES), steps=0, image=(20, 12), batch=1)
 generate("swin_even.safetensors", lambda: Swin((16, 16), 2, 12, 3, (2,), 4, CLASSES), steps=0)
+generate("pvt.safetensors", lambda: Pvt((16, 24), 4, [(8, 1, 1, 2, 2), (12, 2, 3, 2, 1)], CLASSES), steps=10, image=(16, 24))
+LONG = [(4, 1, 1, 2, 8), (8, 1, 2, 2, 4), (8, 1, 1, 2, 2), (12, 1, 3, 2, 1)]
+generate("pvt_long.safetensors", lambda: Pvt((32, 32), 2, LONG, CLASSES), steps=0, image=(32, 32), batch=1)

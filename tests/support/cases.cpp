@@ -124,6 +124,18 @@ void attention_rows(std::vector<Case>& t) {
         {"split_heads, one of three used", {normal(B, N, 3 * C)}, [heads](Vars& v) -> Outputs { return split_heads(v[0], heads)[1]; }});
     t.push_back({"merge_heads", {normal(B, heads, N, C / heads)}, [](Vars& v) { return merge_heads(v[0]); }});
   }
+  for (const auto& [B, N, M, C, H] : {std::array<int64_t, 5>{2, 5, 3, 6, 3}, {1, 1, 4, 4, 1}, {2, 33, 1, 8, 2}, {1, 70, 17, 64, 1}}) {
+    const int64_t heads = H;
+    t.push_back({"attention to other tokens", {normal(B, N, C), normal(B, M, 2 * C)}, [heads](Vars& v) {
+                   const Scope scope("", heads);
+                   return attention(v[0], v[1], heads, 0.6);
+                 }});
+  }
+  t.push_back({"attention to its own projection", {normal(2, 4, 6), weight(12, 6)}, [](Vars& v) {
+                 const Scope scope("", 2);
+                 const Var kv = within("kv", [&] { return linear(v[0], v[1]); });
+                 return within("attention", [&] { return attention(v[0], kv, 2, 0.6); });
+               }});
   t.push_back({"attention and projection", {normal(2, 5, 12), weight(3, 4), weight(3)}, [](Vars& v) {
                  const Scope scope("", 2);
                  const Var o = within("attention", [&] { return attention(v[0], 2, 0.7); });
@@ -202,6 +214,16 @@ void tokens(std::vector<Case>& t) {
   t.push_back({"patch_embed", {normal(2, 3, 8, 8), weight(5, 3, 4, 4), weight(5)}, patches});
   t.push_back({"patch_embed", {normal(1, 1, 6, 4), weight(3, 1, 2, 2), weight(3)}, patches});
   t.push_back({"patch_embed", {normal(3, 2, 3, 3), weight(1, 2, 3, 3), weight(1)}, patches});
+  const auto conv = [](int64_t height, int64_t width) {
+    return [=](Vars& v) { return patch_conv(v[0], height, width, v[1], v[2], v[0].dtype(), v[0].dtype()); };
+  };
+  t.push_back({"patch_conv", {normal(2, 24, 3), weight(5, 3, 2, 2), weight(5)}, conv(4, 6)});
+  t.push_back({"patch_conv", {normal(1, 9, 1), weight(1, 1, 3, 3), weight(1)}, conv(3, 3)});
+  t.push_back({"patch_conv", {normal(2, 6, 4), weight(3, 4, 1, 1), weight(3)}, conv(2, 3)});
+  t.push_back({"patch_conv used twice", {normal(1, 16, 2), weight(2, 2, 2, 2), weight(2)}, [](Vars& v) {
+                 const Var first = within("first", [&] { return patch_conv(v[0], 4, 4, v[1], v[2], v[0].dtype(), v[0].dtype()); });
+                 return within("second", [&] { return patch_conv(first, 2, 2, v[1], v[2], v[0].dtype(), v[0].dtype()); });
+               }});
   const auto prepend = [](Vars& v) { return prepend_tokens({v.begin() + 1, v.end()}, v[0]); };
   t.push_back({"prepend_tokens", {normal(2, 5, 8), weight(1, 1, 8)}, prepend});
   t.push_back({"prepend_tokens", {normal(1, 1, 3), weight(1, 1, 3)}, prepend});

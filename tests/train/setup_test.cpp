@@ -45,6 +45,18 @@ TEST_CASE("setup: a Swin has its own keys, and what another family has is refuse
   CHECK_THROWS_WITH(model_config(config_of({"model.depths=[4]"}), 7), Contains("model.depths") && Contains("model.depth"));
 }
 
+TEST_CASE("setup: of a PVT the depths may change, and what another family has is refused") {
+  const auto of = [](std::vector<std::string> sets) { return model_config(parse_config("model: {name: pvt_tiny}\n", "p.yaml", sets), 7); };
+  const auto pvt = std::get<PvtConfig>(of({"model.depths=[1, 1, 2, 1]", "model.image_size=64"}).family);
+  CHECK(pvt.stages[2].depth == 2);
+  CHECK(pvt.classes == 7);
+  CHECK_THROWS_WITH(of({"model.depths=[1, 1]"}), Contains("--set model.depths=[1, 1]") && Contains("2 stages"));
+  CHECK_THROWS_WITH(of({"model.width=32"}), Contains("model.width") && Contains("PVT"));
+  CHECK_THROWS_WITH(of({"model.pool=mean"}), Contains("class token"));
+  CHECK_THROWS_WITH(of({"model.attention=explicit"}), Contains("not there for a PVT"));
+  CHECK_THROWS_WITH(of({"model.image_size=230"}), Contains("--set model.image_size=230") && Contains("224 or 256 would"));
+}
+
 TEST_CASE("setup: what cannot be is a usage error with the key and its place") {
   const auto usage = [](auto&& f) {
     try {

@@ -7,7 +7,7 @@
 
 namespace mesa::kernels {
 
-/// One operand of the backward: values [B, N, C], or the codes of such a tensor, which a fused kernel decodes as it reads them.
+/// One operand of the backward: values [B, N or M, C], or the codes of such a tensor, which a fused kernel decodes as it reads them.
 struct AttentionOperand {
   Tensor values;
   Coded coded;  ///< where values is undefined
@@ -21,12 +21,13 @@ enum class AttentionBy { engine, cudnn };
 
 /// o <- softmax(scale q k^T) v for each of `heads` heads; lse [B, H, N] <- log of each row's sum (f32, f64 for f64). With `windows` each
 /// attends within itself: softmax(scale q k^T + bias) v, and lse is [B windows, H, n].
-/// q, k, v, o [B, N, C], C = H D: views of uniform rows with unit last stride, such as thirds of a packed projection.
+/// q, o [B, N, C], k, v [B, M, C], C = H D: views of uniform rows with unit last stride, such as thirds of a packed projection; M is N in
+/// windows.
 /// `codes` of q, k and v are written too where they are defined, as quantize_running does.
 void attention(const Tensor& q, const Tensor& k, const Tensor& v, int64_t heads, double scale, const Tensor& o, const Tensor& lse,
                AttentionBy by = AttentionBy::engine, const QkvCodes& codes = {}, const WindowBias& windows = {});
 
-/// dq, dk, dv from the gradient d_o of o, all [B, N, C]. With o and lse (exact storage) the probabilities are exp(scale q k^T - lse) and
+/// dq, dk, dv from the gradient d_o of o, of the shapes of q, k, v and o. With o and lse (exact storage) the probabilities are exp(scale q k^T - lse) and
 /// delta = sum_d dO O; without them (undefined) rows are normalized again and delta = sum_j P dP, so that all of it comes from one source.
 void attention_grad(const Tensor& d_o, const AttentionOperand& q, const AttentionOperand& k, const AttentionOperand& v, const Tensor& o,
                     const Tensor& lse, int64_t heads, double scale, const Tensor& dq, const Tensor& dk, const Tensor& dv,

@@ -68,17 +68,36 @@ struct Attention {
   Var operator()(const Var& x, const Var& residual = {}) const;  ///< x [B, N, C] -> [B, N, C]
 };
 
+/// Attention whose keys and values come from a grid made smaller by a convolution (Wang et al., ICCV 2021, "Pyramid vision transformer").
+struct ReducedAttention {
+  std::string name;
+  int64_t heads = 1;
+  int64_t height = 0, width = 0;  ///< of the grid; unused where nothing is reduced
+  double drop = 0;                ///< after the projection
+  Linear q, kv, proj;
+  Param *reduce_weight = nullptr, *reduce_bias = nullptr;  ///< [C, C, r, r], named <name>.sr.weight; null: keys of all tokens
+  LayerNorm norm;                                          ///< of the reduced tokens
+  DType compute = DType::f32;
+
+  static ReducedAttention make(const Builder& build, const std::string& name, int64_t channels, int64_t heads, int64_t height, int64_t width,
+                               int64_t reduction, bool qkv_bias, double drop);
+  Var operator()(const Var& x, const Var& residual = {}) const;  ///< x [B, N, C] -> [B, N, C]
+};
+
 /// Pre-norm block: h = x + attn(norm1(x)); h + mlp(norm2(h)).
-struct EncoderBlock {
+template <class AttentionLayer>
+struct Block {
   std::string name;
   int64_t heads;
   double drop_path;
   LayerNorm norm1, norm2;
-  Attention attn;
+  AttentionLayer attn;
   Mlp mlp;
   Var operator()(const Var& x) const;
 };
+using EncoderBlock = Block<Attention>;
 
+/// Of images, or of the tokens of a grid.
 struct PatchEmbed {
   std::string name;
   Param* weight = nullptr;  ///< [C, channels, p, p], named <name>.proj.weight as in timm
@@ -86,7 +105,8 @@ struct PatchEmbed {
   DType compute = DType::f32, out = DType::f32;
 
   static PatchEmbed make(const Builder& build, const std::string& name, int64_t channels, int64_t patch, int64_t width);
-  Var operator()(const Var& images) const;  ///< [B, channels, H, W] -> [B, N, C]
+  Var operator()(const Var& images) const;                               ///< [B, channels, H, W] -> [B, N, C]
+  Var operator()(const Var& tokens, int64_t height, int64_t width) const;  ///< [B, height width, channels] -> [B, N, C]
 };
 
 }  // namespace mesa

@@ -37,7 +37,9 @@ Var merge_heads(const Var& x);
 /// these are exact, o and the rows' log-sum-exp; never N x N. From lossy storage rows are normalized again and nothing else is needed.
 Var attention(const Var& qkv, int64_t heads, double scale, kernels::AttentionBy by = kernels::AttentionBy::engine);
 
-/// The same within windows of the grid that the tokens form, with a bias by relative position: table [distances, H] (Liu et al., ICCV 2021,
+/// The same with keys and values of other tokens: q [B, N, C], kv [B, M, 2C] -> [B, N, C].
+Var attention(const Var& q, const Var& kv, int64_t heads, double scale);
+/// The same as the first within windows of the grid that the tokens form, with a bias by relative position: table [distances, H] (Liu et al., ICCV 2021,
 /// section 3.2). The windows are never laid out on a GPU, nor biases or masks for each of them anywhere.
 Var window_attention(const Var& qkv, const Var& table, int64_t heads, double scale, const kernels::Windows& windows);
 /// Op by op: tokens [B, N, C] -> windows [B W, n, C] and back, and scores [B W, H, n, n] + bias, -infinity where places do not see each other.
@@ -61,6 +63,9 @@ Var drop_path(const Var& x, double p);
 // ---- tokens ----
 /// images [B, ch, H, W], w [C, ch, p, p], b [C] -> [B, (H/p)(W/p), C] in `out` dtype; products run in `compute` dtype.
 Var patch_embed(const Var& images, const Var& w, const Var& b, DType compute, DType out);
+/// A convolution of tokens whose stride is its kernel, which divides the grid: x [B, height width, C], w [O, C, p, p], b [O] ->
+/// [B, (height/p)(width/p), O] in `out` dtype. Products run in `compute` dtype, in which x is kept if w is being trained.
+Var patch_conv(const Var& x, int64_t height, int64_t width, const Var& w, const Var& b, DType compute, DType out);
 /// Each of `tokens`, [1, T_i, C], one after the other in front of x [B, N, C].
 Var prepend_tokens(const std::vector<Var>& tokens, const Var& x);
 /// Neighbours of a grid side by side: x [B, H W, C] -> [B, (H/2)(W/2), 4 C], the four of a square column by column (Swin's patch merging).
