@@ -70,7 +70,7 @@ mesa "$bin/mesa-train" --version >>"$out/machine.txt" 2>&1
 
 export MESA_TEST_SOURCE_DIR=$PWD MESA_CONFIG_DIR=$PWD/configs
 kernel_tests='[kernels],[codec]'
-computing='[#gradient_test],[#case_codec_test],[#case_bytes_test],[#policy_test],[#decoded_attention_test],[#adamw_test],[#vit_test],[#golden_test],[#tape_test],[#device_test],[#trainer_test],[#plan_test],[#evaluate_test],[#benchmark_test]'
+computing='[#gradient_test],[#case_codec_test],[#case_bytes_test],[#policy_test],[#decoded_attention_test],[#adamw_test],[#vit_test],[#swin_test],[#pvt_test],[#golden_test],[#tape_test],[#device_test],[#trainer_test],[#plan_test],[#evaluate_test],[#benchmark_test]'
 if wanted tests; then
   attempt tests_kernels 120 env MESA_TEST_DEVICE=cuda bash -c 'mesa "$@"' - "$bin/mesa-tests" "$kernel_tests"
   attempt tests_engine 150 env MESA_TEST_DEVICE=cuda bash -c 'mesa "$@"' - "$bin/mesa-tests" -\# "$computing"
@@ -93,12 +93,12 @@ fi
 if wanted training; then
   # The same work in turns: A B A B.
   for round in 1 2; do
-    for model in deit_small:128 deit_base:128 deit_tiny:256; do
+    for model in deit_small:128 deit_base:128 deit_tiny:256 swin_tiny:128; do
       name=${model%:*} batch=${model#*:}
       attempt "mesa_${name}_$round" 60 bash -c 'mesa "$@"' - "$bin/mesa-bench" --config "bench/$name.yaml" --device cuda --storage exact,int8,int4 --steps 20 --warmup 5 \
         --set "train.batch_size=$batch" --set train.precision=bf16 --json "$logs/mesa_${name}_$round.json"
-      attempt "torch_${name}_$round" 60 python3 tools/peers/torch_vit.py --model "$name" --batch "$batch" --steps 20
-      attempt "torch_compile_${name}_$round" 90 python3 tools/peers/torch_vit.py --model "$name" --batch "$batch" --steps 20 --compile
+      attempt "torch_${name}_$round" 60 python3 tools/peers/torch_step.py --model "$name" --batch "$batch" --steps 20
+      attempt "torch_compile_${name}_$round" 90 python3 tools/peers/torch_step.py --model "$name" --batch "$batch" --steps 20 --compile
     done
   done
   # The host against the GPU: passes of a small model at a small batch, handed over one by one and recorded.
@@ -110,7 +110,7 @@ if wanted training; then
         say "cuda_graph $graph: $(grep -o '"images_per_second":[^,]*' "$logs/graph_${graph}_$round/summary.json" || true)"
     done
   done
-  attempt torch_largest_batch 60 python3 tools/peers/torch_vit.py --model deit_base --largest-batch 24e9
+  attempt torch_largest_batch 60 python3 tools/peers/torch_step.py --model deit_base --largest-batch 24e9
   attempt mesa_largest_batch 30 bash -c 'mesa "$@"' - "$bin/mesa-train" --config bench/deit_base.yaml --dry-run --fit 24e9 --device cuda \
     --set train.precision=bf16 --set storage=int4 && tail -n 1 "$logs/mesa_largest_batch.log" | tee -a "$out/summary.txt"
   grep -h . "$logs"/torch_*.log | grep '^{' >"$out/torch.jsonl"

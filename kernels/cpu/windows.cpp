@@ -1,8 +1,6 @@
 // Windows of a grid as rows that lie together, and back; scale s + bias by relative position, and the sum of gradients for each distance.
 #include "mesa/kernels/windows.h"
 
-#include <limits>
-
 #include "cpu.h"
 #include "mesa/kernels/windows_common.h"
 
@@ -37,7 +35,7 @@ void add_row(const S* s, A scale, const A* bias, const int* regions, int own, Y*
     for (int64_t j = 0; j < n; ++j) store(y + j, scale * load(s + j) + bias[j]);
   } else {
 #pragma omp simd
-    for (int64_t j = 0; j < n; ++j) store(y + j, regions[j] == own ? scale * load(s + j) + bias[j] : -std::numeric_limits<A>::infinity());
+    for (int64_t j = 0; j < n; ++j) store(y + j, regions[j] == own ? scale * load(s + j) + bias[j] : A(kHidden));
   }
 }
 

@@ -21,7 +21,7 @@ struct Problem {
   Extent extent;
   Seen seen;  ///< NoWindows or InWindows
   Operand q, k, v, o, d_o, dq, dk, dv;
-  float *lse, *delta;  ///< [B, H, N]
+  float *lse, *delta;  ///< [B, H, N], or [B windows, H, n]
   float scale;
 };
 
@@ -291,8 +291,8 @@ void start(const Sizes& n, Problem<Seen> p, bool exact) {
 
 // --- the table of biases ------------------------------------------------------------------------------------------------------------
 
-/// The gradient of the biases of 16 queries and a chunk of keys, summed over the windows of a part in their order: sums [parts, heads, n, n].
-/// One warp each; blockIdx.x runs over row tiles and chunks within heads within parts.
+/// The gradient of the biases of 16 queries and a chunk of keys, summed over the windows of a part in their order: sums [parts, heads, n,
+/// n]. One warp each; blockIdx.x runs over row tiles and chunks within heads within parts.
 template <int head>
 __global__ void __launch_bounds__(kWarp) bias_kernel(Problem<InWindows> p, int sequences, int parts, float* sums) {
   const Extent& e = p.extent;
@@ -344,7 +344,8 @@ __global__ void __launch_bounds__(kWarp) bias_kernel(Problem<InWindows> p, int s
   for (int j = 0; j < kChunk / 8; ++j) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const int row = query + static_cast<int>(threadIdx.x) / 4 + i / 2 * 8, column = key + 8 * j + static_cast<int>(threadIdx.x) % 4 * 2 + i % 2;
+      const int row = query + static_cast<int>(threadIdx.x) / 4 + i / 2 * 8,
+                column = key + 8 * j + static_cast<int>(threadIdx.x) % 4 * 2 + i % 2;
       if (row < e.tokens && column < e.tokens) to[row * e.tokens + column] = sum[j][i];
     }
   }
@@ -355,7 +356,8 @@ template <int head>
 void start_bias(const Sizes& n, Problem<InWindows> p, const WindowBias& windows) {
   p.extent = deal(n, kWarps, 2).extent;
   const int64_t across = p.extent.tiles() * p.extent.chunks() * n.heads, pairs = n.heads * n.length * n.length;
-  const int64_t parts = std::clamp<int64_t>(132 * 16 / across, 1, n.sequences);
+  constexpr int64_t kWarpsToFill = 132 * 16;  // a large GPU, with 16 warps on each multiprocessor
+  const int64_t parts = std::clamp<int64_t>(kWarpsToFill / across, 1, n.sequences);
   const Tensor sums = Tensor::empty({parts, pairs}, DType::f32, windows.d_table.device());
   const Tensor sum = Tensor::empty({n.heads, n.length, n.length}, DType::f32, windows.d_table.device());
   const int elements = p.seen.shared_elements(p.extent) + 2 * kTile * kPitch<head> + kSlot<head>;
@@ -372,7 +374,10 @@ void fused_attention_grad(const Tensor& d_o, const AttentionOperand& q, const At
                           const Tensor& dv, const WindowBias& windows) {
   const Sizes n = sizes_of(d_o, heads, scale, windows);
   if (lse.defined()) n.check_lines(lse, "lse");
-  if (d_o.numel() == 0) return;
+  if (d_o.numel() == 0) {
+    if (windows.d_table.defined() && !windows.accumulate) fill(windows.d_table, 0);
+    return;
+  }
   const bool exact = o.defined() && lse.defined();
   const auto lines = [&] { return Tensor::empty({n.sequences, heads, n.length}, DType::f32, d_o.device()); };
   const Tensor rows = exact ? lse : lines(), delta = lines();

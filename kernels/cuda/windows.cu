@@ -67,7 +67,7 @@ __global__ void add_window_bias_kernel(int64_t elements, int64_t heads, Windows 
     const int64_t row = i / n, u = i - row * n, t = row % n, sequence = row / n / heads;
     const int window = static_cast<int>((first + sequence) % w.count());
     const bool hidden = w.divided(window) && w.region(window, static_cast<int>(t)) != w.region(window, static_cast<int>(u));
-    store(y + i, hidden ? -Acc<S>(INFINITY) : scale * load(s + i) + bias[i - sequence * heads * n * n]);
+    store(y + i, hidden ? Acc<S>(kHidden) : scale * load(s + i) + bias[i - sequence * heads * n * n]);
   }
 }
 

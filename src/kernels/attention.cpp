@@ -20,18 +20,19 @@ class Sequences {
         count_(bias.defined() ? q.dim(0) * windows_.count() : q.dim(0)),
         queries_(bias.defined() ? windows_.length() : q.dim(1)),
         keys_(bias.defined() ? windows_.length() : k.dim(1)),
-        heads_(heads) {
+        heads_(heads),
+        gpu_(is_gpu(q.device())) {
     if (!bias.defined()) return;
     windows_.validate(q.dim(1));
     check(k.dim(1) == q.dim(1), "windows of ", q.dim(1), " queries and ", k.dim(1), " keys");
   }
 
   int64_t count() const { return count_; }
-  /// Scores of a turn (f32, [sequences, H, N, M]) should stay in the cores' second-level caches.
+  /// Scores of a turn (f32, [sequences, H, N, M]) should stay in the cores' second-level caches; on a GPU they should be worth a launch.
   int64_t of_a_turn() const {
-    constexpr int64_t kScoreBytes = 1 << 21;
+    const int64_t score_bytes = gpu_ ? 1 << 26 : 1 << 21;
     const int64_t one = heads_ * queries_ * keys_ * 4;
-    return std::clamp<int64_t>(kScoreBytes / std::max<int64_t>(one, 1), 1, std::max<int64_t>(count_, 1));
+    return std::clamp<int64_t>(score_bytes / std::max<int64_t>(one, 1), 1, std::max<int64_t>(count_, 1));
   }
   template <class Turn>
   void by_turns(const Turn& turn) const {
@@ -59,6 +60,7 @@ class Sequences {
  private:
   Windows windows_;
   int64_t count_, queries_, keys_, heads_;
+  bool gpu_;
 };
 
 /// The first `count` sequences of a turn's buffer.
@@ -88,9 +90,10 @@ class Bias {
 /// The gradient of a bias table: that of biased scores, summed over windows in their order.
 class BiasGradient {
  public:
-  BiasGradient(const WindowBias& of, int64_t heads) : of_(of) {
+  BiasGradient(const WindowBias& of, int64_t heads, bool of_nothing) : of_(of) {
     if (!of.d_table.defined()) return;
     sum_ = Tensor::empty({heads, of.windows.length(), of.windows.length()}, of.d_table.dtype(), of.d_table.device());
+    if (of_nothing) fill(sum_, 0);
   }
   bool wanted() const { return sum_.defined(); }
   void add(const Tensor& ds, bool first) { sum_rows(ds.reshape({ds.dim(0), sum_.numel()}), sum_.reshape({sum_.numel()}), !first); }
@@ -162,7 +165,7 @@ void attention_grad(const Tensor& d_o, const AttentionOperand& q_coded, const At
   const Device device = q_rows.device();
   const Sequences all(q_rows, k_rows, heads, windows);
   const Bias bias(windows, heads);
-  BiasGradient d_bias(windows, heads);
+  BiasGradient d_bias(windows, heads, all.count() == 0);
   const DType wide = score_type(q_rows), narrow = q_rows.dtype();
   const Tensor probabilities = all.scores(wide, device), gradients = all.scores(wide, device);
   const Tensor rounded_p = narrow != wide ? all.scores(narrow, device) : Tensor(),

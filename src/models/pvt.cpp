@@ -1,5 +1,7 @@
 #include "mesa/models/pvt.h"
 
+#include <numeric>
+
 #include "mesa/base/scope.h"
 
 namespace mesa {
@@ -12,9 +14,10 @@ void PvtConfig::validate() const {
   for (size_t i = 0; i < stages.size(); ++i) {
     const Stage& s = stages[i];
     positive("depths", s.depth);
-    check(s.width > 0 && s.heads > 0 && s.width % s.heads == 0 && s.mlp_ratio > 0 && s.reduction > 0, "stage ", i + 1, " has a width of ",
-          s.width, ", ", s.heads, " heads, an MLP ratio of ", s.mlp_ratio, " and a reduction by ", s.reduction);
-    unit = std::max(unit, (patch_size << i) * s.reduction);
+    check(s.width > 0 && s.heads > 0 && s.width % s.heads == 0 && s.mlp_ratio * static_cast<double>(s.width) >= 1 && s.reduction > 0,
+          "stage ", i + 1, " has a width of ", s.width, ", ", s.heads, " heads, an MLP ratio of ", s.mlp_ratio, " and a reduction by ",
+          s.reduction);
+    unit = std::lcm(unit, (patch_size << i) * s.reduction);
   }
   check(stages.back().reduction == 1, "the last stage has a class token, so that its grid cannot be reduced by ", stages.back().reduction);
   for (int64_t side : {height_px(), width_px()}) {

@@ -55,6 +55,7 @@ std::string fitting_sides(const SwinConfig& c, int64_t side) {
   while (below > 0 && !fits(c, below)) --below;
   while (above < 16 * side + 4096 && !fits(c, above)) ++above;
   const std::string low = below > 0 ? std::to_string(below) : "", high = fits(c, above) ? std::to_string(above) : "";
+  if (low.empty() && high.empty()) return "no size near it";
   return low.empty() || high.empty() ? low + high : low + " or " + high;
 }
 
@@ -71,10 +72,12 @@ void SwinConfig::validate() const {
   check(drop_path >= 0 && drop_path < 1 && drop_rate >= 0 && drop_rate < 1 && attn_drop_rate >= 0 && attn_drop_rate < 1,
         "model.drop_path, drop_rate and attn_drop_rate must lie in [0, 1)");
   check(attention != AttentionKind::cudnn, "model.attention: cudnn knows no windows; use fused");
+  check(height_px() / patch_size * (width_px() / patch_size) < int64_t{1} << 31, "model.image_size ", image_size,
+        " has too many patches of ", patch_size, " (model.patch_size)");
   for (int64_t side : {height_px(), width_px()})
     check(fits(*this, side), "model.image_size ", side, " does not divide into patches of ", patch_size, " (model.patch_size), ",
-          pad ? "" : concat("windows of ", window, " (model.window), "), "and pairs of tokens between all ", depths.size(), " stages; ",
-          fitting_sides(*this, side), " would", pad ? "" : ", and more sizes with model.pad: true");
+          pad ? "" : concat("windows of ", window, " (model.window), "), "and pairs of tokens between all ", depths.size(),
+          " stages (model.depths); ", fitting_sides(*this, side), " would", pad ? "" : ", and more sizes with model.pad: true");
 }
 
 double SwinConfig::forward_flops() const {
@@ -89,7 +92,8 @@ double SwinConfig::forward_flops() const {
     else
       products += at(tokens, 2 * s.channels, s.channels);
     const kernels::Windows w = s.windows(window, false);
-    products += at(s.depth) * (at(tokens, s.channels) * at(4 * s.channels + 2 * s.hidden) + 2 * at(w.tokens(), w.length(), s.channels));
+    products += at(s.depth) *
+                (at(tokens, s.channels) * at(s.channels + 2 * s.hidden) + at(w.tokens(), s.channels) * at(3 * s.channels + 2 * w.length()));
   }
   return 2 * (products + at(all.back().channels, classes));
 }

@@ -52,8 +52,8 @@ Vit::Vit(const Builder& build, const VitConfig& config) : config_(config), resid
     block.drop_path =
         config_.depth > 1 ? config_.drop_path * static_cast<double>(i) / static_cast<double>(config_.depth - 1) : config_.drop_path;
     block.norm1 = LayerNorm::make(build, "norm1", C);
-    block.attn = Attention::make(build, "attn", C, config_.heads,
-                                 {config_.attention, config_.qkv_bias, config_.drop_rate, config_.attn_drop_rate});
+    block.attn =
+        Attention::make(build, "attn", C, config_.heads, {config_.attention, config_.qkv_bias, config_.drop_rate, config_.attn_drop_rate});
     block.attn.proj.scale = layer_scale("ls1");
     block.norm2 = LayerNorm::make(build, "norm2", C);
     block.mlp = Mlp::make(build, "mlp", C, config_.hidden(), config_.drop_rate);

@@ -53,7 +53,7 @@ void ParamStore::clear_gradients() {
 void ParamStore::freeze(const std::string& glob) {
   int matches = 0;
   for (Param& param : params_)
-    if (fnmatch(glob.c_str(), param.name.c_str(), 0) == 0) {
+    if (fnmatch(glob.c_str(), param.name.c_str(), FNM_EXTMATCH) == 0) {
       param.trainable = false;
       ++matches;
     }

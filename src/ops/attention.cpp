@@ -84,26 +84,30 @@ Var fused(const Op& op, const Operands& x, const Var& table, const Form& f) {
   // Rows of exp(scale q k^T - lse) from decoded q and k do not sum to one, so they are normalized again and neither lse nor o is read.
   const bool exact = saved[0].error() == 0 && saved[1].error() == 0 && saved[2].error() == 0;
   // One copy with the projection behind, which keeps the same buffer; where that is lossy, delta comes from P and dP instead.
-  const Saved so = exact && op.shares_input("o", o.dtype()) ? op.save("o", o) : Saved();
+  // What is padded goes on in another buffer.
+  const bool padded = f.windows.height != f.windows.inner_height || f.windows.width != f.windows.inner_width;
+  const Saved so = exact && !padded && op.shares_input("o", o.dtype()) ? op.save("o", o) : Saved();
   if (exact) op.keep("lse", lse);
   const Tensor kept_lse = exact ? lse : Tensor();
   std::vector<Shape> shapes;
   for (const Var& input : x.inputs) shapes.push_back(input.shape());
   Operands places = x;
   places.inputs.clear();  // a Var would pin its exact value
-  return op.record(o, [=, type = q.dtype(), has_table = table.defined(),
-                       d_table = table.defined() ? op.gradient(table) : Target()](const Tensor& d_o) -> Grads {
-    kernels::WindowBias windows{f.windows, bias, {}, false};
-    Grads grads;
-    for (const Shape& shape : shapes) grads.push_back(Tensor::empty(shape, type, d_o.device()));
-    const auto gradient = [&](int i) { return places.of(grads[places.parts[i].input], i); };
-    const std::array<Tensor, 3> d{gradient(0), gradient(1), gradient(2)};
-    if (has_table)
-      grads.push_back(d_table.into([&](const Tensor& to, bool add) { windows.d_table = to, windows.accumulate = add; }));
-    kernels::attention_grad(d_o, operand(saved[0]), operand(saved[1]), operand(saved[2]), so.defined() ? so.get() : Tensor(), kept_lse,
-                            f.heads, f.scale, d[0], d[1], d[2], f.by, windows);
-    return grads;
-  });
+  return op.record(o,
+                   [=, type = q.dtype(), has_table = table.defined(),
+                    d_table = table.defined() ? op.gradient(table) : Target()](const Tensor& d_o) -> Grads {
+                     kernels::WindowBias windows{f.windows, bias, {}, false};
+                     Grads grads;
+                     for (const Shape& shape : shapes) grads.push_back(Tensor::empty(shape, type, d_o.device()));
+                     const auto gradient = [&](int i) { return places.of(grads[places.parts[i].input], i); };
+                     const std::array<Tensor, 3> d{gradient(0), gradient(1), gradient(2)};
+                     if (has_table)
+                       grads.push_back(d_table.into([&](const Tensor& to, bool add) { windows.d_table = to, windows.accumulate = add; }));
+                     kernels::attention_grad(d_o, operand(saved[0]), operand(saved[1]), operand(saved[2]),
+                                             so.defined() ? so.get() : Tensor(), kept_lse, f.heads, f.scale, d[0], d[1], d[2], f.by,
+                                             windows);
+                     return grads;
+                   });
 }
 
 Operands packed(const Var& qkv) {

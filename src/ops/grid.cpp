@@ -6,8 +6,8 @@ namespace mesa {
 namespace {
 
 void check_grid(const Var& x, int64_t height, int64_t width, const char* name) {
-  check(x.value().rank() == 3 && height > 0 && width > 0 && x.dim(1) == height * width, name, " of a grid ", height, " x ", width,
-        " needs [B, ", height * width, ", C], not ", x.shape());
+  check(x.value().rank() == 3 && x.value().is_contiguous() && height > 0 && width > 0 && x.dim(1) == height * width, name, " of a grid ",
+        height, " x ", width, " needs [B, ", height * width, ", C], not ", x.shape());
 }
 
 /// The part of a grid that begins at its first token.

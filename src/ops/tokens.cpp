@@ -63,8 +63,8 @@ Tensor channels_last(const Tensor& w) { return w.transpose(1, 2).transpose(2, 3)
 
 Var patch_conv(const Var& x, int64_t height, int64_t width, const Var& w, const Var& b, DType compute, DType out) {
   const Op op("patch_conv", {x, w, b});
-  check(x.value().rank() == 3 && w.value().rank() == 4 && x.dim(1) == height * width && x.dim(2) == w.dim(1) && w.dim(2) == w.dim(3) &&
-            b.shape() == Shape({w.dim(0)}),
+  check(x.value().rank() == 3 && x.value().is_contiguous() && w.value().rank() == 4 && x.dim(1) == height * width && x.dim(2) == w.dim(1) &&
+            w.dim(2) == w.dim(3) && b.shape() == Shape({w.dim(0)}),
         "patch_conv: tokens ", x.shape(), " of a grid ", height, " x ", width, " do not fit the weight ", w.shape());
   const int64_t p = w.dim(2), O = w.dim(0), C = w.dim(1), P = p * p * C;
   check(height % p == 0 && width % p == 0, "a grid of ", height, " x ", width, " does not divide into patches of ", p);

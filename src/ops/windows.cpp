@@ -20,6 +20,7 @@ Var to_windows(const Var& x, const kernels::Windows& windows) {
 
 Var from_windows(const Var& x, const kernels::Windows& windows) {
   const Op op("from_windows", {x});
+  windows.validate(windows.tokens());
   check(x.value().rank() == 3 && x.dim(1) == windows.length() && x.dim(0) % windows.count() == 0, "from_windows needs [B ", windows.count(),
         ", ", windows.length(), ", C], not ", x.shape());
   const Tensor y = Tensor::empty({x.dim(0) / windows.count(), windows.tokens(), x.dim(2)}, x.dtype(), x.value().device());
@@ -33,6 +34,7 @@ Var from_windows(const Var& x, const kernels::Windows& windows) {
 
 Var window_bias(const Var& scores, const Var& table, const kernels::Windows& windows) {
   const Op op("window_bias", {scores, table});
+  windows.validate(windows.tokens());
   const int64_t n = windows.length();
   check(scores.value().rank() == 4 && scores.dim(0) % windows.count() == 0 && scores.dim(2) == n && scores.dim(3) == n,
         "window_bias needs [B ", windows.count(), ", H, ", n, ", ", n, "], not ", scores.shape());

@@ -46,9 +46,9 @@ Settings read_settings(int bits, const CodecOptions& options) {
       s.count = std::strtoll(text.c_str(), &end, 10);
       const std::string unit = end;
       s.groups = unit == " channels" ? Settings::Groups::channels : Settings::Groups::count;
-      check(!text.empty() && (unit.empty() ? s.count >= 8 && s.count <= (1 << 20) : unit == " channels" && s.count >= 1 && s.count <= 65536),
-            "groups is '", text,
-            "'; it may be heads, layer, channel, 'N channels', or a number of consecutive elements from 8 to 1,048,576");
+      check(
+          !text.empty() && (unit.empty() ? s.count >= 8 && s.count <= (1 << 20) : unit == " channels" && s.count >= 1 && s.count <= 65536),
+          "groups is '", text, "'; it may be heads, layer, channel, 'N channels', or a number of consecutive elements from 8 to 1,048,576");
     }
   }
   s.running = read_choice(options, "range", {"current", "running"}) == "running";
@@ -60,7 +60,8 @@ Settings read_settings(int bits, const CodecOptions& options) {
     check(s.running, "decay belongs to range: running");
   }
   check(!s.running || s.groups != Settings::Groups::count,
-        "range: running needs groups: heads, layer, channel or 'N channels' (a run of consecutive elements is a different one in every batch size)");
+        "range: running needs groups: heads, layer, channel or 'N channels' (a run of consecutive elements is a different one in every "
+        "batch size)");
   return s;
 }
 

@@ -32,7 +32,7 @@ const Key kKeys[] = {
     KEY(model.patch_size, size(), "Height and width of a patch; divides the image size"),
     KEY(model.width, size(), "Embedding dimension; a multiple of `model.heads`"),
     KEY(model.depth, size(1000), "Number of encoder blocks (ViT)"),
-    KEY(model.depths, size(1000), "Number of encoder blocks of each stage, such as `[2, 2, 6, 2]` (Swin)"),
+    KEY(model.depths, size(1000), "Number of encoder blocks of each stage, such as `[2, 2, 6, 2]` (Swin, PVT)"),
     KEY(model.heads, size(1024), "Attention heads; of a Swin's first stage, and width and heads double at each"),
     KEY(model.window, size(64), "Side of the windows of attention in tokens (Swin)"),
     KEY(model.pad, any(), "Pad grids of tokens that windows do not tile (Swin), in place of refusing them"),

@@ -9,7 +9,7 @@ namespace {
 std::string culprit(const RunConfig& config, const std::string& complaint) {
   std::string found = "model.name";
   for (const char* key : {"model.image_size", "model.patch_size", "model.window", "model.width", "model.heads", "model.depths",
-                          "model.mlp_ratio", "model.pool", "model.distilled", "model.registers", "model.layer_scale"}) {
+                          "model.mlp_ratio", "model.attention", "model.pool", "model.distilled", "model.registers", "model.layer_scale"}) {
     if (complaint.find(key) == std::string::npos) continue;
     if (config.where(key).starts_with("--set")) return key;
     if (config.where(key) != "default") found = key;
@@ -72,12 +72,14 @@ void change(const RunConfig& config, PvtConfig& pvt) {
   foreign(config, "model.depth", m.depth, "PVT (which has model.depths)"), foreign(config, "model.distilled", m.distilled, "PVT");
   foreign(config, "model.registers", m.registers, "PVT"), foreign(config, "model.token_positions", m.token_positions, "PVT");
   foreign(config, "model.layer_scale", m.layer_scale, "PVT"), foreign(config, "model.window", m.window, "PVT");
-  foreign(config, "model.pad", m.pad, "PVT"), foreign(config, "model.mlp_ratio", m.mlp_ratio, "PVT (each stage has its own)");
-  foreign(config, "model.width", m.width, "PVT (each stage has its own)"), foreign(config, "model.heads", m.heads, "PVT (as model.width)");
+  foreign(config, "model.pad", m.pad, "PVT"), foreign(config, "model.mlp_ratio", m.mlp_ratio, "PVT");
+  foreign(config, "model.width", m.width, "PVT"), foreign(config, "model.heads", m.heads, "PVT");
   if (m.pool && *m.pool != "token") config.refuse("model.pool", "a PVT reads its class token");
+  if (m.attn_drop_rate > 0) config.refuse("model.attn_drop_rate", "dropout on attention weights is not there for a PVT");
   if (m.attention != "fused") config.refuse("model.attention", m.attention, " is not there for a PVT; use fused");
   if (!m.depths) return;
-  if (m.depths->size() != pvt.stages.size()) config.refuse("model.depths", "has ", m.depths->size(), " stages, and a PVT ", pvt.stages.size());
+  if (m.depths->size() != pvt.stages.size())
+    config.refuse("model.depths", "has ", m.depths->size(), " stages, and a PVT ", pvt.stages.size());
   for (size_t i = 0; i < pvt.stages.size(); ++i) pvt.stages[i].depth = (*m.depths)[i];
 }
 

@@ -14,7 +14,7 @@ class WindowAttention(nn.Module):
         y, x = torch.meshgrid(torch.arange(window[0]), torch.arange(window[1]), indexing="ij")
         y, x = y.flatten(), x.flatten()
         dy, dx = y[:, None] - y[None] + window[0] - 1, x[:, None] - x[None] + window[1] - 1
-        self.index = dy * (2 * window[1] - 1) + dx
+        self.register_buffer("index", dy * (2 * window[1] - 1) + dx, persistent=False)
 
     def forward(self, x, mask):  # windows [B W, n, C], mask [W, n, n] or None
         b, n, c = x.shape
@@ -56,11 +56,12 @@ class Block(nn.Module):
         self.attn = WindowAttention(width, heads, self.window)
         self.norm2 = nn.LayerNorm(width)
         self.mlp = Mlp(width)
+        self.register_buffer("mask", self.make_mask([extent + -extent % side for extent, side in zip(grid, self.window)]), persistent=False)
 
-    def mask(self, h, w):
+    def make_mask(self, grid):
         if not any(self.shift):
             return None
-        image = torch.zeros(1, h, w, 1)
+        image = torch.zeros(1, *grid, 1)
         (wh, ww), (sy, sx) = self.window, self.shift
         for i, rows in enumerate([slice(0, -wh), slice(-wh, -sy), slice(-sy, None)]):
             for j, columns in enumerate([slice(0, -ww), slice(-ww, -sx), slice(-sx, None)]):
@@ -73,7 +74,7 @@ class Block(nn.Module):
         x = torch.roll(x, [-self.shift[0], -self.shift[1]], (1, 2))
         x = F.pad(x, (0, 0, 0, -w % self.window[1], 0, -h % self.window[0]))
         padded = x.shape[1:3]
-        x = reverse(self.attn(partition(x, self.window), self.mask(*padded)), self.window, *padded)[:, :h, :w]
+        x = reverse(self.attn(partition(x, self.window), self.mask), self.window, *padded)[:, :h, :w]
         return torch.roll(x, self.shift, (1, 2))
 
     def forward(self, x):

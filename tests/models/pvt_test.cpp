@@ -63,7 +63,8 @@ TEST_CASE("pvt: parameter counts and operations of the published sizes") {
     const char* name;
     double millions, giga_products;
   };
-  for (const Known& k : {Known{"pvt_tiny", 13.2, 1.9}, Known{"pvt_small", 24.5, 3.8}, Known{"pvt_medium", 44.2, 6.7}, Known{"pvt_large", 61.4, 9.8}}) {
+  for (const Known& k :
+       {Known{"pvt_tiny", 13.2, 1.9}, Known{"pvt_small", 24.5, 3.8}, Known{"pvt_medium", 44.2, 6.7}, Known{"pvt_large", 61.4, 9.8}}) {
     INFO(k.name);
     CHECK(static_cast<double>(Plan(config_of(k.name)).store.count()) / 1e6 == Approx(k.millions).margin(0.05));
     CHECK(config_of(k.name).forward_flops() / 2e9 == Approx(k.giga_products).margin(0.06));
@@ -80,5 +81,7 @@ TEST_CASE("pvt: sizes that cannot be are refused with what would fit") {
   CHECK_THAT(refusal([](PvtConfig& c) { c.image_size = 16; }), Contains("; 32 would"));
   CHECK_THAT(refusal([](PvtConfig& c) { c.stages[1].heads = 3; }), Contains("stage 2") && Contains("3 heads"));
   CHECK_THAT(refusal([](PvtConfig& c) { c.stages[3].reduction = 2; }), Contains("class token"));
+  CHECK_THAT(refusal([](PvtConfig& c) { c.stages[0].reduction = 3; }), Contains("192 or 288 would"));
+  CHECK_THAT(refusal([](PvtConfig& c) { c.stages[0].mlp_ratio = 0.001; }), Contains("stage 1"));
   CHECK_THAT(refusal([](PvtConfig& c) { c.stages.clear(); }), Contains("0 stages"));
 }

@@ -110,7 +110,10 @@ TEST_CASE("swin: names that are not known, and sizes that cannot be, are refused
   };
   CHECK_THAT(refusal([](SwinConfig& c) { c.image_size = 256; }),
              Contains("model.image_size 256 does not divide into patches of 4 (model.patch_size), windows of 7 (model.window)") &&
-                 Contains("224 or 448 would"));
+                 Contains("(model.depths); 224 or 448 would"));
+  CHECK_THAT(refusal([](SwinConfig& c) { c.window = 63, c.depths = {1, 1, 1, 1, 1, 1, 1, 1}; }), Contains("would"));
+  CHECK_THAT(refusal([](SwinConfig& c) { c.image_size = 65536, c.patch_size = 1, c.window = 1, c.depths = {1}; }),
+             Contains("too many patches"));
   CHECK_THAT(refusal([](SwinConfig& c) { c.image_size = 250, c.pad = true; }), Contains("224 or 256 would"));
   CHECK_THAT(refusal([](SwinConfig& c) { c.image_width = 16, c.pad = true; }), Contains("model.image_size 16") && Contains("32 would"));
   CHECK_THAT(refusal([](SwinConfig& c) { c.heads = 5; }), Contains("model.width 96 does not divide by model.heads 5"));

@@ -9,22 +9,16 @@
 using namespace mesa;
 using namespace mesa::testing;
 
-TEST_CASE("plan: kept bytes equal the meter's exactly, in every storage, precision and attention") {
-  const std::string storage = GENERATE("exact", "bf16", "int8", "int4", "int2", "rebuild");
-  const std::string precision = GENERATE("fp32", "bf16"), attention = GENERATE("fused", "explicit"), pool = GENERATE("token", "mean");
-  if (precision == "bf16" && !kernels::native_bf16()) return;
-  CAPTURE(storage, precision, attention, pool);
-  const std::string rules = storage == "rebuild" ? "[{match: \"*\", codec: exact}, {match: \"*.fc?:x\", codec: rebuild}]"
-                                                 : "[{match: \"*\", codec: " + storage + "}]";
-  const RunConfig config = parse_config("model: {name: vit, image_size: 16, patch_size: 4, width: 48, depth: 2, heads: 3, classes: 10, "
-                                        "drop_path: 0.3, drop_rate: 0.1, attention: " + attention + ", pool: " + pool + "}\n"
-                                        "train: {batch_size: 6, precision: " + precision + "}\nstorage: " + rules + "\n", "plan.yaml");
-  const NetConfig vit = model_config(config, 10);
-  const Plan plan = plan_run(config, vit);
+namespace {
 
-  BuiltModel model(config, vit, test_device());
+/// One step of six images keeps what the plan says, in all and at every site.
+void check_plan(const RunConfig& config) {
+  const NetConfig net = model_config(config, 10);
+  const Plan plan = plan_run(config, net);
+
+  BuiltModel model(config, net, test_device());
   StoragePolicy policy = make_policy(config.storage);
-  const Tensor images = Tensor::empty({6, 3, 16, 16}, DType::f32, kCpu, MemoryKind::inputs);
+  const Tensor images = Tensor::empty({6, 3, net.input().image_size, net.input().image_size}, DType::f32, kCpu, MemoryKind::inputs);
   for (int64_t i = 0; i < images.numel(); ++i) images.data<float>()[i] = static_cast<float>(i % 17) / 17;
   const Tensor labels = to(Tensor::from<int64_t>({6}, {0, 1, 2, 3, 4, 5}, MemoryKind::inputs), test_device(), MemoryKind::inputs);
   const auto kept_now = [] { return Allocator::of(test_device()).use().of(MemoryKind::activations); };
@@ -44,4 +38,33 @@ TEST_CASE("plan: kept bytes equal the meter's exactly, in every storage, precisi
     sum += sites[i].kept_bytes;
   }
   CHECK(sum == plan.activation_bytes);
+}
+
+}  // namespace
+
+TEST_CASE("plan: kept bytes equal the meter's exactly, in every storage, precision and attention") {
+  const std::string storage = GENERATE("exact", "bf16", "int8", "int4", "int2", "rebuild");
+  const std::string precision = GENERATE("fp32", "bf16"), attention = GENERATE("fused", "explicit"), pool = GENERATE("token", "mean");
+  if (precision == "bf16" && !kernels::native_bf16()) return;
+  CAPTURE(storage, precision, attention, pool);
+  const std::string rules = storage == "rebuild" ? "[{match: \"*\", codec: exact}, {match: \"*.fc?:x\", codec: rebuild}]"
+                                                 : "[{match: \"*\", codec: " + storage + "}]";
+  const RunConfig config = parse_config("model: {name: vit, image_size: 16, patch_size: 4, width: 48, depth: 2, heads: 3, classes: 10, "
+                                        "drop_path: 0.3, drop_rate: 0.1, attention: " + attention + ", pool: " + pool + "}\n"
+                                        "train: {batch_size: 6, precision: " + precision + "}\nstorage: " + rules + "\n", "plan.yaml");
+  check_plan(config);
+}
+
+TEST_CASE("plan: the same of every family in every shipped storage") {
+  const std::string storage = GENERATE("exact", "int8", "int4", "int2", "mesa", "mesa_swin");
+  const std::string precision = GENERATE("fp32", "bf16");
+  if (precision == "bf16" && !kernels::native_bf16()) return;
+  const std::string model = GENERATE(
+      "{name: swin, image_size: 24, patch_size: 2, width: 32, heads: 2, depths: [2, 1], window: 5, pad: true, drop_path: 0.2}",
+      "{name: swin, image_size: 16, patch_size: 2, width: 32, heads: 1, depths: [2], window: 4, attention: explicit, attn_drop_rate: 0.1}",
+      "{name: pvt_tiny, image_size: 32, depths: [1, 1, 1, 1], drop_path: 0.2}", "{name: deit_tiny_distilled_patch16_224, depth: 2}");
+  CAPTURE(storage, precision, model);
+  RunConfig config = parse_config("model: " + model + "\ntrain: {batch_size: 6, precision: " + precision + "}\n", "plan.yaml");
+  config.storage = load_storage(storage);
+  check_plan(config);
 }

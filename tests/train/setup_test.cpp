@@ -41,6 +41,7 @@ TEST_CASE("setup: a Swin has its own keys, and what another family has is refuse
   CHECK_THROWS_WITH(of({"model.window=4", "model.depth=3"}), Contains("--set model.depth=3") && Contains("model.depths"));
   CHECK_THROWS_WITH(of({"model.window=4", "model.registers=3"}), Contains("model.registers") && Contains("Swin"));
   CHECK_THROWS_WITH(of({"model.window=4", "model.pool=token"}), Contains("no class token"));
+  CHECK_THROWS_WITH(of({"model.depths=[2, 2, 2, 2, 2, 2]"}), Contains("--set model.depths=[2, 2, 2, 2, 2, 2]"));
   CHECK_THROWS_WITH(model_config(config_of({"model.window=4"}), 7), Contains("model.window") && Contains("ViT"));
   CHECK_THROWS_WITH(model_config(config_of({"model.depths=[4]"}), 7), Contains("model.depths") && Contains("model.depth"));
 }
@@ -52,6 +53,7 @@ TEST_CASE("setup: of a PVT the depths may change, and what another family has is
   CHECK(pvt.classes == 7);
   CHECK_THROWS_WITH(of({"model.depths=[1, 1]"}), Contains("--set model.depths=[1, 1]") && Contains("2 stages"));
   CHECK_THROWS_WITH(of({"model.width=32"}), Contains("model.width") && Contains("PVT"));
+  CHECK_THROWS_WITH(of({"model.attn_drop_rate=0.1"}), Contains("model.attn_drop_rate") && Contains("not there for a PVT"));
   CHECK_THROWS_WITH(of({"model.pool=mean"}), Contains("class token"));
   CHECK_THROWS_WITH(of({"model.attention=explicit"}), Contains("not there for a PVT"));
   CHECK_THROWS_WITH(of({"model.image_size=230"}), Contains("--set model.image_size=230") && Contains("224 or 256 would"));

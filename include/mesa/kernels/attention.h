@@ -27,22 +27,24 @@ enum class AttentionBy { engine, cudnn };
 void attention(const Tensor& q, const Tensor& k, const Tensor& v, int64_t heads, double scale, const Tensor& o, const Tensor& lse,
                AttentionBy by = AttentionBy::engine, const QkvCodes& codes = {}, const WindowBias& windows = {});
 
-/// dq, dk, dv from the gradient d_o of o, of the shapes of q, k, v and o. With o and lse (exact storage) the probabilities are exp(scale q k^T - lse) and
-/// delta = sum_d dO O; without them (undefined) rows are normalized again and delta = sum_j P dP, so that all of it comes from one source.
+/// dq, dk, dv from the gradient d_o of o, of the shapes of q, k, v and o. With o and lse (exact storage) the probabilities are exp(scale q
+/// k^T - lse) and delta = sum_d dO O; without them (undefined) rows are normalized again and delta = sum_j P dP, so that all of it comes
+/// from one source.
 void attention_grad(const Tensor& d_o, const AttentionOperand& q, const AttentionOperand& k, const AttentionOperand& v, const Tensor& o,
                     const Tensor& lse, int64_t heads, double scale, const Tensor& dq, const Tensor& dk, const Tensor& dv,
                     AttentionBy by = AttentionBy::engine, const WindowBias& windows = {});
 
 // One kernel for all of it, where a backend has one: CUDA, bf16, heads of 32 or 64 channels (32 in windows), at most 1,024 tokens that see
 // each other. Deterministic.
-MESA_KERNEL(fused_attention, const Tensor& q, const Tensor& k, const Tensor& v, int64_t heads, double scale, const Tensor& o, const Tensor& lse,
-            const QkvCodes& codes, const WindowBias& windows);
+MESA_KERNEL(fused_attention, const Tensor& q, const Tensor& k, const Tensor& v, int64_t heads, double scale, const Tensor& o,
+            const Tensor& lse, const QkvCodes& codes, const WindowBias& windows);
 MESA_KERNEL(fused_attention_grad, const Tensor& d_o, const AttentionOperand& q, const AttentionOperand& k, const AttentionOperand& v,
             const Tensor& o, const Tensor& lse, int64_t heads, double scale, const Tensor& dq, const Tensor& dk, const Tensor& dv,
             const WindowBias& windows);
 
 // The same by cuDNN, where the build has it: bf16, heads of a multiple of 8 channels. Deterministic. The backward needs o and lse.
-MESA_KERNEL(cudnn_attention, const Tensor& q, const Tensor& k, const Tensor& v, int64_t heads, double scale, const Tensor& o, const Tensor& lse);
+MESA_KERNEL(cudnn_attention, const Tensor& q, const Tensor& k, const Tensor& v, int64_t heads, double scale, const Tensor& o,
+            const Tensor& lse);
 MESA_KERNEL(cudnn_attention_grad, const Tensor& d_o, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& o, const Tensor& lse,
             int64_t heads, double scale, const Tensor& dq, const Tensor& dk, const Tensor& dv);
 namespace cuda {

@@ -80,7 +80,9 @@ MESA_KERNEL(scatter_windows, const Tensor& y, const Windows& windows, int64_t fi
 MESA_KERNEL(expand_bias, const Tensor& table, const Windows& windows, const Tensor& bias);
 /// dtable [distances, H] <- (+) factor times the sum of dbias [H, n, n] over the pairs of each distance, in a fixed order.
 MESA_KERNEL(expand_bias_grad, const Tensor& dbias, const Windows& windows, double factor, const Tensor& dtable, bool accumulate);
-/// y [W, H, n, n] <- scale s + bias [H, n, n], -infinity where two places do not see each other; y may be s. s, y f32|bf16|f64, contiguous.
+/// The score of places that do not see each other: no probability is left of it, and yet it is a number, which nothing takes for a fault.
+inline constexpr float kHidden = -1e30f;
+/// y [W, H, n, n] <- scale s + bias [H, n, n], kHidden where two places do not see each other; y may be s. s, y f32|bf16|f64, contiguous.
 MESA_KERNEL(add_window_bias, const Tensor& s, double scale, const Tensor& bias, const Windows& windows, int64_t first, const Tensor& y);
 
 }  // namespace mesa::kernels

@@ -12,9 +12,9 @@ namespace mesa {
 
 struct Linear {
   std::string name;
-  Param* weight = nullptr;  ///< [out, in]
-  Param* bias = nullptr;    ///< [out] or null
-  Param* scale = nullptr;   ///< [out] or null: LayerScale, a parameter of the block
+  Param* weight = nullptr;   ///< [out, in]
+  Param* bias = nullptr;     ///< [out] or null
+  Param* scale = nullptr;    ///< [out] or null: LayerScale, a parameter of the block
   std::optional<DType> out;  ///< result dtype; default the input's
 
   static Linear make(const Builder& build, const std::string& name, int64_t in, int64_t out, bool bias = true);
@@ -79,8 +79,8 @@ struct ReducedAttention {
   LayerNorm norm;                                          ///< of the reduced tokens
   DType compute = DType::f32;
 
-  static ReducedAttention make(const Builder& build, const std::string& name, int64_t channels, int64_t heads, int64_t height, int64_t width,
-                               int64_t reduction, bool qkv_bias, double drop);
+  static ReducedAttention make(const Builder& build, const std::string& name, int64_t channels, int64_t heads, int64_t height,
+                               int64_t width, int64_t reduction, bool qkv_bias, double drop);
   Var operator()(const Var& x, const Var& residual = {}) const;  ///< x [B, N, C] -> [B, N, C]
 };
 
@@ -105,7 +105,7 @@ struct PatchEmbed {
   DType compute = DType::f32, out = DType::f32;
 
   static PatchEmbed make(const Builder& build, const std::string& name, int64_t channels, int64_t patch, int64_t width);
-  Var operator()(const Var& images) const;                               ///< [B, channels, H, W] -> [B, N, C]
+  Var operator()(const Var& images) const;                                 ///< [B, channels, H, W] -> [B, N, C]
   Var operator()(const Var& tokens, int64_t height, int64_t width) const;  ///< [B, height width, channels] -> [B, N, C]
 };
 

@@ -39,10 +39,12 @@ Var attention(const Var& qkv, int64_t heads, double scale, kernels::AttentionBy 
 
 /// The same with keys and values of other tokens: q [B, N, C], kv [B, M, 2C] -> [B, N, C].
 Var attention(const Var& q, const Var& kv, int64_t heads, double scale);
-/// The same as the first within windows of the grid that the tokens form, with a bias by relative position: table [distances, H] (Liu et al., ICCV 2021,
-/// section 3.2). The windows are never laid out on a GPU, nor biases or masks for each of them anywhere.
+/// The same as the first within windows of the grid that the tokens form, with a bias by relative position: table [distances, H]
+/// (Liu et al., ICCV 2021, section 3.2). Where a fused kernel runs (a GPU, bf16, heads of 32 channels) no window is laid out, elsewhere a
+/// few at a time; biases and masks for each window nowhere.
 Var window_attention(const Var& qkv, const Var& table, int64_t heads, double scale, const kernels::Windows& windows);
-/// Op by op: tokens [B, N, C] -> windows [B W, n, C] and back, and scores [B W, H, n, n] + bias, -infinity where places do not see each other.
+/// Op by op: tokens [B, N, C] -> windows [B W, n, C] and back, and scores [B W, H, n, n] + bias, or what leaves no probability where places
+/// do not see each other.
 Var to_windows(const Var& x, const kernels::Windows& windows);
 Var from_windows(const Var& x, const kernels::Windows& windows);
 Var window_bias(const Var& scores, const Var& table, const kernels::Windows& windows);

@@ -2,14 +2,15 @@
 """One training step of a vision transformer in PyTorch, for comparison with mesa-bench: the same model, batch, precision and kind of data.
 
 Forward, cross-entropy, backward and AdamW on synthetic data that already lie on the device; bf16 by autocast, fused attention, fused AdamW.
-timm's model where timm is installed, otherwise a plain ViT of the same shape. Prints one JSON line: images/s and milliseconds a step
+timm's model where timm has it and is installed, otherwise (or with --plain) a plain one of the same shape. Prints one JSON line: images/s and milliseconds a step
 (minimum, median, maximum), peak bytes allocated, and the bytes that autograd saves for the backward pass.
 
-    tools/peers/torch_vit.py --model deit_small --batch 128 --precision bf16 --compile
-    tools/peers/torch_vit.py --model deit_base --precision bf16 --largest-batch 24e9
+    tools/peers/torch_step.py --model deit_small --batch 128 --precision bf16 --compile
+    tools/peers/torch_step.py --model deit_base --precision bf16 --largest-batch 24e9
 """
 import argparse
 import json
+import os
 import statistics
 import sys
 import time
@@ -18,7 +19,11 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+sys.path.append(os.path.join(os.path.dirname(os.path.abspath(__file__)), "../../tests/golden"))  # plain models that tests compare with
+
 SIZES = {"deit_tiny": (192, 3), "deit_small": (384, 6), "deit_base": (768, 12)}  # width, heads; depth 12, patch 16, 224 pixels
+TIMM = {**{name: name + "_patch16_224" for name in SIZES}, "swin_tiny": "swin_tiny_patch4_window7_224"}
+MODELS = [*SIZES, "swin_tiny", "pvt_tiny"]
 
 
 class Block(nn.Module):
@@ -51,13 +56,31 @@ class PlainViT(nn.Module):
         return self.head(self.norm(self.blocks(x))[:, 0])
 
 
-def build(name):
-    try:
-        import timm
+def plain(name):
+    if name == "swin_tiny":
+        from swin import Swin
 
-        return timm.create_model(name + "_patch16_224", num_classes=1000), "timm " + timm.__version__
-    except ImportError:
-        return PlainViT(*SIZES[name]), "plain ViT"
+        return Swin((224, 224), 4, 96, 3, (2, 2, 6, 2), 7, 1000)
+    if name == "pvt_tiny":
+        from pvt import Pvt
+
+        return Pvt((224, 224), 4, [(64, 2, 1, 8, 8), (128, 2, 2, 8, 4), (320, 2, 5, 4, 2), (512, 2, 8, 4, 1)], 1000)
+    return PlainViT(*SIZES[name])
+
+
+def build(name, want_plain):
+    if name in TIMM and not want_plain:
+        try:
+            import timm
+
+            return timm.create_model(TIMM[name], num_classes=1000, drop_path_rate=0.0), "timm " + timm.__version__
+        except ImportError:
+            pass
+    return plain(name), "plain"
+
+
+def storage_of(tensor):
+    return tensor.untyped_storage() if hasattr(tensor, "untyped_storage") else tensor.storage()  # PyTorch 1.13
 
 
 class Step:
@@ -65,10 +88,11 @@ class Step:
 
     def __init__(self, arguments, batch):
         self.device = arguments.device
-        model, self.source = build(arguments.model)
+        model, self.source = build(arguments.model, arguments.plain)
         self.raw = model.to(self.device).train()
         self.model = torch.compile(self.raw, mode=arguments.mode) if arguments.compile else self.raw
-        self.optimizer = torch.optim.AdamW(self.raw.parameters(), lr=1e-4, weight_decay=0.05, fused=self.device == "cuda")
+        fused = {"fused": True} if self.device == "cuda" else {}
+        self.optimizer = torch.optim.AdamW(self.raw.parameters(), lr=1e-4, weight_decay=0.05, **fused)
         self.images = torch.randn(batch, 3, 224, 224, device=self.device)
         self.labels = torch.randint(1000, (batch,), device=self.device)
         self.bf16 = arguments.precision == "bf16"
@@ -89,11 +113,11 @@ class Step:
 
     def saved_bytes(self):
         """Bytes of the tensors that autograd keeps, each storage once; parameters and the images are not counted."""
-        known = {p.untyped_storage().data_ptr() for p in self.raw.parameters()} | {self.images.untyped_storage().data_ptr()}
+        known = {storage_of(t).data_ptr() for t in [*self.raw.parameters(), self.images]}
         seen = {}
 
         def pack(tensor):
-            storage = tensor.untyped_storage()
+            storage = storage_of(tensor)
             if storage.data_ptr() not in known:
                 seen[storage.data_ptr()] = storage.nbytes()
             return tensor
@@ -164,7 +188,8 @@ def largest_batch(arguments):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", choices=sorted(SIZES), default="deit_small")
+    parser.add_argument("--model", choices=MODELS, default="deit_small")
+    parser.add_argument("--plain", action="store_true", help="the plain model though timm is installed")
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="bf16")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
