@@ -76,6 +76,7 @@ Pvt::Stage Pvt::make_stage(const Builder& build, size_t index, int64_t blocks_be
   }
   // The original decays position embeddings, too.
   stage.pos_embed = &build.param("pos_embed" + stage.number, {1, height * width + (last ? 1 : 0), C}, Init::truncated_normal(0.02), true);
+  stage.pos_embed->grid = {last ? 1 : 0, height, width};
   for (int64_t i = 0; i < plan.depth; ++i) {
     Block<ReducedAttention> block;
     block.name = concat("block", stage.number, ".", i);

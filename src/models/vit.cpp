@@ -38,6 +38,8 @@ Vit::Vit(const Builder& build, const VitConfig& config) : config_(config), resid
   if (config_.registers > 0) prefix_.push_back(&build.param("reg_token", {1, config_.registers, C}, Init::normal(1e-6), false));
   const int64_t positions = config_.token_positions ? config_.tokens() : config_.patches();
   pos_embed_ = &build.param("pos_embed", {1, positions, C}, Init::truncated_normal(0.02), false);
+  const int64_t p = config_.patch_size;
+  pos_embed_->grid = {config_.token_positions ? config_.prefix() : 0, config_.height_px() / p, config_.width_px() / p};
   const auto layer_scale = [&](const char* name) -> Param* {
     const Scope scope(name);
     return config_.layer_scale > 0 ? &build.param("gamma", {C}, Init::constant(config_.layer_scale), false) : nullptr;

@@ -85,9 +85,11 @@ Attention Attention::make(const Builder& build, const std::string& name, int64_t
   layer.heads = heads;
   layer.options = options;
   layer.windows = windows;
-  if (windows.defined())
+  if (windows.defined()) {
     layer.relative_position_bias_table =
         &build.param("relative_position_bias_table", {windows.distances(), heads}, Init::truncated_normal(0.02), false);
+    layer.relative_position_bias_table->grid = {0, 2 * windows.window_height - 1, 2 * windows.window_width - 1};
+  }
   layer.qkv = Linear::make(build, "qkv", width, 3 * width, options.qkv_bias);
   layer.proj = Linear::make(build, "proj", width, width);
   return layer;

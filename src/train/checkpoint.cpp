@@ -10,6 +10,7 @@
 #include "config_keys.h"
 #include "mesa/base/files.h"
 #include "mesa/kernels/elementwise.h"
+#include "mesa/models/resize.h"
 #include "mesa/train/files.h"
 #include "mesa/train/safetensors.h"
 
@@ -86,12 +87,18 @@ std::string resolve_checkpoint(const std::string& path, const std::string& prefe
   fail("", path, " is neither a checkpoint (no ", kModelFile, " in it) nor a run's folder (no checkpoints/last)");
 }
 
-LoadedModel load_model(const std::string& path) {
+/// The weights' file of a checkpoint, verified.
+static std::string weights_file(const std::string& path) {
   const std::string at = resolve_checkpoint(path, "best");
   const std::string file = fs::is_directory(at) ? at + "/" + kModelFile : at;
   const std::string folder = fs::absolute(file).parent_path().string();
   if (fs::is_directory(at) || fs::exists(folder + "/" + kStateFile))
     verify_folder(folder);  // a file taken out of its checkpoint stands alone
+  return file;
+}
+
+LoadedModel load_model(const std::string& path) {
+  const std::string file = weights_file(path);
   SafetensorsFile tensors = read_safetensors(file);
   const auto config = tensors.metadata.find("mesa.config"), names = tensors.metadata.find("mesa.class_names");
   check(config != tensors.metadata.end(), file, " does not say which model it belongs to (no mesa.config in its metadata)");
@@ -118,6 +125,14 @@ void fill_parameter(Param& param, const Tensor& values) {
 
 }  // namespace
 
+/// The first four, and how many more.
+static std::string first_of(const std::vector<std::string>& items) {
+  std::string list;
+  for (size_t i = 0; i < items.size() && i < 4; ++i) list += (i ? "; " : "") + items[i];
+  if (items.size() > 4) list += concat("; and ", items.size() - 4, " more");
+  return list;
+}
+
 void load_weights(ParamStore& params, const std::map<std::string, Tensor>& weights, const std::string& source) {
   std::vector<std::string> problems;
   std::map<std::string, Tensor> rest = weights;
@@ -134,11 +149,60 @@ void load_weights(ParamStore& params, const std::map<std::string, Tensor>& weigh
     rest.erase(found);
   }
   for (const auto& [name, tensor] : rest) problems.push_back("unexpected " + name + " " + to_string(tensor.shape()));
-  if (problems.empty()) return;
-  std::string list;
-  for (size_t i = 0; i < problems.size() && i < 4; ++i) list += (i ? "; " : "") + problems[i];
-  if (problems.size() > 4) list += concat("; and ", problems.size() - 4, " more");
-  fail("", source, " belongs to another model: ", list);
+  if (!problems.empty()) fail("", source, " belongs to another model: ", first_of(problems));
+}
+
+namespace {
+
+/// The values for a parameter whose rows lie in a grid, from those of another grid, which must be square; undefined if they are not.
+Tensor resized(const Param& param, const Tensor& values) {
+  const Shape& shape = param.value.shape();
+  const Param::Grid& grid = param.grid;
+  if (grid.height == 0 || values.rank() != shape.rank() || shape[-1] == 0 || values.dim(-1) != shape[-1]) return {};
+  const int64_t C = shape[-1], places = values.numel() / C - grid.prefix;
+  const auto side = static_cast<int64_t>(std::lround(std::sqrt(static_cast<double>(std::max<int64_t>(places, 0)))));
+  if (side == 0 || side * side != places) return {};
+  const Tensor rows = Tensor::empty({grid.prefix + places, C}, DType::f32), out = Tensor::empty(shape, DType::f32);
+  kernels::copy(values, rows.reshape(values.shape()));
+  const Tensor to = out.reshape({out.numel() / C, C});
+  if (grid.prefix > 0) kernels::copy(rows.narrow(0, 0, grid.prefix), to.narrow(0, 0, grid.prefix));
+  const Tensor inner = Tensor::empty({places, C}, DType::f32);
+  kernels::copy(rows.narrow(0, grid.prefix, places), inner);
+  kernels::copy(resize_bicubic(inner, side, side, grid.height, grid.width), to.narrow(0, grid.prefix, grid.height * grid.width));
+  return out;
+}
+
+}  // namespace
+
+std::string start_from_weights(ParamStore& params, const std::string& path) {
+  const std::string file = weights_file(path);
+  const SafetensorsFile weights = read_safetensors(file);
+  std::vector<std::string> problems, adapted, fresh, unused;
+  std::set<std::string> known;
+  for (Param& param : params.params()) {
+    known.insert(param.name);
+    const Tensor* values = weights.find(param.name);
+    const bool floating = values != nullptr && is_floating(values->dtype()), head = param.name.starts_with("head");
+    if (floating && values->shape() == param.value.shape()) {
+      fill_parameter(param, *values);
+    } else if (const Tensor other = floating ? resized(param, *values) : Tensor(); other.defined()) {
+      fill_parameter(param, other);
+      adapted.push_back(concat(param.name, " ", values->shape(), " to ", param.value.shape()));
+    } else if (head && (values == nullptr || floating)) {
+      fresh.push_back(param.name);
+    } else {
+      problems.push_back(values == nullptr ? concat("missing ", param.name, " ", param.value.shape())
+                                           : concat(param.name, " is ", values->shape(), " but the model has ", param.value.shape()));
+    }
+  }
+  for (const NamedTensor& tensor : weights.tensors)
+    if (known.count(tensor.name) == 0) unused.push_back(tensor.name);
+  if (!problems.empty()) fail("", file, " belongs to another model: ", first_of(problems));
+  std::string text = "started from " + file;
+  if (!adapted.empty()) text += "; resized " + first_of(adapted);
+  if (!fresh.empty()) text += "; not in it, so with first values: " + first_of(fresh);
+  if (!unused.empty()) text += "; not of this model, so unused: " + first_of(unused);
+  return text;
 }
 
 LoadedRun load_checkpoint(const std::string& folder, const RunConfig& config, ParamStore& params, AdamW& optimizer, StoragePolicy& policy) {
@@ -219,6 +283,7 @@ std::vector<std::pair<std::string, std::string>> changed_keys(const RunConfig& t
                                               "train.checkpoint_interval",
                                               "train.max_bad_steps",
                                               "train.steps",
+                                              "train.weights",
                                               "train.eval_batch_size",
                                               "train.force_precision"};
   RunConfig a = then, b = now;  // the table's accessors are not const

@@ -87,6 +87,8 @@ const Key kKeys[] = {
     KEY(train.steps, count(0, 1e12), "Stop after this many steps in all; 0 = train all epochs"),
     KEY(train.checkpoint_interval, count(0, 1e12), "Steps between checkpoints; 0 = after each epoch only"),
     KEY(train.cuda_graph, any(), "Record the passes of a GPU and run them as one: for small models"),
+    KEY(train.weights, any(),
+        "Begin with the weights of this checkpoint or safetensors file: positions are resized, a head of other classes begins anew"),
     KEY(train.frozen, any(), "Globs of parameter names that are not trained, such as `[blocks.0.*, pos_embed]`"),
 
     KEY(optimizer.name, one_of("adamw"), "Optimizer"),

@@ -38,6 +38,7 @@ class Run {
 
  private:
   Schedule make_schedule() const;
+  void start();
   void take_up(const std::string& checkpoint);
   void open_folder();
   void introduce();
@@ -86,6 +87,7 @@ class Run {
   std::unique_ptr<RunFolder> folder_;
   std::unique_ptr<Progress> progress_;
   std::string changes_;  // against the checkpoint
+  std::string start_;    // what was begun with
   bool finished_before_ = false, saved_ = true, memory_written_ = false, saturation_told_ = false;
   int64_t bad_samples_before_ = 0;
   size_t reported_skips_ = 0, reported_left_out_ = 0;
@@ -114,8 +116,19 @@ Run::Run(RunConfig config, const TrainOptions& options)
     throw UsageError("--resume needs to know the run: give its folder with --output (or `output` in the config)");
   if (config_.output.empty()) config_.output = default_output(config_.model.name, net_.input());
   resume_ = find_checkpoint(options_.resume, config_.output);
-  if (!resume_.empty()) take_up(resume_);
+  if (!resume_.empty())
+    take_up(resume_);
+  else if (!config_.train.weights.empty())
+    start();
   open_folder();
+}
+
+void Run::start() {
+  try {
+    start_ = start_from_weights(model_.params, config_.train.weights);
+  } catch (const Error& e) {
+    config_.refuse("train.weights", e.what());
+  }
 }
 
 void Run::take_up(const std::string& checkpoint) {
@@ -178,6 +191,7 @@ void Run::introduce() {
     say(concat("resumed from ", resume_, " after epoch ", state_.epoch, ", step ", state_.step));
   else if (!options_.resume.empty())
     say(concat("nothing to resume in ", config_.output, "; a fresh run begins"));
+  if (!start_.empty()) say(start_);
   if (!changes_.empty()) warn("this run goes on with other settings than the checkpoint's: " + changes_);
 }
 

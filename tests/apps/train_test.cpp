@@ -93,6 +93,18 @@ TEST_CASE("apps: a run leaves every file, and they agree") {
   }
 }
 
+TEST_CASE("apps: a run may begin with the weights of another") {
+  const TinyRun t;
+  REQUIRE(t.train({}, "first").code == 0);
+  const ProcessResult second = t.train({"train.weights=first", "model.image_size=24", "train.epochs=1"}, "second");
+  INFO(second.err);
+  CHECK(second.code == 0);
+  CHECK_THAT(second.out + second.err, Contains("started from ") && Contains("resized pos_embed [1, 4, 24] to [1, 9, 24]"));
+  const ProcessResult wrong = t.train({"train.weights=first", "model.width=48"}, "third");
+  CHECK(wrong.code == 2);
+  CHECK_THAT(wrong.err, Contains("--set train.weights=first: train.weights: ") && Contains("belongs to another model"));
+}
+
 TEST_CASE("apps: --dry-run trains nothing and predicts what the meter then finds") {
   const TinyRun tiny;
   const std::string storage = GENERATE("exact", "int8", "int2", "mesa");

@@ -9,6 +9,7 @@ averages both. deit3 scales each branch by factors of its own (LayerScale), has 
 swin (swin.py) has a picture that is not square and a second stage that windows do not tile; swin_odd one head, one picture, an odd grid
 as wide as its windows; swin_even grids that need no padding. pvt (pvt.py)
 has two stages and a picture that is not square; pvt_long four, of which three reduce, and one picture.
+resize has grids and what torch.nn.functional.interpolate makes of them (bicubic, corners not aligned).
 Files named as arguments are written; without arguments all are.
 """
 import json
@@ -187,3 +188,20 @@ generate("swin_even.safetensors", lambda: Swin((16, 16), 2, 12, 3, (2,), 4, CLAS
 generate("pvt.safetensors", lambda: Pvt((16, 24), 4, [(8, 1, 1, 2, 2), (12, 2, 3, 2, 1)], CLASSES), steps=10, image=(16, 24))
 LONG = [(4, 1, 1, 2, 8), (8, 1, 2, 2, 4), (8, 1, 1, 2, 2), (12, 1, 3, 2, 1)]
 generate("pvt_long.safetensors", lambda: Pvt((32, 32), 2, LONG, CLASSES), steps=0, image=(32, 32), batch=1)
+
+
+def resize(path, sizes):
+    if len(sys.argv) > 1 and path not in sys.argv[1:]:
+        return
+    torch.manual_seed(7)
+    out = {}
+    for height, width, to_height, to_width in sizes:
+        grid = torch.randn(2, height, width)
+        name = f"{height}x{width}to{to_height}x{to_width}"
+        out["from/" + name] = grid.permute(1, 2, 0).reshape(-1, 2)
+        larger = F.interpolate(grid[None].double(), (to_height, to_width), mode="bicubic", align_corners=False)[0]
+        out["to/" + name] = larger.permute(1, 2, 0).reshape(-1, 2)
+    save(path, out)
+
+
+resize("resize.safetensors", [(3, 3, 5, 5), (7, 5, 4, 9), (13, 13, 23, 23), (14, 14, 7, 10), (1, 1, 3, 2), (2, 4, 2, 4)])

@@ -6,9 +6,12 @@
 #include <filesystem>
 
 #include "mesa/base/files.h"
+#include "mesa/models/resize.h"
 #include "mesa/train/files.h"
+#include "mesa/train/safetensors.h"
 #include "mesa/train/setup.h"
 #include "support/data_files.h"
+#include "support/gradcheck.h"
 
 using namespace mesa;
 using namespace mesa::testing;
@@ -133,4 +136,78 @@ TEST_CASE("checkpoint: changed keys are told apart from harmless ones") {
   CHECK_NOTHROW(describe_changes(loaded, config_of({"seed=6"})));
   loaded.state.batch = 1;
   CHECK_THROWS_AS(describe_changes(loaded, config_of({"seed=6"})), UsageError);
+}
+
+namespace {
+
+Numbers rows_of(const Tensor& x, int64_t from, int64_t count) {
+  const int64_t C = x.dim(-1);
+  const Numbers all = x.to_vector<double>();
+  return Numbers(all.begin() + from * C, all.begin() + (from + count) * C);
+}
+
+/// The built model of a config, without anything else.
+struct Built {
+  BuiltModel model;
+  explicit Built(const std::string& text, int64_t classes = 4)
+      : model(parse_config(text, "b.yaml"), model_config(parse_config(text, "b.yaml"), classes)) {}
+  void write(const std::string& path) const {
+    std::vector<NamedTensor> weights;
+    for (const Param& param : model.params.params()) weights.push_back({param.name, param.value});
+    write_safetensors(path, weights);
+  }
+  const Tensor& at(const std::string& name) { return model.params.at(name).value; }
+};
+
+}  // namespace
+
+TEST_CASE("weights: another picture size and other classes take what fits, resize positions, and begin the head anew") {
+  const TemporaryFolder folder;
+  const std::string path = (folder.path() / "run").string();
+  Parts parts(config_of());
+  parts.save(path, {});
+  Built other("model: {name: vit, image_size: 24, patch_size: 8, width: 24, depth: 1, heads: 3}\nseed: 6\n", 7);
+  const Numbers head = other.at("head.weight").to_vector<double>();
+  const std::string text = start_from_weights(other.model.params, path);
+  CHECK_THAT(text, Contains("started from " + path + "/model.safetensors") && Contains("resized pos_embed [1, 5, 24] to [1, 10, 24]") &&
+                       Contains("with first values: head.weight; head.bias"));
+  CHECK(other.at("head.weight").to_vector<double>() == head);
+  const Tensor& before = parts.model.params.at("pos_embed").value;
+  const Tensor& after = other.at("pos_embed");
+  CHECK(rows_of(after, 0, 1) == rows_of(before, 0, 1));
+  const Numbers places = rows_of(before, 1, 4);
+  const Tensor grid = Tensor::from<float>({4, 24}, std::vector<float>(places.begin(), places.end()));
+  CHECK(rows_of(after, 1, 9) == resize_bicubic(grid, 2, 2, 3, 3).to_vector<double>());
+  CHECK(other.at("blocks.0.attn.qkv.weight").to_vector<double>() ==
+        parts.model.params.at("blocks.0.attn.qkv.weight").value.to_vector<double>());
+}
+
+TEST_CASE("weights: a Swin of another window resizes its tables") {
+  const TemporaryFolder folder;
+  const std::string path = (folder.path() / "swin.safetensors").string();
+  const std::string sizes = "image_size: 16, patch_size: 2, width: 8, heads: 2, depths: [2], window: ";
+  Built small("model: {name: swin, " + sizes + "2}\n"), large("model: {name: swin, " + sizes + "4}\nseed: 9\n");
+  small.write(path);
+  CHECK_THAT(start_from_weights(large.model.params, path),
+             Contains("resized layers.0.blocks.0.attn.relative_position_bias_table [9, 2] to [49, 2]"));
+  CHECK(large.at("layers.0.blocks.1.attn.relative_position_bias_table").to_vector<double>() ==
+        resize_bicubic(small.at("layers.0.blocks.1.attn.relative_position_bias_table"), 3, 3, 7, 7).to_vector<double>());
+}
+
+TEST_CASE("weights: a file of another family is refused with the first parameters that differ") {
+  const TemporaryFolder folder;
+  const std::string path = (folder.path() / "vit.safetensors").string();
+  Built vit("model: {name: vit, image_size: 16, patch_size: 8, width: 24, depth: 1, heads: 3}\n");
+  vit.write(path);
+  Built swin("model: {name: swin, image_size: 16, patch_size: 2, width: 8, heads: 2, depths: [2], window: 4}\n");
+  CHECK_THROWS_WITH(
+      start_from_weights(swin.model.params, path),
+      Contains("vit.safetensors belongs to another model: patch_embed.proj.weight is [24, 3, 8, 8] but the model has [8, 3, 2, 2]") &&
+          Contains("missing patch_embed.norm.weight [8]") && Contains("more"));
+  Built deeper("model: {name: vit, image_size: 16, patch_size: 8, width: 24, depth: 2, heads: 3}\n");
+  CHECK_THROWS_WITH(start_from_weights(deeper.model.params, path), Contains("missing blocks.1.norm1.weight [24]"));
+  CHECK_THROWS_WITH(start_from_weights(deeper.model.params, path + "x"), Contains("there is no checkpoint at"));
+  // Positions that are no square grid cannot be resized.
+  Built wide("model: {name: vit, image_size: 24, patch_size: 8, width: 24, depth: 1, heads: 3, token_positions: false}\n");
+  CHECK_THROWS_WITH(start_from_weights(wide.model.params, path), Contains("pos_embed is [1, 5, 24] but the model has [1, 9, 24]"));
 }

@@ -15,6 +15,11 @@ struct Param {
   bool trainable = true;
   bool decay = true;           ///< false for biases, norms, tokens and position embeddings
   bool grad_written = false;   ///< false: the next gradient overwrites instead of adding (saves a clearing pass)
+  /// Rows of the last axis that belong to the places of a grid, behind `prefix` others: position embeddings and tables of biases, which
+  /// another size of picture or window asks for resized. A height of 0: nothing of the kind.
+  struct Grid {
+    int64_t prefix = 0, height = 0, width = 0;
+  } grid;
 
   /// The value in the dtype that matrix products run in: itself, or a bf16 copy that is refreshed when stale.
   Tensor as(DType dtype);

@@ -48,6 +48,11 @@ std::string resolve_checkpoint(const std::string& path, const std::string& prefe
 /// Copies weights into the parameters. Throws Error listing what is missing, unexpected or of another shape (the first few).
 void load_weights(ParamStore& params, const std::map<std::string, Tensor>& weights, const std::string& source);
 
+/// Weights to begin with, from a checkpoint or any safetensors file with the model's names. Position embeddings and tables of biases of
+/// another grid are resized (resize_bicubic); heads of another number of classes keep their first values. Throws Error listing the first
+/// parameters that are missing or of another shape: the file belongs to another model. Returns what was done, for the log.
+std::string start_from_weights(ParamStore& params, const std::string& path);
+
 /// The checkpoint that --resume means, or "" for a fresh start. "auto": the newest of the run's folder `output` that verifies; one that
 /// does not is named on stderr and passed over. Throws Error if checkpoints are there but none is whole, or if the path is missing.
 std::string find_checkpoint(const std::string& wish, const std::string& output);

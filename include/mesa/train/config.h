@@ -63,6 +63,7 @@ struct TrainConfig {
   int64_t steps = 0;                ///< 0 = all
   int64_t checkpoint_interval = 0;  ///< steps; 0 = after each epoch only
   std::vector<std::string> frozen;  ///< globs of parameter names
+  std::string weights;              ///< checkpoint or safetensors file to begin with; empty = first values
   bool operator==(const TrainConfig&) const = default;
 };
 
