@@ -78,7 +78,8 @@ void check_gradient(const Operands& x) {
 Form windowed(int64_t B, int64_t H, kernels::Windows w) { return {B, w.tokens(), H, 32, w}; }
 const Form kWindowForms[] = {windowed(2, 2, {14, 21, 7, 7, 3, 3, 14, 21}),   windowed(3, 1, {7, 7, 7, 7, 0, 0, 7, 7}),
                              windowed(1, 2, {12, 24, 12, 12, 0, 6, 12, 24}), windowed(1, 1, {6, 6, 3, 2, 1, 1, 5, 4}),
-                             windowed(1, 1, {2, 2, 1, 1, 0, 0, 2, 2}),       windowed(1, 16, {24, 24, 2, 2, 1, 1, 24, 24})};
+                             windowed(1, 1, {2, 2, 1, 1, 0, 0, 2, 2}),       windowed(1, 16, {24, 24, 2, 2, 1, 1, 24, 24}),
+                             windowed(1, 1, {20, 40, 20, 20, 0, 7, 20, 40})};
 
 const Form kForms[] = {{2, 1, 1, 64},  {1, 2, 3, 32},  {2, 15, 1, 32}, {1, 16, 2, 64},  {3, 17, 2, 32}, {1, 49, 3, 32},
                        {1, 63, 1, 64}, {1, 64, 1, 32}, {1, 65, 2, 64}, {2, 197, 3, 64}, {1, 257, 1, 32}};
