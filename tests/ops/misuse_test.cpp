@@ -1,5 +1,6 @@
 // What ops refuse, and that the message can be read.
 #include <catch2/catch.hpp>
+#include <cmath>
 
 #include "mesa/autograd/tape.h"
 #include "mesa/ops/ops.h"
@@ -66,6 +67,26 @@ TEST_CASE("ops: hidden scores are not taken for a fault") {
   const std::vector<float> last = p.value().to_vector<float>();
   CHECK(last[3 * 16 + 1] == 0);  // places of two regions of the last window
   CHECK(last[3 * 16] == 1);
+}
+
+TEST_CASE("ops: the gradient of a table adds up over all the windows that are worked through in turns") {
+  const kernels::Windows grid{56, 56, 7, 7, 3, 3, 56, 56};  // with four heads more windows than the scores of one turn
+  const auto gradient = [&](bool at_once) {
+    StoragePolicy policy("test", {{"*", "exact", {}, ""}});
+    Param table;
+    table.value = normal_tensor({169, 4}, "table", DType::f64, MemoryKind::parameters);
+    const Var qkv(normal_tensor({1, 3136, 12}, "qkv", DType::f64));
+    Tape tape(policy);
+    const auto by_hand = [&] {
+      const auto [q, k, v] = split_heads(to_windows(qkv, grid), 4);
+      return from_windows(merge_heads(matmul(softmax(window_bias(matmul(q, k, true), table, grid)), v)), grid);
+    };
+    const Var y = at_once ? window_attention(qkv, table, 4, 1, grid) : by_hand();
+    tape.backward({y}, {normal_tensor({1, 3136, 4}, "dy", DType::f64)});
+    return table.grad.to_vector<double>();
+  };
+  const std::vector<double> got = gradient(true), want = gradient(false);
+  for (size_t i = 0; i < want.size(); ++i) CHECK(std::abs(got[i] - want[i]) <= 1e-9);
 }
 
 TEST_CASE("ops: windows of an empty batch give their table a gradient of zero") {

@@ -51,6 +51,12 @@ TEST_CASE("policy: mistakes in rules are refused with their place and the neares
   CHECK_THAT(refusal({"*:x", "int8", {{"groups", "head"}}, ""}), Contains("groups is 'head'") && Contains("heads, layer, channel"));
   CHECK_THAT(refusal({"*:x", "int8", {{"groups", "4"}}, ""}), Contains("from 8 to"));
   CHECK_THAT(refusal({"*:x", "int8", {{"groups", "0 channels"}}, ""}), Contains("'N channels'"));
+  const auto bytes = [](const Shape& shape) {
+    return make_codec("int8", {{"groups", "4 channels"}})->packed_bytes(shape, DType::f32, {"a", "x", 3});
+  };
+  CHECK(bytes({5, 8}) == 40 + 8 * 2);
+  CHECK(bytes({5, 6}) == 30 + 8 * 3);  // blocks of 2, which divides both
+  CHECK(bytes({2, 3, 5, 4}) == 120 + 8 * 3);  // by the second axis
   CHECK_THAT(refusal({"*:x", "int8", {{"groups", "32 canals"}}, ""}), Contains("groups is '32 canals'"));
   CHECK_THAT(refusal({"*:x", "int8", {{"rounding", "up"}}, ""}), Contains("rounding is 'up'") && Contains("stochastic or nearest"));
   CHECK_THAT(refusal({"*:x", "int8", {{"decay", "0.5"}}, ""}), Contains("decay belongs to range: running"));
