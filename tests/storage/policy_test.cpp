@@ -387,3 +387,34 @@ TEST_CASE("policy: attention keeps no output that its backward would not read") 
   for (const SiteRecord& site : policy.sites())
     if (site.site.name().ends_with("attention:o")) CHECK(site.kept_bytes == 0);
 }
+
+TEST_CASE("storage: where only one of q, k and v is exact, the projection that holds them all is not kept for it") {
+  for (const char* slot : {"q", "k"}) {
+    INFO(slot);
+    StoragePolicy policy = simple_policy({{"*", "int8", {}, ""}, {concat("*:", slot), "exact", {}, ""}});
+    const Var packed(to(normal_tensor({2, 9, 24}, "qkv"), test_device()));
+    const Var q(to(normal_tensor({2, 9, 8}, "q"), test_device())), kv(to(normal_tensor({2, 4, 16}, "kv"), test_device()));
+    Param square[3];
+    for (int i = 0; i < 3; ++i) {
+      const int64_t n = i == 0 ? 24 : i == 1 ? 8 : 16;
+      square[i].name = concat("w", i);
+      square[i].value = to(normal_tensor({n, n}, "w"), test_device(), MemoryKind::parameters);
+    }
+    const auto learnt = [&](const Var& x, int i) {
+      const Scope scope(concat("fc", i));
+      return linear(x, square[i]);
+    };
+    const auto within = [](const char* name, const auto& f) {
+      const Scope scope(name);
+      return f();
+    };
+    const int64_t before = live_activations();
+    Tape tape(policy);
+    const Var a = within("packed", [&] { return attention(learnt(packed, 0), 2, 1); });
+    const Var b = within("apart", [&] { return attention(learnt(q, 1), learnt(kv, 2), 2, 1); });
+    int64_t promised = 0;
+    for (const SiteRecord& record : policy.sites()) promised += record.kept_bytes;
+    CHECK(live_activations() - before == promised);
+    CHECK((a.shape() == Shape{2, 9, 8} && b.shape() == a.shape()));
+  }
+}
