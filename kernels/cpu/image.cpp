@@ -1,4 +1,5 @@
-// (x / 255 - mean[c]) / std[c]; an image as rows of patches and back; a token before the others; the mean of tokens.
+// (x / 255 - mean[c]) / std[c], of pixels that may be mixed before; an image as rows of patches and back; a token before the others; the
+// mean of tokens.
 #include "mesa/kernels/image.h"
 
 #include "cpu.h"
@@ -19,8 +20,7 @@ struct Patches {
 
   Patches(const Tensor& images, int64_t patch, const Tensor& tokens, const char* name)
       : batch(images.dim(0)), channels(images.dim(1)), height(images.dim(2)), width(images.dim(3)), patch(patch) {
-    check(patch > 0 && height % patch == 0 && width % patch == 0, name, ": patches of ", patch, " do not tile images of ",
-          images.shape());
+    check(patch > 0 && height % patch == 0 && width % patch == 0, name, ": patches of ", patch, " do not tile images of ", images.shape());
     check_alike(images, tokens, name);
     check(tokens.rank() == 3 && tokens.dim(0) == batch && tokens.dim(2) == channels * patch * patch, name, ": patches of shape ",
           tokens.shape(), " for images of shape ", images.shape());
@@ -41,29 +41,56 @@ struct Patches {
   }
 };
 
+/// One channel of a picture: y = factor x - shift with x every `step`-th byte.
+template <class T>
+void normalize_plane(const uint8_t* x, int64_t step, int64_t n, Acc<T> factor, Acc<T> shift, T* y) {
+#pragma omp simd
+  for (int64_t j = 0; j < n; ++j) store(y + j, static_cast<Acc<T>>(x[j * step]) * factor - shift);
+}
+
+/// The same within the box of `mixing`, each pixel mixed with the one at its place in `other`.
+template <class T>
+void normalize_mixed_box(const Mixing& mixing, const uint8_t* own, const uint8_t* other, int64_t step, int64_t width, Acc<T> factor,
+                         Acc<T> shift, T* y) {
+  using A = Acc<T>;
+  const auto x0 = static_cast<int64_t>(mixing.x0), x1 = static_cast<int64_t>(mixing.x1);
+  for (auto row = static_cast<int64_t>(mixing.y0); row < static_cast<int64_t>(mixing.y1); ++row) {
+    const int64_t at = row * width;
+#pragma omp simd
+    for (int64_t j = at + x0; j < at + x1; ++j) {
+      const A x = scalar::mixed(static_cast<A>(own[j * step]), static_cast<A>(other[j * step]), static_cast<A>(mixing.inside));
+      store(y + j, x * factor - shift);
+    }
+  }
+}
+
 }  // namespace
 
-void normalize_images(const Tensor& pixels, const std::vector<float>& mean, const std::vector<float>& std, const Tensor& y) {
+void normalize_images(const Tensor& pixels, const std::vector<float>& mean, const std::vector<float>& std, const Tensor& mixing,
+                      const Tensor& y) {
   check(pixels.rank() == 4 && y.rank() == 4 && pixels.is_contiguous() && y.is_contiguous(), "normalize_images: tensors of shapes ",
         pixels.shape(), " and ", y.shape());
-  const int64_t height = pixels.dim(1), width = pixels.dim(2), channels = pixels.dim(3), plane = height * width;
-  check(y.shape() == Shape({pixels.dim(0), channels, height, width}), "normalize_images: ", pixels.shape(), " cannot become ", y.shape());
-  check(static_cast<int64_t>(mean.size()) == channels && static_cast<int64_t>(std.size()) == channels, "normalize_images: ",
-        mean.size(), " means and ", std.size(), " deviations for ", channels, " channels");
+  const int64_t batch = pixels.dim(0), height = pixels.dim(1), width = pixels.dim(2), channels = pixels.dim(3), plane = height * width;
+  check(y.shape() == Shape({batch, channels, height, width}), "normalize_images: ", pixels.shape(), " cannot become ", y.shape());
+  check(static_cast<int64_t>(mean.size()) == channels && static_cast<int64_t>(std.size()) == channels, "normalize_images: ", mean.size(),
+        " means and ", std.size(), " deviations for ", channels, " channels");
+  check_mixing(mixing, pixels);
+  const auto* mixed = mixing.defined() ? reinterpret_cast<const Mixing*>(mixing.data<float>()) : nullptr;
   const uint8_t* px = pixels.data<uint8_t>();
   dispatch_float(y.dtype(), [&](auto tag) {
     using T = decltype(tag);
     using A = Acc<T>;
     T* py = y.data<T>();
-    parallel_rows(pixels.dim(0) * channels, plane, [&](int64_t begin, int64_t end) {
+    parallel_rows(batch * channels, plane, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         const int64_t b = i / channels, c = i % channels;
         const A factor = static_cast<A>(1 / (255.0 * static_cast<double>(std[c])));
         const A shift = static_cast<A>(static_cast<double>(mean[c]) / static_cast<double>(std[c]));
         const uint8_t* from = px + b * plane * channels + c;
-        T* to = py + i * plane;
-#pragma omp simd
-        for (int64_t j = 0; j < plane; ++j) store(to + j, static_cast<A>(from[j * channels]) * factor - shift);
+        normalize_plane(from, channels, plane, factor, shift, py + i * plane);
+        if (mixed == nullptr || mixed[b].inside == 1) continue;
+        const uint8_t* other = px + Mixing::partner(b, batch) * plane * channels + c;
+        normalize_mixed_box(mixed[b], from, other, channels, width, factor, shift, py + i * plane);
       }
     });
   });
@@ -101,8 +128,10 @@ void prepend_tokens(const Tensor& front, const Tensor& x, const Tensor& y) {
     parallel_rows(y.dim(0) * tokens, width, [=](int64_t begin, int64_t end) {
       for (int64_t row = begin; row < end; ++row) {
         const int64_t b = row / tokens, n = row % tokens;
-        if (n < before) convert_row(pt + n * width, py + row * width, width);
-        else convert_row(px + (row - (b + 1) * before) * width, py + row * width, width);
+        if (n < before)
+          convert_row(pt + n * width, py + row * width, width);
+        else
+          convert_row(px + (row - (b + 1) * before) * width, py + row * width, width);
       }
     });
   });
@@ -136,8 +165,7 @@ void mean_tokens(const Tensor& x, int64_t from, const Tensor& y) {
 }
 
 void mean_tokens_grad(const Tensor& dy, int64_t from, const Tensor& dx) {
-  check(dx.rank() == 3 && dy.rank() == 2 && dy.dim(0) == dx.dim(0) && dy.dim(1) == dx.dim(2) && dx.is_contiguous() &&
-            dy.is_contiguous(),
+  check(dx.rank() == 3 && dy.rank() == 2 && dy.dim(0) == dx.dim(0) && dy.dim(1) == dx.dim(2) && dx.is_contiguous() && dy.is_contiguous(),
         "mean_tokens_grad: tensors of shapes ", dy.shape(), " and ", dx.shape());
   const int64_t tokens = dx.dim(1), width = dx.dim(2);
   check(from >= 0 && from < tokens, "mean_tokens_grad: from token ", from, " of ", tokens);

@@ -1,7 +1,7 @@
 // loss = lse(x) - sum_k t_k x_k for targets t that sum to 1;  dx = dloss / B (softmax(x) - t);  the mean over a batch.
 #include <cmath>
 
-#include "mesa/kernels/norm.h"
+#include "mesa/kernels/loss.h"
 
 #include "cpu.h"
 
@@ -55,13 +55,6 @@ void for_logits(const Tensor& logits, const F& f) {
   });
 }
 
-void check_logits(const Tensor& logits, const char* name) {
-  check(logits.rank() == 2 && logits.dim(1) > 0, name, ": logits must be [B, K], not ", logits.shape());
-}
-void check_labels(const Tensor& labels, int64_t batch) {
-  check(labels.is_contiguous() && labels.numel() == batch, labels.numel(), " labels for ", batch, " rows of logits");
-}
-
 }  // namespace
 
 void cross_entropy(const Tensor& logits, const Tensor& labels, double smoothing, const Tensor& loss) {
@@ -83,9 +76,7 @@ void cross_entropy(const Tensor& logits, const Tensor& labels, double smoothing,
 }
 
 void cross_entropy_soft(const Tensor& logits, const Tensor& targets, const Tensor& loss) {
-  check_logits(logits, "cross_entropy_soft");
-  check(targets.shape() == logits.shape(), "cross_entropy_soft: targets of shape ", targets.shape(), " for logits ", logits.shape());
-  check(loss.is_contiguous() && loss.numel() == logits.dim(0), "cross_entropy_soft: loss has ", loss.numel(), " elements");
+  check_loss(logits, targets, loss, "cross_entropy_soft");
   const int64_t classes = logits.dim(1);
   dispatch_wide(logits.dtype(), [&](auto tag) {
     using T = decltype(tag);
@@ -121,9 +112,7 @@ void cross_entropy_grad(const Tensor& dloss, const Tensor& logits, const Tensor&
 }
 
 void cross_entropy_soft_grad(const Tensor& dloss, const Tensor& logits, const Tensor& targets, const Tensor& dlogits) {
-  check_logits(logits, "cross_entropy_soft_grad");
-  check(targets.shape() == logits.shape() && dlogits.shape() == logits.shape(), "cross_entropy_soft_grad: tensors of shapes ",
-        logits.shape(), ", ", targets.shape(), " and ", dlogits.shape());
+  check_loss_grad(logits, targets, dlogits, "cross_entropy_soft_grad");
   const int64_t classes = logits.dim(1);
   dispatch_wide(logits.dtype(), [&](auto tag) {
     using T = decltype(tag);

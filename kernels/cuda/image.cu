@@ -1,4 +1,4 @@
-// (x / 255 - mean[c]) / std[c]; an image as rows of patches and back; a token before the others; the mean of tokens.
+// (x / 255 - mean[c]) / std[c], of pixels that may be mixed before; an image as rows of patches and back; a token before the others; the mean of tokens.
 #include "column_sums.h"
 #include "mesa/kernels/elementwise.h"
 #include "mesa/kernels/image.h"
@@ -18,23 +18,44 @@ struct Normalization {
   A factor[kMaxChannels], shift[kMaxChannels];
 };
 
+/// Where the pixels of a batch lie.
+struct Pixels {
+  const uint8_t* x;
+  int64_t batch, plane, width;
+  const Mixing* mixing;  ///< null: none
+};
+
 /// C interleaved planes: N pixels a thread are N C bytes, read as 32-bit words, and C packs.
-template <int C, int N, class T>
-__global__ void normalize_packs_kernel(int64_t pixels, int64_t plane, Normalization<Acc<T>> by, const uint8_t* x, T* y) {
+template <bool kMixed, int C, int N, class T>
+__global__ void normalize_packs_kernel(Pixels pixels, Normalization<Acc<T>> by, T* y) {
   static_assert(N * C % 4 == 0);
-  for (int64_t i = global_index() * N; i < pixels; i += global_stride() * N) {
-    uint32_t words[N * C / 4];
+  constexpr int kWords = N * C / 4;
+  using A = Acc<T>;
+  const int64_t plane = pixels.plane;
+  for (int64_t i = global_index() * N; i < pixels.batch * plane; i += global_stride() * N) {
+    uint32_t own[kWords], other[kWords];
+    const auto byte_of = [](const uint32_t (&words)[kWords], int byte) { return static_cast<A>(words[byte / 4] >> byte % 4 * 8 & 0xff); };
+    const int64_t image = i / plane, at = i - image * plane;
 #pragma unroll
-    for (int k = 0; k < N * C / 4; ++k) words[k] = reinterpret_cast<const uint32_t*>(x + i * C)[k];
-    const int64_t image = i / plane;
-    T* const to = y + image * plane * C + (i - image * plane);
+    for (int k = 0; k < kWords; ++k) own[k] = reinterpret_cast<const uint32_t*>(pixels.x + i * C)[k];
+    A weight[N];
+    if constexpr (kMixed) {
+      const uint8_t* partner = pixels.x + (Mixing::partner(image, pixels.batch) * plane + at) * C;
+      const Mixing mixing = pixels.mixing[image];
+#pragma unroll
+      for (int k = 0; k < kWords; ++k) other[k] = reinterpret_cast<const uint32_t*>(partner)[k];
+#pragma unroll
+      for (int k = 0; k < N; ++k) weight[k] = mixing.weight((at + k) / pixels.width, (at + k) % pixels.width);
+    }
+    T* const to = y + image * plane * C + at;
 #pragma unroll
     for (int c = 0; c < C; ++c) {
-      Acc<T> v[N];
+      A v[N];
 #pragma unroll
       for (int k = 0; k < N; ++k) {
-        const int byte = k * C + c;
-        v[k] = static_cast<Acc<T>>(words[byte / 4] >> byte % 4 * 8 & 0xff) * by.factor[c] - by.shift[c];
+        A x = byte_of(own, k * C + c);
+        if constexpr (kMixed) x = scalar::mixed(x, byte_of(other, k * C + c), weight[k]);
+        v[k] = x * by.factor[c] - by.shift[c];
       }
       store_pack(to + c * plane, v);
     }
@@ -43,13 +64,20 @@ __global__ void normalize_packs_kernel(int64_t pixels, int64_t plane, Normalizat
 
 /// Any number of channels, one pixel a thread.
 template <class T>
-__global__ void normalize_kernel(int64_t pixels, int64_t plane, int channels, Normalization<Acc<T>> by, const uint8_t* x, T* y) {
-  for (int64_t i = global_index(); i < pixels; i += global_stride()) {
-    const int64_t image = i / plane;
-    T* const to = y + image * plane * channels + (i - image * plane);
+__global__ void normalize_kernel(Pixels pixels, int channels, Normalization<Acc<T>> by, T* y) {
+  using A = Acc<T>;
+  const int64_t plane = pixels.plane;
+  for (int64_t i = global_index(); i < pixels.batch * plane; i += global_stride()) {
+    const int64_t image = i / plane, at = i - image * plane, partner = Mixing::partner(image, pixels.batch) * plane + at;
+    const A weight = pixels.mixing == nullptr ? 1 : pixels.mixing[image].weight(at / pixels.width, at % pixels.width);
+    T* const to = y + image * plane * channels + at;
 #pragma unroll
-    for (int c = 0; c < kMaxChannels; ++c)
-      if (c < channels) store(to + c * plane, static_cast<Acc<T>>(x[i * channels + c]) * by.factor[c] - by.shift[c]);
+    for (int c = 0; c < kMaxChannels; ++c) {
+      if (c >= channels) continue;
+      A x = static_cast<A>(pixels.x[i * channels + c]);
+      if (weight != A(1)) x = scalar::mixed(x, static_cast<A>(pixels.x[partner * channels + c]), weight);
+      store(to + c * plane, x * by.factor[c] - by.shift[c]);
+    }
   }
 }
 
@@ -101,7 +129,8 @@ void check_mean(const Tensor& x, int64_t from, const Tensor& y, const char* name
 
 }  // namespace
 
-void normalize_images(const Tensor& pixels, const std::vector<float>& mean, const std::vector<float>& std, const Tensor& y) {
+void normalize_images(const Tensor& pixels, const std::vector<float>& mean, const std::vector<float>& std, const Tensor& mixing,
+                      const Tensor& y) {
   check(pixels.rank() == 4 && y.rank() == 4 && pixels.is_contiguous() && y.is_contiguous(), "normalize_images: tensors of shapes ",
         pixels.shape(), " and ", y.shape());
   const int64_t height = pixels.dim(1), width = pixels.dim(2), channels = pixels.dim(3), plane = height * width;
@@ -109,9 +138,11 @@ void normalize_images(const Tensor& pixels, const std::vector<float>& mean, cons
   check(static_cast<int64_t>(mean.size()) == channels && static_cast<int64_t>(std.size()) == channels, "normalize_images: ", mean.size(),
         " means and ", std.size(), " deviations for ", channels, " channels");
   check(channels <= kMaxChannels, "normalize_images: ", channels, " channels; on a GPU there may be ", kMaxChannels);
+  check_mixing(mixing, pixels);
   if (y.numel() == 0) return;
-  const int64_t n = pixels.dim(0) * plane;
-  const uint8_t* px = pixels.data<uint8_t>();
+  const auto* mixed = mixing.defined() ? reinterpret_cast<const Mixing*>(mixing.data<float>()) : nullptr;
+  const Pixels from{pixels.data<uint8_t>(), pixels.dim(0), plane, width, mixed};
+  const int64_t n = from.batch * plane;
   dispatch_float(y.dtype(), [&](auto tag) {
     using T = decltype(tag);
     using A = Acc<T>;
@@ -122,12 +153,11 @@ void normalize_images(const Tensor& pixels, const std::vector<float>& mean, cons
       by.factor[c] = static_cast<A>(1 / (255.0 * static_cast<double>(std[c])));
       by.shift[c] = static_cast<A>(static_cast<double>(mean[c]) / static_cast<double>(std[c]));
     }
-    if (channels == 3 && plane % N == 0 && aligned(px, 4) && aligned(py, N * sizeof(T)))
-      launch("normalize_images", &normalize_packs_kernel<3, N, T>, grid_for(n, N * kMapThreads, kMapBlocks), kMapThreads, 0, n, plane, by,
-             px, py);
+    if (channels == 3 && plane % N == 0 && aligned(from.x, 4) && aligned(py, N * sizeof(T)))
+      launch("normalize_images", mixed != nullptr ? &normalize_packs_kernel<true, 3, N, T> : &normalize_packs_kernel<false, 3, N, T>,
+             grid_for(n, N * kMapThreads, kMapBlocks), kMapThreads, 0, from, by, py);
     else
-      launch("normalize_images", &normalize_kernel<T>, grid_for(n, kMapThreads, kMapBlocks), kMapThreads, 0, n, plane, channels, by, px,
-             py);
+      launch("normalize_images", &normalize_kernel<T>, grid_for(n, kMapThreads, kMapBlocks), kMapThreads, 0, from, channels, by, py);
   });
 }
 

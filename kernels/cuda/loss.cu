@@ -1,6 +1,6 @@
 // loss = lse(x) - sum_k t_k x_k for targets t that sum to 1;  dx = dloss / B (softmax(x) - t);  the mean over a batch.
 // A block for each row of logits: there are few rows, and up to tens of thousands of classes.
-#include "mesa/kernels/norm.h"
+#include "mesa/kernels/loss.h"
 #include "rows.h"
 
 namespace mesa::kernels::cuda {
@@ -118,13 +118,6 @@ __global__ void add_part(const In* x, int64_t n, int64_t size, double count, Out
   if (threadIdx.x == 0) sums[blockIdx.x] = static_cast<Out>(sum / count);
 }
 
-void check_logits(const Tensor& logits, const char* name) {
-  check(logits.rank() == 2 && logits.dim(1) > 0, name, ": logits must be [B, K], not ", logits.shape());
-}
-void check_labels(const Tensor& labels, int64_t batch) {
-  check(labels.is_contiguous() && labels.numel() == batch, labels.numel(), " labels for ", batch, " rows of logits");
-}
-
 template <class Kernel>
 void run(const char* name, const Tensor& logits, const Kernel& kernel) {
   launch_teams<Block>(name, logits.dim(0), logits.dim(1), kernel, kMostThreads);
@@ -143,9 +136,7 @@ void cross_entropy(const Tensor& logits, const Tensor& labels, double smoothing,
 }
 
 void cross_entropy_soft(const Tensor& logits, const Tensor& targets, const Tensor& loss) {
-  check_logits(logits, "cross_entropy_soft");
-  check(targets.shape() == logits.shape(), "cross_entropy_soft: targets of shape ", targets.shape(), " for logits ", logits.shape());
-  check(loss.is_contiguous() && loss.numel() == logits.dim(0), "cross_entropy_soft: loss has ", loss.numel(), " elements");
+  check_loss(logits, targets, loss, "cross_entropy_soft");
   dispatch_wide(logits.dtype(), [&](auto tag) {
     using T = decltype(tag);
     run("cross_entropy_soft", logits, TargetLoss<T>{rows_of<T>(logits), rows_of<T>(targets), loss.data<T>(), logits.dim(1)});
@@ -171,9 +162,7 @@ void cross_entropy_grad(const Tensor& dloss, const Tensor& logits, const Tensor&
 }
 
 void cross_entropy_soft_grad(const Tensor& dloss, const Tensor& logits, const Tensor& targets, const Tensor& dlogits) {
-  check_logits(logits, "cross_entropy_soft_grad");
-  check(targets.shape() == logits.shape() && dlogits.shape() == logits.shape(), "cross_entropy_soft_grad: tensors of shapes ",
-        logits.shape(), ", ", targets.shape(), " and ", dlogits.shape());
+  check_loss_grad(logits, targets, dlogits, "cross_entropy_soft_grad");
   dispatch_wide(logits.dtype(), [&](auto tag) {
     using T = decltype(tag);
     run("cross_entropy_soft_grad", logits,

@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <chrono>
 #include <condition_variable>
+#include <cstring>
 #include <deque>
 #include <exception>
 #include <mutex>
@@ -79,11 +80,13 @@ class Loader::Impl {
 
  private:
   struct Slot {
-    Tensor images, labels;
+    Tensor images, labels, mixing;
   };
+  bool mixes() const { return options_.train && options_.mix.on(); }
   int64_t global_batch() const { return options_.batch_size * options_.world_size; }
   Slot new_slot() const;
   Slot free_slot() const;
+  Tensor mix(const Slot& slot, const Job& job) const;
   void post_jobs();
   void end_threads();
   void work();
@@ -117,6 +120,8 @@ Loader::Impl::Impl(std::shared_ptr<const Dataset> dataset, const TransformOption
   check(options.batch_size > 0, "the batch size must be positive, it is ", options.batch_size);
   check(options.workers >= 0 && options.workers <= 1024, "the number of workers must lie in 0..1024, it is ", options.workers);
   check(options.prefetch > 0, "the loader must prepare at least one batch ahead, prefetch is ", options.prefetch);
+  check(!mixes() || (options.batch_size % 2 == 0 && options.drop_last), "mixup and CutMix need full batches of an even size, not ",
+        options.batch_size);
   check(options.world_size > 0 && options.rank >= 0 && options.rank < options.world_size, "rank ", options.rank, " of ",
         options.world_size);
   check(!options.drop_last || global_batch() <= size, "a batch of ", global_batch(), " pictures is larger than the data set of ", size,
@@ -158,14 +163,25 @@ Loader::Impl::Slot Loader::Impl::new_slot() const {
   const int64_t b = options_.batch_size, side = transform_.image_size;
   const Device memory = options_.pinned ? kPinned : kCpu;
   return {Tensor::empty({b, side, side, transform_.channels}, DType::u8, memory, MemoryKind::inputs),
-          Tensor::empty({b}, DType::i64, memory, MemoryKind::inputs)};
+          Tensor::empty({b}, DType::i64, memory, MemoryKind::inputs),
+          mixes() ? Tensor::empty({b, Mixing::kNumbers}, DType::f32, memory, MemoryKind::inputs) : Tensor()};
 }
 
 /// Runs on the caller's thread, so that "nobody else holds it" cannot change under it. A caller who keeps many batches gets more memory.
 Loader::Impl::Slot Loader::Impl::free_slot() const {
   for (const Slot& slot : slots_)
-    if (slot.images.buffer().use_count() == 1 && slot.labels.buffer().use_count() == 1) return slot;
+    if (slot.images.buffer().use_count() == 1 && slot.labels.buffer().use_count() == 1 &&
+        (!mixes() || slot.mixing.buffer().use_count() == 1))
+      return slot;
   return new_slot();
+}
+
+Tensor Loader::Impl::mix(const Slot& slot, const Job& job) const {
+  if (!mixes()) return {};
+  const MixPlace place{job.batch.epoch, job.batch.index, options_.rank, options_.world_size};
+  const std::vector<Mixing> drawn = draw_mixing(options_.mix, options_.seed, place, job.size, transform_.image_size, transform_.image_size);
+  std::memcpy(slot.mixing.data<float>(), drawn.data(), drawn.size() * sizeof(Mixing));
+  return slot.mixing;
 }
 
 void Loader::Impl::start_epoch(int64_t epoch, int64_t first_batch) {
@@ -202,6 +218,7 @@ void Loader::Impl::post_jobs() {
     job->batch.labels = slot.labels.narrow(0, 0, job->size);
     job->batch.epoch = epoch_;
     job->batch.index = posted_++;
+    job->batch.mixing = mix(slot, *job);
     {
       const std::lock_guard lock(mutex_);
       jobs_.push_back(std::move(job));

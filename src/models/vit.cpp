@@ -81,7 +81,7 @@ Var Vit::embed(const Var& images) const {
   return dropout(x, config_.drop_rate);
 }
 
-Var Vit::operator()(const Var& images) const {
+std::vector<Var> Vit::heads(const Var& images) const {
   const Scope scope("", config_.heads);
   config_.check_images(images.shape());
   Var x = embed(images);
@@ -89,9 +89,14 @@ Var Vit::operator()(const Var& images) const {
   // A layer norm works token by token, so pooling first gives the same result and keeps what is read instead of all.
   if (head_dist_) {
     const Var both = norm_(first_tokens(x, 2));
-    return scale(head_(select_token(both, 0)) + (*head_dist_)(select_token(both, 1)), 0.5);
+    return {head_(select_token(both, 0)), (*head_dist_)(select_token(both, 1))};
   }
-  return head_(norm_(config_.class_token ? select_token(x, 0) : mean_pool(x, config_.prefix())));
+  return {head_(norm_(config_.class_token ? select_token(x, 0) : mean_pool(x, config_.prefix())))};
+}
+
+Var Vit::operator()(const Var& images) const {
+  const std::vector<Var> all = heads(images);
+  return all.size() == 1 ? all[0] : scale(all[0] + all[1], 0.5);
 }
 
 namespace {

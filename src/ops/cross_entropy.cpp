@@ -1,4 +1,4 @@
-#include "mesa/kernels/norm.h"
+#include "mesa/kernels/loss.h"
 #include "mesa/ops/ops.h"
 
 namespace mesa {
@@ -8,6 +8,22 @@ Tensor mean(const Tensor& per_sample) {
   const Tensor loss = Tensor::empty({1}, per_sample.dtype(), per_sample.device());
   kernels::mean_all(per_sample, loss);
   return loss;
+}
+
+/// The mean over a batch of a loss against targets of the logits' form. The kernels live as long as the program.
+template <class Loss, class Grad>
+Var against_targets(const char* name, const Var& logits, const Var& targets, const Loss& loss, const Grad& grad) {
+  const Op op(name, {logits});
+  check(logits.value().rank() == 2 && logits.shape() == targets.shape(), name, ": logits ", logits.shape(), " and soft targets ",
+        targets.shape(), " differ");
+  const Tensor x = op.keep("logits", logits.value()), t = op.keep("targets", targets.value());
+  const Tensor losses = Tensor::empty({logits.dim(0)}, x.dtype(), x.device());
+  loss(x, t, losses);
+  return op.record(mean(losses), [x, t, &grad](const Tensor& dloss) -> Grads {
+    const Tensor dx = empty_like(x);
+    grad(dloss, x, t, dx);
+    return {dx};
+  });
 }
 
 }  // namespace
@@ -36,17 +52,11 @@ Var cross_entropy(const Var& logits, const Tensor& labels, double smoothing) {
 }
 
 Var cross_entropy(const Var& logits, const Var& targets) {
-  const Op op("cross_entropy", {logits});
-  check(logits.value().rank() == 2 && logits.shape() == targets.shape(), "cross_entropy: logits ", logits.shape(), " and soft targets ",
-        targets.shape(), " differ");
-  const Tensor x = op.keep("logits", logits.value()), t = op.keep("targets", targets.value());
-  const Tensor losses = Tensor::empty({logits.dim(0)}, x.dtype(), x.device());
-  kernels::cross_entropy_soft(x, t, losses);
-  return op.record(mean(losses), [=](const Tensor& dloss) -> Grads {
-    const Tensor dx = empty_like(x);
-    kernels::cross_entropy_soft_grad(dloss, x, t, dx);
-    return {dx};
-  });
+  return against_targets("cross_entropy", logits, targets, kernels::cross_entropy_soft, kernels::cross_entropy_soft_grad);
+}
+
+Var binary_cross_entropy(const Var& logits, const Var& targets) {
+  return against_targets("binary_cross_entropy", logits, targets, kernels::binary_cross_entropy, kernels::binary_cross_entropy_grad);
 }
 
 }  // namespace mesa

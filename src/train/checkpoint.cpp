@@ -87,12 +87,11 @@ std::string resolve_checkpoint(const std::string& path, const std::string& prefe
   fail("", path, " is neither a checkpoint (no ", kModelFile, " in it) nor a run's folder (no checkpoints/last)");
 }
 
-/// The weights' file of a checkpoint, verified.
-static std::string weights_file(const std::string& path) {
+std::string weights_file(const std::string& path, bool verify) {
   const std::string at = resolve_checkpoint(path, "best");
   const std::string file = fs::is_directory(at) ? at + "/" + kModelFile : at;
   const std::string folder = fs::absolute(file).parent_path().string();
-  if (fs::is_directory(at) || fs::exists(folder + "/" + kStateFile))
+  if (verify && (fs::is_directory(at) || fs::exists(folder + "/" + kStateFile)))
     verify_folder(folder);  // a file taken out of its checkpoint stands alone
   return file;
 }

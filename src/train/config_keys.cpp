@@ -69,6 +69,12 @@ const Key kKeys[] = {
     KEY(data.color_jitter, probability(), "Strength of brightness, contrast and saturation jitter"),
     KEY(data.interpolation, one_of("bilinear|bicubic"), "Filter of every resize"),
     KEY(data.crop_pct, (Allowed{0, 1, true, false, "", 0}), "Share of the resized image that the evaluation's centre crop keeps"),
+    KEY(data.mixup, at_least(0), "Mixup: alpha of Beta(alpha, alpha), from which the share of a sample in its mixture comes; 0 = none"),
+    KEY(data.cutmix, at_least(0), "CutMix: the same for the share of the area; where both are on, one is drawn"),
+    KEY(data.mix_prob, probability(), "Probability of mixing at all"),
+    KEY(data.mix_switch_prob, probability(), "Probability of CutMix where Mixup is on, too"),
+    KEY(data.mix_mode, one_of("batch|pair|elem"), "One draw for each batch, each pair of samples, or each sample"),
+    KEY(data.mix_off_epoch, count(0, 1e6), "Nothing is mixed from this epoch on; 0 = to the end"),
     KEY(data.mean, between(-1e6, 1e6), "Per-channel mean of values in [0, 1]; empty = the data set's own"),
     KEY(data.std, (Allowed{0, 1e6, true, false, "", 0}), "Per-channel standard deviation; empty = the data set's own"),
 
@@ -79,6 +85,7 @@ const Key kKeys[] = {
     KEY(train.force_precision, any(), "Run bf16 even on a CPU without avx512_bf16 (slow)"),
     KEY(train.accumulation, count(1, 1e6), "Batches whose gradients are added before one update"),
     KEY(train.clip_norm, at_least(0), "Largest norm of the whole gradient; 0 = no clipping"),
+    KEY(train.loss, one_of("cross_entropy|bce"), "`bce`: each class is a yes or no of its own (sigmoid), averaged over batch and classes"),
     KEY(train.label_smoothing, fraction(), "Share of the target spread over all classes"),
     KEY(train.eval_batch_size, count(0, 1e6), "Batch size of the evaluation; 0 = `train.batch_size`"),
     KEY(train.log_interval, count(1), "Steps between two log lines"),
@@ -90,6 +97,12 @@ const Key kKeys[] = {
     KEY(train.weights, any(),
         "Begin with the weights of this checkpoint or safetensors file: positions are resized, a head of other classes begins anew"),
     KEY(train.frozen, any(), "Globs of parameter names that are not trained, such as `[blocks.0.*, pos_embed]`"),
+
+    KEY(distill.kind, one_of("none|soft|hard"), "What is learned from a teacher: its probabilities (`soft`) or its choices (`hard`)"),
+    KEY(distill.teacher, any(), "Checkpoint or safetensors file of the teacher"),
+    KEY(distill.model, any(), "The teacher's `model.name`, for a file that does not say"),
+    KEY(distill.alpha, probability(), "Share of the teacher in the loss"),
+    KEY(distill.tau, above(0), "Temperature of both distributions (`soft`)"),
 
     KEY(optimizer.name, one_of("adamw"), "Optimizer"),
     KEY(optimizer.lr, above(0), "Peak learning rate"),

@@ -27,7 +27,7 @@ Batch without_replacements(const Batch& batch) {
   const int64_t n = batch.labels.numel(), kept = n - static_cast<int64_t>(batch.replaced.size());
   Shape shape = batch.images.shape();
   shape[0] = kept;
-  Batch out{Tensor::empty(shape, DType::u8), Tensor::empty({kept}, DType::i64), batch.epoch, batch.index, {}, {}};
+  Batch out{Tensor::empty(shape, DType::u8), Tensor::empty({kept}, DType::i64), {}, batch.epoch, batch.index, {}, {}};
   const int64_t bytes = batch.images.numel() / n;
   for (int64_t from = 0, to = 0; from < n; ++from) {
     if (std::find(batch.replaced.begin(), batch.replaced.end(), from) != batch.replaced.end()) continue;

@@ -9,6 +9,7 @@
 #include <regex>
 
 #include "mesa/base/cuda.h"
+#include "mesa/train/objective.h"
 
 namespace mesa {
 namespace {
@@ -28,12 +29,18 @@ struct LoaderRing {
   LoaderRing(const RunConfig& config, const ImageConfig& model, int64_t batch)
       : pixels(Tensor::empty({batches(config), batch, model.image_size, model.image_size, model.channels}, DType::u8, plan_device(config),
                              MemoryKind::inputs)),
-        labels(Tensor::empty({batches(config), batch}, DType::i64, plan_device(config), MemoryKind::inputs)) {}
+        labels(Tensor::empty({batches(config), batch}, DType::i64, plan_device(config), MemoryKind::inputs)),
+        mixing(mixes(config)
+                   ? Tensor::empty({batches(config), batch, Mixing::kNumbers}, DType::f32, plan_device(config), MemoryKind::inputs)
+                   : Tensor()) {}
   /// A GPU's memory holds the one that it works on and the one that comes next, and recorded passes read a copy.
   static int64_t batches(const RunConfig& config) {
     return plan_device(config) == kMetaCuda ? (config.train.cuda_graph ? 3 : 2) : config.data.prefetch + 2;
   }
-  Tensor pixels, labels;
+  static bool mixes(const RunConfig& config) { return config.data.mixup > 0 || config.data.cutmix > 0; }
+  /// The labels and the mixing of a batch.
+  Prepared first(const Tensor& images) const { return {images, labels.select(0, 0), mixing.defined() ? mixing.select(0, 0) : Tensor()}; }
+  Tensor pixels, labels, mixing;
 };
 
 Tensor meta_images(const ImageConfig& model, int64_t batch, Device device) {
@@ -46,6 +53,7 @@ MetaStep meta_step(const RunConfig& config, const NetConfig& model, StoragePolic
   Allocator& memory = Allocator::of(device);
   memory.release_cached();
   const MemoryUse before = memory.use();
+  const Objective objective(config, model.input(), device);
   memory.reset_peak();
   MetaStep out;
   BuiltModel built(config, model, device);
@@ -54,13 +62,14 @@ MetaStep meta_step(const RunConfig& config, const NetConfig& model, StoragePolic
   const int64_t B = config.train.batch_size;
   const int64_t eval_batch = config.train.eval_batch_size > 0 ? config.train.eval_batch_size : B;
   const LoaderRing training(config, model.input(), B), evaluation(config, model.input(), eval_batch);
-  const Tensor labels = training.labels.select(0, 0);
   const auto recorded = memory.new_cache();  // recorded passes share no memory with anything else
   {
     std::optional<Allocator::Using> own;
     if (config.train.cuda_graph) own.emplace(memory, recorded);
+    const Tensor images = meta_images(model.input(), B, device);
+    const Targets targets = objective.targets(training.first(images));
     Tape tape(policy);
-    const Var loss = cross_entropy(built.net(meta_images(model.input(), B, device)), labels, config.train.label_smoothing);
+    const Var loss = objective(built.net, images, targets);
     out.activation_bytes = memory.use().of(MemoryKind::activations) - before.of(MemoryKind::activations);
     tape.backward(loss);
   }

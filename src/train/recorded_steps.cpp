@@ -54,11 +54,14 @@ void RecordedSteps::take_in(const SentBatch& batch, uint64_t step) {
   if (!batch_.pixels.defined()) {
     batch_.pixels = Tensor::empty(batch.pixels.shape(), batch.pixels.dtype(), model_.device, MemoryKind::inputs);
     batch_.labels = Tensor::empty(batch.labels.shape(), batch.labels.dtype(), model_.device, MemoryKind::inputs);
+    if (batch.mixing.defined())
+      batch_.mixing = Tensor::empty(batch.mixing.shape(), batch.mixing.dtype(), model_.device, MemoryKind::inputs);
     step_ = Tensor::empty({1}, DType::i64, model_.device);
   }
   if (batch.arrival) cuda::wait_for(batch.arrival);
   transfer(batch.pixels, batch_.pixels);
   transfer(batch.labels, batch_.labels);
+  if (batch.mixing.defined()) transfer(batch.mixing, batch_.mixing);
   transfer(Tensor::from<int64_t>({1}, {static_cast<int64_t>(step)}), step_);
 }
 

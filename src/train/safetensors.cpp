@@ -150,7 +150,7 @@ Header parse_header(std::string_view text, uint64_t data_bytes, const std::strin
 // `read(offset, into, bytes)` copies a part of the file.
 using ReadAt = std::function<void(uint64_t offset, void* into, uint64_t bytes)>;
 
-SafetensorsFile load(uint64_t file_bytes, const std::string& file, const ReadAt& read) {
+SafetensorsFile load(uint64_t file_bytes, const std::string& file, const ReadAt& read, Device device) {
   if (file_bytes < 8) refuse(file, "is too short (", file_bytes, " bytes) to be a safetensors file");
   uint64_t header_bytes = 0;
   read(0, &header_bytes, 8);
@@ -164,8 +164,8 @@ SafetensorsFile load(uint64_t file_bytes, const std::string& file, const ReadAt&
   SafetensorsFile out;
   out.metadata = std::move(header.metadata);
   for (Entry& entry : header.entries) {
-    Tensor tensor = Tensor::empty(entry.shape, entry.dtype, kCpu, MemoryKind::parameters);
-    if (entry.end > entry.begin) read(8 + header_bytes + entry.begin, tensor.raw(), entry.end - entry.begin);
+    Tensor tensor = Tensor::empty(entry.shape, entry.dtype, device, MemoryKind::parameters);
+    if (device == kCpu && entry.end > entry.begin) read(8 + header_bytes + entry.begin, tensor.raw(), entry.end - entry.begin);
     out.tensors.push_back({std::move(entry.name), std::move(tensor)});
   }
   return out;
@@ -248,10 +248,10 @@ void write_safetensors(const std::string& path, std::span<const NamedTensor> ten
 SafetensorsFile parse_safetensors(std::string_view bytes, const std::string& name) {
   return load(bytes.size(), name, [&](uint64_t offset, void* into, uint64_t count) {
     if (count > 0) std::memcpy(into, bytes.data() + offset, count);
-  });
+  }, kCpu);
 }
 
-SafetensorsFile read_safetensors(const std::string& path) {
+SafetensorsFile read_safetensors(const std::string& path, Device device) {
   const int fd = ::open(path.c_str(), O_RDONLY | O_CLOEXEC);
   if (fd < 0) refuse(path, "cannot be opened: ", std::strerror(errno));
   const std::shared_ptr<void> closer(nullptr, [fd](void*) { ::close(fd); });
@@ -269,7 +269,7 @@ SafetensorsFile read_safetensors(const std::string& path) {
       offset += static_cast<uint64_t>(got);
       count -= static_cast<uint64_t>(got);
     }
-  });
+  }, device);
 }
 
 }  // namespace mesa

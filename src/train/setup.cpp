@@ -160,6 +160,14 @@ TransformOptions make_transform(const RunConfig& config, const ImageConfig& mode
   return t;
 }
 
+static MixOptions mix_options(const RunConfig& config) {
+  const DataConfig& d = config.data;
+  const MixOptions mix{d.mixup, d.cutmix, d.mix_prob, d.mix_switch_prob, parse_mix_mode(d.mix_mode, "data.mix_mode"), d.mix_off_epoch};
+  if (mix.on() && config.train.batch_size % 2 != 0)
+    config.refuse("train.batch_size", config.train.batch_size, " is odd, and mixup and CutMix mix samples in pairs");
+  return mix;
+}
+
 LoaderOptions make_loader_options(const RunConfig& config, bool train, Device device) {
   const int64_t eval_batch = config.train.eval_batch_size > 0 ? config.train.eval_batch_size : config.train.batch_size;
   LoaderOptions options = train ? LoaderOptions{} : LoaderOptions::evaluation(eval_batch);
@@ -168,6 +176,7 @@ LoaderOptions make_loader_options(const RunConfig& config, bool train, Device de
   options.workers = config.data.workers;
   options.prefetch = config.data.prefetch;
   options.seed = static_cast<uint64_t>(config.seed);
+  if (train) options.mix = mix_options(config);
   options.on_bad_sample = parse_on_bad_sample(config.data.on_bad_sample, "data.on_bad_sample");
   return options;
 }
@@ -188,8 +197,8 @@ StorageConfig reference_storage() {
 
 SentBatch send(Batch batch, int64_t classes, Device device, const cuda::Mark& after) {
   check_labels(batch.labels, classes);
-  SentBatch sent{std::move(batch), {}, {}, {}, {}};
-  sent.pixels = sent.host.images, sent.labels = sent.host.labels;
+  SentBatch sent{std::move(batch), {}, {}, {}, {}, {}};
+  sent.pixels = sent.host.images, sent.labels = sent.host.labels, sent.mixing = sent.host.mixing;
   if (device.kind != DeviceKind::cuda) return sent;
   const auto copy = [&](Tensor& t) {  // a byte a value: four times less to move than floats
     const Tensor there = Tensor::empty(t.shape(), t.dtype(), device, MemoryKind::inputs);
@@ -198,6 +207,7 @@ SentBatch send(Batch batch, int64_t classes, Device device, const cuda::Mark& af
   };
   copy(sent.pixels);
   copy(sent.labels);
+  if (sent.mixing.defined()) copy(sent.mixing);
   sent.guard = std::shared_ptr<void>(nullptr, [mark = sent.arrival](void*) {
     if (cuda::passed(mark)) return;
     cuda::wait_for(mark);
@@ -211,8 +221,8 @@ Prepared prepare(const SentBatch& batch, const TransformOptions& transform) {
   const Tensor& pixels = batch.pixels;
   const Shape shape{pixels.dim(0), pixels.dim(3), pixels.dim(1), pixels.dim(2)};
   const Tensor images = Tensor::empty(shape, DType::f32, pixels.device(), MemoryKind::inputs);
-  kernels::normalize_images(pixels, transform.mean, transform.std, images);
-  return {images, batch.labels};
+  kernels::normalize_images(pixels, transform.mean, transform.std, batch.mixing, images);
+  return {images, batch.labels, batch.mixing};
 }
 
 BuiltModel::BuiltModel(const RunConfig& config, const NetConfig& model, Device device)

@@ -187,6 +187,8 @@ void Run::introduce() {
   say("device: " + describe_device(config_.device, model_.device));
   say(concat("data: ", data_.train->size(), " training and ", data_.test->size(), " test images of ", data_.train->classes(),
              " classes; output: ", config_.output));
+  if (config_.distill.kind != "none")
+    say(concat("teacher: ", config_.distill.teacher, ", ", config_.distill.kind, " distillation with a share of ", config_.distill.alpha));
   if (!resume_.empty())
     say(concat("resumed from ", resume_, " after epoch ", state_.epoch, ", step ", state_.step));
   else if (!options_.resume.empty())

@@ -10,7 +10,13 @@ namespace mesa {
 
 Updater::Updater(const RunConfig& config, BuiltModel& model, StoragePolicy& policy, AdamW& optimizer, const Schedule& schedule,
                  const TransformOptions& transform)
-    : config_(config), model_(model), policy_(policy), optimizer_(optimizer), schedule_(schedule), transform_(transform) {
+    : config_(config),
+      model_(model),
+      policy_(policy),
+      optimizer_(optimizer),
+      schedule_(schedule),
+      transform_(transform),
+      objective_(config, model.net.input(), model.device) {
   if (config.train.cuda_graph) recorded_.emplace(config, model, policy);
 }
 
@@ -31,9 +37,10 @@ double Updater::forward_backward(const SentBatch& batch, uint64_t micro_step, do
 Tensor Updater::pass(const SentBatch& batch, uint64_t micro_step, const uint64_t* live_step, double scale, const Meanwhile& meanwhile) {
   Allocator& memory = Allocator::of(model_.device);
   const int64_t before = memory.use().of(MemoryKind::activations);
-  Tape tape(policy_, static_cast<uint64_t>(config_.seed), micro_step, live_step);
   const Prepared data = prepare(batch, transform_);
-  const Var loss = cross_entropy(model_.net(data.images), data.labels, config_.train.label_smoothing);
+  const Targets targets = objective_.targets(data);
+  Tape tape(policy_, static_cast<uint64_t>(config_.seed), micro_step, live_step);
+  const Var loss = objective_(model_.net, data.images, targets);
   activation_bytes_ = memory.use().of(MemoryKind::activations) - before;
   meanwhile({});  // before the backward pass is handed over, so that copies begun here run beside it
   tape.backward(loss, {}, scale);
@@ -92,10 +99,11 @@ std::string Updater::find_culprit(const SentBatch& batch, uint64_t micro_step, c
   if (const std::string bad = first_bad_parameter(model_.params); !bad.empty()) return "the parameter " + bad;
   // The same step again, with every result and gradient looked at; a policy of its own leaves the run's ranges alone.
   StoragePolicy exact("exact", {{"*", "exact", {}, ""}});
+  const Prepared data = prepare(batch, transform_);
+  const Targets targets = objective_.targets(data);
   Tape tape(exact, static_cast<uint64_t>(config_.seed), micro_step);
   tape.check_finite(true);
-  const Prepared data = prepare(batch, transform_);
-  const Var loss = cross_entropy(model_.net(data.images), data.labels, config_.train.label_smoothing);
+  const Var loss = objective_(model_.net, data.images, targets);
   if (tape.first_bad().empty()) tape.backward(loss);
   model_.params.clear_gradients();
   if (!tape.first_bad().empty()) return tape.first_bad();

@@ -4,6 +4,7 @@
 
 #include "mesa/train/checkpoint.h"
 #include "mesa/train/setup.h"
+#include "mesa/train/objective.h"
 #include "recorded_steps.h"
 
 namespace mesa {
@@ -41,6 +42,7 @@ class Updater {
   AdamW& optimizer_;
   Schedule schedule_;
   TransformOptions transform_;
+  Objective objective_;
   std::optional<RecordedSteps> recorded_;
   int64_t activation_bytes_ = 0;
 };

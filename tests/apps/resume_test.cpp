@@ -24,10 +24,11 @@ void check_same(const TinyRun& tiny, const std::string& a, const std::string& b)
   }
 }
 
-const Args kEverything{"storage=mesa",          "model.attention=explicit", "model.depth=2",         "model.drop_path=0.2",
-                       "model.drop_rate=0.1",   "model.attn_drop_rate=0.1", "train.accumulation=3",  "data.crop=resized",
-                       "data.flip=0.5",         "data.color_jitter=0.4",    "train.clip_norm=1",     "train.epochs=3",
-                       "train.batch_size=8",    "train.log_interval=3"};
+const Args kEverything{"data.mixup=0.8",           "data.cutmix=1",        "train.loss=bce",      "storage=mesa",
+                       "model.attention=explicit", "model.depth=2",        "model.drop_path=0.2", "model.drop_rate=0.1",
+                       "model.attn_drop_rate=0.1", "train.accumulation=3", "data.crop=resized",   "data.flip=0.5",
+                       "data.color_jitter=0.4",    "train.clip_norm=1",    "train.epochs=3",      "train.batch_size=8",
+                       "train.log_interval=3"};
 
 /// The bytes behind the header, whose metadata tell how many loader threads there were.
 std::string weights_of(const TinyRun& tiny, const std::string& run) {

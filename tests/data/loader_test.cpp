@@ -88,6 +88,31 @@ std::vector<Record> read_epoch(Loader& loader, int64_t epoch, int64_t first_batc
 }
 }  // namespace
 
+TEST_CASE("the mixing of a batch depends on its number, not on the workers, and stays while the batch is held", "[data]") {
+  const auto numbers = std::make_shared<Numbers>(103);
+  const auto mixings = [&](LoaderOptions options, int64_t first_batch) {
+    options.mix.mixup = 0.8, options.mix.cutmix = 1, options.mix.mode = MixMode::elem;
+    Loader loader(numbers, augmented(), options);
+    std::vector<Batch> held;
+    loader.start_epoch(1, first_batch);
+    while (auto batch = loader.next()) held.push_back(std::move(*batch));
+    std::vector<std::vector<float>> out;
+    for (const Batch& batch : held) out.push_back(batch.mixing.to_vector<float>());
+    return out;
+  };
+  const auto all = mixings(batches_of(10), 0);
+  REQUIRE(all.size() == 10);
+  CHECK(all[0] != all[1]);
+  CHECK(mixings(batches_of(10, 4), 0) == all);
+  CHECK(mixings(batches_of(10), 7) == std::vector(all.begin() + 7, all.end()));
+  Loader plain(numbers, augmented(), batches_of(10));
+  plain.start_epoch(0);
+  CHECK_FALSE(plain.next()->mixing.defined());
+  LoaderOptions odd = batches_of(7);
+  odd.mix.mixup = 1;
+  CHECK_THROWS_WITH(Loader(numbers, augmented(), odd), Contains("even size") && Contains("7"));
+}
+
 TEST_CASE("order and pixels depend on the seed and the epoch, not on the workers", "[data]") {
   const auto numbers = std::make_shared<Numbers>(103);
   Loader reference(numbers, augmented(), batches_of(10));

@@ -3,6 +3,7 @@
 
 #include <catch2/catch.hpp>
 #include <cmath>
+#include <cstring>
 
 #include "mesa/kernels/elementwise.h"
 #include "support/kernels.h"
@@ -27,7 +28,7 @@ TEST_CASE("normalize_images turns pixels into planes", "[kernels]") {
       for (const DType dtype : kFloats)
         for (const auto& run : implementations(kernels::normalize_images)) {
           const Tensor y = Tensor::empty({2, channels, size, size + 1}, dtype);
-          run(pixels, m, d, y);
+          run(pixels, m, d, {}, y);
           const std::vector<double> got = y.to_vector<double>();
           const int64_t plane = size * (size + 1);
           double worst = 0;
@@ -39,6 +40,39 @@ TEST_CASE("normalize_images turns pixels into planes", "[kernels]") {
           CHECK(worst < (dtype == DType::f64 ? 1e-14 : dtype == DType::f32 ? 5e-7 : 0.01));
         }
     }
+}
+
+TEST_CASE("normalize_images mixes each picture with the one half a batch further", "[kernels]") {
+  // Nothing, Mixup, CutMix of a box, of a corner, an empty box, of everything.
+  const std::vector<Mixing> mixing{{1, 0, 0, 4, 4, 1},    {0.75f, 0, 0, 6, 8, 0.75f}, {0, 1, 2, 4, 7, 0.5f},
+                                   {0, 0, 0, 1, 1, 0.9f}, {0, 3, 3, 3, 3, 1},         {0, 0, 0, 6, 8, 0}};
+  const int64_t batch = 6, height = 6, width = 8;
+  const Tensor rows = Tensor::empty({batch, Mixing::kNumbers}, DType::f32);
+  std::memcpy(rows.data<float>(), mixing.data(), mixing.size() * sizeof(Mixing));
+  for (const int64_t channels : {1, 3}) {
+    std::vector<uint8_t> values(batch * height * width * channels);
+    for (size_t i = 0; i < values.size(); ++i) values[i] = static_cast<uint8_t>(mix64(i + 7) & 255);
+    const Tensor pixels = Tensor::from<uint8_t>({batch, height, width, channels}, values);
+    const std::vector<float> mean(channels, 0.5f), deviation(channels, 0.25f);
+    std::vector<double> want;
+    for (int64_t b = 0; b < batch; ++b)
+      for (int64_t c = 0; c < channels; ++c)
+        for (int64_t y = 0; y < height; ++y)
+          for (int64_t x = 0; x < width; ++x) {
+            const Mixing& m = mixing[b];
+            const auto pixel = [&](int64_t of) { return values[((of * height + y) * width + x) * channels + c] / 255.0; };
+            const bool within = y >= m.y0 && y < m.y1 && x >= m.x0 && x < m.x1;
+            const double own = within ? m.inside : 1, mixed = own * pixel(b) + (1 - own) * pixel((b + 3) % 6);
+            want.push_back((mixed - 0.5) / 0.25);
+          }
+    for (const DType dtype : kFloats)
+      for (const auto& run : implementations(kernels::normalize_images)) {
+        CAPTURE(channels, to_string(dtype));
+        const Tensor y = Tensor::empty({batch, channels, height, width}, dtype);
+        run(pixels, mean, deviation, rows, y);
+        expect(y, want, dtype == DType::f64 ? 1e-14 : dtype == DType::f32 ? 1e-6 : 0.008);
+      }
+  }
 }
 
 TEST_CASE("patches are extracted in convolution order and scattered back", "[kernels]") {

@@ -1,13 +1,15 @@
 // Cross entropies and their gradients against double arithmetic, on every instruction set this CPU has.
-#include "mesa/kernels/norm.h"
+#include "mesa/kernels/loss.h"
 
 #include <omp.h>
 
+#include <algorithm>
 #include <catch2/catch.hpp>
 #include <cmath>
 #include <limits>
 
 #include "mesa/kernels/elementwise.h"
+#include "mesa/kernels/norm.h"
 #include "support/kernels.h"
 
 using namespace mesa;
@@ -111,6 +113,91 @@ TEST_CASE("cross entropy of extreme logits", "[kernels]") {
       CHECK(std::isnan(grad.data<float>()[8 + k]));
     }
   }
+}
+
+TEST_CASE("targets of mixed samples are their smoothed labels in the proportion of the shares", "[kernels]") {
+  const std::vector<float> shares{1, 0.25f, 0, 0.5f};
+  const std::vector<int64_t> labels{2, 0, 2, 1};
+  const Tensor mixing = Tensor::empty({4, Mixing::kNumbers}, DType::f32), label = Tensor::from<int64_t>({4}, labels);
+  kernels::fill(mixing, 7);
+  for (int64_t b = 0; b < 4; ++b) mixing.data<float>()[b * Mixing::kNumbers + 5] = shares[b];
+  for (const int64_t classes : {3, 50})
+    for (const DType dtype : {DType::f32, DType::f64})
+      for (const double smoothing : {0.0, 0.1})
+        for (const bool mixed : {false, true}) {
+          CAPTURE(classes, to_string(dtype), smoothing, mixed);
+          std::vector<double> want(4 * classes, smoothing / static_cast<double>(classes));
+          for (int64_t b = 0; b < 4; ++b) {
+            const double share = mixed ? shares[b] : 1;
+            want[b * classes + labels[b]] += (1 - smoothing) * share;
+            want[b * classes + labels[(b + 2) % 4]] += (1 - smoothing) * (1 - share);
+          }
+          const Tensor targets = Tensor::empty({4, classes}, dtype);
+          for (const auto& run : implementations(kernels::mixed_targets)) {
+            run(label, mixed ? mixing : Tensor(), smoothing, targets);
+            expect(targets, want, tolerance(dtype));
+          }
+        }
+  const Tensor odd = Tensor::empty({3, Mixing::kNumbers}, DType::f32), three = Tensor::from<int64_t>({3}, {0, 0, 0});
+  CHECK_THROWS_WITH(kernels::plain::mixed_targets(three, odd, 0, Tensor::empty({3, 2}, DType::f32)), Catch::Matchers::Contains("3 is odd"));
+}
+
+TEST_CASE("binary cross entropy is that of each class by itself", "[kernels]") {
+  const int64_t batch = 7;
+  for (const int64_t classes : kClasses)
+    for (const DType dtype : {DType::f32, DType::f64}) {
+      CAPTURE(classes, to_string(dtype));
+      const Tensor logits = random({batch, classes}, dtype, "logits", 4), loss = Tensor::empty({batch}, dtype), grad = empty_like(logits);
+      std::vector<double> targets(batch * classes), want_loss(batch), want_grad;
+      for (size_t i = 0; i < targets.size(); ++i) targets[i] = static_cast<double>(i * 5 % 9) / 8;
+      const std::vector<double> x = logits.to_vector<double>();
+      for (size_t i = 0; i < targets.size(); ++i) {
+        const double p = 1 / (1 + std::exp(-x[i]));
+        want_loss[i / classes] -= (targets[i] * std::log(p) + (1 - targets[i]) * std::log(1 - p)) / static_cast<double>(classes);
+        want_grad.push_back(2.5 * (p - targets[i]) / static_cast<double>(batch * classes));
+      }
+      for (const auto& run : implementations(kernels::binary_cross_entropy)) {
+        run(logits, tensor_of({batch, classes}, targets, dtype), loss);
+        expect(loss, want_loss, tolerance(dtype));
+      }
+      for (const auto& run : implementations(kernels::binary_cross_entropy_grad)) {
+        run(value(2.5, dtype), logits, tensor_of({batch, classes}, targets, dtype), grad);
+        expect(grad, want_grad, tolerance(dtype));
+      }
+    }
+}
+
+TEST_CASE("binary cross entropy of extreme logits", "[kernels]") {
+  const float infinity = std::numeric_limits<float>::infinity();
+  const Tensor logits = Tensor::from<float>({3, 2}, {1000, -1000, -infinity, 0, NAN, 0});
+  const Tensor targets = Tensor::from<float>({3, 2}, {0, 1, 0, 0.5f, 0, 0}), loss = Tensor::empty({3}, DType::f32),
+               grad = empty_like(logits);
+  for (size_t i = 0; i < implementations(kernels::binary_cross_entropy).size(); ++i) {
+    implementations(kernels::binary_cross_entropy)[i](logits, targets, loss);
+    CHECK(loss.data<float>()[0] == 1000.0f);
+    CHECK(loss.data<float>()[1] != loss.data<float>()[1]);  // 0 x infinity: no number, as PyTorch has it
+    CHECK(std::isnan(loss.data<float>()[2]));
+    implementations(kernels::binary_cross_entropy_grad)[i](value(6, DType::f32), logits, targets, grad);
+    const std::vector<float> want{1, -1, 0, 0};
+    for (int k = 0; k < 4; ++k) CHECK(grad.data<float>()[k] == want[k]);
+    CHECK(std::isnan(grad.data<float>()[4]));
+  }
+}
+
+TEST_CASE("argmax is the first of the largest", "[kernels]") {
+  const Tensor labels = Tensor::empty({3}, DType::i64);
+  for (const int64_t classes : {1, 5, 1000})
+    for (const DType dtype : {DType::f32, DType::f64}) {
+      std::vector<double> x = random({3, classes}, dtype, "x").to_vector<double>();
+      x[classes - 1] = 50;
+      x[classes / 2] = 50;
+      x[2 * classes] = 60;
+      for (const auto& run : implementations(kernels::argmax)) {
+        run(tensor_of({3, classes}, x, dtype), labels);
+        const auto row = x.begin() + classes;
+        CHECK(labels.to_vector<int64_t>() == std::vector<int64_t>{classes / 2, std::max_element(row, row + classes) - row, 0});
+      }
+    }
 }
 
 TEST_CASE("mean_all is exact and does not depend on the number of threads", "[kernels]") {

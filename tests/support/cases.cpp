@@ -255,6 +255,8 @@ void losses(std::vector<Case>& t) {
       {"cross_entropy smoothed", {normal(3, 5)}, [three](Vars& v) { return cross_entropy(v[0], beside(v[0], three), 0.1); }, false});
   t.push_back({"cross_entropy", {normal(1, 2)}, [one](Vars& v) { return cross_entropy(v[0], beside(v[0], one), 0.3); }, false});
   t.push_back({"cross_entropy soft", {normal(4, 7), distribution(4, 7)}, [](Vars& v) { return cross_entropy(v[0], v[1]); }, false});
+  t.push_back({"binary_cross_entropy", {normal(4, 7), distribution(4, 7)}, [](Vars& v) { return binary_cross_entropy(v[0], v[1]); }, false});
+  t.push_back({"binary_cross_entropy", {normal(1, 1), distribution(1, 1)}, [](Vars& v) { return binary_cross_entropy(v[0], v[1]); }, false});
 }
 
 }  // namespace

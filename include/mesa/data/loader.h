@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "mesa/data/dataset.h"
+#include "mesa/data/mix.h"
 #include "mesa/data/transform.h"
 #include "mesa/tensor/tensor.h"
 
@@ -27,6 +28,7 @@ struct LoaderOptions {
   bool drop_last = true;  ///< leave out the last batch where it is not full
   OnBadSample on_bad_sample = OnBadSample::error;
   bool pinned = false;  ///< batches in memory that a GPU reads directly
+  MixOptions mix;       ///< of training batches, which must then be even
   /// A global batch has batch_size * world_size pictures; rank r takes the r-th, (r + world_size)-th, ... of it. Without drop_last the last
   /// one may be smaller on some ranks, or empty.
   int64_t rank = 0, world_size = 1;
@@ -43,6 +45,7 @@ struct LoaderOptions {
 struct Batch {
   Tensor images;  ///< u8 [B, H, W, C]
   Tensor labels;  ///< i64 [B]
+  Tensor mixing;  ///< f32 [B, 6], rows of Mixing, for whoever reads the pictures to follow; undefined without mixup and CutMix
   int64_t epoch = 0, index = 0;
   std::vector<int64_t> sample_indices;  ///< of the pictures that are there, replacements included
   std::vector<int64_t> replaced;        ///< positions in the batch that hold another picture because theirs is damaged

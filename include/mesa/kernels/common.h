@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "mesa/tensor/mixing.h"
 #include "mesa/tensor/tensor.h"
 
 namespace mesa::kernels::MESA_ISA {
@@ -73,6 +74,43 @@ Rows<T> rows_of(const Tensor& x) {
   return {x.data<T>(), x.row_stride()};
 }
 inline int64_t width_of(const Tensor& x) { return x.rank() == 0 ? 1 : x.dim(-1); }
+
+/// Rows of Mixing for a batch whose samples pair up; may be undefined.
+inline void check_mixing(const Tensor& mixing, const Tensor& samples) {
+  if (!mixing.defined()) return;
+  const int64_t batch = samples.dim(0);
+  check(mixing.is_contiguous() && mixing.dtype() == DType::f32 && mixing.shape() == Shape({batch, Mixing::kNumbers}), "the mixing of ",
+        batch, " samples is ", mixing.shape());
+  check(batch % 2 == 0, "samples are mixed in pairs; ", batch, " is odd");
+}
+
+inline void check_logits(const Tensor& logits, const char* name) {
+  check(logits.rank() == 2 && logits.dim(1) > 0, name, ": logits must be [B, K], not ", logits.shape());
+}
+inline void check_labels(const Tensor& labels, int64_t batch) {
+  check(labels.is_contiguous() && labels.dtype() == DType::i64 && labels.numel() == batch, labels.numel(), " labels for ", batch,
+        " rows of logits");
+}
+inline void check_loss(const Tensor& logits, const Tensor& targets, const Tensor& loss, const char* name) {
+  check_logits(logits, name);
+  check(targets.shape() == logits.shape(), name, ": targets of shape ", targets.shape(), " for logits ", logits.shape());
+  check(loss.is_contiguous() && loss.numel() == logits.dim(0), name, ": loss has ", loss.numel(), " elements");
+}
+inline void check_loss_grad(const Tensor& logits, const Tensor& targets, const Tensor& dlogits, const char* name) {
+  check_logits(logits, name);
+  check(targets.shape() == logits.shape() && dlogits.shape() == logits.shape(), name, ": tensors of shapes ", logits.shape(), ", ",
+        targets.shape(), " and ", dlogits.shape());
+}
+inline void check_targets(const Tensor& labels, const Tensor& mixing, const Tensor& targets) {
+  check_logits(targets, "mixed_targets");
+  check_flat(targets, "mixed_targets: targets");
+  check_labels(labels, targets.dim(0));
+  check_mixing(mixing, targets);
+}
+inline void check_argmax(const Tensor& x, const Tensor& labels) {
+  check_logits(x, "argmax");
+  check_labels(labels, x.dim(0));
+}
 
 /// What layer_norm takes; xhat and rstd may be undefined.
 inline void check_layer_norm(const Tensor& x, const Tensor& gamma, const Tensor& beta, const Tensor& y, const Tensor& xhat,

@@ -36,15 +36,4 @@ MESA_KERNEL(attention_softmax_grad, const Tensor& dp, const Tensor& p, const Ten
 /// delta[b, h, n] <- sum_d d_o[b, n, h d] o[b, n, h d]; o, d_o [B, N, C] uniform rows, delta [B, H, N] contiguous f32|f64.
 MESA_KERNEL(attention_delta, const Tensor& d_o, const Tensor& o, const Tensor& delta);
 
-/// Rows of logits [B, K] (f32|f64) against integer labels [B] (i64, checked by the caller) with label smoothing s:
-/// loss[b] = -sum_k t_k log softmax(logits)_k, t = (1-s) onehot + s/K  (Szegedy et al., 2016).
-MESA_KERNEL(cross_entropy, const Tensor& logits, const Tensor& labels, double smoothing, const Tensor& loss);
-/// The same against soft targets [B, K], each row a distribution.
-MESA_KERNEL(cross_entropy_soft, const Tensor& logits, const Tensor& targets, const Tensor& loss);
-/// dlogits <- dloss[0] / B (softmax(logits) - t).
-MESA_KERNEL(cross_entropy_grad, const Tensor& dloss, const Tensor& logits, const Tensor& labels, double smoothing, const Tensor& dlogits);
-MESA_KERNEL(cross_entropy_soft_grad, const Tensor& dloss, const Tensor& logits, const Tensor& targets, const Tensor& dlogits);
-/// y[0] <- mean of x (f32|f64), in double.
-MESA_KERNEL(mean_all, const Tensor& x, const Tensor& y);
-
 }  // namespace mesa::kernels

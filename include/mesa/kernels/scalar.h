@@ -130,6 +130,20 @@ MESA_SCALAR T relu(T x) { return x < T(0) ? T(0) : x; }
 template <class T>
 MESA_SCALAR T relu_grad(T dy, T x) { return x <= T(0) ? T(0) : dy; }
 
+/// `own` and `other` in the proportion weight : 1 - weight.
+template <class T>
+MESA_SCALAR T mixed(T own, T other, T weight) { return weight == T(1) ? own : weight * own + (T(1) - weight) * other; }
+
+/// log(1 + exp(x)) - t x: the cross entropy of a yes or no with log-odds x against a target t. Does not vectorize.
+template <class T>
+MESA_SCALAR T binary_cross_entropy(T x, T t) { return (x > T(0) ? x : T(0)) - t * x + std::log1p(exp_nonpositive(x > T(0) ? -x : x)); }
+/// d/dx of it: 1 / (1 + exp(-x)) - t.
+template <class T>
+MESA_SCALAR T binary_cross_entropy_slope(T x, T t) {
+  const T e = exp_nonpositive(x > T(0) ? -x : x);
+  return (x > T(0) ? T(1) : e) / (T(1) + e) - t;
+}
+
 /// The smallest 24-bit integer u with u 2^-24 >= p, so that keeps(word, ..) is uniform(word) >= p in integers.
 MESA_SCALAR uint32_t dropout_threshold(double p) {
   const double scaled = ceil(p * 16777216.0);

@@ -33,6 +33,16 @@ class Net {
   Var operator()(const Var& images) const {
     return std::visit([&](const auto& net) { return net(images); }, net_);
   }
+  /// What each head says by itself: of a distilled model the class token's and the distillation token's, of others all there is.
+  std::vector<Var> heads(const Var& images) const {
+    const auto of = [&](const auto& net) -> std::vector<Var> {
+      if constexpr (requires { net.heads(images); })
+        return net.heads(images);
+      else
+        return {net(images)};
+    };
+    return std::visit(of, net_);
+  }
   const ImageConfig& input() const {
     return std::visit([](const auto& net) -> const ImageConfig& { return net.config(); }, net_);
   }

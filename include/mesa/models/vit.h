@@ -36,6 +36,8 @@ class Vit {
   Vit(const Builder& build, const VitConfig& config);
   /// images [B, channels, H, W] -> logits [B, classes] in the master dtype.
   Var operator()(const Var& images) const;
+  /// What each head says by itself: the class token's, and of a distilled model the distillation token's.
+  std::vector<Var> heads(const Var& images) const;
   const VitConfig& config() const { return config_; }
 
  private:

@@ -90,5 +90,7 @@ void check_labels(const Tensor& labels, int64_t classes);
 Var cross_entropy(const Var& logits, const Tensor& labels, double smoothing = 0);
 /// Soft targets [B, K], each row a distribution, in the logits' dtype.
 Var cross_entropy(const Var& logits, const Var& targets);
+/// Each class a yes or no of its own (sigmoid), targets [B, K] in [0, 1]: the mean over batch and classes, PyTorch's BCEWithLogitsLoss.
+Var binary_cross_entropy(const Var& logits, const Var& targets);
 
 }  // namespace mesa

@@ -45,6 +45,9 @@ LoadedModel load_model(const std::string& path);
 /// Only reads: the run that owns the folder may be writing beside it.
 std::string resolve_checkpoint(const std::string& path, const std::string& prefer);
 
+/// The safetensors file that `path` (as for load_model) stands for. `verify`: check the sums of the checkpoint that it belongs to.
+std::string weights_file(const std::string& path, bool verify = true);
+
 /// Copies weights into the parameters. Throws Error listing what is missing, unexpected or of another shape (the first few).
 void load_weights(ParamStore& params, const std::map<std::string, Tensor>& weights, const std::string& source);
 

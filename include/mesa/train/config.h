@@ -43,6 +43,10 @@ struct DataConfig {
   double color_jitter = 0;
   std::string interpolation = "bicubic";  ///< bilinear | bicubic
   double crop_pct = 1;
+  double mixup = 0, cutmix = 0;  ///< alpha; 0 = none
+  double mix_prob = 1, mix_switch_prob = 0.5;
+  std::string mix_mode = "batch";  ///< batch | pair | elem
+  int64_t mix_off_epoch = 0;       ///< 0 = never
   std::vector<double> mean, std;  ///< per channel, of values in [0, 1]; empty = the data set's own
   bool operator==(const DataConfig&) const = default;
 };
@@ -55,6 +59,7 @@ struct TrainConfig {
   bool cuda_graph = false;
   int64_t accumulation = 1;
   double clip_norm = 0;  ///< 0 = off
+  std::string loss = "cross_entropy";  ///< cross_entropy | bce
   double label_smoothing = 0;
   int64_t eval_batch_size = 0;  ///< 0 = batch_size
   int64_t log_interval = 50;    ///< steps
@@ -65,6 +70,15 @@ struct TrainConfig {
   std::vector<std::string> frozen;  ///< globs of parameter names
   std::string weights;              ///< checkpoint or safetensors file to begin with; empty = first values
   bool operator==(const TrainConfig&) const = default;
+};
+
+/// Learning from a trained model beside the labels.
+struct DistillConfig {
+  std::string kind = "none";  ///< none | soft | hard
+  std::string teacher;        ///< checkpoint or safetensors file
+  std::string model;          ///< the teacher's name where its file does not say; empty = it does
+  double alpha = 0.5, tau = 1;
+  bool operator==(const DistillConfig&) const = default;
 };
 
 struct OptimizerConfig {
@@ -97,6 +111,7 @@ struct RunConfig {
   ModelConfig model;
   DataConfig data;
   TrainConfig train;
+  DistillConfig distill;
   OptimizerConfig optimizer;
   ScheduleConfig schedule;
   StorageConfig storage;
@@ -113,7 +128,7 @@ struct RunConfig {
   }
   /// Compares values, not the places where they were set.
   bool operator==(const RunConfig& o) const {
-    return model == o.model && data == o.data && train == o.train && optimizer == o.optimizer && schedule == o.schedule &&
+    return model == o.model && data == o.data && train == o.train && distill == o.distill && optimizer == o.optimizer && schedule == o.schedule &&
            storage == o.storage && seed == o.seed && device == o.device && output == o.output;
   }
 

@@ -32,7 +32,8 @@ std::string format_safetensors(std::span<const NamedTensor> tensors, const std::
 
 /// Reads and validates a file as strictly as the format asks: header length and UTF-8 JSON, no duplicate names, sizes without overflow,
 /// offsets that tile the data exactly. Throws mesa::Error "<path>: ..." that names the tensor; element types F32, BF16, F64, U8, I32, I64.
-SafetensorsFile read_safetensors(const std::string& path);
+/// On the meta device nothing but the header is read.
+SafetensorsFile read_safetensors(const std::string& path, Device device = kCpu);
 /// The same from memory; `name` stands for the path in errors.
 SafetensorsFile parse_safetensors(std::string_view bytes, const std::string& name);
 

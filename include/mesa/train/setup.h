@@ -33,20 +33,20 @@ LoaderOptions make_loader_options(const RunConfig& config, bool train, Device de
 StoragePolicy make_policy(const StorageConfig& storage);
 /// The rules of configs/storage/exact.yaml, built in: what plans and benchmarks compare with, whatever files lie around.
 StorageConfig reference_storage();
-/// A batch as the model takes it, on its device: images f32 [B, C, H, W], normalized; labels i64 [B].
+/// A batch as the model takes it, on its device: images f32 [B, C, H, W], normalized and mixed; labels i64 [B]; what the mixing was.
 struct Prepared {
-  Tensor images, labels;
+  Tensor images, labels, mixing;
 };
 /// A batch of the loader on its way to the device: on a GPU copied beside whatever it is working on.
 struct SentBatch {
   Batch host;             ///< u8 [B, H, W, C] and i64 [B]; on a GPU it must live until the copy has arrived
-  Tensor pixels, labels;  ///< the same on the device
+  Tensor pixels, labels, mixing;  ///< the same on the device
   cuda::Mark arrival;     ///< null on the CPU
   std::shared_ptr<void> guard;  ///< whoever drops a batch waits until nothing copies from or to its memory
 };
 /// Checks the labels against `classes` and starts the copy, which waits for `after` where that is given.
 SentBatch send(Batch batch, int64_t classes, Device device, const cuda::Mark& after = {});
-/// Normalizes on the device, once the copy has arrived.
+/// Normalizes and mixes on the device, once the copy has arrived.
 Prepared prepare(const SentBatch& batch, const TransformOptions& transform);
 
 /// A model with its parameters: what training, evaluation and benchmarks share.

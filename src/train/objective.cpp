@@ -1,0 +1,60 @@
+#include "mesa/train/objective.h"
+
+#include "mesa/base/scope.h"
+#include "mesa/kernels/loss.h"
+
+namespace mesa {
+
+Objective::Objective(const RunConfig& config, const ImageConfig& model, Device device)
+    : binary_(config.train.loss == "bce"),
+      dense_(binary_ || config.data.mixup > 0 || config.data.cutmix > 0),
+      smoothing_(config.train.label_smoothing),
+      classes_(model.classes) {
+  const DistillConfig& d = config.distill;
+  if (d.kind == "none") {
+    if (!d.teacher.empty()) config.refuse("distill.kind", "is none, but there is a teacher (distill.teacher); soft or hard would use it");
+    return;
+  }
+  if (d.teacher.empty()) config.refuse("distill.teacher", "is empty; distillation (distill.kind: ", d.kind, ") needs a checkpoint");
+  hard_ = d.kind == "hard";
+  alpha_ = d.alpha, tau_ = d.tau;
+  teacher_.emplace(config, model, device);
+}
+
+Targets Objective::targets(const Prepared& batch) const {
+  Targets out;
+  if (dense_) {
+    out.soft = Tensor::empty({batch.labels.dim(0), classes_}, DType::f32, batch.labels.device());
+    kernels::mixed_targets(batch.labels, batch.mixing, smoothing_, out.soft);
+  } else {
+    out.labels = batch.labels;
+  }
+  if (!teacher_) return out;
+  out.teacher = (*teacher_)(batch.images);
+  if (!hard_) return out;
+  const Tensor choices = Tensor::empty({batch.labels.dim(0)}, DType::i64, batch.labels.device());
+  kernels::argmax(out.teacher, choices);
+  out.teacher = choices;
+  return out;
+}
+
+Var Objective::supervised(const Var& logits, const Targets& targets) const {
+  if (binary_) return binary_cross_entropy(logits, Var(targets.soft));
+  return dense_ ? cross_entropy(logits, Var(targets.soft)) : cross_entropy(logits, targets.labels, smoothing_);
+}
+
+Var Objective::imitating(const Var& logits, const Tensor& teacher) const {
+  if (hard_) return cross_entropy(logits, teacher);
+  const Var warm = scale(Var(teacher), 1 / tau_), p = softmax(warm);
+  const Var divergence = cross_entropy(scale(logits, 1 / tau_), p) + scale(cross_entropy(warm, p), -1);
+  return scale(divergence, tau_ * tau_ / static_cast<double>(classes_));
+}
+
+Var Objective::operator()(const Net& net, const Tensor& images, const Targets& targets) const {
+  if (!teacher_) return supervised(net(images), targets);
+  const std::vector<Var> heads = net.heads(images);
+  const Scope scope("distill");
+  return scale(supervised(heads.front(), targets), 1 - alpha_) + scale(imitating(heads.back(), targets.teacher), alpha_);
+}
+
+}  // namespace mesa
