@@ -89,7 +89,7 @@ void normalize_images(const Tensor& pixels, const std::vector<float>& mean, cons
         const uint8_t* from = px + b * plane * channels + c;
         normalize_plane(from, channels, plane, factor, shift, py + i * plane);
         if (mixed == nullptr || mixed[b].inside == 1) continue;
-        const uint8_t* other = px + Mixing::partner(b, batch) * plane * channels + c;
+        const uint8_t* other = px + Mixing::partner(b) * plane * channels + c;
         normalize_mixed_box(mixed[b], from, other, channels, width, factor, shift, py + i * plane);
       }
     });

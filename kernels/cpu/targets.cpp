@@ -16,7 +16,7 @@ void mixed_targets(const Tensor& labels, const Tensor& mixing, double smoothing,
       std::fill(t, t + classes, static_cast<T>(smoothing / static_cast<double>(classes)));
       const double share = mixed != nullptr ? mixed[b].share : 1;
       t[label[b]] += static_cast<T>((1 - smoothing) * share);
-      if (mixed != nullptr) t[label[Mixing::partner(b, batch)]] += static_cast<T>((1 - smoothing) * (1 - share));
+      if (mixed != nullptr) t[label[Mixing::partner(b)]] += static_cast<T>((1 - smoothing) * (1 - share));
     }
   });
 }

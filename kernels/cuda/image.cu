@@ -40,7 +40,7 @@ __global__ void normalize_packs_kernel(Pixels pixels, Normalization<Acc<T>> by, 
     for (int k = 0; k < kWords; ++k) own[k] = reinterpret_cast<const uint32_t*>(pixels.x + i * C)[k];
     A weight[N];
     if constexpr (kMixed) {
-      const uint8_t* partner = pixels.x + (Mixing::partner(image, pixels.batch) * plane + at) * C;
+      const uint8_t* partner = pixels.x + (Mixing::partner(image) * plane + at) * C;
       const Mixing mixing = pixels.mixing[image];
 #pragma unroll
       for (int k = 0; k < kWords; ++k) other[k] = reinterpret_cast<const uint32_t*>(partner)[k];
@@ -68,7 +68,7 @@ __global__ void normalize_kernel(Pixels pixels, int channels, Normalization<Acc<
   using A = Acc<T>;
   const int64_t plane = pixels.plane;
   for (int64_t i = global_index(); i < pixels.batch * plane; i += global_stride()) {
-    const int64_t image = i / plane, at = i - image * plane, partner = Mixing::partner(image, pixels.batch) * plane + at;
+    const int64_t image = i / plane, at = i - image * plane, partner = Mixing::partner(image) * plane + at;
     const A weight = pixels.mixing == nullptr ? 1 : pixels.mixing[image].weight(at / pixels.width, at % pixels.width);
     T* const to = y + image * plane * channels + at;
 #pragma unroll

@@ -15,11 +15,11 @@ struct MixedTargets {
   const int64_t* labels;
   const Mixing* mixing;
   T* targets;
-  int64_t batch, classes;
+  int64_t classes;
   double smoothing;
 
   __device__ void operator()(Block block, int64_t b) const {
-    const int64_t own = labels[b], other = mixing != nullptr ? labels[Mixing::partner(b, batch)] : own;
+    const int64_t own = labels[b], other = mixing != nullptr ? labels[Mixing::partner(b)] : own;
     const double share = mixing != nullptr ? mixing[b].share : 1;
     const T spread = static_cast<T>(smoothing / static_cast<double>(classes));
     const T mine = static_cast<T>((1 - smoothing) * share), theirs = static_cast<T>((1 - smoothing) * (1 - share));
@@ -94,7 +94,7 @@ void mixed_targets(const Tensor& labels, const Tensor& mixing, double smoothing,
   dispatch_wide(targets.dtype(), [&](auto tag) {
     using T = decltype(tag);
     run("mixed_targets", targets,
-        MixedTargets<T>{labels.data<int64_t>(), mixed, targets.data<T>(), targets.dim(0), targets.dim(1), smoothing});
+        MixedTargets<T>{labels.data<int64_t>(), mixed, targets.data<T>(), targets.dim(1), smoothing});
   });
 }
 

@@ -178,7 +178,7 @@ Loader::Impl::Slot Loader::Impl::free_slot() const {
 
 Tensor Loader::Impl::mix(const Slot& slot, const Job& job) const {
   if (!mixes()) return {};
-  const MixPlace place{job.batch.epoch, job.batch.index, options_.rank, options_.world_size};
+  const MixPlace place{job.batch.epoch, job.batch.index, options_.rank * options_.batch_size};
   const std::vector<Mixing> drawn = draw_mixing(options_.mix, options_.seed, place, job.size, transform_.image_size, transform_.image_size);
   std::memcpy(slot.mixing.data<float>(), drawn.data(), drawn.size() * sizeof(Mixing));
   return slot.mixing;

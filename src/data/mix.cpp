@@ -64,15 +64,14 @@ Mixing draw(const MixOptions& options, RandomStream& random, int64_t height, int
 
 std::vector<Mixing> draw_mixing(const MixOptions& options, uint64_t seed, const MixPlace& place, int64_t count, int64_t height,
                                 int64_t width) {
-  check(count % 2 == 0, "samples are mixed in pairs, and a batch of ", count, " has an odd one");
+  check(count % 2 == 0 && place.first % 2 == 0, "samples are mixed in pairs, and a batch of ", count, " has an odd one");
   std::vector<Mixing> all(static_cast<size_t>(count));
   if (options.off_epoch > 0 && place.epoch >= options.off_epoch) return all;
-  const int64_t pairs = count * place.world_size / 2;
   RandomKey key = RandomKey::of(seed, "data.mix", static_cast<uint64_t>(place.epoch));
   key.key = mix64(key.key ^ mix64(static_cast<uint64_t>(place.batch)));
   for (int64_t b = 0; b < count; ++b) {
-    const int64_t in_batch = b * place.world_size + place.rank;
-    const int64_t which = options.mode == MixMode::batch ? 0 : options.mode == MixMode::pair ? in_batch % pairs : in_batch;
+    const int64_t sample = place.first + b;
+    const int64_t which = options.mode == MixMode::batch ? 0 : options.mode == MixMode::pair ? sample / 2 : sample;
     RandomKey own = key;
     own.key = mix64(key.key ^ mix64(static_cast<uint64_t>(which)));
     RandomStream random(own);

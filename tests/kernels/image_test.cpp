@@ -42,7 +42,7 @@ TEST_CASE("normalize_images turns pixels into planes", "[kernels]") {
     }
 }
 
-TEST_CASE("normalize_images mixes each picture with the one half a batch further", "[kernels]") {
+TEST_CASE("normalize_images mixes each picture with its neighbour", "[kernels]") {
   // Nothing, Mixup, CutMix of a box, of a corner, an empty box, of everything.
   const std::vector<Mixing> mixing{{1, 0, 0, 4, 4, 1},    {0.75f, 0, 0, 6, 8, 0.75f}, {0, 1, 2, 4, 7, 0.5f},
                                    {0, 0, 0, 1, 1, 0.9f}, {0, 3, 3, 3, 3, 1},         {0, 0, 0, 6, 8, 0}};
@@ -62,7 +62,7 @@ TEST_CASE("normalize_images mixes each picture with the one half a batch further
             const Mixing& m = mixing[b];
             const auto pixel = [&](int64_t of) { return values[((of * height + y) * width + x) * channels + c] / 255.0; };
             const bool within = y >= m.y0 && y < m.y1 && x >= m.x0 && x < m.x1;
-            const double own = within ? m.inside : 1, mixed = own * pixel(b) + (1 - own) * pixel((b + 3) % 6);
+            const double own = within ? m.inside : 1, mixed = own * pixel(b) + (1 - own) * pixel(b ^ 1);
             want.push_back((mixed - 0.5) / 0.25);
           }
     for (const DType dtype : kFloats)

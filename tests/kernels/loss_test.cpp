@@ -130,7 +130,7 @@ TEST_CASE("targets of mixed samples are their smoothed labels in the proportion 
           for (int64_t b = 0; b < 4; ++b) {
             const double share = mixed ? shares[b] : 1;
             want[b * classes + labels[b]] += (1 - smoothing) * share;
-            want[b * classes + labels[(b + 2) % 4]] += (1 - smoothing) * (1 - share);
+            want[b * classes + labels[b ^ 1]] += (1 - smoothing) * (1 - share);
           }
           const Tensor targets = Tensor::empty({4, classes}, dtype);
           for (const auto& run : implementations(kernels::mixed_targets)) {

@@ -81,7 +81,7 @@ std::vector<double> soft_targets(double smoothing) {
   std::vector<double> t(16, smoothing / 4);
   for (int b = 0; b < 4; ++b) {
     t[b * 4 + labels[b]] += (1 - smoothing) * shares[b];
-    t[b * 4 + labels[(b + 2) % 4]] += (1 - smoothing) * (1 - shares[b]);
+    t[b * 4 + labels[b ^ 1]] += (1 - smoothing) * (1 - shares[b]);
   }
   return t;
 }

@@ -13,8 +13,8 @@ enum class MixMode : uint8_t { batch, pair, elem };
 /// "batch", "pair" or "elem"; anything else throws Error naming `key`.
 MixMode parse_mix_mode(const std::string& text, const std::string& key);
 
-/// timm's Mixup (timm.data.mixup), but for the partner: there the sample at the mirrored place of the batch, here the one half a batch
-/// further (Mixing::partner).
+/// timm's Mixup (timm.data.mixup), but for the partner: there the sample at the mirrored place of the batch, here the neighbour
+/// (Mixing::partner).
 struct MixOptions {
   double mixup = 0, cutmix = 0;  ///< alpha of the distribution Beta(alpha, alpha) of the own share; 0: none of this kind
   double probability = 1;        ///< of mixing at all
@@ -25,10 +25,9 @@ struct MixOptions {
   bool on() const { return mixup > 0 || cutmix > 0; }
 };
 
-/// A rank's part of a global batch: its samples are those at the places rank, rank + world_size, ...
+/// Samples `first`, first + 1, ... (an even number) of a global batch.
 struct MixPlace {
-  int64_t epoch = 0, batch = 0;
-  int64_t rank = 0, world_size = 1;
+  int64_t epoch = 0, batch = 0, first = 0;
 };
 
 /// The mixing of `count` samples (even) of height x width pixels. Depends on (seed, epoch, number of the batch, place in the global batch)

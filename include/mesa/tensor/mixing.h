@@ -17,8 +17,8 @@ struct Mixing {
     return row >= y0 && row < y1 && column >= x0 && column < x1 ? inside : 1.0f;
   }
   static constexpr int64_t kNumbers = 6;
-  /// The sample half a batch further: among ranks that take samples in turn, each finds its partners in its own part of the batch.
-  MESA_HD static int64_t partner(int64_t b, int64_t batch) { return b < batch / 2 ? b + batch / 2 : b - batch / 2; }
+  /// The neighbour: wherever a batch is cut into even parts, for ranks or accumulation, each part has its samples' partners.
+  MESA_HD static int64_t partner(int64_t b) { return b ^ 1; }
 };
 static_assert(sizeof(Mixing) == Mixing::kNumbers * sizeof(float));
 
