@@ -13,7 +13,7 @@ TEXT
 }
 
 packages=(g++ cmake ninja-build libdnnl-dev libyaml-cpp-dev libspdlog-dev libcli11-dev nlohmann-json3-dev
-  libjpeg62-turbo-dev libpng-dev zlib1g-dev catch2 libboost-context-dev)
+  libjpeg62-turbo-dev libpng-dev zlib1g-dev libopenmpi-dev openmpi-bin catch2 libboost-context-dev)
 test_packages=(clang libclang-rt-dev ccache)
 
 for argument in "$@"; do

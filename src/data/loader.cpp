@@ -2,7 +2,6 @@
 
 #include <pthread.h>
 #include <sched.h>
-#include <signal.h>
 
 #include <algorithm>
 #include <chrono>
@@ -16,6 +15,7 @@
 #include <thread>
 
 #include "mesa/base/error.h"
+#include "mesa/base/threads.h"
 
 namespace mesa {
 
@@ -39,23 +39,6 @@ struct Job {
   std::vector<std::vector<Skip>> skips;  // by position, so that reports do not depend on who was first
   std::exception_ptr error;
   int64_t error_position = 0;
-};
-
-/// Keeps the signals that end a program away from helper threads: the main thread handles them between steps.
-class SignalsBlocked {
- public:
-  SignalsBlocked() {
-    sigset_t all;
-    sigfillset(&all);
-    for (int fault : {SIGSEGV, SIGBUS, SIGFPE, SIGILL, SIGABRT, SIGTRAP}) sigdelset(&all, fault);
-    pthread_sigmask(SIG_BLOCK, &all, &before_);
-  }
-  ~SignalsBlocked() { pthread_sigmask(SIG_SETMASK, &before_, nullptr); }
-  SignalsBlocked(const SignalsBlocked&) = delete;
-  SignalsBlocked& operator=(const SignalsBlocked&) = delete;
-
- private:
-  sigset_t before_;
 };
 
 int64_t default_workers() {

@@ -1,0 +1,87 @@
+// The wire that keeps ranks together beside their collectives: who is there, where each stands, and what went wrong with whom.
+#pragma once
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "mesa/base/error.h"
+
+namespace mesa {
+
+/// One process of a run.
+struct RankInfo {
+  int64_t rank = 0, world = 1;
+  int64_t local_rank = 0;  ///< among those of its host: selects the GPU
+  std::string host;
+};
+
+/// Another rank died, stopped answering or reported an error; the text names it. Whoever catches this has nothing to save.
+class RankFailure : public Error {
+ public:
+  using Error::Error;
+};
+
+/// Exit code of a rank that ends because of another one (EX_UNAVAILABLE).
+inline constexpr int kExitRankFailed = 69;
+
+/// A socket of rank 0 that the others will connect to.
+class Listener {
+ public:
+  /// Port 0 takes any free one. Throws Error with the reason.
+  explicit Listener(int port = 0);
+  ~Listener();
+  Listener(const Listener&) = delete;
+  Listener& operator=(const Listener&) = delete;
+  int port() const { return port_; }
+  int fd() const { return fd_; }
+  /// "10.0.0.1,127.0.0.1:4711": every address of this host, for ranks on any network that they share.
+  std::string address() const;
+
+ private:
+  int fd_ = -1, port_ = 0;
+};
+
+/// A star of TCP connections around rank 0. A thread of its own sends where this rank stands each second and watches the others, so that
+/// a rank that dies (its connection ends) or hangs (it stays silent, or does not come to a collective that others wait in) is noticed
+/// within `timeout` seconds. All ranks then learn which it was: waiting code sees it through throw_if_failed(), and a process whose main
+/// thread does not leave by itself within a few seconds is ended with kExitRankFailed.
+class Control {
+ public:
+  /// Waits for all ranks. Rank 0 passes its listener, the others the address of it ("HOST[,HOST..]:PORT"). Throws Error that names the
+  /// ranks that did not come, or the address that did not answer.
+  Control(const RankInfo& me, const Listener& listener, double timeout);
+  Control(const RankInfo& me, const std::string& address, double timeout);
+  /// Says goodbye: the others do not take the end of this process for a failure.
+  ~Control();
+  Control(const Control&) = delete;
+  Control& operator=(const Control&) = delete;
+
+  /// Everybody's text, by rank. All ranks must call it alike.
+  std::vector<std::string> exchange(const std::string& mine);
+  /// Where this rank stands, for reports and to find who is missing. `collective` counts those begun, `waiting` that this rank is in one.
+  void at_step(int64_t step);
+  void at_collective(int64_t collective, bool waiting);
+  /// While this lives the rank may let others wait longer than the timeout: it saves a checkpoint, say.
+  class Busy {
+   public:
+    explicit Busy(Control& control);
+    ~Busy();
+    Busy(const Busy&) = delete;
+    Busy& operator=(const Busy&) = delete;
+
+   private:
+    Control& control_;
+  };
+  /// Tells all ranks that this one ends, and why. The first report counts.
+  void report(const std::string& reason);
+  /// Throws RankFailure if the run has failed.
+  void throw_if_failed();
+
+ private:
+  class Impl;
+  std::unique_ptr<Impl> impl_;
+};
+
+}  // namespace mesa

@@ -1,0 +1,366 @@
+#include "mesa/dist/control.h"
+
+#include <poll.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <chrono>
+#include <condition_variable>
+#include <cstdio>
+#include <cstring>
+#include <deque>
+#include <mutex>
+#include <optional>
+#include <sstream>
+#include <thread>
+
+#include "mesa/base/threads.h"
+#include "socket.h"
+
+namespace mesa {
+
+using net::Kind;
+using net::Message;
+using net::Peer;
+
+Listener::Listener(int port) { std::tie(fd_, port_) = net::listen_at(port); }
+Listener::~Listener() {
+  if (fd_ >= 0) ::close(fd_);
+}
+
+std::string Listener::address() const {
+  std::string out;
+  for (const std::string& one : net::own_addresses()) out += (out.empty() ? "" : ",") + one;
+  return concat(out, ":", port_);
+}
+
+namespace {
+
+using Clock = std::chrono::steady_clock;
+constexpr auto kPulse = std::chrono::seconds(1);
+constexpr double kGrace = 5;  // seconds for the main thread to leave by itself
+
+double seconds_since(Clock::time_point then) { return std::chrono::duration<double>(Clock::now() - then).count(); }
+
+/// Where a rank stands.
+struct Place {
+  int64_t step = 0, collective = 0;
+  int waiting = 0, busy = 0;
+  bool operator==(const Place&) const = default;
+
+  std::string text() const { return concat(step, " ", collective, " ", waiting, " ", busy); }
+  static Place parse(const std::string& text) {
+    Place place;
+    std::istringstream(text) >> place.step >> place.collective >> place.waiting >> place.busy;
+    return place;
+  }
+};
+
+/// What is known of another rank.
+struct Other {
+  std::optional<Peer> peer;
+  std::string host = "?";
+  Place place;
+  Clock::time_point heard = Clock::now(), moved = Clock::now();  // since when it stands where it stands
+  bool left = false;
+  std::deque<std::string> texts;
+};
+
+std::string join(const std::vector<std::string>& texts) {
+  std::string out;
+  for (const std::string& text : texts) out += concat(text.size(), ":", text);
+  return out;
+}
+std::vector<std::string> split(const std::string& joined) {
+  std::vector<std::string> out;
+  for (size_t at = 0; at < joined.size();) {
+    const size_t colon = joined.find(':', at), size = std::stoull(joined.substr(at, colon - at));
+    out.push_back(joined.substr(colon + 1, size));
+    at = colon + 1 + size;
+  }
+  return out;
+}
+
+}  // namespace
+
+class Control::Impl {
+ public:
+  Impl(const RankInfo& me, double timeout) : me_(me), timeout_(timeout), others_(static_cast<size_t>(me.world)) {}
+  ~Impl();
+  void wait_for_all(const Listener& listener);
+  void join_at(const std::string& address);
+  void start() {
+    const SignalsBlocked blocked;
+    thread_ = std::thread([this] { watch(); });
+  }
+  std::vector<std::string> exchange(const std::string& mine);
+  template <class F>
+  void move(F&& change) {
+    const std::lock_guard lock(mutex_);
+    change(place_);
+    moved_ = Clock::now();
+  }
+  void report(const std::string& reason) {
+    std::unique_lock lock(mutex_);
+    fail_run(concat(name(me_.rank), " ", reason), me_.rank);
+  }
+  void throw_if_failed() {
+    const std::lock_guard lock(mutex_);
+    throw_now();
+  }
+
+ private:
+  bool leads() const { return me_.rank == 0; }
+  std::string name(int64_t rank) const {
+    const std::string& host = rank == me_.rank ? me_.host : others_[static_cast<size_t>(rank)].host;
+    return concat("rank ", rank, " (", host, ")");
+  }
+  std::string where(const Place& place) const { return concat(", last heard of at step ", place.step, ", collective ", place.collective); }
+  void throw_now() const {
+    if (!failure_.empty()) throw RankFailure(failure_);
+  }
+  void watch();
+  void take_in(int64_t rank, bool readable);
+  void handle(int64_t rank, const Message& message);
+  void look_for_silence();
+  void look_for_stalls();
+  void send_pulses();
+  void fail_run(const std::string& reason, int64_t culprit);
+  void end_if_stuck();
+
+  const RankInfo me_;
+  const double timeout_;
+  std::mutex mutex_;
+  std::condition_variable changed_;
+  std::vector<Other> others_;  // rank 0 has connections to all, the others one to rank 0
+  Place place_, told_;
+  Clock::time_point moved_ = Clock::now();
+  std::string failure_;
+  int64_t culprit_ = -1;
+  Clock::time_point failed_at_;
+  bool stop_ = false;
+  std::thread thread_;
+};
+
+void Control::Impl::wait_for_all(const Listener& listener) {
+  const auto start = Clock::now();
+  int64_t missing = me_.world - 1;
+  while (missing > 0) {
+    if (seconds_since(start) > timeout_) {
+      std::string list;
+      for (int64_t r = 1; r < me_.world; ++r)
+        if (!others_[static_cast<size_t>(r)].peer) list += concat(list.empty() ? "" : ", ", r);
+      fail("of ", me_.world, " ranks these did not come to rank 0 (", listener.address(), ") within ", timeout_, " seconds: ", list);
+    }
+    auto peer = net::accept_from(listener.fd(), 1);
+    if (!peer) continue;
+    pollfd wait{peer->fd(), POLLIN, 0};
+    std::optional<Message> hello;
+    while (!hello && ::poll(&wait, 1, 2000) == 1 && peer->receive()) hello = peer->next();
+    int64_t rank = 0, world = 0;
+    std::string host;
+    if (!hello || hello->kind != Kind::hello || !(std::istringstream(hello->body) >> rank >> world >> host)) continue;  // a stranger
+    check(world == me_.world, host, " takes part in a run of ", world, " ranks, and this one has ", me_.world);
+    check(rank > 0 && rank < world && !others_[static_cast<size_t>(rank)].peer, "two processes are rank ", rank, " (", host, " and ",
+          rank == 0 ? me_.host : others_[static_cast<size_t>(rank)].host, ")");
+    Other& other = others_[static_cast<size_t>(rank)];
+    other.host = host;
+    peer->send(Kind::hello, me_.host);
+    other.peer = std::move(peer);
+    --missing;
+  }
+  for (Other& other : others_) other.heard = other.moved = Clock::now();
+}
+
+void Control::Impl::join_at(const std::string& address) {
+  const auto start = Clock::now();
+  std::string why;
+  std::optional<Peer> peer;
+  while (!(peer = net::connect_to(address, why))) {
+    check(seconds_since(start) <= timeout_, "rank ", me_.rank, " (", me_.host, ") cannot reach rank 0 at ", address, ": ", why);
+    std::this_thread::sleep_for(std::chrono::milliseconds(200));  // it may not listen yet
+  }
+  peer->send(Kind::hello, concat(me_.rank, " ", me_.world, " ", me_.host));
+  pollfd wait{peer->fd(), POLLIN, 0};
+  std::optional<Message> welcome;
+  while (!welcome && seconds_since(start) <= timeout_)
+    if (::poll(&wait, 1, 1000) == 1) {
+      check(peer->receive(), "rank 0 at ", address, " sent rank ", me_.rank, " (", me_.host, ") away");
+      welcome = peer->next();
+    }
+  check(welcome.has_value(), "rank 0 at ", address, " does not answer rank ", me_.rank, " (", me_.host, ")");
+  others_[0].host = welcome->body;
+  others_[0].peer = std::move(peer);
+  others_[0].heard = Clock::now();
+}
+
+Control::Impl::~Impl() {
+  {
+    const std::lock_guard lock(mutex_);
+    stop_ = true;
+    if (failure_.empty())
+      for (Other& other : others_)
+        if (other.peer) other.peer->send(Kind::goodbye, "");
+  }
+  if (thread_.joinable()) thread_.join();
+}
+
+std::vector<std::string> Control::Impl::exchange(const std::string& mine) {
+  std::unique_lock lock(mutex_);
+  if (!leads()) {
+    others_[0].peer->send(Kind::text, mine);
+    changed_.wait(lock, [&] { return !failure_.empty() || !others_[0].texts.empty(); });
+    throw_now();
+    const std::string all = std::move(others_[0].texts.front());
+    others_[0].texts.pop_front();
+    return split(all);
+  }
+  changed_.wait(lock, [&] {
+    return !failure_.empty() || std::all_of(others_.begin() + 1, others_.end(), [](const Other& other) { return !other.texts.empty(); });
+  });
+  throw_now();
+  std::vector<std::string> all{mine};
+  for (int64_t r = 1; r < me_.world; ++r) {
+    auto& texts = others_[static_cast<size_t>(r)].texts;
+    all.push_back(std::move(texts.front()));
+    texts.pop_front();
+  }
+  for (Other& other : others_)
+    if (other.peer) other.peer->send(Kind::text, join(all));
+  return all;
+}
+
+void Control::Impl::watch() {
+  auto pulsed = Clock::now() - kPulse;
+  for (;;) {
+    std::vector<pollfd> fds;
+    std::vector<int64_t> ranks;
+    {
+      const std::lock_guard lock(mutex_);
+      if (stop_) return;
+      for (int64_t r = 0; r < me_.world; ++r)
+        if (const Other& other = others_[static_cast<size_t>(r)]; other.peer && !other.left) {
+          fds.push_back({other.peer->fd(), POLLIN, 0});
+          ranks.push_back(r);
+        }
+    }
+    ::poll(fds.data(), fds.size(), 100);
+    const std::lock_guard lock(mutex_);
+    for (size_t i = 0; i < fds.size(); ++i) take_in(ranks[i], fds[i].revents != 0);
+    if (Clock::now() - pulsed >= kPulse || !(told_ == place_)) {
+      pulsed = Clock::now(), told_ = place_;
+      send_pulses();
+    }
+    if (failure_.empty()) look_for_silence();
+    if (failure_.empty() && leads()) look_for_stalls();
+    end_if_stuck();
+  }
+}
+
+void Control::Impl::take_in(int64_t rank, bool readable) {
+  if (!readable) return;
+  Other& other = others_[static_cast<size_t>(rank)];
+  const bool open = other.peer->receive();
+  while (const auto message = other.peer->next()) handle(rank, *message);
+  if (open || other.left) return;
+  other.left = true;
+  fail_run(concat(name(rank), " died", where(other.place)), rank);
+}
+
+void Control::Impl::handle(int64_t rank, const Message& message) {
+  Other& other = others_[static_cast<size_t>(rank)];
+  other.heard = Clock::now();
+  switch (message.kind) {
+    case Kind::pulse: {
+      const Place place = Place::parse(message.body);
+      if (!(place == other.place)) other.moved = Clock::now();
+      other.place = place;
+      break;
+    }
+    case Kind::text: other.texts.push_back(message.body); break;
+    case Kind::failure: fail_run(message.body, rank); break;
+    case Kind::goodbye: other.left = true; break;
+    case Kind::hello: break;
+  }
+  changed_.notify_all();
+}
+
+void Control::Impl::send_pulses() {
+  for (Other& other : others_)
+    if (other.peer && !other.left) other.peer->send(Kind::pulse, place_.text());  // one that takes nothing is silent soon
+}
+
+void Control::Impl::look_for_silence() {
+  for (int64_t r = 0; r < me_.world; ++r) {
+    const Other& other = others_[static_cast<size_t>(r)];
+    if (!other.peer || other.left || seconds_since(other.heard) <= timeout_ / 2) continue;
+    return fail_run(
+        concat(name(r), " has not answered for ", static_cast<int64_t>(seconds_since(other.heard)), " seconds", where(other.place)), r);
+  }
+}
+
+/// A rank that waits too long in a collective: for one that did not come, or for the network.
+void Control::Impl::look_for_stalls() {
+  const auto place_of = [&](int64_t r) { return r == 0 ? place_ : others_[static_cast<size_t>(r)].place; };
+  const auto age_of = [&](int64_t r) { return seconds_since(r == 0 ? moved_ : others_[static_cast<size_t>(r)].moved); };
+  int64_t first = -1;
+  for (int64_t r = 0; r < me_.world; ++r) {
+    if (place_of(r).busy > 0) return;
+    if (place_of(r).waiting > 0 && age_of(r) > timeout_ && (first < 0 || place_of(r).collective > place_of(first).collective)) first = r;
+  }
+  if (first < 0) return;
+  const int64_t collective = place_of(first).collective;
+  for (int64_t r = 0; r < me_.world; ++r)
+    if (place_of(r).collective < collective)
+      return fail_run(concat(name(r), " has not come to collective ", collective, ", in which ", name(first), " has waited for ",
+                             static_cast<int64_t>(age_of(first)), " seconds", where(place_of(r))),
+                      r);
+  fail_run(concat("all ranks are in collective ", collective, " and it does not end: is there a way for MPI or NCCL between all hosts?"),
+           -1);
+}
+
+/// The first reason counts, and everybody learns it.
+void Control::Impl::fail_run(const std::string& reason, int64_t culprit) {
+  if (!failure_.empty()) return;
+  failure_ = reason;
+  culprit_ = culprit;
+  failed_at_ = Clock::now();
+  for (Other& other : others_)
+    if (other.peer && !other.left) other.peer->send(Kind::failure, reason);
+  changed_.notify_all();
+}
+
+/// A main thread that waits in a library cannot be called back.
+void Control::Impl::end_if_stuck() {
+  if (failure_.empty() || seconds_since(failed_at_) < kGrace) return;
+  const bool speaks = leads() || (culprit_ == 0 && me_.rank == 1);  // one is enough
+  if (speaks) std::fprintf(stderr, "error: %s\n", failure_.c_str());
+  _exit(kExitRankFailed);
+}
+
+Control::Control(const RankInfo& me, const Listener& listener, double timeout) : impl_(std::make_unique<Impl>(me, timeout)) {
+  impl_->wait_for_all(listener);
+  impl_->start();
+}
+Control::Control(const RankInfo& me, const std::string& address, double timeout) : impl_(std::make_unique<Impl>(me, timeout)) {
+  impl_->join_at(address);
+  impl_->start();
+}
+Control::~Control() = default;
+std::vector<std::string> Control::exchange(const std::string& mine) { return impl_->exchange(mine); }
+void Control::at_step(int64_t step) {
+  impl_->move([&](Place& place) { place.step = step; });
+}
+void Control::at_collective(int64_t collective, bool waiting) {
+  impl_->move([&](Place& place) { place.collective = collective, place.waiting = waiting ? 1 : 0; });
+}
+Control::Busy::Busy(Control& control) : control_(control) {
+  control.impl_->move([](Place& place) { ++place.busy; });
+}
+Control::Busy::~Busy() {
+  control_.impl_->move([](Place& place) { --place.busy; });
+}
+void Control::report(const std::string& reason) { impl_->report(reason); }
+void Control::throw_if_failed() { impl_->throw_if_failed(); }
+
+}  // namespace mesa

@@ -1,0 +1,113 @@
+#include "mesa/dist/world.h"
+
+#include <dlfcn.h>
+#include <unistd.h>
+
+#include <cstdlib>
+#include <filesystem>
+
+#include "host_communicator.h"
+#include "transport.h"
+
+namespace mesa {
+namespace {
+
+std::string variable(const char* name) {
+  const char* value = std::getenv(name);
+  return value == nullptr ? "" : value;
+}
+
+int64_t number(const char* name) {
+  const std::string text = variable(name);
+  char* end = nullptr;
+  const int64_t value = std::strtoll(text.c_str(), &end, 10);
+  check(!text.empty() && *end == '\0' && value >= 0, "the environment variable ", name, " is '", text, "'; it must be a whole number");
+  return value;
+}
+
+/// What a launcher of MPI leaves in the environment of several processes: Open MPI, MPICH and Intel's, srun with a plugin for MPI.
+bool started_by_mpi() {
+  for (const char* size : {"OMPI_COMM_WORLD_SIZE", "PMI_SIZE"})
+    if (!variable(size).empty()) return true;
+  return !variable("PMIX_RANK").empty() && !variable("SLURM_PROCID").empty();
+}
+
+RankInfo from_environment() {
+  RankInfo me;
+  me.rank = number("RANK"), me.world = number("WORLD_SIZE");
+  me.local_rank = variable("LOCAL_RANK").empty() ? me.rank : number("LOCAL_RANK");
+  check(me.world > 0 && me.rank < me.world, "RANK is ", me.rank, " and WORLD_SIZE ", me.world, "; ranks count from 0");
+  char name[256] = "?";
+  gethostname(name, sizeof name - 1);
+  me.host = name;
+  return me;
+}
+
+/// The plugin beside this library.
+std::unique_ptr<Transport> open_mpi() {
+  Dl_info self;
+  check(dladdr(reinterpret_cast<const void*>(&single_communicator), &self) != 0, "the library does not find itself");
+  const std::string path = (std::filesystem::absolute(self.dli_fname).parent_path() / "libmesa_mpi.so").string();
+  const char* remedy = "; without MPI, ranks can be started with RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT (GPUs only)";
+  check(std::filesystem::exists(path), "this process was started by MPI, but this build of Mesa has no MPI (no ", path, ")", remedy);
+  void* library = dlopen(path.c_str(), RTLD_NOW | RTLD_GLOBAL);  // global: MPI's own plugins look for its symbols there
+  check(library != nullptr, "MPI cannot be loaded: ", dlerror(), remedy);
+  auto* open = reinterpret_cast<OpenTransport*>(dlsym(library, "mesa_open_transport"));
+  check(open != nullptr, path, " is not of this version of Mesa");
+  std::string why;
+  std::unique_ptr<Transport> transport(open(&why));
+  check(transport != nullptr, why);
+  return transport;
+}
+
+/// The leader's listening address, known to all.
+std::string share(Transport& transport, const std::string& mine) {
+  int64_t bytes = static_cast<int64_t>(mine.size());
+  transport.broadcast(&bytes, sizeof bytes, 0);
+  std::string text = transport.me().rank == 0 ? mine : std::string(static_cast<size_t>(bytes), '\0');
+  transport.broadcast(text.data(), bytes, 0);
+  return text;
+}
+
+}  // namespace
+
+World::World(double timeout) {
+  if (!variable("MESA_RANK_TIMEOUT").empty()) timeout = static_cast<double>(number("MESA_RANK_TIMEOUT"));
+  if (started_by_mpi()) {
+    transport_ = open_mpi();
+    me_ = transport_->me();
+    const std::string tasks = variable("SLURM_NTASKS");
+    check(me_.world > 1 || tasks.empty() || tasks == "1" || !variable("OMPI_COMM_WORLD_SIZE").empty(), "srun started ", tasks,
+          " tasks, but MPI sees one; try srun --mpi=pmix, or mpirun");
+  } else if (!variable("WORLD_SIZE").empty() && !variable("RANK").empty()) {
+    me_ = from_environment();
+  }
+  if (alone()) return;
+  if (transport_) {
+    std::unique_ptr<Listener> listener = leads() ? std::make_unique<Listener>() : nullptr;
+    const std::string address = share(*transport_, listener ? listener->address() : "");
+    control_ = listener ? std::make_unique<Control>(me_, *listener, timeout) : std::make_unique<Control>(me_, address, timeout);
+  } else {
+    check(!variable("MASTER_ADDR").empty(), "WORLD_SIZE is ", me_.world, " but MASTER_ADDR, the host of rank 0, is not set");
+    const auto port = static_cast<int>(number("MASTER_PORT"));
+    control_ = leads() ? std::make_unique<Control>(me_, Listener(port), timeout)
+                       : std::make_unique<Control>(me_, concat(variable("MASTER_ADDR"), ":", port), timeout);
+  }
+}
+
+World::~World() = default;
+
+Communicator& World::communicator(Device device) {
+  if (communicator_) return *communicator_;
+  if (alone())
+    communicator_ = single_communicator();
+  else if (device.kind == DeviceKind::cuda)
+    fail("this build of Mesa cannot train on several GPUs");
+  else if (transport_)
+    communicator_ = std::make_unique<HostCommunicator>(*transport_, control_.get());
+  else
+    fail("the CPU engine's ranks talk through MPI: start them with mpirun");
+  return *communicator_;
+}
+
+}  // namespace mesa

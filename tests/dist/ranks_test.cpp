@@ -1,0 +1,194 @@
+// Several processes as ranks: collectives through MPI, and what happens when one of them dies, stops or fails.
+#include <signal.h>
+#include <sys/socket.h>
+
+#include <catch2/catch.hpp>
+#include <cstdio>
+#include <cstdlib>
+#include <deque>
+#include <thread>
+
+#include "mesa/dist/world.h"
+#include "support/mpirun.h"
+#include "support/process.h"
+
+using namespace mesa;
+using namespace mesa::testing;
+using Catch::Matchers::Contains;
+
+namespace {
+
+/// 1 + i + 1000 rank, which sums to n + n i + 500 n (n - 1).
+template <class T>
+Tensor numbers(int64_t count, int64_t rank, DType) {
+  std::vector<T> values(static_cast<size_t>(count));
+  for (int64_t i = 0; i < count; ++i) values[static_cast<size_t>(i)] = static_cast<T>(1 + i % 1000 + 1000 * rank);
+  return Tensor::from<T>({count}, values);
+}
+template <class T>
+T sum_at(int64_t i, int64_t n) {
+  return static_cast<T>(n + n * (i % 1000) + 500 * n * (n - 1));
+}
+
+template <class T>
+void check_collectives(Communicator& comm, DType dtype, int64_t count) {
+  const int64_t n = comm.size(), rank = comm.rank();
+  CAPTURE(to_string(dtype), count, n, rank);
+  const Tensor sum = numbers<T>(count, rank, dtype), whole = numbers<T>(count * n, rank, dtype), part = Tensor::empty({count}, dtype);
+  const Tensor gathered = Tensor::empty({n, count}, dtype), own = gathered.select(0, rank), shared = numbers<T>(count, rank, dtype);
+  for (int64_t i = 0; i < count; ++i) own.data<T>()[i] = static_cast<T>(rank * 7 + i % 100);
+  comm.all_reduce(sum);  // all begin before the first is waited for
+  comm.reduce_scatter(whole, part);
+  comm.all_gather(own, gathered);
+  comm.broadcast(shared, n - 1);
+  comm.finish();
+  int64_t wrong = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    wrong += sum.data<T>()[i] != sum_at<T>(i, n);
+    wrong += part.data<T>()[i] != sum_at<T>(rank * count + i, n);
+    wrong += shared.data<T>()[i] != static_cast<T>(1 + i % 1000 + 1000 * (n - 1));
+    for (int64_t r = 0; r < n; ++r) wrong += gathered.data<T>()[r * count + i] != static_cast<T>(r * 7 + i % 100);
+  }
+  CHECK(wrong == 0);
+}
+
+/// One of several processes that were started with the variables of torchrun.
+std::unique_ptr<Process> start_rank(int rank, int world, int port, int timeout = 4) {
+  return std::make_unique<Process>("mesa-tests", std::vector<std::string>{"rank: waits"},
+                                   Environment{{"RANK", std::to_string(rank)},
+                                               {"WORLD_SIZE", std::to_string(world)},
+                                               {"MASTER_ADDR", "127.0.0.1"},
+                                               {"MASTER_PORT", std::to_string(port)},
+                                               {"MESA_RANK_TIMEOUT", std::to_string(timeout)}});
+}
+
+int free_port() { return Listener().port(); }
+
+struct Ranks {
+  std::deque<std::unique_ptr<Process>> all;
+  explicit Ranks(int world, int timeout = 4) {
+    const int port = free_port();
+    for (int r = 0; r < world; ++r) all.push_back(start_rank(r, world, port, timeout));
+    for (auto& rank : all) REQUIRE(rank->wait_for("stands at step"));
+    std::this_thread::sleep_for(std::chrono::milliseconds(400));  // until the others know
+  }
+  Process& operator[](int rank) { return *all[static_cast<size_t>(rank)]; }
+};
+
+}  // namespace
+
+// ---- what the ranks run ---------------------------------------------------------------------------------------------------------
+
+TEST_CASE("rank: collectives", "[.rank]") {
+  World world(30);
+  Communicator& comm = world.communicator(kCpu);
+  for (const int64_t count : {1, 17, 100'003}) {
+    check_collectives<float>(comm, DType::f32, count);
+    check_collectives<double>(comm, DType::f64, count);
+    check_collectives<int64_t>(comm, DType::i64, count);
+  }
+  comm.barrier();
+  const std::vector<std::string> texts = world.control()->exchange(concat("text of ", comm.rank(), std::string(5000, 'x')));
+  REQUIRE(static_cast<int64_t>(texts.size()) == comm.size());
+  for (int64_t r = 0; r < comm.size(); ++r) CHECK(texts[static_cast<size_t>(r)] == concat("text of ", r, std::string(5000, 'x')));
+  std::fprintf(stderr, "rank %ld of %ld (local %ld) is done\n", comm.rank(), comm.size(), world.me().local_rank);
+}
+
+TEST_CASE("rank: waits", "[.rank]") {
+  try {
+    World world(4);
+    world.control()->exchange("here");
+    world.control()->at_step(12);
+    std::fprintf(stderr, "rank %ld stands at step 12\n", world.me().rank);
+    const char* role = std::getenv("MESA_TEST_RANK_FAILS");
+    if (role != nullptr && std::stol(role) == world.me().rank) {
+      world.control()->report("has had enough");
+      std::_Exit(1);
+    }
+    for (int i = 0; i < 600; ++i) {
+      std::this_thread::sleep_for(std::chrono::milliseconds(50));
+      world.control()->throw_if_failed();
+    }
+  } catch (const RankFailure& e) {
+    std::fprintf(stderr, "seen: %s\n", e.what());
+    std::_Exit(kExitRankFailed);
+  } catch (const Error& e) {
+    std::fprintf(stderr, "refused: %s\n", e.what());
+    std::_Exit(1);
+  }
+}
+
+// ---- the tests ------------------------------------------------------------------------------------------------------------------
+
+TEST_CASE("ranks: collectives of 2, 3 and 4 ranks through MPI", "[ranks]") {
+  if (!has_mpirun()) return;
+  for (const int n : {2, 3, 4}) {
+    const ProcessResult result = mpirun(n, "mesa-tests", {"rank: collectives"});
+    INFO(result.out << result.err);
+    CHECK(result.code == 0);
+    for (int r = 0; r < n; ++r) CHECK_THAT(result.err, Contains(concat("rank ", r, " of ", n, " (local ", r, ") is done")));
+  }
+}
+
+TEST_CASE("ranks: one that dies takes the others down, with its name", "[ranks]") {
+  for (const int victim : {1, 0}) {
+    CAPTURE(victim);
+    Ranks ranks(3);
+    ranks[victim].send(SIGKILL);
+    for (int r = 0; r < 3; ++r) {
+      const ProcessResult result = ranks[r].finish(std::chrono::seconds(20));
+      CAPTURE(r, result.err);
+      CHECK_FALSE(result.timed_out);
+      CHECK(result.code == (r == victim ? 128 + SIGKILL : kExitRankFailed));
+      if (r != victim) CHECK_THAT(result.err, Contains(concat("seen: rank ", victim, " (")) && Contains("died, last heard of at step 12"));
+    }
+  }
+}
+
+TEST_CASE("ranks: one that stops answering takes the others down, with its name", "[ranks]") {
+  for (const int victim : {2, 0}) {
+    CAPTURE(victim);
+    Ranks ranks(3);
+    ranks[victim].send(SIGSTOP);
+    for (int r = 0; r < 3; ++r) {
+      if (r == victim) continue;
+      const ProcessResult result = ranks[r].finish(std::chrono::seconds(20));
+      CAPTURE(r, result.err);
+      CHECK(result.code == kExitRankFailed);
+      CHECK_THAT(result.err, Contains(concat("seen: rank ", victim, " (")) && Contains("has not answered for") && Contains("step 12"));
+    }
+    ranks[victim].send(SIGCONT);  // what was taken for dead hears of it
+    CHECK(ranks[victim].finish(std::chrono::seconds(20)).code == kExitRankFailed);
+  }
+}
+
+TEST_CASE("ranks: an error of one is the end of all", "[ranks]") {
+  setenv("MESA_TEST_RANK_FAILS", "1", 1);
+  Ranks ranks(3);
+  unsetenv("MESA_TEST_RANK_FAILS");
+  CHECK(ranks[1].finish(std::chrono::seconds(20)).code == 1);
+  for (const int r : {0, 2}) {
+    const ProcessResult result = ranks[r].finish(std::chrono::seconds(20));
+    CHECK(result.code == kExitRankFailed);
+    CHECK_THAT(result.err, Contains("seen: rank 1 (") && Contains("has had enough"));
+  }
+}
+
+TEST_CASE("ranks: those that do not come are named, and a stranger is sent away", "[ranks]") {
+  const int port = free_port();
+  const auto zero = start_rank(0, 4, port), two = start_rank(2, 4, port);
+  Process stranger("/bin/bash", {"-c", concat("for i in {1..50}; do exec 3<>/dev/tcp/127.0.0.1/", port,
+                                              " && break; sleep 0.1; done; echo 'GET / HTTP/1.1' >&3; cat <&3")});
+  const ProcessResult result = zero->finish(std::chrono::seconds(20));
+  CHECK(result.code == 1);
+  CHECK_THAT(result.err, Contains("refused: of 4 ranks these did not come") && Contains("within 4 seconds: 1, 3"));
+  CHECK(two->finish(std::chrono::seconds(20)).code != 0);
+}
+
+TEST_CASE("ranks: wrong variables are refused with their name", "[ranks]") {
+  const auto start = [](Environment env) { return run("mesa-tests", {"rank: waits"}, env); };
+  CHECK_THAT(start({{"RANK", "3"}, {"WORLD_SIZE", "2"}}).err, Contains("RANK is 3 and WORLD_SIZE 2"));
+  CHECK_THAT(start({{"RANK", "x"}, {"WORLD_SIZE", "2"}}).err, Contains("RANK is 'x'"));
+  CHECK_THAT(start({{"RANK", "0"}, {"WORLD_SIZE", "2"}}).err, Contains("MASTER_ADDR"));
+  CHECK_THAT(start({{"RANK", "0"}, {"WORLD_SIZE", "2"}, {"MASTER_ADDR", "127.0.0.1"}}).err, Contains("MASTER_PORT"));
+}
