@@ -53,7 +53,7 @@ void check_collectives(Communicator& comm, DType dtype, int64_t count) {
 }
 
 /// One of several processes that were started with the variables of torchrun.
-std::unique_ptr<Process> start_rank(int rank, int world, int port, int timeout = 4) {
+std::unique_ptr<Process> start_rank(int rank, int world, int port, int timeout = 10) {
   return std::make_unique<Process>("mesa-tests", std::vector<std::string>{"rank: waits"},
                                    Environment{{"RANK", std::to_string(rank)},
                                                {"WORLD_SIZE", std::to_string(world)},
@@ -66,7 +66,7 @@ int free_port() { return Listener().port(); }
 
 struct Ranks {
   std::deque<std::unique_ptr<Process>> all;
-  explicit Ranks(int world, int timeout = 4) {
+  explicit Ranks(int world, int timeout = 10) {
     const int port = free_port();
     for (int r = 0; r < world; ++r) all.push_back(start_rank(r, world, port, timeout));
     for (auto& rank : all) REQUIRE(rank->wait_for("stands at step"));
@@ -136,7 +136,7 @@ TEST_CASE("ranks: one that dies takes the others down, with its name", "[ranks]"
     Ranks ranks(3);
     ranks[victim].send(SIGKILL);
     for (int r = 0; r < 3; ++r) {
-      const ProcessResult result = ranks[r].finish(std::chrono::seconds(20));
+      const ProcessResult result = ranks[r].finish(std::chrono::seconds(40));
       CAPTURE(r, result.err);
       CHECK_FALSE(result.timed_out);
       CHECK(result.code == (r == victim ? 128 + SIGKILL : kExitRankFailed));
@@ -152,13 +152,13 @@ TEST_CASE("ranks: one that stops answering takes the others down, with its name"
     ranks[victim].send(SIGSTOP);
     for (int r = 0; r < 3; ++r) {
       if (r == victim) continue;
-      const ProcessResult result = ranks[r].finish(std::chrono::seconds(20));
+      const ProcessResult result = ranks[r].finish(std::chrono::seconds(40));
       CAPTURE(r, result.err);
       CHECK(result.code == kExitRankFailed);
       CHECK_THAT(result.err, Contains(concat("seen: rank ", victim, " (")) && Contains("has not answered for") && Contains("step 12"));
     }
     ranks[victim].send(SIGCONT);  // what was taken for dead hears of it
-    CHECK(ranks[victim].finish(std::chrono::seconds(20)).code == kExitRankFailed);
+    CHECK(ranks[victim].finish(std::chrono::seconds(40)).code == kExitRankFailed);
   }
 }
 
@@ -166,9 +166,9 @@ TEST_CASE("ranks: an error of one is the end of all", "[ranks]") {
   setenv("MESA_TEST_RANK_FAILS", "1", 1);
   Ranks ranks(3);
   unsetenv("MESA_TEST_RANK_FAILS");
-  CHECK(ranks[1].finish(std::chrono::seconds(20)).code == 1);
+  CHECK(ranks[1].finish(std::chrono::seconds(40)).code == 1);
   for (const int r : {0, 2}) {
-    const ProcessResult result = ranks[r].finish(std::chrono::seconds(20));
+    const ProcessResult result = ranks[r].finish(std::chrono::seconds(40));
     CHECK(result.code == kExitRankFailed);
     CHECK_THAT(result.err, Contains("seen: rank 1 (") && Contains("has had enough"));
   }
@@ -179,10 +179,10 @@ TEST_CASE("ranks: those that do not come are named, and a stranger is sent away"
   const auto zero = start_rank(0, 4, port), two = start_rank(2, 4, port);
   Process stranger("/bin/bash", {"-c", concat("for i in {1..50}; do exec 3<>/dev/tcp/127.0.0.1/", port,
                                               " && break; sleep 0.1; done; echo 'GET / HTTP/1.1' >&3; cat <&3")});
-  const ProcessResult result = zero->finish(std::chrono::seconds(20));
+  const ProcessResult result = zero->finish(std::chrono::seconds(40));
   CHECK(result.code == 1);
-  CHECK_THAT(result.err, Contains("refused: of 4 ranks these did not come") && Contains("within 4 seconds: 1, 3"));
-  CHECK(two->finish(std::chrono::seconds(20)).code != 0);
+  CHECK_THAT(result.err, Contains("refused: of 4 ranks these did not come") && Contains("within 10 seconds: 1, 3"));
+  CHECK(two->finish(std::chrono::seconds(40)).code != 0);
 }
 
 TEST_CASE("ranks: wrong variables are refused with their name", "[ranks]") {
