@@ -30,6 +30,10 @@ void check_classes(const std::vector<std::string>& trained, const std::vector<st
   }
 }
 
+mesa::WeightsKind kind_of(const std::string& wish) {
+  return wish == "ema" ? mesa::WeightsKind::ema : wish == "raw" ? mesa::WeightsKind::raw : mesa::WeightsKind::automatic;
+}
+
 /// The live line, on a terminal only.
 void show(int64_t done, int64_t total) {
   static auto drawn = std::chrono::steady_clock::time_point();
@@ -39,10 +43,10 @@ void show(int64_t done, int64_t total) {
   std::fprintf(stderr, done < total ? "\r%lld of %lld images" : "\r\x1b[K", static_cast<long long>(done), static_cast<long long>(total));
 }
 
-int evaluate_checkpoint(const std::string& path, const std::string& data, int64_t batch_size, const std::vector<std::string>& overrides,
-                        const std::string& device, const std::string& json) {
+int evaluate_checkpoint(const std::string& path, mesa::WeightsKind weights, const std::string& data, int64_t batch_size,
+                        const std::vector<std::string>& overrides, const std::string& device, const std::string& json) {
   if (!json.empty()) mesa::check_can_write(json);
-  mesa::LoadedModel loaded = mesa::load_model(path);
+  mesa::LoadedModel loaded = mesa::load_model(path, weights);
   mesa::RunConfig& config = loaded.config;
   if (!overrides.empty()) config = mesa::parse_config(mesa::to_yaml(config), path, overrides);
   if (!data.empty() && (config.data.kind == "shapes" || config.data.kind == "random"))
@@ -66,11 +70,13 @@ int evaluate_checkpoint(const std::string& path, const std::string& data, int64_
   const int64_t total = test->size();
   const mesa::EvalResult result = mesa::evaluate(model, loader, transform, {}, [&](int64_t done) { show(done, total); });
   for (const std::string& sample : loader.skipped_samples()) std::fprintf(stderr, "warning: a bad sample is left out: %s\n", sample.c_str());
-  std::printf("top-1 %.2f %%, top-5 %.2f %%, loss %.4f, %lld images, %.1f images/s\n", result.top1, result.top5, result.loss,
-              static_cast<long long>(result.images), result.images_per_second());
+  std::printf("top-1 %.2f %%, top-5 %.2f %%, loss %.4f, %lld images, %.1f images/s%s\n", result.top1, result.top5, result.loss,
+              static_cast<long long>(result.images), result.images_per_second(), loaded.averaged ? ", averaged weights" : "");
   if (!json.empty()) {
-    const nlohmann::json out{{"checkpoint", path}, {"top1", result.top1}, {"top5", result.top5}, {"loss", result.loss},
-                             {"images", result.images}, {"left_out", result.left_out}, {"images_per_second", result.images_per_second()}};
+    const nlohmann::json out{{"checkpoint", path},          {"weights", loaded.averaged ? "ema" : "raw"},
+                             {"top1", result.top1},         {"top5", result.top5},
+                             {"loss", result.loss},         {"images", result.images},
+                             {"left_out", result.left_out}, {"images_per_second", result.images_per_second()}};
     mesa::write_file_atomically(json, out.dump(2, ' ', false, nlohmann::json::error_handler_t::replace) + "\n");
   }
   return 0;
@@ -80,10 +86,14 @@ int evaluate_checkpoint(const std::string& path, const std::string& data, int64_
 
 int main(int argc, char** argv) {
   CLI::App app("Evaluates a checkpoint: top-1, top-5, loss, images/s.", "mesa-eval");
-  std::string checkpoint, data, json, device = "auto";
+  std::string checkpoint, weights = "auto", data, json, device = "auto";
   std::vector<std::string> overrides;
   int64_t batch_size = 0;
-  app.add_option("checkpoint", checkpoint, "a checkpoint's folder, a run's folder (its best), or a model.safetensors")->required();
+  app.add_option("checkpoint", checkpoint, "a checkpoint's folder, a run's folder (its best), or a safetensors file of it")->required();
+  app.add_option("--weights", weights,
+                 "auto, ema or raw: of a folder, the moving average of the weights (auto: if it has one), or the weights")
+      ->check(CLI::IsMember({"auto", "ema", "raw"}))
+      ->capture_default_str();
   app.add_option("--data", data, "folder of the data (default: where the run had it); training files need not be there");
   app.add_option("--batch-size", batch_size, "images a batch")->check(CLI::Range(int64_t{1}, int64_t{1'000'000}));
   app.add_option("--set", overrides, "override one key of the run's config (repeatable)")->type_name("KEY=VALUE")->expected(1)->take_all();
@@ -92,5 +102,6 @@ int main(int argc, char** argv) {
       ->capture_default_str();
   app.add_option("--json", json, "also write the result to this file");
   app.footer("Exit codes: 0 done; 1 failed; 2 wrong usage or config.");
-  return mesa::run_app(app, argc, argv, [&] { return evaluate_checkpoint(checkpoint, data, batch_size, overrides, device, json); });
+  return mesa::run_app(app, argc, argv,
+                       [&] { return evaluate_checkpoint(checkpoint, kind_of(weights), data, batch_size, overrides, device, json); });
 }

@@ -70,7 +70,7 @@ mesa "$bin/mesa-train" --version >>"$out/machine.txt" 2>&1
 
 export MESA_TEST_SOURCE_DIR=$PWD MESA_CONFIG_DIR=$PWD/configs
 kernel_tests='[kernels],[codec]'
-computing='[#gradient_test],[#case_codec_test],[#case_bytes_test],[#policy_test],[#decoded_attention_test],[#adamw_test],[#vit_test],[#swin_test],[#pvt_test],[#golden_test],[#tape_test],[#device_test],[#trainer_test],[#plan_test],[#evaluate_test],[#benchmark_test]'
+computing='[#gradient_test],[#case_codec_test],[#case_bytes_test],[#policy_test],[#decoded_attention_test],[#adamw_test],[#optimizer_test],[#vit_test],[#swin_test],[#pvt_test],[#golden_test],[#tape_test],[#device_test],[#trainer_test],[#plan_test],[#evaluate_test],[#benchmark_test]'
 if wanted tests; then
   attempt tests_kernels 120 env MESA_TEST_DEVICE=cuda bash -c 'mesa "$@"' - "$bin/mesa-tests" "$kernel_tests"
   attempt tests_engine 150 env MESA_TEST_DEVICE=cuda bash -c 'mesa "$@"' - "$bin/mesa-tests" -\# "$computing"

@@ -50,14 +50,20 @@ void ParamStore::clear_gradients() {
   for (Param& param : params_) param.grad_written = false;
 }
 
-void ParamStore::freeze(const std::string& glob) {
-  int matches = 0;
+std::vector<Param*> ParamStore::matching(const std::string& glob, const char* consequence) {
+  std::vector<Param*> out;
   for (Param& param : params_)
-    if (fnmatch(glob.c_str(), param.name.c_str(), FNM_EXTMATCH) == 0) {
-      param.trainable = false;
-      ++matches;
-    }
-  check(matches > 0, "no parameter matches '", glob, "', so nothing can be frozen by it");
+    if (fnmatch(glob.c_str(), param.name.c_str(), FNM_EXTMATCH) == 0) out.push_back(&param);
+  check(!out.empty(), "no parameter matches '", glob, "', so ", consequence);
+  return out;
+}
+
+void ParamStore::freeze(const std::string& glob) {
+  for (Param* param : matching(glob, "nothing can be frozen by it")) param->trainable = false;
+}
+
+void ParamStore::spare_decay(const std::string& glob) {
+  for (Param* param : matching(glob, "nothing is spared weight decay by it")) param->decay = false;
 }
 
 namespace {

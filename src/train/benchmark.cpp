@@ -12,6 +12,7 @@
 #include "mesa/base/cuda.h"
 #include "mesa/kernels/elementwise.h"
 #include "mesa/kernels/matmul.h"
+#include "mesa/train/optimizer_setup.h"
 
 namespace mesa {
 namespace {
@@ -56,8 +57,8 @@ class Contestant {
         built_(config, model, device),
         policy_(make_policy(storage)) {
     built_.params.allocate_gradients();
-    const OptimizerConfig& o = config.optimizer;
-    optimizer_ = std::make_unique<AdamW>(built_.params.params(), AdamWConfig{o.lr, o.weight_decay, o.beta1, o.beta2, o.eps});
+    optimizer_ = make_optimizer(config, built_.params);
+    ema_ = make_ema(config, built_.params);
     take_over_what_stayed();
   }
 
@@ -98,6 +99,7 @@ class Contestant {
     if (built_.device.kind == DeviceKind::cuda) cuda::synchronize();
     const auto backward_done = Clock::now();
     if (update) optimizer_->step(config_.optimizer.lr, scale_of_gradients());
+    if (update && ema_) ema_->update();
     if (built_.device.kind == DeviceKind::cuda) cuda::synchronize();
     const auto end = Clock::now();
     sample.forward_ms = milliseconds(start, forward_done);
@@ -127,7 +129,8 @@ class Contestant {
   BytesByKind before_, held_{};
   BuiltModel built_;
   StoragePolicy policy_;
-  std::unique_ptr<AdamW> optimizer_;
+  std::unique_ptr<Optimizer> optimizer_;
+  std::unique_ptr<Ema> ema_;  // or null
 };
 
 /// ||g - g_exact|| / ||g_exact||, in double.

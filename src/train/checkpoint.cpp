@@ -20,7 +20,8 @@ namespace {
 namespace fs = std::filesystem;
 using nlohmann::json;
 
-constexpr const char *kModelFile = "model.safetensors", *kStateTensors = "state.safetensors", *kStateFile = "state.json";
+constexpr const char *kModelFile = "model.safetensors", *kEmaFile = "ema.safetensors", *kStateTensors = "state.safetensors",
+                     *kStateFile = "state.json";
 constexpr int kStateFormat = 1;
 
 /// One list of the state's fields serves both directions.
@@ -35,10 +36,17 @@ void each_field(State& s, F&& f) {
   f("best_top1", s.best_top1), f("evaluated_step", s.evaluated_step), f("peak_bytes", s.peak_bytes);
   f("eval_top1", s.eval_top1), f("eval_top5", s.eval_top5), f("eval_loss", s.eval_loss), f("train_loss", s.train_loss);
 }
+/// Those that the first checkpoints did not have.
+template <class State, class F>
+void each_later_field(State& s, F&& f) {
+  f("eval_top1_ema", s.eval_top1_ema), f("eval_top5_ema", s.eval_top5_ema), f("eval_loss_ema", s.eval_loss_ema);
+}
 
-std::string state_json(const TrainingState& state, int64_t optimizer_steps) {
-  json out{{"format", kStateFormat}, {"optimizer_steps", optimizer_steps}};
-  each_field(state, [&](const char* name, const auto& value) { out[name] = value; });
+std::string state_json(const TrainingState& state, const Optimizer& optimizer, const Ema* ema) {
+  json out{{"format", kStateFormat}, {"optimizer", optimizer.name()}, {"optimizer_steps", optimizer.steps()}};
+  if (ema != nullptr) out["ema_updates"] = ema->updates();
+  const auto write = [&](const char* name, const auto& value) { out[name] = value; };
+  each_field(state, write), each_later_field(state, write);
   return out.dump(2) + "\n";
 }
 
@@ -58,21 +66,24 @@ std::map<std::string, Tensor> with_prefix(const SafetensorsFile& file, const std
 }  // namespace
 
 void save_checkpoint(const std::string& folder, const RunConfig& config, const std::vector<std::string>& class_names,
-                     const ParamStore& params, const AdamW& optimizer, const StoragePolicy& policy, const TrainingState& state) {
+                     const ParamStore& params, const Optimizer& optimizer, const StoragePolicy& policy, const TrainingState& state,
+                     const Ema* ema) {
   write_folder_atomically(folder, [&](const std::string& at) {
     RunConfig trained_by = config;
     trained_by.output.clear();  // the same training writes the same bytes wherever it goes
+    const std::map<std::string, std::string> metadata{
+        {"format", "pt"},
+        {"mesa.config", to_yaml(trained_by)},
+        {"mesa.class_names", json(class_names).dump(-1, ' ', false, json::error_handler_t::replace)}};
     std::vector<NamedTensor> weights;
     for (const Param& param : params.params()) weights.push_back({param.name, to(param.value, kCpu)});
-    write_safetensors(at + "/" + kModelFile, weights,
-                      {{"format", "pt"},
-                       {"mesa.config", to_yaml(trained_by)},
-                       {"mesa.class_names", json(class_names).dump(-1, ' ', false, json::error_handler_t::replace)}});
+    write_safetensors(at + "/" + kModelFile, weights, metadata);
+    if (ema != nullptr) write_safetensors(at + "/" + kEmaFile, prefixed("", ema->state()), metadata);
     std::vector<NamedTensor> tensors = prefixed("optimizer/", optimizer.state());
     for (NamedTensor& range : prefixed("storage/", policy.state())) tensors.push_back(std::move(range));
     write_safetensors(at + "/" + kStateTensors, tensors);
     OutputFile file(at + "/" + kStateFile);
-    file.write(state_json(state, optimizer.steps()));
+    file.write(state_json(state, optimizer, ema));
     file.close();
   });
 }
@@ -87,21 +98,28 @@ std::string resolve_checkpoint(const std::string& path, const std::string& prefe
   fail("", path, " is neither a checkpoint (no ", kModelFile, " in it) nor a run's folder (no checkpoints/last)");
 }
 
-std::string weights_file(const std::string& path, bool verify) {
+std::string weights_file(const std::string& path, WeightsKind kind, bool verify) {
   const std::string at = resolve_checkpoint(path, "best");
-  const std::string file = fs::is_directory(at) ? at + "/" + kModelFile : at;
+  const bool average = fs::exists(at + "/" + kEmaFile);
+  if (kind == WeightsKind::ema)
+    check(average, at,
+          fs::is_directory(at) ? " has no moving average of its weights (train.ema_decay was 0)"
+                               : " is a file, and only a checkpoint's folder leaves a choice among its weights");
+  const bool averaged = kind != WeightsKind::raw && average;
+  const std::string file = fs::is_directory(at) ? at + "/" + (averaged ? kEmaFile : kModelFile) : at;
   const std::string folder = fs::absolute(file).parent_path().string();
   if (verify && (fs::is_directory(at) || fs::exists(folder + "/" + kStateFile)))
     verify_folder(folder);  // a file taken out of its checkpoint stands alone
   return file;
 }
 
-LoadedModel load_model(const std::string& path) {
-  const std::string file = weights_file(path);
+LoadedModel load_model(const std::string& path, WeightsKind kind) {
+  const std::string file = weights_file(path, kind);
   SafetensorsFile tensors = read_safetensors(file);
   const auto config = tensors.metadata.find("mesa.config"), names = tensors.metadata.find("mesa.class_names");
   check(config != tensors.metadata.end(), file, " does not say which model it belongs to (no mesa.config in its metadata)");
   LoadedModel out;
+  out.averaged = fs::path(file).filename() == kEmaFile;
   out.config = parse_config(config->second, file);
   if (names != tensors.metadata.end()) {
     const json list = json::parse(names->second, nullptr, false);
@@ -174,7 +192,7 @@ Tensor resized(const Param& param, const Tensor& values) {
 }  // namespace
 
 std::string start_from_weights(ParamStore& params, const std::string& path) {
-  const std::string file = weights_file(path);
+  const std::string file = weights_file(path, WeightsKind::automatic);
   const SafetensorsFile weights = read_safetensors(file);
   std::vector<std::string> problems, adapted, fresh, unused;
   std::set<std::string> known;
@@ -204,26 +222,56 @@ std::string start_from_weights(ParamStore& params, const std::string& path) {
   return text;
 }
 
-LoadedRun load_checkpoint(const std::string& folder, const RunConfig& config, ParamStore& params, AdamW& optimizer, StoragePolicy& policy) {
+namespace {
+
+int64_t count_of(const json& state, const char* name, const std::string& folder) {
+  check(state.contains(name) && state[name].is_number_integer(), folder, "/", kStateFile, " has no ", name);
+  return state[name].get<int64_t>();
+}
+
+void load_optimizer(const json& state, const SafetensorsFile& tensors, const RunConfig& config, const std::string& folder,
+                    Optimizer& optimizer) {
+  const std::string was = !state.contains("optimizer")     ? "adamw"  // once the only one
+                          : state["optimizer"].is_string() ? state["optimizer"].get<std::string>()
+                                                           : state["optimizer"].dump();
+  if (was != optimizer.name())
+    config.refuse("optimizer.name", folder, " was trained by ", was, ", whose state ", optimizer.name(), " cannot go on with; resume with ",
+                  was, ", or begin a new run with its weights (train.weights: ", folder, ")");
+  optimizer.load_state(with_prefix(tensors, "optimizer/"), count_of(state, "optimizer_steps", folder));
+}
+
+/// False if the checkpoint has none.
+bool load_average(const json& state, const std::string& folder, Ema& ema) {
+  ema.restart();
+  if (!fs::exists(folder + "/" + kEmaFile)) return false;
+  ema.load_state(with_prefix(read_safetensors(folder + "/" + kEmaFile), ""), count_of(state, "ema_updates", folder));
+  return true;
+}
+
+}  // namespace
+
+LoadedRun load_checkpoint(const std::string& folder, const RunConfig& config, ParamStore& params, Optimizer& optimizer,
+                          StoragePolicy& policy, Ema* ema) {
   check(fs::is_directory(folder), folder, " is a file of weights; to resume, the folder of a whole checkpoint is needed");
-  LoadedModel model = load_model(folder);
+  LoadedModel model = load_model(folder, WeightsKind::raw);
   load_weights(params, model.weights, folder + "/" + kModelFile);
   const json state = json::parse(read_text(folder + "/" + kStateFile), nullptr, false);
   check(state.is_object() && state.value("format", 0) == kStateFormat, folder, "/", kStateFile,
         " is not a training state that this version reads");
   LoadedRun out;
-  each_field(out.state, [&]<class T>(const char* name, T& value) {
+  const auto read = [&]<class T>(const char* name, T& value) {
     const bool nan = std::is_floating_point_v<T> && state.contains(name) && state[name].is_null();  // JSON's only way to say it
     check(nan || (state.contains(name) && state[name].is_number()), folder, "/", kStateFile, " has no number '", name, "'");
     if constexpr (std::is_floating_point_v<T>)
       value = nan ? std::nan("") : state[name].template get<T>();
     else
       state[name].get_to(value);
-  });
-  const bool has_steps = state.contains("optimizer_steps") && state["optimizer_steps"].is_number_integer();
-  check(has_steps, folder, "/", kStateFile, " has no optimizer_steps");
+  };
+  each_field(out.state, read);
+  if (state.contains("eval_top1_ema")) each_later_field(out.state, read);
   const SafetensorsFile tensors = read_safetensors(folder + "/" + kStateTensors);
-  optimizer.load_state(with_prefix(tensors, "optimizer/"), state["optimizer_steps"].get<int64_t>());
+  load_optimizer(state, tensors, config, folder, optimizer);
+  if (ema != nullptr) out.average_begins = !load_average(state, folder, *ema);
   std::map<std::string, Tensor> ranges;  // owned by the policy from here on, under its own kind of memory
   for (const auto& [name, tensor] : with_prefix(tensors, "storage/")) {
     const Tensor copy = Tensor::empty(tensor.shape(), tensor.dtype(), kCpu, MemoryKind::optimizer);
@@ -286,6 +334,7 @@ std::vector<std::pair<std::string, std::string>> changed_keys(const RunConfig& t
                                               "train.eval_batch_size",
                                               "train.force_precision"};
   RunConfig a = then, b = now;  // the table's accessors are not const
+  for (RunConfig* config : {&a, &b}) config->optimizer = with_defaults(config->optimizer);
   std::vector<std::pair<std::string, std::string>> out;
   for (const config::Key& key : config::keys()) {
     if (harmless.count(key.name)) continue;

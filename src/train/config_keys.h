@@ -42,6 +42,10 @@ std::string type_name(const Key& key);
 /// A scalar in YAML: plain where that is safe, else in double quotes.
 std::string quote(const std::string& text);
 
+// config_optimizer.cpp
+/// Refuses keys of optimizer and schedule that are set though what was chosen has no such thing.
+void check_optimizer(const RunConfig& config);
+
 // config_storage.cpp
 /// The `storage` key: a name, a list of rules, or {name, rules}.
 StorageConfig read_storage(const Value& value);

@@ -73,4 +73,13 @@ EvalResult evaluate(const BuiltModel& model, Loader& loader, const TransformOpti
   return result;
 }
 
+Evaluations evaluate_all(const BuiltModel& model, Ema* ema, Loader& loader, const TransformOptions& transform,
+                         const std::function<bool()>& stop) {
+  Evaluations out{evaluate(model, loader, transform, stop), {}};
+  if (ema == nullptr || !out.raw.complete) return out;
+  const Ema::Use averages(*ema);
+  out.ema = evaluate(model, loader, transform, stop);
+  return out;
+}
+
 }  // namespace mesa

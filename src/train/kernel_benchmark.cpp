@@ -7,13 +7,13 @@
 #include <nlohmann/json.hpp>
 
 #include "mesa/base/cuda.h"
-#include "mesa/kernels/adamw.h"
 #include "mesa/kernels/attention.h"
 #include "mesa/kernels/elementwise.h"
 #include "mesa/kernels/image.h"
 #include "mesa/kernels/matmul.h"
 #include "mesa/kernels/loss.h"
 #include "mesa/kernels/norm.h"
+#include "mesa/kernels/optimizer.h"
 
 namespace mesa {
 namespace {
@@ -191,10 +191,13 @@ class Bench {
                  v = empty_like(m);
     const Tensor copy = e_.type == DType::bf16 ? room(w.shape(), DType::bf16) : Tensor();
     clear(m), clear(v);
-    const std::vector<kernels::AdamWSlot> slots{{w, g, m, v, copy, 0.05}};
-    add("adamw", static_cast<double>(w.numel()) * (28 + (copy.defined() ? 2 : 0)), 0, [=] {
-      kernels::adamw(slots, kernels::AdamWStep{1e-4, 0.9, 0.999, 1e-8, 1, 5});
-    });
+    const std::vector<kernels::UpdateSlot> slots{{w, g, m, v, copy, 0.05, 1}};
+    const std::vector<kernels::AverageSlot> averages{{m, w}};
+    const double elements = static_cast<double>(w.numel()), copied = copy.defined() ? 2 : 0;
+    add("adamw", elements * (28 + copied), 0, [=] { kernels::adamw(slots, kernels::AdamWStep{1e-4, 0.9, 0.999, 1e-8, 1, 5}); });
+    add("sgd", elements * (20 + copied), 0, [=] { kernels::sgd(slots, kernels::SgdStep{1e-4, 0.9, false, 1}); });
+    add("lamb", elements * (40 + copied), 0, [=] { kernels::lamb(slots, kernels::LambStep{1e-4, 0.9, 0.999, 1e-6, 1, 5, false}); });
+    add("moving_average", elements * 12, 0, [=] { kernels::moving_average(averages, 0.999); });
     const std::vector<Tensor> gradients{g};
     const Tensor squares = room({1}, DType::f64);
     add("sum_squares", static_cast<double>(g.numel()) * 4, 0, [=] { kernels::sum_squares(gradients, squares); });

@@ -24,7 +24,8 @@ namespace {
 using nlohmann::ordered_json;
 
 constexpr const char* kEpochHeader =
-    "epoch,train_loss,eval_loss,eval_top1,eval_top5,lr,images_per_second,activation_bytes_per_image,peak_bytes,seconds";
+    "epoch,train_loss,eval_loss,eval_top1,eval_top5,lr,images_per_second,activation_bytes_per_image,peak_bytes,seconds,eval_loss_ema,"
+    "eval_top1_ema,eval_top5_ema";
 constexpr double kRedrawSeconds = 0.1;
 
 std::string cell(double x) {
@@ -54,15 +55,25 @@ void for_each_line(const std::string& text, F&& f) {
   }
 }
 
+/// The cells that a table of the first columns alone lacks, as text; nothing if it is none.
+std::optional<std::string> missing_cells(const std::string& header) {
+  const std::string all = kEpochHeader;
+  if (header.find(",seconds") == std::string::npos || !(all + ",").starts_with(header + ",")) return {};
+  return std::string(static_cast<size_t>(std::count(all.begin() + static_cast<std::ptrdiff_t>(header.size()), all.end(), ',')), ',');
+}
+
 std::string kept_rows(const std::string& path, int64_t last_epoch) {
   std::string kept = std::string(kEpochHeader) + "\n";
   if (!std::filesystem::exists(path)) return kept;
   bool first = true;
+  std::optional<std::string> missing;
   for_each_line(read_text(path), [&](const std::string& line) {
-    if (first && line != kEpochHeader) throw Error(concat(path, ": its first line is not that of a summary.csv; move the file away"));
+    if (first) missing = missing_cells(line);
+    if (!missing) throw Error(concat(path, ": its first line is not that of a summary.csv; move the file away"));
     int64_t epoch = 0;
     const auto [end, code] = std::from_chars(line.data(), line.data() + line.size(), epoch);
-    if (!first && code == std::errc{} && end != line.data() + line.size() && *end == ',' && epoch <= last_epoch) kept += line + "\n";
+    if (!first && code == std::errc{} && end != line.data() + line.size() && *end == ',' && epoch <= last_epoch)
+      kept += line + *missing + "\n";
     first = false;
   });
   return kept;
@@ -117,7 +128,7 @@ EpochLog::EpochLog(const std::string& path, std::optional<int64_t> last_epoch)
 void EpochLog::append(const EpochRow& r) {
   file_.write(concat(r.epoch, ",", cell(r.train_loss), ",", cell(r.eval_loss), ",", cell(r.eval_top1), ",", cell(r.eval_top5), ",",
                      cell(r.lr), ",", cell(r.images_per_second), ",", cell(r.activation_bytes_per_image), ",", r.peak_bytes, ",",
-                     cell(r.seconds), "\n"));
+                     cell(r.seconds), ",", cell(r.eval_loss_ema), ",", cell(r.eval_top1_ema), ",", cell(r.eval_top5_ema), "\n"));
   file_.flush();
 }
 
@@ -153,6 +164,9 @@ void write_summary_json(const std::string& path, const RunSummary& s) {
                              {"top5", number(s.top5)},
                              {"eval_loss", number(s.eval_loss)},
                              {"train_loss", number(s.train_loss)},
+                             {"top1_ema", number(s.top1_ema)},
+                             {"top5_ema", number(s.top5_ema)},
+                             {"eval_loss_ema", number(s.eval_loss_ema)},
                              {"epochs", s.epochs},
                              {"steps", s.steps},
                              {"images_per_second", number(s.images_per_second)},

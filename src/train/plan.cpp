@@ -10,6 +10,7 @@
 
 #include "mesa/base/cuda.h"
 #include "mesa/train/objective.h"
+#include "mesa/train/optimizer_setup.h"
 
 namespace mesa {
 namespace {
@@ -58,7 +59,8 @@ MetaStep meta_step(const RunConfig& config, const NetConfig& model, StoragePolic
   MetaStep out;
   BuiltModel built(config, model, device);
   built.params.allocate_gradients();
-  AdamW optimizer(built.params.params(), {});
+  const std::unique_ptr<Optimizer> optimizer = make_optimizer(config, built.params);
+  const std::unique_ptr<Ema> ema = make_ema(config, built.params);
   const int64_t B = config.train.batch_size;
   const int64_t eval_batch = config.train.eval_batch_size > 0 ? config.train.eval_batch_size : B;
   const LoaderRing training(config, model.input(), B), evaluation(config, model.input(), eval_batch);
@@ -73,7 +75,8 @@ MetaStep meta_step(const RunConfig& config, const NetConfig& model, StoragePolic
     out.activation_bytes = memory.use().of(MemoryKind::activations) - before.of(MemoryKind::activations);
     tape.backward(loss);
   }
-  optimizer.step(config.optimizer.lr);
+  optimizer->step(config.optimizer.lr);
+  if (ema) ema->update();
   built.net(meta_images(model.input(), eval_batch, device));
   out.parameters = built.params.count();
   out.peak = memory.use();

@@ -12,8 +12,14 @@ namespace mesa {
 std::string to_string(const RunSummary& s, double best_top1) {
   char text[160];
   const double kept = s.activation_bytes_per_image, exact = s.exact_activation_bytes_per_image;
-  std::snprintf(text, sizeof text, "top-1 %.2f %%, best %.2f %%, %.1f images/s, ", s.top1, best_top1, s.images_per_second);
-  std::string out = text + format_bytes(std::llround(kept)) + " kept per image";
+  std::snprintf(text, sizeof text, "top-1 %.2f %%, ", s.top1);
+  std::string out = text;
+  if (!std::isnan(s.top1_ema)) {
+    std::snprintf(text, sizeof text, "%.2f %% with averaged weights, ", s.top1_ema);
+    out += text;
+  }
+  std::snprintf(text, sizeof text, "best %.2f %%, %.1f images/s, ", best_top1, s.images_per_second);
+  out += text + format_bytes(std::llround(kept)) + " kept per image";
   if (kept <= 0 || exact < 1.005 * kept) return out;
   std::snprintf(text, sizeof text, ", %.1f times less than the ", exact / kept);
   return out + text + format_bytes(std::llround(exact)) + " of exact storage";

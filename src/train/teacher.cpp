@@ -30,7 +30,7 @@ NetConfig teacher_config(const RunConfig& config, const SafetensorsFile& file, c
 Teacher::Teacher(const RunConfig& config, const ImageConfig& student, Device device) {
   const bool plan = device.kind == DeviceKind::meta;
   try {
-    const std::string file = weights_file(config.distill.teacher, !plan);
+    const std::string file = weights_file(config.distill.teacher, WeightsKind::automatic, !plan);
     const SafetensorsFile weights = read_safetensors(file, plan ? kMeta : kCpu);
     const NetConfig model = teacher_config(config, weights, student);
     const ImageConfig& input = model.input();

@@ -11,6 +11,7 @@
 #include <optional>
 
 #include "mesa/train/evaluate.h"
+#include "mesa/train/optimizer_setup.h"
 #include "mesa/train/signals.h"
 #include "run_folder.h"
 #include "updater.h"
@@ -37,7 +38,6 @@ class Run {
   int operator()();
 
  private:
-  Schedule make_schedule() const;
   void start();
   void take_up(const std::string& checkpoint);
   void open_folder();
@@ -50,6 +50,7 @@ class Run {
   void show(const UpdateResult& result);
   void report_saturation();
   bool end_epoch();
+  void take_results(const Evaluations& eval);
   bool save(const std::string& which);
   int stopped_by_signal();
   int stopped_by_bad_steps();
@@ -77,7 +78,8 @@ class Run {
   Loader train_loader_, eval_loader_;
   BuiltModel model_;
   StoragePolicy policy_;
-  AdamW optimizer_;
+  std::unique_ptr<Optimizer> optimizer_;
+  std::unique_ptr<Ema> ema_;  // or null
   int64_t updates_per_epoch_;
   Schedule schedule_;
   Updater updater_;
@@ -94,8 +96,6 @@ class Run {
   double last_wait_ = 0;
 };
 
-AdamWConfig adamw_config(const OptimizerConfig& o) { return {o.lr, o.weight_decay, o.beta1, o.beta2, o.eps}; }
-
 Run::Run(RunConfig config, const TrainOptions& options)
     : config_(std::move(config)),
       options_(options),
@@ -107,10 +107,11 @@ Run::Run(RunConfig config, const TrainOptions& options)
       eval_loader_(data_.test, transform_, make_loader_options(config_, false, choose_device(config_.device))),
       model_(config_, net_, choose_device(config_.device)),
       policy_(make_policy(config_.storage)),
-      optimizer_((model_.params.allocate_gradients(), model_.params.params()), adamw_config(config_.optimizer)),
+      optimizer_((model_.params.allocate_gradients(), make_optimizer(config_, model_.params))),
+      ema_(make_ema(config_, model_.params)),
       updates_per_epoch_((train_loader_.batches_per_epoch() + config_.train.accumulation - 1) / config_.train.accumulation),
-      schedule_(make_schedule()),
-      updater_(config_, model_, policy_, optimizer_, schedule_, transform_) {
+      schedule_(make_schedule(config_, updates_per_epoch_)),
+      updater_(config_, model_, policy_, *optimizer_, ema_.get(), schedule_, transform_) {
   config_.model.classes = net_.input().classes;  // from here on fixed: config.yaml and the checkpoints say it
   if (config_.output.empty() && options_.resume == "auto")
     throw UsageError("--resume needs to know the run: give its folder with --output (or `output` in the config)");
@@ -126,14 +127,16 @@ Run::Run(RunConfig config, const TrainOptions& options)
 void Run::start() {
   try {
     start_ = start_from_weights(model_.params, config_.train.weights);
+    if (ema_) ema_->restart();
   } catch (const Error& e) {
     config_.refuse("train.weights", e.what());
   }
 }
 
 void Run::take_up(const std::string& checkpoint) {
-  const LoadedRun loaded = load_checkpoint(checkpoint, config_, model_.params, optimizer_, policy_);
+  const LoadedRun loaded = load_checkpoint(checkpoint, config_, model_.params, *optimizer_, policy_, ema_.get());
   changes_ = describe_changes(loaded, config_);
+  if (loaded.average_begins) start_ = "the checkpoint has no moving average of the weights; it begins with the present ones";
   state_ = loaded.state;
   bad_samples_before_ = state_.bad_samples;
   finished_before_ = done();
@@ -149,18 +152,6 @@ void Run::open_folder() {
     position = LogPosition{state_.epoch + (row_within_epoch ? 1 : 0), state_.step};
   }
   folder_ = std::make_unique<RunFolder>(config_, position, options_.resume == "auto" && resume_.empty());
-}
-
-Schedule Run::make_schedule() const {
-  Schedule s;
-  s.kind = config_.schedule.name == "constant" ? Schedule::Kind::constant : Schedule::Kind::cosine;
-  s.lr = config_.optimizer.lr;
-  s.warmup_lr = config_.schedule.warmup_lr;
-  s.min_lr = config_.schedule.min_lr;
-  s.warmup_steps = std::llround(config_.schedule.warmup_epochs * static_cast<double>(updates_per_epoch_));
-  s.total_steps = config_.train.epochs * updates_per_epoch_;
-  if (config_.train.steps > 0) s.total_steps = std::min(s.total_steps, config_.train.steps);
-  return s;
 }
 
 void Run::say(const std::string& text) {
@@ -185,6 +176,7 @@ void Run::introduce() {
              config_.storage.name, ": ", format_bytes(plan_.activation_bytes / batch), " kept per image, ",
              format_bytes(plan_.exact_activation_bytes / batch), " in exact storage"));
   say("device: " + describe_device(config_.device, model_.device));
+  say("optimizer: " + describe_optimizer(config_, model_.params));
   say(concat("data: ", data_.train->size(), " training and ", data_.test->size(), " test images of ", data_.train->classes(),
              " classes; output: ", config_.output));
   if (config_.distill.kind != "none")
@@ -336,34 +328,45 @@ void Run::report_saturation() {
 
 /// Evaluates, logs and saves. False if a signal interrupts the evaluation, which is then done again after the resume.
 bool Run::end_epoch() {
-  const EvalResult eval = evaluate(model_, eval_loader_, transform_, [] { return received_signal() != 0; });
-  if (!eval.complete) return false;
+  const Evaluations eval = evaluate_all(model_, ema_.get(), eval_loader_, transform_, [] { return received_signal() != 0; });
+  if (!eval.complete()) return false;
   for (; reported_left_out_ < eval_loader_.skipped_samples().size(); ++reported_left_out_)
     warn("a bad test sample is left out: " + eval_loader_.skipped_samples()[reported_left_out_]);
-  state_.evaluated_step = state_.step;
-  state_.eval_top1 = eval.top1, state_.eval_top5 = eval.top5, state_.eval_loss = eval.loss;
-  state_.train_loss = state_.epoch_images > 0 ? state_.epoch_loss / static_cast<double>(state_.epoch_images) : kNotMeasured;
+  take_results(eval);
   const double rate = state_.epoch_seconds > 0 ? static_cast<double>(state_.epoch_images) / state_.epoch_seconds : 0;
   const double lr = schedule_.at(std::max<int64_t>(state_.step - 1, 0));
   const int64_t epoch = state_.epoch + 1;
-  folder_->append(
-      EpochRow{epoch, state_.train_loss, eval.loss, eval.top1, eval.top5, lr, rate, bytes_per_image(), peak_bytes(), state_.epoch_seconds});
+  folder_->append(EpochRow{epoch, state_.train_loss, eval.raw.loss, eval.raw.top1, eval.raw.top5, lr, rate, bytes_per_image(), peak_bytes(),
+                           state_.epoch_seconds, state_.eval_loss_ema, state_.eval_top1_ema, state_.eval_top5_ema});
   report_saturation();
   char text[200];
   std::snprintf(text, sizeof text, ": train loss %.4f, eval loss %.4f, top-1 %.2f %%, top-5 %.2f %%, %.1f images/s", state_.train_loss,
-                eval.loss, eval.top1, eval.top5, rate);
+                eval.raw.loss, eval.raw.top1, eval.raw.top5, rate);
   say(concat("epoch ", epoch, "/", config_.train.epochs, text));
+  if (eval.ema) {
+    std::snprintf(text, sizeof text, ": eval loss %.4f, top-1 %.2f %%, top-5 %.2f %%", eval.ema->loss, eval.ema->top1, eval.ema->top5);
+    say(concat("epoch ", epoch, "/", config_.train.epochs, ", moving average of the weights", text));
+  }
   if (state_.batch >= train_loader_.batches_per_epoch()) {  // else train.steps ended the run here, and a resumed one finishes the epoch
     state_.epoch = epoch;
     state_.batch = state_.epoch_images = 0;
     state_.epoch_loss = state_.epoch_seconds = 0;
   }
   // A run resumed into another folder has no best checkpoint there, whatever the old one reached.
-  const bool best = eval.top1 > state_.best_top1 || !std::filesystem::exists(folder_->checkpoint("best"));
-  state_.best_top1 = std::max(state_.best_top1, eval.top1);
+  const double top1 = eval.judged().top1;
+  const bool best = top1 > state_.best_top1 || !std::filesystem::exists(folder_->checkpoint("best"));
+  state_.best_top1 = std::max(state_.best_top1, top1);
   const bool best_saved = !best || save("best");
   saved_ = save("last") && best_saved;
   return true;
+}
+
+void Run::take_results(const Evaluations& eval) {
+  state_.evaluated_step = state_.step;
+  state_.eval_top1 = eval.raw.top1, state_.eval_top5 = eval.raw.top5, state_.eval_loss = eval.raw.loss;
+  state_.eval_top1_ema = state_.eval_top5_ema = state_.eval_loss_ema = kNotMeasured;
+  if (eval.ema) state_.eval_top1_ema = eval.ema->top1, state_.eval_top5_ema = eval.ema->top5, state_.eval_loss_ema = eval.ema->loss;
+  state_.train_loss = state_.epoch_images > 0 ? state_.epoch_loss / static_cast<double>(state_.epoch_images) : kNotMeasured;
 }
 
 /// A failure keeps the previous checkpoint and does not stop training. Neither does a state that nobody could resume replace a good one.
@@ -375,7 +378,8 @@ bool Run::save(const std::string& which) {
   }
   state_.peak_bytes = peak_bytes();
   try {
-    save_checkpoint(folder_->checkpoint(which), config_, data_.train->class_names(), model_.params, optimizer_, policy_, state_);
+    save_checkpoint(folder_->checkpoint(which), config_, data_.train->class_names(), model_.params, *optimizer_, policy_, state_,
+                    ema_.get());
     return true;
   } catch (const std::exception& e) {
     warn(concat("the checkpoint '", which, "' could not be written: ", e.what()));
@@ -412,6 +416,7 @@ RunSummary Run::write_summary() {
   if (state_.evaluated_step >= 0) {
     s.top1 = state_.eval_top1, s.top5 = state_.eval_top5;
     s.eval_loss = state_.eval_loss, s.train_loss = state_.train_loss;
+    s.top1_ema = state_.eval_top1_ema, s.top5_ema = state_.eval_top5_ema, s.eval_loss_ema = state_.eval_loss_ema;
   }
   s.epochs = state_.epoch, s.steps = state_.step;
   s.images_per_second = state_.train_seconds > 0 ? static_cast<double>(state_.train_images) / state_.train_seconds : 0;
@@ -448,21 +453,6 @@ int train(const RunConfig& config, const TrainOptions& options) {
   } catch (const OutOfMemory& e) {
     throw Error(concat(e.what(), "\n", explain_out_of_memory(config)));
   }
-}
-
-std::string dry_run(const RunConfig& config, int64_t fit_bytes) {
-  const bool readable = config.data.kind == "image_folder" && std::filesystem::is_directory(config.data.path);
-  const auto data_classes = [&] { return make_datasets(config, model_config(config, 0).input(), false).test->classes(); };
-  const int64_t classes = readable ? data_classes() : known_classes(config);
-  const NetConfig model = model_config(config, classes);
-  compute_dtype(config, config.device == "cuda" ? kCuda : choose_device(config.device));
-  make_transform(config, model.input());
-  if (config.train.cuda_graph) RecordedSteps::check(config, config.device == "cuda" || is_gpu(choose_device(config.device)));
-  RunConfig resolved = config;
-  if (classes > 0) resolved.model.classes = model.input().classes;
-  std::string out = concat(to_yaml(resolved), "\n", format_plan(plan_run(config, model), config.train.batch_size));
-  if (fit_bytes > 0) out += concat("\nlargest batch within ", format_bytes(fit_bytes), ": ", largest_batch(config, model, fit_bytes), "\n");
-  return out;
 }
 
 }  // namespace mesa

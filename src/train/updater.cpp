@@ -8,12 +8,13 @@
 
 namespace mesa {
 
-Updater::Updater(const RunConfig& config, BuiltModel& model, StoragePolicy& policy, AdamW& optimizer, const Schedule& schedule,
-                 const TransformOptions& transform)
+Updater::Updater(const RunConfig& config, BuiltModel& model, StoragePolicy& policy, Optimizer& optimizer, Ema* ema,
+                 const Schedule& schedule, const TransformOptions& transform)
     : config_(config),
       model_(model),
       policy_(policy),
       optimizer_(optimizer),
+      ema_(ema),
       schedule_(schedule),
       transform_(transform),
       objective_(config, model.net.input(), model.device) {
@@ -92,6 +93,7 @@ UpdateResult Updater::operator()(int64_t count, const std::function<SentBatch()>
   state.bad_in_a_row = 0;
   policy_.commit();
   optimizer_.step(result.lr, clipping_scale(config_.train.clip_norm, result.gradient_norm));
+  if (ema_ != nullptr) ema_->update();
   return result;
 }
 

@@ -1,7 +1,8 @@
-// One update: forward and backward over the accumulated batches, finiteness checks, clipping, AdamW.
+// One update: forward and backward over the accumulated batches, finiteness checks, clipping, optimizer, moving average.
 #pragma once
 #include <functional>
 
+#include "mesa/optim/schedule.h"
 #include "mesa/train/checkpoint.h"
 #include "mesa/train/setup.h"
 #include "mesa/train/objective.h"
@@ -19,7 +20,8 @@ struct UpdateResult {
 
 class Updater {
  public:
-  Updater(const RunConfig& config, BuiltModel& model, StoragePolicy& policy, AdamW& optimizer, const Schedule& schedule,
+  /// `ema` may be null.
+  Updater(const RunConfig& config, BuiltModel& model, StoragePolicy& policy, Optimizer& optimizer, Ema* ema, const Schedule& schedule,
           const TransformOptions& transform);
   /// Called when work has been handed to the device: what it copies may begin after the mark (null: now) and runs beside that work.
   using Meanwhile = std::function<void(const cuda::Mark& after)>;
@@ -39,7 +41,8 @@ class Updater {
   const RunConfig& config_;
   BuiltModel& model_;
   StoragePolicy& policy_;
-  AdamW& optimizer_;
+  Optimizer& optimizer_;
+  Ema* ema_;
   Schedule schedule_;
   TransformOptions transform_;
   Objective objective_;

@@ -21,9 +21,9 @@ TEST_CASE("apps: a run leaves every file, and they agree") {
   const auto rows = read_csv(tiny.path("run/summary.csv"));
   REQUIRE(rows.size() == 3);
   CHECK(rows[0] == Args{"epoch", "train_loss", "eval_loss", "eval_top1", "eval_top5", "lr", "images_per_second",
-                        "activation_bytes_per_image", "peak_bytes", "seconds"});
+                        "activation_bytes_per_image", "peak_bytes", "seconds", "eval_loss_ema", "eval_top1_ema", "eval_top5_ema"});
   const Json summary = tiny.json("run/summary.json");
-  CHECK(summary.size() == 14);
+  CHECK(summary.size() == 17);
   CHECK(summary["train_loss"] == std::stod(rows[2][1]));
   CHECK(summary["eval_loss"] == std::stod(rows[2][2]));
   CHECK(summary["top1"] == std::stod(rows[2][3]));
@@ -105,6 +105,59 @@ TEST_CASE("apps: a run may begin with the weights of another") {
   CHECK_THAT(wrong.err, Contains("--set train.weights=first: train.weights: ") && Contains("belongs to another model"));
 }
 
+TEST_CASE("apps: a run with a moving average judges, saves and evaluates by it") {
+  const TinyRun tiny;
+  const Args sets{"optimizer.name=lamb",   "optimizer.lr=0.01",         "train.epochs=4",           "train.ema_decay=0.8",
+                  "train.ema_warmup=true", "optimizer.layer_decay=0.8", "optimizer.lr_base_batch=8"};
+  const ProcessResult trained = tiny.train(sets);
+  INFO(trained.err);
+  REQUIRE(trained.code == 0);
+  CHECK_THAT(trained.err, Contains("optimizer: lamb, learning rate 0.02 (0.01 * 16 images an update / 8), cosine; weight decay 0.05 on ") &&
+                              Contains("layer decay 0.8: the layers learn at 0.64 to 1 times that rate") &&
+                              Contains("moving average of the weights with decay 0.8 after a warm-up") &&
+                              Contains("with averaged weights"));
+  const auto rows = read_csv(tiny.path("run/summary.csv"));
+  REQUIRE(rows.size() == 5);
+  double best = 0;
+  for (size_t i = 1; i < rows.size(); ++i) best = std::max(best, std::stod(rows[i][11]));
+  CHECK(rows[1][10] != rows[1][2]);
+  const Json summary = tiny.json("run/summary.json"), state = tiny.json("run/checkpoints/last/state.json");
+  CHECK(summary["top1_ema"] == std::stod(rows[4][11]));
+  CHECK(summary["eval_loss_ema"] == std::stod(rows[4][10]));
+  CHECK(state["ema_updates"] == 24);
+  CHECK(state["optimizer"] == "lamb");
+  CHECK(state["best_top1"] == best);
+
+  const auto evaluated = [&](const Args& args) {
+    Args all = args;
+    all.insert(all.end(), {"--json", "e.json"});
+    const ProcessResult result = tiny.eval(all);
+    INFO(result.err);
+    REQUIRE(result.code == 0);
+    return tiny.json("e.json");
+  };
+  const std::string last = "run/checkpoints/last";
+  const Json ema = evaluated({last, "--weights", "ema"}), raw = evaluated({last, "--weights", "raw"}), automatic = evaluated({last});
+  CHECK(ema["top1"] == summary["top1_ema"]);
+  CHECK(ema["weights"] == "ema");
+  CHECK(ema["loss"].get<double>() == Approx(summary["eval_loss_ema"].get<double>()).epsilon(1e-6));
+  CHECK(raw["top1"] == summary["top1"]);
+  CHECK(raw["loss"].get<double>() == Approx(summary["eval_loss"].get<double>()).epsilon(1e-6));
+  CHECK(automatic["loss"] == ema["loss"]);
+  CHECK(evaluated({"run"})["top1"] == best);
+  CHECK(evaluated({last + "/ema.safetensors"})["loss"] == ema["loss"]);
+  CHECK(evaluated({last + "/model.safetensors"})["loss"] == raw["loss"]);
+  const ProcessResult file = tiny.eval({last + "/model.safetensors", "--weights", "ema"});
+  CHECK(file.code == 1);
+  CHECK_THAT(file.err, Contains("is a file"));
+
+  CHECK_THAT(tiny.train({"train.weights=run", "train.epochs=1"}, "second").err,
+             Contains("started from run/checkpoints/best/ema.safetensors"));
+  const ProcessResult none = tiny.eval({"second", "--weights", "ema"});
+  CHECK(none.code == 1);
+  CHECK_THAT(none.err, Contains("has no moving average"));
+}
+
 TEST_CASE("apps: --dry-run trains nothing and predicts what the meter then finds") {
   const TinyRun tiny;
   const std::string storage = GENERATE("exact", "int8", "int2", "mesa");
@@ -123,6 +176,7 @@ TEST_CASE("apps: --dry-run trains nothing and predicts what the meter then finds
   const double peak = summary["peak_bytes"].get<double>();
   CHECK(std::abs(static_cast<double>(predicted) - peak) < 0.1 * peak);
   CHECK_THAT(plan.out, Contains("parameters        " + summary["parameters"].dump()));
+  CHECK_THAT(plan.out, Contains("\noptimizer         adamw, learning rate 0.001, cosine; weight decay 0.05 on "));
 }
 
 TEST_CASE("apps: help and version") {

@@ -1,10 +1,9 @@
 // AdamW against hand-computed steps and a long run in double, on every instruction set this CPU has.
-#include "mesa/kernels/adamw.h"
-
 #include <catch2/catch.hpp>
 #include <cmath>
 
 #include "mesa/kernels/elementwise.h"
+#include "mesa/kernels/optimizer.h"
 #include "support/kernels.h"
 
 using namespace mesa;
@@ -76,7 +75,8 @@ TEST_CASE("adamw lets a NaN gradient show and refuses a step 0", "[kernels]") {
   const Tensor w = Tensor::zeros({20}, DType::f32), g = Tensor::zeros({20}, DType::f32), m = Tensor::zeros({20}, DType::f32);
   const Tensor v = Tensor::zeros({20}, DType::f32);
   g.data<float>()[5] = NAN;
-  kernels::adamw(std::vector<kernels::AdamWSlot>{{w, g, m, v, {}, 0.05}}, kernels::AdamWStep{1e-3, 0.9, 0.999, 1e-8, 1, 1});
+  kernels::adamw(std::vector<kernels::UpdateSlot>{{w, g, m, v, {}, 0.05}}, kernels::AdamWStep{1e-3, 0.9, 0.999, 1e-8, 1, 1});
   for (int i = 0; i < 20; ++i) CHECK(std::isnan(w.data<float>()[i]) == (i == 5));
-  CHECK_THROWS_AS(kernels::adamw(std::vector<kernels::AdamWSlot>{{w, g, m, v, {}, 0.05}}, kernels::AdamWStep{1e-3, 0.9, 0.999, 1e-8, 1, 0}), Error);
+  CHECK_THROWS_AS(
+      kernels::adamw(std::vector<kernels::UpdateSlot>{{w, g, m, v, {}, 0.05}}, kernels::AdamWStep{1e-3, 0.9, 0.999, 1e-8, 1, 0}), Error);
 }

@@ -1,4 +1,4 @@
-// AdamW against its formula, what it leaves alone, its state; and the schedule's corners.
+// AdamW against its formula, what it leaves alone, its state.
 #include "mesa/optim/adamw.h"
 
 #include <catch2/catch.hpp>
@@ -133,21 +133,4 @@ TEST_CASE("adamw: the bf16 copy of a weight is refreshed in the same pass") {
   optimizer.step(0.1);
   const auto copy = params[0].bf16_copy().to_vector<float>(), value = params[0].value.to_vector<float>();
   for (size_t i = 0; i < copy.size(); ++i) CHECK(copy[i] == static_cast<float>(bf16(value[i])));
-}
-
-TEST_CASE("schedule: linear warm-up, cosine to the floor, constant") {
-  Schedule s;
-  s.lr = 1, s.warmup_lr = 0.1, s.min_lr = 0.2, s.warmup_steps = 10, s.total_steps = 110;
-  CHECK(s.at(0) == Approx(0.1));
-  CHECK(s.at(5) == Approx(0.55));
-  CHECK(s.at(10) == Approx(1));
-  CHECK(s.at(60) == Approx(0.6));
-  CHECK(s.at(110) == Approx(0.2));
-  CHECK(s.at(1000) == Approx(0.2));
-  for (int64_t i = 10; i < 110; ++i) CHECK(s.at(i + 1) < s.at(i));
-  s.kind = Schedule::Kind::constant;
-  CHECK(s.at(5) == Approx(0.55));
-  CHECK(s.at(90) == Approx(1));
-  s = {};
-  CHECK(s.at(0) == Approx(s.lr));  // no warm-up: the first step is at full rate
 }

@@ -7,10 +7,10 @@
 #include <string>
 
 #include "mesa/base/cuda.h"
-#include "mesa/kernels/adamw.h"
 #include "mesa/kernels/codec.h"
-#include "mesa/kernels/windows.h"
 #include "mesa/kernels/kernel.h"
+#include "mesa/kernels/optimizer.h"
+#include "mesa/kernels/windows.h"
 
 namespace mesa::testing {
 
@@ -44,9 +44,13 @@ class Staging {
     for (const Tensor& t : list) out.push_back((*this)(t));
     return out;
   }
-  std::vector<kernels::AdamWSlot> operator()(std::vector<kernels::AdamWSlot> slots) {
+  std::vector<kernels::UpdateSlot> operator()(std::vector<kernels::UpdateSlot> slots) {
     for (auto& slot : slots)
       for (Tensor* t : {&slot.w, &slot.g, &slot.m, &slot.v, &slot.copy}) *t = (*this)(*t);
+    return slots;
+  }
+  std::vector<kernels::AverageSlot> operator()(std::vector<kernels::AverageSlot> slots) {
+    for (auto& slot : slots) slot = {(*this)(slot.average), (*this)(slot.value)};
     return slots;
   }
   kernels::RunningCodes operator()(kernels::RunningCodes r) {

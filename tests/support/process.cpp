@@ -109,6 +109,7 @@ std::vector<std::vector<std::string>> read_csv(const std::string& path) {
     rows.emplace_back();
     std::istringstream cells(line);
     for (std::string cell; std::getline(cells, cell, ',');) rows.back().push_back(cell);
+    if (line.ends_with(',')) rows.back().emplace_back();
   }
   return rows;
 }

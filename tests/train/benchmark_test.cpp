@@ -160,8 +160,8 @@ TEST_CASE("benchmark: every kernel of a step is timed, in bytes or in products")
     CHECK(kernel.ms.minimum > 0);
     CHECK_THAT(format_kernels(report), Contains(kernel.name));
   }
-  for (const char* name :
-       {"layer_norm", "gelu_grad", "quantize, runs of 256, 4 bits", "dequantize, 2 bits", "attention_grad", "fc1: dw, db", "adamw"})
+  for (const char* name : {"layer_norm", "gelu_grad", "quantize, runs of 256, 4 bits", "dequantize, 2 bits", "attention_grad",
+                           "fc1: dw, db", "adamw", "sgd", "lamb", "moving_average"})
     CHECK(std::find(told.begin(), told.end(), name) != told.end());
   const auto json = nlohmann::json::parse(kernels_json(report));
   CHECK(json.at("kernels").size() == told.size());

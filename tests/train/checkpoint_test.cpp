@@ -4,10 +4,16 @@
 #include <catch2/catch.hpp>
 #include <cmath>
 #include <filesystem>
+#include <functional>
+#include <map>
+#include <sstream>
 
 #include "mesa/base/files.h"
+#include "mesa/kernels/elementwise.h"
 #include "mesa/models/resize.h"
+#include "mesa/optim/adamw.h"
 #include "mesa/train/files.h"
+#include "mesa/train/optimizer_setup.h"
 #include "mesa/train/safetensors.h"
 #include "mesa/train/setup.h"
 #include "support/data_files.h"
@@ -62,6 +68,113 @@ TEST_CASE("checkpoint: every field of the state comes back, NaN too") {
   CHECK(back.evaluated_step == 11);
   CHECK(std::isnan(back.eval_loss));
   CHECK(back.peak_bytes == 1 << 30);
+}
+
+namespace {
+
+/// Rewrites a file of a checkpoint, which stays whole as a folder; `change` gets its text. A file left empty is removed.
+void rewrite(const std::string& folder, const std::string& name, const std::function<std::string(const std::string&)>& change) {
+  std::map<std::string, std::string> files;
+  for (const auto& entry : fs::directory_iterator(folder))
+    if (entry.path().filename() != "manifest.json") files[entry.path().filename().string()] = read_text(entry.path().string());
+  files.at(name) = change(files.at(name));
+  write_folder_atomically(folder, [&](const std::string& at) {
+    for (const auto& [file, text] : files) {
+      if (text.empty()) continue;
+      OutputFile out(at + "/" + file);
+      out.write(text);
+      out.close();
+    }
+  });
+}
+
+std::string without_lines(const std::string& text, const std::vector<std::string>& words) {
+  std::string out;
+  std::istringstream lines(text);
+  for (std::string line; std::getline(lines, line);)
+    if (std::none_of(words.begin(), words.end(), [&](const std::string& word) { return line.find(word) != std::string::npos; }))
+      out += line + "\n";
+  return out;
+}
+
+/// Takes some steps with made-up gradients.
+void train(ParamStore& params, Optimizer& optimizer, Ema* ema) {
+  for (int64_t t = 0; t < 3; ++t) {
+    for (Param& p : params.params()) kernels::fill(p.grad, 0.1 * static_cast<double>(t + 1)), p.grad_written = true;
+    optimizer.step(0.01);
+    if (ema != nullptr) ema->update();
+  }
+}
+
+}  // namespace
+
+TEST_CASE("checkpoint: one from before there were other optimizers and averages still loads for AdamW") {
+  const TemporaryFolder folder;
+  const std::string path = (folder.path() / "last").string();
+  Parts parts(config_of());
+  train(parts.model.params, parts.optimizer, nullptr);
+  TrainingState state;
+  state.step = 3;
+  parts.save(path, state);
+  rewrite(path, "state.json", [](const std::string& text) { return without_lines(text, {"\"optimizer\"", "_ema\""}); });
+  CHECK_THAT(read_text(path + "/state.json"), !Contains("ema") && !Contains("adamw") && Contains("\"optimizer_steps\": 3"));
+  Parts other(config_of());
+  const TrainingState back = other.load(path);
+  CHECK(back.step == 3);
+  CHECK(std::isnan(back.eval_top1_ema));
+  CHECK(other.optimizer.steps() == 3);
+  const auto before = parts.optimizer.state();
+  for (const auto& [name, moment] : other.optimizer.state()) CHECK(moment.to_vector<float>() == before.at(name).to_vector<float>());
+  // What the config of that time spelled out is what is left out now.
+  CHECK(changed_keys(config_of({"optimizer.beta1=0.9", "optimizer.beta2=0.999", "optimizer.eps=1e-8"}), config_of()).empty());
+}
+
+TEST_CASE("checkpoint: the state of another optimizer is refused with what to do") {
+  const TemporaryFolder folder;
+  const std::string path = (folder.path() / "last").string();
+  Parts parts(config_of());
+  parts.save(path, {});
+  const RunConfig config = config_of({"optimizer.name=sgd"});
+  BuiltModel model(config, model_config(config, 4));
+  StoragePolicy policy = make_policy(config.storage);
+  const auto optimizer = make_optimizer(config, model.params);
+  CHECK_THROWS_AS(load_checkpoint(path, config, model.params, *optimizer, policy), UsageError);
+  CHECK_THROWS_WITH(
+      load_checkpoint(path, config, model.params, *optimizer, policy),
+      Contains("--set optimizer.name=sgd: optimizer.name: ") && Contains("was trained by adamw") && Contains("train.weights"));
+}
+
+TEST_CASE("checkpoint: averages come back with their count, begin where there are none, and are a model of their own") {
+  const TemporaryFolder folder;
+  const std::string path = (folder.path() / "last").string();
+  Parts parts(config_of({"train.ema_decay=0.9"}));
+  const auto ema = make_ema(parts.config, parts.model.params), back = make_ema(parts.config, parts.model.params);
+  train(parts.model.params, parts.optimizer, ema.get());
+  const auto save = [&](const Ema* with) {
+    save_checkpoint(path, parts.config, {"a", "b", "c", "d"}, parts.model.params, parts.optimizer, parts.policy, {}, with);
+  };
+  save(ema.get());
+  const auto load = [&](Ema* into) {
+    return load_checkpoint(path, parts.config, parts.model.params, parts.optimizer, parts.policy, into).average_begins;
+  };
+  CHECK_FALSE(load(back.get()));
+  CHECK(back->updates() == 3);
+  const auto averages = ema->state();
+  for (const auto& [name, average] : back->state()) CHECK(average.to_vector<float>() == averages.at(name).to_vector<float>());
+  const LoadedModel averaged = load_model(path), raw = load_model(path, WeightsKind::raw);
+  CHECK(averaged.averaged);
+  CHECK_FALSE(raw.averaged);
+  CHECK(averaged.class_names == raw.class_names);
+  CHECK(averaged.config == raw.config);
+  CHECK(averaged.weights.at("head.weight").to_vector<float>() == averages.at("head.weight").to_vector<float>());
+  CHECK(raw.weights.at("head.weight").to_vector<float>() == parts.model.params.at("head.weight").value.to_vector<float>());
+  CHECK(raw.weights.at("head.weight").to_vector<float>() != averaged.weights.at("head.weight").to_vector<float>());
+  CHECK_FALSE(load(nullptr));  // a run without an average leaves it
+  save(nullptr);
+  CHECK(load(back.get()));
+  CHECK(back->updates() == 0);
+  CHECK(back->state().at("head.weight").to_vector<float>() == raw.weights.at("head.weight").to_vector<float>());
+  CHECK_THROWS_WITH(load_model(path, WeightsKind::ema), Contains("has no moving average"));
 }
 
 TEST_CASE("checkpoint: the same state writes the same bytes into any folder") {

@@ -110,6 +110,21 @@ TEST_CASE("config: each kind of mistake is refused with its place") {
        "run.yaml:2: model.image_size: an image of 30 pixels cannot be cut into patches of 4"},
       {"data:\n  train_size: 10\ntrain:\n  batch_size: 64\n",
        "run.yaml:4: train.batch_size: a batch of 64 is larger than the data set of 10"},
+      {"optimizer:\n  nesterov: true\n",
+       "run.yaml:2: optimizer.nesterov: is nothing that adamw has; leave it out (or set it to null), or set optimizer.name to sgd"},
+      {"optimizer:\n  name: sgd\n  beta1: 0.9\n",
+       "run.yaml:3: optimizer.beta1: is nothing that sgd has; leave it out (or set it to null), or set optimizer.name to adamw or lamb"},
+      {"optimizer:\n  trust_clip: false\n", "run.yaml:2: optimizer.trust_clip: is nothing that adamw has"},
+      {"optimizer: {name: lamb,\n  momentum: 0.9}\n", "run.yaml:2: optimizer.momentum: is nothing that lamb has"},
+      {"optimizer: {name: sgd, momentum: 0,\n  nesterov: true}\n",
+       "run.yaml:2: optimizer.nesterov: needs a momentum, and optimizer.momentum is 0"},
+      {"optimizer:\n  name: sdg\n", "run.yaml:2: optimizer.name: 'sdg' is not one of adamw, sgd, lamb; did you mean 'sgd'?"},
+      {"optimizer:\n  layer_decay: 1.1\n", "run.yaml:2: optimizer.layer_decay: must be above 0 and at most 1, not 1.1"},
+      {"optimizer:\n  layer_decay: 0\n", "run.yaml:2: optimizer.layer_decay: must be above 0 and at most 1, not 0"},
+      {"schedule:\n  decay_rate: 0.5\n",
+       "run.yaml:2: schedule.decay_rate: is nothing that cosine has; leave it out (or set it to null), or set schedule.name to step"},
+      {"train:\n  ema_decay: 1\n", "run.yaml:2: train.ema_decay: must be at least 0 and below 1, not 1"},
+      {"train:\n  ema_warmup: true\n", "run.yaml:2: train.ema_warmup: needs an average: set train.ema_decay"},
       {"optimizer:\n  lr: 1e-4\nschedule:\n  min_lr: 1e-3\n", "run.yaml:4: schedule.min_lr: 0.001 is above optimizer.lr"},
       {"train: 5\n", "run.yaml:1: train: is a section of keys, not '5'"},
       {"train:\n  epochs: 1\n  epochs: 2\n", "run.yaml:3: the key 'epochs' is given twice (first in line 2)"},
@@ -259,9 +274,26 @@ TEST_CASE("config: names are looked up in the roots") {
     unsetenv("MESA_CONFIG_DIR");
 }
 
+TEST_CASE("config: what an optimizer's keys are where they are not given; null takes one back") {
+  const auto of = [](const std::vector<std::string>& sets) { return parse_config("optimizer: {beta2: 0.95}\n", "o.yaml", sets).optimizer; };
+  CHECK(with_defaults(of({})).beta1 == 0.9);
+  CHECK(with_defaults(of({})).beta2 == 0.95);
+  CHECK(with_defaults(of({})).eps == 1e-8);
+  CHECK(with_defaults(of({"optimizer.name=lamb"})).eps == 1e-6);
+  CHECK(with_defaults(of({"optimizer.name=lamb"})).trust_clip == false);
+  const OptimizerConfig sgd = with_defaults(of({"optimizer.name=sgd", "optimizer.beta2=null", "optimizer.nesterov=true"}));
+  CHECK(sgd.momentum == 0.9);
+  CHECK(sgd.nesterov == true);
+  CHECK_FALSE(sgd.eps.has_value());
+  CHECK_THAT(error_of("optimizer: {beta2: 0.95}\n", {"optimizer.name=sgd"}),
+             StartsWith("run.yaml:1: optimizer.beta2: is nothing that sgd has"));
+}
+
 TEST_CASE("config: what is written reads back equal") {
   RunConfig c;
   CHECK(parse_config(to_yaml(c), "w") == c);
+  c.optimizer.name = "sgd", c.optimizer.momentum = 0.5, c.optimizer.no_decay = {"head.*"}, c.optimizer.layer_decay = 0.75;
+  c.optimizer.lr_base_batch = 512, c.schedule.name = "step", c.schedule.decay_epochs = 2.5, c.train.ema_decay = 0.99996;
   c.model.width = 96;
   c.model.mlp_ratio = 0.1 + 0.2;
   c.model.pool = "mean";

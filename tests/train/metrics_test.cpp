@@ -27,7 +27,9 @@ struct Folder {
   std::string at(const std::string& name) const { return (path / name).string(); }
 };
 
-EpochRow epoch_row(int64_t epoch) { return {epoch, 1.5 / epoch, 0.1 + 0.2, 95.25, kNotMeasured, 1e-3, 812.5, 1e6, 123456789, 3.25}; }
+EpochRow epoch_row(int64_t epoch) {
+  return {epoch, 1.5 / epoch, 0.1 + 0.2, 95.25, kNotMeasured, 1e-3, 812.5, 1e6, 123456789, 3.25, kNotMeasured, 96.5, kNotMeasured};
+}
 IntervalRow interval_row(int64_t step) { return {step, step / 10, 2.0 / (1 + step), 1e-3, kNotMeasured, 800, 0.01, 5e5, 42, 0, 1}; }
 
 ProgressState state() { return {3, 10, 50, 157, 1.23456, 1e-3, 812.3, 0.012, 4.5e6, 754}; }
@@ -49,8 +51,21 @@ TEST_CASE("metrics: summary.csv has its columns and a row for each epoch") {
     log.append(epoch_row(1));
   }
   CHECK(read_text(dir.at("summary.csv")) ==
-        "epoch,train_loss,eval_loss,eval_top1,eval_top5,lr,images_per_second,activation_bytes_per_image,peak_bytes,seconds\n"
-        "1,1.5,0.30000000000000004,95.25,,0.001,812.5,1e+06,123456789,3.25\n");
+        "epoch,train_loss,eval_loss,eval_top1,eval_top5,lr,images_per_second,activation_bytes_per_image,peak_bytes,seconds,eval_loss_ema,"
+        "eval_top1_ema,eval_top5_ema\n"
+        "1,1.5,0.30000000000000004,95.25,,0.001,812.5,1e+06,123456789,3.25,,96.5,\n");
+}
+
+TEST_CASE("metrics: a table from before there were averages goes on with empty cells") {
+  const Folder dir;
+  const std::string columns =
+      "epoch,train_loss,eval_loss,eval_top1,eval_top5,lr,images_per_second,activation_bytes_per_image,peak_bytes,seconds";
+  std::ofstream(dir.at("old.csv")) << columns << "\n1,1.5,0.3,95,99,0.001,800,1e+06,1,3\n2,1.5,0.3,95,99,0.001,800,1e+06,1,3\n";
+  EpochLog(dir.at("old.csv"), 1).append(epoch_row(2));
+  CHECK(read_text(dir.at("old.csv")) == columns + ",eval_loss_ema,eval_top1_ema,eval_top5_ema\n1,1.5,0.3,95,99,0.001,800,1e+06,1,3,,,\n" +
+                                            "2,0.75,0.30000000000000004,95.25,,0.001,812.5,1e+06,123456789,3.25,,96.5,\n");
+  std::ofstream(dir.at("cut.csv")) << "epoch,train_loss\n1,2\n";
+  CHECK_THROWS_WITH(EpochLog(dir.at("cut.csv"), 3), Contains("not that of a summary.csv"));
 }
 
 TEST_CASE("metrics: a resumed run's files equal those of an uninterrupted one") {
@@ -93,8 +108,9 @@ TEST_CASE("metrics: JSON has null for what was not measured") {
   const auto json = nlohmann::json::parse(read_text(dir.at("summary.json")));
   CHECK(json["top1"] == 95.5);
   CHECK(json["eval_loss"].is_null());
-  for (const char* key : {"top1", "top5", "eval_loss", "train_loss", "epochs", "steps", "images_per_second", "parameters",
-                          "activation_bytes_per_image", "exact_activation_bytes_per_image", "peak_bytes", "device", "storage", "seed"})
+  for (const char* key :
+       {"top1", "top5", "eval_loss", "train_loss", "top1_ema", "top5_ema", "eval_loss_ema", "epochs", "steps", "images_per_second",
+        "parameters", "activation_bytes_per_image", "exact_activation_bytes_per_image", "peak_bytes", "device", "storage", "seed"})
     CHECK(json.contains(key));
 }
 

@@ -4,6 +4,7 @@
 #include <catch2/catch.hpp>
 
 #include "mesa/kernels/matmul.h"
+#include "mesa/train/optimizer_setup.h"
 #include "support/device.h"
 
 using namespace mesa;
@@ -67,4 +68,27 @@ TEST_CASE("plan: the same of every family in every shipped storage") {
   RunConfig config = parse_config("model: " + model + "\ntrain: {batch_size: 6, precision: " + precision + "}\n", "plan.yaml");
   config.storage = load_storage(storage);
   check_plan(config);
+}
+
+TEST_CASE("plan: the optimizer's memory is what the meter finds, of every optimizer, with an average and what is frozen") {
+  const std::string optimizer = GENERATE("name: adamw", "name: sgd", "name: sgd, momentum: 0", "name: lamb");
+  const std::string train = GENERATE("ema_decay: 0", "ema_decay: 0.9", "ema_decay: 0.9, frozen: [blocks.0.*]");
+  CAPTURE(optimizer, train);
+  const RunConfig config = parse_config(
+      "model: {name: vit, image_size: 16, patch_size: 4, width: 48, depth: 2, heads: 3, classes: 10}\n"
+      "train: {batch_size: 6, " +
+          train + "}\noptimizer: {" + optimizer + "}\n",
+      "plan.yaml");
+  const NetConfig net = model_config(config, 10);
+  const Plan plan = plan_run(config, net);
+  const auto held = [] { return Allocator::of(test_device()).use().of(MemoryKind::optimizer); };
+  BuiltModel model(config, net, test_device());
+  const int64_t before = held();
+  const auto made = make_optimizer(config, model.params);
+  const auto ema = make_ema(config, model.params);
+  CHECK(held() - before == plan.peak.peak_kind[static_cast<int>(MemoryKind::optimizer)]);
+  int64_t trained = 0;
+  for (const Param& p : model.params.params()) trained += p.trainable ? p.value.bytes() : 0;
+  const int64_t copies = (optimizer.find("momentum: 0") != std::string::npos ? 0 : optimizer == "name: sgd" ? 1 : 2) + (ema ? 1 : 0);
+  CHECK(held() - before == trained * copies);
 }

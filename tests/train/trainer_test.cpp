@@ -9,6 +9,7 @@
 #include <fstream>
 #include <iostream>
 #include <limits>
+#include <map>
 #include <nlohmann/json.hpp>
 #include <sstream>
 
@@ -159,14 +160,14 @@ TEST_CASE("trainer: recorded passes train bit for bit like those that are handed
     for (const bool recorded : {false, true}) {
       fs::remove_all(t.path("run"));
       const int code = t.run({"model.drop_path=0.2", "model.drop_rate=0.1", "model.width=64", "model.heads=2", "train.max_bad_steps=3",
-                              variant, concat("train.cuda_graph=", recorded ? "true" : "false")});
+                              "train.ema_decay=0.8", variant, concat("train.cuda_graph=", recorded ? "true" : "false")});
       results[recorded] = concat("exit code ", code, "\n");
       std::istringstream lines(t.text("run/metrics.jsonl"));
       for (std::string line; std::getline(lines, line);) {
         const auto row = nlohmann::json::parse(line);
         for (const char* key : {"step", "loss", "grad_norm", "bad_steps"}) results[recorded] += row.at(key).dump() + " ";
       }
-      for (const char* file : {"model.safetensors", "state.safetensors"}) {
+      for (const char* file : {"model.safetensors", "ema.safetensors", "state.safetensors"}) {
         const SafetensorsFile kept = read_safetensors(t.path(concat("run/checkpoints/last/", file)));
         CHECK(kept.tensors.size() > 10);
         for (const NamedTensor& tensor : kept.tensors)
@@ -214,6 +215,100 @@ TEST_CASE("trainer: an error within an update leaves no trace in the running ran
     ++compared;
   }
   CHECK(compared > 0);
+}
+
+TEST_CASE("trainer: stopped within an epoch and resumed, every optimizer with all it may have goes on bit for bit") {
+  const Trainer t;
+  const std::string optimizer = GENERATE("adamw", "sgd", "lamb"), precision = GENERATE("fp32", "bf16");
+  const std::string schedule = GENERATE("constant", "step");
+  CAPTURE(optimizer, precision, schedule);
+  std::vector<std::string> sets{"optimizer.name=" + optimizer,
+                                "train.precision=" + precision,
+                                "train.force_precision=true",
+                                "schedule.name=" + schedule,
+                                "schedule.warmup_epochs=0.5",
+                                "train.accumulation=2",
+                                "optimizer.layer_decay=0.7",
+                                "optimizer.no_decay=[head.*]",
+                                "train.ema_decay=0.8",
+                                "train.ema_warmup=true",
+                                "model.drop_path=0.2",
+                                "train.clip_norm=1",
+                                "train.epochs=4",
+                                "optimizer.lr_base_batch=16"};
+  if (optimizer == "sgd") sets.push_back("optimizer.nesterov=true");
+  if (schedule == "step") sets.insert(sets.end(), {"schedule.decay_epochs=1.5", "schedule.decay_rate=0.5"});
+  const auto files = [&] {
+    std::map<std::string, std::string> out;
+    for (const char* file : {"model.safetensors", "ema.safetensors", "state.safetensors"}) {
+      const SafetensorsFile kept = read_safetensors(t.path(concat("run/checkpoints/last/", file)));
+      CHECK(kept.tensors.size() > 10);
+      for (const NamedTensor& tensor : kept.tensors)
+        out[concat(file, "/", tensor.name)] =
+            std::string(static_cast<const char*>(tensor.tensor.raw()), static_cast<size_t>(tensor.tensor.bytes()));
+    }
+    const auto state = nlohmann::json::parse(t.text("run/checkpoints/last/state.json"));
+    for (const char* key : {"optimizer_steps", "ema_updates", "best_top1", "eval_top1_ema", "eval_loss_ema", "eval_loss"})
+      out[key] = state.at(key).dump();
+    return out;
+  };
+  REQUIRE(t.run(sets) == 0);
+  const auto straight = files();
+  CHECK(straight.at("ema_updates") == "12");
+  fs::remove_all(t.path("run"));
+  for (const char* stop : {"train.steps=4", "train.steps=5", "train.steps=0"}) {  // the second epoch's first update, its second, the end
+    std::vector<std::string> now = sets;
+    now.push_back(stop);
+    REQUIRE(t.run(now, "auto") == 0);
+  }
+  const auto resumed = files();
+  CHECK(straight.size() == resumed.size());
+  for (const auto& [name, bytes] : straight) {
+    INFO(name);
+    if (name != "best_top1") CHECK(resumed.at(name) == bytes);  // of the stops, too
+  }
+  CHECK(straight.at("model.safetensors/head.weight") != straight.at("ema.safetensors/head.weight"));
+}
+
+TEST_CASE("trainer: an update that is skipped leaves the average alone, and the best checkpoint is the average's") {
+  const Trainer t;
+  REQUIRE(t.run({"train.epochs=3", "train.ema_decay=0.999", "optimizer.lr=0.01"}) == 0);
+  std::istringstream rows(t.text("run/summary.csv"));
+  std::string line;
+  std::getline(rows, line);
+  double best = -1;
+  int64_t best_epoch = 0;
+  while (std::getline(rows, line)) {
+    std::vector<std::string> cells;
+    std::istringstream text(line);
+    for (std::string cell; std::getline(text, cell, ',');) cells.push_back(cell);
+    if (std::stod(cells.at(11)) > best) best = std::stod(cells[11]), best_epoch = std::stoll(cells[0]);
+  }
+  const auto of_best = nlohmann::json::parse(t.text("run/checkpoints/best/state.json"));
+  CHECK(of_best["best_top1"] == best);
+  CHECK(of_best["epoch"] == best_epoch);
+  fs::remove_all(t.path("run"));
+  // Weights that leave the finite numbers: the updates after that are skipped, and no average counts them.
+  CHECK(t.run({"optimizer.lr=1e15", "train.max_bad_steps=3", "train.ema_decay=0.9"}) == 1);
+  const std::string which = fs::exists(t.path("run/checkpoints/failed")) ? "failed" : "last";
+  const auto state = nlohmann::json::parse(t.text(concat("run/checkpoints/", which, "/state.json")));
+  CHECK(state["bad_steps"].get<int64_t>() >= 3);
+  CHECK(state["ema_updates"].get<int64_t>() == state["step"].get<int64_t>() - state["bad_steps"].get<int64_t>());
+  CHECK(state["ema_updates"] == state["optimizer_steps"]);
+}
+
+TEST_CASE("trainer: a run without an average may be resumed with one, and another optimizer is refused") {
+  const Trainer t;
+  REQUIRE(t.run({"train.epochs=1"}) == 0);
+  REQUIRE(t.run({"train.epochs=2", "train.ema_decay=0.9"}, "auto") == 0);
+  CHECK_THAT(t.text("run/log.txt"), Contains("the checkpoint has no moving average of the weights; it begins with the present ones"));
+  CHECK(nlohmann::json::parse(t.text("run/checkpoints/last/state.json"))["ema_updates"] == 6);
+  CHECK_THAT(error_of([&] {
+               t.run({"train.epochs=3", "optimizer.name=lamb"}, "auto");
+             }),
+             Contains("--set optimizer.name=lamb: optimizer.name: ") && Contains("was trained by adamw"));
+  REQUIRE(t.run({"train.epochs=3"}, "auto") == 0);
+  CHECK_FALSE(fs::exists(t.path("run/checkpoints/last/ema.safetensors")));
 }
 
 TEST_CASE("trainer: a damaged picture ends the run with its name and a state to resume") {

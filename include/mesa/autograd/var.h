@@ -14,6 +14,7 @@ struct Param {
   Tensor grad;                 ///< same shape and dtype; allocated by the store or on first use
   bool trainable = true;
   bool decay = true;           ///< false for biases, norms, tokens and position embeddings
+  double lr_scale = 1;         ///< share of the learning rate (layer-wise decay)
   bool grad_written = false;   ///< false: the next gradient overwrites instead of adding (saves a clearing pass)
   /// Rows of the last axis that belong to the places of a grid, behind `prefix` others: position embeddings and tables of biases, which
   /// another size of picture or window asks for resized. A height of 0: nothing of the kind.

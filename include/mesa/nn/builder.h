@@ -1,6 +1,7 @@
 // Parameters: one ordered, named store that checkpoint, optimizer, weight-decay groups and broadcast all walk.
 #pragma once
 #include <deque>
+#include <vector>
 
 #include "mesa/autograd/var.h"
 
@@ -21,8 +22,12 @@ class ParamStore {
   void clear_gradients();
   /// Freezes parameters whose name matches the glob; throws Error if none does.
   void freeze(const std::string& glob);
+  /// Takes parameters whose name matches the glob out of weight decay; throws Error if none does.
+  void spare_decay(const std::string& glob);
 
  private:
+  /// Throws Error if there are none.
+  std::vector<Param*> matching(const std::string& glob, const char* consequence);
   std::deque<Param> params_;
   Tensor arena_;
 };

@@ -1,11 +1,6 @@
-// The optimizer and its learning-rate schedule.
+// AdamW.
 #pragma once
-#include <deque>
-#include <map>
-#include <string>
-#include <vector>
-
-#include "mesa/autograd/var.h"
+#include "mesa/optim/optimizer.h"
 
 namespace mesa {
 
@@ -13,42 +8,18 @@ struct AdamWConfig {
   double lr = 1e-3, weight_decay = 0.05, beta1 = 0.9, beta2 = 0.999, eps = 1e-8;
 };
 
-/// AdamW with decoupled decay (Loshchilov and Hutter, ICLR 2019); parameters with decay = false (bias, norm, tokens, position) get none.
-class AdamW {
+/// AdamW with decoupled decay (Loshchilov and Hutter, ICLR 2019), torch.optim.AdamW.
+class AdamW : public Optimizer {
  public:
-  AdamW(std::deque<Param>& params, const AdamWConfig& config);
-
-  /// The norm of all gradients together, each multiplied by `scale`; NaN or infinite if any gradient is.
-  double gradient_norm(double scale = 1.0) const;
-  /// One update at learning rate `lr` with gradients multiplied by `gradient_scale` (clipping, averaging).
-  void step(double lr, double gradient_scale = 1.0);
-  int64_t steps() const { return steps_; }
-
-  /// Moments by "<parameter>/exp_avg" and "/exp_avg_sq", and the step count: for the checkpoint.
-  std::map<std::string, Tensor> state() const;
-  /// Throws Error naming the first tensor that is missing or has another shape.
-  void load_state(const std::map<std::string, Tensor>& state, int64_t steps);
+  AdamW(std::deque<Param>& params, const AdamWConfig& config)
+      : Optimizer(params, config.weight_decay, {"exp_avg", "exp_avg_sq"}), config_(config) {}
+  const char* name() const override { return "adamw"; }
 
  private:
-  struct Slot {
-    Param* param;
-    Tensor m, v;
-  };
+  void update(const std::vector<kernels::UpdateSlot>& slots, double lr, double gradient_scale, int64_t step) override {
+    kernels::adamw(slots, kernels::AdamWStep{lr, config_.beta1, config_.beta2, config_.eps, gradient_scale, step});
+  }
   AdamWConfig config_;
-  std::vector<Slot> slots_;
-  int64_t steps_ = 0;
-};
-
-/// Factor that brings a gradient of this norm down to `limit` (0: no limit), as torch.nn.utils.clip_grad_norm_ does.
-double clipping_scale(double limit, double norm);
-
-/// Linear warm-up, then cosine to min_lr or constant. A function of the step alone, so that resuming needs no state.
-struct Schedule {
-  enum class Kind { cosine, constant } kind = Kind::cosine;
-  double lr = 1e-3, warmup_lr = 1e-6, min_lr = 1e-5;
-  int64_t warmup_steps = 0, total_steps = 1;
-  /// Learning rate of update `step` (0-based).
-  double at(int64_t step) const;
 };
 
 }  // namespace mesa

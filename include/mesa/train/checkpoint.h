@@ -1,7 +1,10 @@
 // What a run needs to go on, in one verified folder: weights under timm's names, and the training state beside them.
 #pragma once
+#include <limits>
+
 #include "mesa/nn/builder.h"
-#include "mesa/optim/adamw.h"
+#include "mesa/optim/ema.h"
+#include "mesa/optim/optimizer.h"
 #include "mesa/storage/policy.h"
 #include "mesa/train/config.h"
 
@@ -22,51 +25,64 @@ struct TrainingState {
   double interval_loss = 0;  ///< sum over the images since the last line of metrics.jsonl
   int64_t interval_images = 0;
   double interval_seconds = 0, interval_wait = 0;
-  double best_top1 = -1;
+  double best_top1 = -1;        ///< of the average of the weights where there is one
   int64_t evaluated_step = -1;  ///< `step` at the last evaluation, whose results follow; -1: none yet
   double eval_top1 = 0, eval_top5 = 0, eval_loss = 0, train_loss = 0;
+  double eval_top1_ema = kNoResult, eval_top5_ema = kNoResult, eval_loss_ema = kNoResult;  ///< of the average of the weights
   int64_t peak_bytes = 0;
+
+  static constexpr double kNoResult = std::numeric_limits<double>::quiet_NaN();
 };
 
-/// Files: model.safetensors (weights; metadata: the resolved config and the class names), state.safetensors (moments, running ranges),
-/// state.json, manifest.json. Replaces `folder` in one step; throws Error and leaves the old one when that fails.
+/// Files: model.safetensors (weights; metadata: the resolved config and the class names), ema.safetensors (their moving average, in the
+/// same form, if there is one), state.safetensors (moments, running ranges), state.json, manifest.json. Replaces `folder` in one step;
+/// throws Error and leaves the old one when that fails.
 void save_checkpoint(const std::string& folder, const RunConfig& config, const std::vector<std::string>& class_names,
-                     const ParamStore& params, const AdamW& optimizer, const StoragePolicy& policy, const TrainingState& state);
+                     const ParamStore& params, const Optimizer& optimizer, const StoragePolicy& policy, const TrainingState& state,
+                     const Ema* ema = nullptr);
+
+/// Which weights of a checkpoint; `automatic`: the moving average if it is there.
+enum class WeightsKind { automatic, raw, ema };
 
 /// The weights' file of a checkpoint with the config they were trained by.
 struct LoadedModel {
   RunConfig config;
   std::vector<std::string> class_names;
   std::map<std::string, Tensor> weights;
+  bool averaged = false;  ///< they are a moving average of the trained weights
 };
-/// `path`: a checkpoint's folder, a run's folder (its best, else its last checkpoint), or a model.safetensors. Verifies checksums.
-LoadedModel load_model(const std::string& path);
+/// `path`: a checkpoint's folder, a run's folder (its best, else its last checkpoint), or a file of it, which says itself what it is.
+/// Verifies checksums. Throws Error where the wanted weights are not there.
+LoadedModel load_model(const std::string& path, WeightsKind kind = WeightsKind::automatic);
 /// The checkpoint folder that `path` stands for; `prefer` is "best" or "last" when it is a run's folder. Throws Error if there is none.
 /// Only reads: the run that owns the folder may be writing beside it.
 std::string resolve_checkpoint(const std::string& path, const std::string& prefer);
 
 /// The safetensors file that `path` (as for load_model) stands for. `verify`: check the sums of the checkpoint that it belongs to.
-std::string weights_file(const std::string& path, bool verify = true);
+std::string weights_file(const std::string& path, WeightsKind kind = WeightsKind::automatic, bool verify = true);
 
 /// Copies weights into the parameters. Throws Error listing what is missing, unexpected or of another shape (the first few).
 void load_weights(ParamStore& params, const std::map<std::string, Tensor>& weights, const std::string& source);
 
-/// Weights to begin with, from a checkpoint or any safetensors file with the model's names. Position embeddings and tables of biases of
-/// another grid are resized (resize_bicubic); heads of another number of classes keep their first values. Throws Error listing the first
-/// parameters that are missing or of another shape: the file belongs to another model. Returns what was done, for the log.
+/// Weights to begin with, from a checkpoint (its moving average if it has one) or any safetensors file with the model's names. Position
+/// embeddings and tables of biases of another grid are resized (resize_bicubic); heads of another number of classes keep their first
+/// values. Throws Error listing the first parameters that are missing or of another shape: the file belongs to another model. Returns what
+/// was done, for the log.
 std::string start_from_weights(ParamStore& params, const std::string& path);
 
 /// The checkpoint that --resume means, or "" for a fresh start. "auto": the newest of the run's folder `output` that verifies; one that
 /// does not is named on stderr and passed over. Throws Error if checkpoints are there but none is whole, or if the path is missing.
 std::string find_checkpoint(const std::string& wish, const std::string& output);
 
-/// Restores everything from a verified checkpoint folder. Running ranges are taken up only where the storage rules are still the same.
+/// Restores everything from a verified checkpoint folder. Running ranges are taken up only where the storage rules are still the same; an
+/// average that the checkpoint lacks begins with its weights. Throws UsageError for the state of another optimizer.
 struct LoadedRun {
   TrainingState state;
   RunConfig config;  ///< by which the checkpoint was trained
+  bool average_begins = false;  ///< it was not in the checkpoint
 };
-LoadedRun load_checkpoint(const std::string& folder, const RunConfig& config, ParamStore& params, AdamW& optimizer,
-                          StoragePolicy& policy);
+LoadedRun load_checkpoint(const std::string& folder, const RunConfig& config, ParamStore& params, Optimizer& optimizer,
+                          StoragePolicy& policy, Ema* ema = nullptr);
 
 /// True if `path` is in `folder` or below it.
 bool lies_in(const std::string& path, const std::string& folder);

@@ -67,6 +67,8 @@ struct TrainConfig {
   int64_t threads = 0;              ///< 0 = OMP_NUM_THREADS, or all cores
   int64_t steps = 0;                ///< 0 = all
   int64_t checkpoint_interval = 0;  ///< steps; 0 = after each epoch only
+  double ema_decay = 0;             ///< of the weights' moving average; 0 = none
+  bool ema_warmup = false;
   std::vector<std::string> frozen;  ///< globs of parameter names
   std::string weights;              ///< checkpoint or safetensors file to begin with; empty = first values
   bool operator==(const TrainConfig&) const = default;
@@ -81,15 +83,27 @@ struct DistillConfig {
   bool operator==(const DistillConfig&) const = default;
 };
 
+/// The fields left empty have the defaults of the optimizer that `name` selects, if it has such a thing: see with_defaults.
 struct OptimizerConfig {
-  std::string name = "adamw";
-  double lr = 1e-3, weight_decay = 0.05, beta1 = 0.9, beta2 = 0.999, eps = 1e-8;
+  std::string name = "adamw";  ///< adamw | sgd | lamb
+  double lr = 1e-3;
+  int64_t lr_base_batch = 0;  ///< images; 0 = learning rates are what they say
+  double weight_decay = 0.05;
+  std::optional<double> beta1, beta2, eps;  ///< adamw, lamb
+  std::optional<double> momentum;           ///< sgd
+  std::optional<bool> nesterov;             ///< sgd
+  std::optional<bool> trust_clip;           ///< lamb
+  double layer_decay = 1;
+  std::vector<std::string> no_decay;  ///< globs of parameter names
   bool operator==(const OptimizerConfig&) const = default;
 };
+/// The empty fields filled in that its optimizer has.
+OptimizerConfig with_defaults(OptimizerConfig config);
 
 struct ScheduleConfig {
-  std::string name = "cosine";  ///< cosine | constant
+  std::string name = "cosine";  ///< cosine | linear | step | constant
   double warmup_epochs = 0, warmup_lr = 1e-6, min_lr = 0;
+  std::optional<double> decay_rate, decay_epochs;  ///< step; 0.1 and 30 where empty
   bool operator==(const ScheduleConfig&) const = default;
 };
 

@@ -1,7 +1,9 @@
 // How well a model does on a data set.
 #pragma once
 #include <functional>
+#include <optional>
 
+#include "mesa/optim/ema.h"
 #include "mesa/train/setup.h"
 
 namespace mesa {
@@ -19,6 +21,18 @@ struct EvalResult {
 /// Runs every batch of the loader's epoch 0 without a tape. `stop` is asked before each batch; `progress` is told images done.
 EvalResult evaluate(const BuiltModel& model, Loader& loader, const TransformOptions& transform, const std::function<bool()>& stop = {},
                     const std::function<void(int64_t done)>& progress = {});
+
+/// What an evaluation of the weights found, and of their moving average where there is one.
+struct Evaluations {
+  EvalResult raw;
+  std::optional<EvalResult> ema;
+  bool complete() const { return raw.complete && (!ema || ema->complete); }
+  /// By which checkpoints are compared.
+  const EvalResult& judged() const { return ema ? *ema : raw; }
+};
+/// Both, one after the other; `ema` may be null.
+Evaluations evaluate_all(const BuiltModel& model, Ema* ema, Loader& loader, const TransformOptions& transform,
+                         const std::function<bool()>& stop);
 
 /// How many of the batch's labels are among the `k` highest logits (ties resolved for the lower class, NaN counts as wrong).
 int64_t count_top(const Tensor& logits, const Tensor& labels, int64_t k);

@@ -21,6 +21,7 @@ struct EpochRow {
   double activation_bytes_per_image = 0;
   int64_t peak_bytes = 0;
   double seconds = 0;
+  double eval_loss_ema = kNotMeasured, eval_top1_ema = kNotMeasured, eval_top5_ema = kNotMeasured;  ///< of the average of the weights
 };
 
 /// One line of metrics.jsonl, written each train.log_interval steps.
@@ -44,6 +45,7 @@ struct MemoryRow {
 struct RunSummary {
   double top1 = kNotMeasured, top5 = kNotMeasured;  ///< percent
   double eval_loss = kNotMeasured, train_loss = kNotMeasured;
+  double top1_ema = kNotMeasured, top5_ema = kNotMeasured, eval_loss_ema = kNotMeasured;  ///< of the average of the weights
   int64_t epochs = 0, steps = 0;
   double images_per_second = 0;
   int64_t parameters = 0;
@@ -54,7 +56,8 @@ struct RunSummary {
 };
 
 /// summary.csv. With `last_epoch` (resume) rows of later epochs and a torn last line are dropped, so that the file of a resumed run is that
-/// of an uninterrupted one; without it the file starts anew. Throws mesa::Error on I/O errors and on a file of another kind.
+/// of an uninterrupted one; the rows of a file that has the first columns only get empty cells. Without it the file starts anew. Throws
+/// mesa::Error on I/O errors and on a file of another kind.
 class EpochLog {
  public:
   explicit EpochLog(const std::string& path, std::optional<int64_t> last_epoch = {});

@@ -5,7 +5,7 @@
 #include "mesa/base/cuda.h"
 #include "mesa/data/loader.h"
 #include "mesa/models/model.h"
-#include "mesa/optim/adamw.h"
+#include "mesa/optim/optimizer.h"
 #include "mesa/train/config.h"
 
 namespace mesa {

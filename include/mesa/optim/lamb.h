@@ -1,0 +1,27 @@
+// LAMB, for large batches.
+#pragma once
+#include "mesa/optim/optimizer.h"
+
+namespace mesa {
+
+struct LambConfig {
+  double weight_decay = 0.01, beta1 = 0.9, beta2 = 0.999, eps = 1e-6;
+  bool trust_clip = false;  ///< no trust ratio above 1
+};
+
+/// LAMB (You et al., ICLR 2020) as timm's Lamb: with bias correction, and without adaptation of what has no decay. timm's max_grad_norm is
+/// the run's clipping.
+class Lamb : public Optimizer {
+ public:
+  Lamb(std::deque<Param>& params, const LambConfig& config)
+      : Optimizer(params, config.weight_decay, {"exp_avg", "exp_avg_sq"}), config_(config) {}
+  const char* name() const override { return "lamb"; }
+
+ private:
+  void update(const std::vector<kernels::UpdateSlot>& slots, double lr, double gradient_scale, int64_t step) override {
+    kernels::lamb(slots, kernels::LambStep{lr, config_.beta1, config_.beta2, config_.eps, gradient_scale, step, config_.trust_clip});
+  }
+  LambConfig config_;
+};
+
+}  // namespace mesa

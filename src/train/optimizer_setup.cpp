@@ -1,0 +1,78 @@
+#include "mesa/train/optimizer_setup.h"
+
+#include <algorithm>
+#include <cmath>
+
+#include "mesa/optim/adamw.h"
+#include "mesa/optim/lamb.h"
+#include "mesa/optim/layer_decay.h"
+#include "mesa/optim/sgd.h"
+
+namespace mesa {
+
+std::unique_ptr<Optimizer> make_optimizer(const RunConfig& config, ParamStore& params) {
+  const OptimizerConfig o = with_defaults(config.optimizer);
+  for (const std::string& glob : o.no_decay) {
+    try {
+      params.spare_decay(glob);
+    } catch (const Error& e) {
+      config.refuse("optimizer.no_decay", e.what());
+    }
+  }
+  set_layer_decay(params.params(), o.layer_decay);
+  if (o.name == "sgd") return std::make_unique<Sgd>(params.params(), SgdConfig{o.weight_decay, *o.momentum, *o.nesterov});
+  if (o.name == "lamb")
+    return std::make_unique<Lamb>(params.params(), LambConfig{o.weight_decay, *o.beta1, *o.beta2, *o.eps, *o.trust_clip});
+  return std::make_unique<AdamW>(params.params(), AdamWConfig{o.lr, o.weight_decay, *o.beta1, *o.beta2, *o.eps});
+}
+
+std::unique_ptr<Ema> make_ema(const RunConfig& config, ParamStore& params) {
+  if (config.train.ema_decay == 0) return nullptr;
+  return std::make_unique<Ema>(params.params(), EmaConfig{config.train.ema_decay, config.train.ema_warmup});
+}
+
+int64_t images_per_update(const RunConfig& config) { return config.train.batch_size * config.train.accumulation; }
+
+static double lr_factor(const RunConfig& config) {
+  const int64_t base = config.optimizer.lr_base_batch;
+  return base > 0 ? static_cast<double>(images_per_update(config)) / static_cast<double>(base) : 1.0;
+}
+
+Schedule make_schedule(const RunConfig& config, int64_t updates_per_epoch) {
+  const ScheduleConfig& c = config.schedule;
+  const auto updates = [&](double epochs) { return std::llround(std::min(epochs * static_cast<double>(updates_per_epoch), 1e18)); };
+  const double factor = lr_factor(config);
+  Schedule s;
+  s.kind = c.name == "constant" ? Schedule::Kind::constant
+           : c.name == "linear" ? Schedule::Kind::linear
+           : c.name == "step"   ? Schedule::Kind::step
+                                : Schedule::Kind::cosine;
+  s.lr = config.optimizer.lr * factor, s.warmup_lr = c.warmup_lr * factor, s.min_lr = c.min_lr * factor;
+  s.warmup_steps = updates(c.warmup_epochs);
+  s.total_steps = config.train.epochs * updates_per_epoch;
+  if (config.train.steps > 0) s.total_steps = std::min(s.total_steps, config.train.steps);
+  s.decay_rate = c.decay_rate.value_or(0.1);
+  s.decay_steps = std::max<int64_t>(1, updates(c.decay_epochs.value_or(30)));
+  return s;
+}
+
+std::string describe_optimizer(const RunConfig& config, const ParamStore& params) {
+  const OptimizerConfig& o = config.optimizer;
+  std::string out = concat(o.name, ", learning rate ", o.lr * lr_factor(config));
+  if (o.lr_base_batch > 0) out += concat(" (", o.lr, " * ", images_per_update(config), " images an update / ", o.lr_base_batch, ")");
+  out += ", " + config.schedule.name;
+  int64_t decayed = 0, trained = 0;
+  double least = 1;
+  for (const Param& param : params.params()) {
+    if (!param.trainable) continue;
+    ++trained, decayed += param.decay;
+    least = std::min(least, param.lr_scale);
+  }
+  out += concat("; weight decay ", o.weight_decay, " on ", decayed, " of ", trained, " tensors");
+  if (o.layer_decay < 1) out += concat("; layer decay ", o.layer_decay, ": the layers learn at ", least, " to 1 times that rate");
+  if (config.train.ema_decay > 0)
+    out += concat("; moving average of the weights with decay ", config.train.ema_decay, config.train.ema_warmup ? " after a warm-up" : "");
+  return out;
+}
+
+}  // namespace mesa
