@@ -64,10 +64,7 @@ Image convert_channels(Image image, int channels) {
   if (channels == 3) {
     for (size_t i = 0; i < n; ++i) to[3 * i] = to[3 * i + 1] = to[3 * i + 2] = from[i];
   } else {
-    for (size_t i = 0; i < n; ++i) {
-      const uint8_t* p = from + 3 * i;
-      to[i] = static_cast<uint8_t>((p[0] * 19595u + p[1] * 38470u + p[2] * 7471u + 0x8000u) >> 16);
-    }
+    for (size_t i = 0; i < n; ++i) to[i] = luma(from + 3 * i);
   }
   return out;
 }

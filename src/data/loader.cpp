@@ -102,6 +102,7 @@ Loader::Impl::Impl(std::shared_ptr<const Dataset> dataset, const TransformOption
   check(size > 0, "the data set is empty");
   check(options.batch_size > 0, "the batch size must be positive, it is ", options.batch_size);
   check(options.workers >= 0 && options.workers <= 1024, "the number of workers must lie in 0..1024, it is ", options.workers);
+  check(options.repeats > 0, "each picture must come at least once, repeats is ", options.repeats);
   check(options.prefetch > 0, "the loader must prepare at least one batch ahead, prefetch is ", options.prefetch);
   check(!mixes() || (options.batch_size % 2 == 0 && options.drop_last), "mixup and CutMix need full batches of an even size, not ",
         options.batch_size);
@@ -193,7 +194,7 @@ void Loader::Impl::post_jobs() {
     auto job = std::make_shared<Job>();
     const int64_t first = posted_ * global_batch(), last = std::min(first + global_batch(), dataset_->size());
     for (int64_t i = first + options_.rank; i < last; i += options_.world_size)
-      job->batch.sample_indices.push_back(order_.empty() ? i : order_[i]);
+      job->batch.sample_indices.push_back(order_.empty() ? i / options_.repeats : order_[i / options_.repeats]);
     job->size = static_cast<int64_t>(job->batch.sample_indices.size());
     job->skips.resize(job->size);
     const Slot slot = free_slot();
@@ -273,7 +274,8 @@ void Loader::Impl::fill(Job& job, int64_t from, int64_t count) {
 
 void Loader::Impl::fill_one(Job& job, int64_t position) {
   int64_t& index = job.batch.sample_indices[position];
-  RandomStream random = augmentation_stream(options_.seed, job.batch.epoch, index);
+  const int64_t in_epoch = job.batch.index * global_batch() + options_.rank + position * options_.world_size;
+  RandomStream random = augmentation_stream(options_.seed, job.batch.epoch, index, in_epoch % options_.repeats);
   const Dataset::Sample sample = get_or_replace(index, job.skips[position]);
   uint8_t* out = job.batch.images.data<uint8_t>() + position * transform_.bytes();
   if (options_.train)

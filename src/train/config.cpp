@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "config_keys.h"
+#include "mesa/data/augment.h"
 
 namespace mesa {
 namespace {
@@ -96,6 +97,10 @@ void check_pair(const RunConfig& c, const char* key, const std::vector<double>& 
   if (pair.size() != 2 || !(pair[0] <= pair[1])) c.refuse(key, "needs [smallest, largest]");
 }
 
+void check_augment(const RunConfig& c) try { parse_augment(c.data.augment, "data.augment"); } catch (const Error& e) {
+  throw UsageError(concat(c.where("data.augment"), ": ", e.what()));
+}
+
 }  // namespace
 
 void check_config(const RunConfig& c) {
@@ -106,6 +111,7 @@ void check_config(const RunConfig& c) {
   if (m.channels && *m.channels != 1 && *m.channels != 3) c.refuse("model.channels", "must be 1 or 3, it is ", *m.channels);
   if (m.image_size && m.patch_size && *m.image_size % *m.patch_size != 0)
     c.refuse("model.image_size", "an image of ", *m.image_size, " pixels cannot be cut into patches of ", *m.patch_size);
+  check_augment(c);
   check_pair(c, "data.crop_scale", c.data.crop_scale);
   check_pair(c, "data.crop_ratio", c.data.crop_ratio);
   if (c.data.mean.size() != c.data.std.size())

@@ -134,8 +134,16 @@ TransformOptions make_transform(const RunConfig& config, const ImageConfig& mode
   t.scale = {d.crop_scale.at(0), d.crop_scale.at(1)};
   t.ratio = {d.crop_ratio.at(0), d.crop_ratio.at(1)};
   t.flip = d.flip;
+  t.vflip = d.vflip;
+  t.augment = parse_augment(d.augment, "data.augment");
   t.color_jitter = d.color_jitter;
-  t.interpolation = parse_interpolation(d.interpolation, "data.interpolation");
+  t.grayscale = d.grayscale;
+  t.blur = d.blur;
+  t.erasing.probability = d.erasing;
+  t.erasing.mode = parse_erasing_mode(d.erasing_mode, "data.erasing_mode");
+  t.erasing.max_count = d.erasing_count;
+  t.random_interpolation = d.interpolation == "random";
+  if (!t.random_interpolation) t.interpolation = parse_interpolation(d.interpolation, "data.interpolation");
   t.crop_pct = d.crop_pct;
   default_normalization(d.kind, t.mean, t.std);
   fit_channels(t.mean, t.channels);
@@ -148,6 +156,9 @@ TransformOptions make_transform(const RunConfig& config, const ImageConfig& mode
   };
   take("data.mean", d.mean, t.mean);
   take("data.std", d.std, t.std);
+  if (t.crop == Crop::simple && 2 * t.crop_padding >= t.image_size)
+    config.refuse("data.crop_padding", t.crop_padding, " pixels of reflection are not less than half of the picture's side of ",
+                  t.image_size);
   if (t.crop_padding > t.image_size)
     config.refuse("data.crop_padding", t.crop_padding, " pixels of padding are more than the picture's side of ", t.image_size);
   try {
@@ -172,6 +183,7 @@ LoaderOptions make_loader_options(const RunConfig& config, bool train, Device de
   const int64_t eval_batch = config.train.eval_batch_size > 0 ? config.train.eval_batch_size : config.train.batch_size;
   LoaderOptions options = train ? LoaderOptions{} : LoaderOptions::evaluation(eval_batch);
   if (train) options.batch_size = config.train.batch_size;
+  if (train) options.repeats = config.data.repeats;
   options.pinned = device.kind == DeviceKind::cuda;
   options.workers = config.data.workers;
   options.prefetch = config.data.prefetch;

@@ -10,7 +10,9 @@
 #include <set>
 #include <thread>
 
+#include "mesa/train/safetensors.h"
 #include "support/data_files.h"
+#include "support/paths.h"
 
 using namespace mesa;
 using namespace mesa::testing;
@@ -57,7 +59,10 @@ TransformOptions augmented() {
   TransformOptions transform;
   transform.image_size = 8;
   transform.crop = Crop::resized;
+  transform.augment = parse_augment("rand-m9-mstd0.5-inc1", "augment");
+  transform.augment.color_jitter = true;
   transform.color_jitter = 0.3;
+  transform.erasing.probability = 0.25;
   return transform;
 }
 
@@ -186,6 +191,76 @@ TEST_CASE("ranks share each global batch", "[data]") {
     }
 }
 
+TEST_CASE("repeated pictures come in a row, each augmented anew, and an epoch stays as long", "[data][augment]") {
+  const auto numbers = std::make_shared<Numbers>(40);
+  LoaderOptions options = batches_of(8);
+  Loader once(numbers, augmented(), options);
+  options.repeats = 3;
+  Loader thrice(numbers, augmented(), options);
+  const auto single = read_epoch(once, 2), repeated = read_epoch(thrice, 2);
+  REQUIRE(repeated.size() == single.size());
+  std::vector<int64_t> order, seen;
+  std::vector<Bytes> first, pictures;
+  const auto pixels_of = [](const Record& record, size_t k) { return Bytes(&record.pixels[k * 192], &record.pixels[k * 192] + 192); };
+  for (size_t b = 0; b < single.size(); ++b)
+    for (size_t k = 0; k < 8; ++k) {
+      order.push_back(single[b].samples[k]);
+      first.push_back(pixels_of(single[b], k));
+      seen.push_back(repeated[b].samples[k]);
+      pictures.push_back(pixels_of(repeated[b], k));
+      CHECK(repeated[b].labels[k] == seen.back() % 10);
+    }
+  for (size_t i = 0; i < seen.size(); ++i) {
+    CHECK(seen[i] == order[i / 3]);
+    if (i % 3 == 0) CHECK(pictures[i] == first[i / 3]);  // the first appearance is the one without repeats
+    for (size_t k = i - i % 3; k < i; ++k) CHECK(pictures[k] != pictures[i]);
+  }
+}
+
+TEST_CASE("repeats do not depend on ranks or workers and resume in mid-epoch", "[data][augment]") {
+  const auto numbers = std::make_shared<Numbers>(60);
+  LoaderOptions options = batches_of(12);
+  options.repeats = 3;
+  Loader one(numbers, augmented(), options);
+  const auto all = read_epoch(one, 1);
+  for (int64_t world : {2, 3, 4}) {
+    options = batches_of(12 / world, 3);
+    options.repeats = 3;
+    options.world_size = world;
+    for (int64_t rank = 0; rank < world; ++rank) {
+      options.rank = rank;
+      Loader part(numbers, augmented(), options);
+      const auto mine = read_epoch(part, 1);
+      REQUIRE(mine.size() == all.size());
+      for (size_t b = 0; b < all.size(); ++b)
+        for (size_t k = 0; k < mine[b].samples.size(); ++k) {
+          const size_t at = k * static_cast<size_t>(world) + static_cast<size_t>(rank);
+          CHECK(mine[b].samples[k] == all[b].samples[at]);
+          CHECK(std::equal(&mine[b].pixels[k * 192], &mine[b].pixels[k * 192] + 192, &all[b].pixels[at * 192]));
+        }
+    }
+  }
+  options = batches_of(12, 2);
+  options.repeats = 3;
+  Loader resumed(numbers, augmented(), options);
+  CHECK(read_epoch(resumed, 1, 2) == std::vector<Record>(all.begin() + 2, all.end()));
+}
+
+TEST_CASE("repeats are those of timm's sampler", "[data][augment]") {
+  const SafetensorsFile golden = read_safetensors(source_dir() + "/tests/golden/augment.safetensors");
+  for (int64_t rank = 0; rank < 2; ++rank) {
+    LoaderOptions options = batches_of(5);
+    options.shuffle = false;
+    options.repeats = 3;
+    options.world_size = 2;
+    options.rank = rank;
+    Loader loader(std::make_shared<Numbers>(10), augmented(), options);
+    const auto records = read_epoch(loader, 0);
+    REQUIRE(records.size() == 1);
+    CHECK(records[0].samples == golden.find(concat("repeats/", rank))->to_vector<int64_t>());
+  }
+}
+
 TEST_CASE("a damaged picture stops the run by name, or is replaced, counted and listed", "[data]") {
   const auto numbers = std::make_shared<Numbers>(30, std::set<int64_t>{4, 5, 29});
   Loader strict(numbers, augmented(), LoaderOptions::evaluation(10));
@@ -231,6 +306,7 @@ TEST_CASE("impossible loader options are refused", "[data]") {
   CHECK_THAT(error_with([](auto& o) { o.batch_size = 0; }), Contains("batch size"));
   CHECK_THAT(error_with([](auto& o) { o.workers = -1; }), Contains("workers"));
   CHECK_THAT(error_with([](auto& o) { o.prefetch = 0; }), Contains("prefetch"));
+  CHECK_THAT(error_with([](auto& o) { o.repeats = 0; }), Contains("repeats is 0"));
   CHECK_THAT(error_with([](auto& o) { o.rank = 1; }), Contains("rank 1 of 1"));
   CHECK_THAT(error_of([&] { Loader(std::make_shared<Numbers>(0), augmented(), batches_of(1)); }), Contains("empty"));
   Loader loader(numbers, augmented(), batches_of(3));

@@ -4,8 +4,12 @@
 #include <algorithm>
 #include <catch2/catch.hpp>
 #include <cmath>
+#include <map>
+#include <set>
 
+#include "mesa/train/safetensors.h"
 #include "support/data_files.h"
+#include "support/paths.h"
 
 using namespace mesa;
 using namespace mesa::testing;
@@ -167,6 +171,137 @@ TEST_CASE("colour jitter leaves gray gray and a factor of one alone", "[data]") 
   CHECK(train(gray, options, 0) == gray.pixels);
 }
 
+TEST_CASE("a simple crop is a square of the resized picture inside its reflection, at every offset", "[data][augment]") {
+  const SafetensorsFile golden = read_safetensors(source_dir() + "/tests/golden/augment.safetensors");
+  const Tensor &rgb = *golden.find("picture/rgb"), &padded = *golden.find("simple");  // 20 x 24; the shorter side at 12, and 4 around it
+  const Bytes wide = padded.to_vector<uint8_t>();
+  const int64_t rows = padded.dim(0), columns = padded.dim(1), side = 12;
+  const Image image{static_cast<int>(rgb.dim(0)), static_cast<int>(rgb.dim(1)), 3, rgb.to_vector<uint8_t>()};
+  std::map<Bytes, int> squares;
+  for (int64_t y = 0; y + side <= rows; ++y)
+    for (int64_t x = 0; x + side <= columns; ++x) {
+      Bytes square;
+      for (int64_t row = y; row < y + side; ++row)
+        square.insert(square.end(), &wide[(row * columns + x) * 3], &wide[(row * columns + x) * 3] + side * 3);
+      squares[square] = 0;
+    }
+  REQUIRE(squares.size() == 9 * 11);
+  TransformOptions options = plain(side, 3);
+  options.crop = Crop::simple;
+  for (int64_t i = 0; i < 3000; ++i) {
+    const auto found = squares.find(train(image, options, i));
+    REQUIRE(found != squares.end());
+    ++found->second;
+  }
+  for (const auto& square : squares) CHECK(square.second > 5);  // of 30 on average
+  options.channels = 1;
+  options.mean = options.std = {0.5f};
+  CHECK(train(image, options, 0).size() == 144);
+}
+
+TEST_CASE("flips upside down, grayscale and blur come with their probabilities", "[data][augment]") {
+  const Image image = test_image(16, 16, 3);
+  TransformOptions options = plain(16, 3);
+  Bytes upside_down;
+  for (int y = 15; y >= 0; --y) upside_down.insert(upside_down.end(), &image.pixels[y * 48], &image.pixels[y * 48] + 48);
+  options.vflip = 1;
+  CHECK(train(image, options, 0) == upside_down);
+  const Bytes gray = convert_channels(convert_channels(image, 1), 3).pixels;
+  options.vflip = 0;
+  options.grayscale = 1;
+  CHECK(train(image, options, 0) == gray);
+  const auto changed = [&](double TransformOptions::*probability) {
+    TransformOptions some = plain(16, 3);
+    some.*probability = 0.3;
+    int count = 0;
+    for (int64_t i = 0; i < 1000; ++i) count += train(image, some, i) != image.pixels;
+    return count;
+  };
+  for (auto probability : {&TransformOptions::vflip, &TransformOptions::grayscale, &TransformOptions::blur})
+    CHECK(std::abs(changed(probability) - 300) < 73);  // five standard deviations
+}
+
+TEST_CASE("operations come in timm's order", "[data][augment]") {
+  // A shear of either sign brings the mean into the lower left corner, or nothing; grayscale and erasing come after it.
+  const Image white{16, 16, 3, Bytes(16 * 16 * 3, 255)};
+  TransformOptions options = plain(16, 3);
+  options.mean = {1, 0, 0};
+  options.augment.choices = {{AugmentOp::shear_x, 1, 10}};
+  options.augment.probability = 1;
+  options.augment.layers = 1;
+  const auto corners = [&] {
+    std::set<Bytes> seen;
+    for (int64_t i = 0; i < 20; ++i) {
+      const Bytes out = train(white, options, i);
+      seen.insert(Bytes(&out[16 * 15 * 3], &out[16 * 15 * 3] + 3));
+    }
+    return seen;
+  };
+  CHECK(corners() == std::set<Bytes>{{255, 0, 0}, {255, 255, 255}});
+  options.grayscale = 1;
+  CHECK(corners() == std::set<Bytes>{{76, 76, 76}, {255, 255, 255}});
+  options.augment = {};
+  options.blur = 1;
+  options.erasing.probability = 1;
+  options.erasing.mode = ErasingMode::constant;
+  for (int64_t i = 0; i < 20; ++i) {  // the erased rectangle is neither gray nor are its borders blurred
+    const Bytes out = train(white, options, i);
+    CHECK(std::count(out.begin(), out.end(), 0) >= 8);
+    CHECK(std::count(out.begin(), out.end(), 0) + std::count(out.begin(), out.end(), 255) == 16 * 16 * 3);
+  }
+}
+
+TEST_CASE("colour jitter stays away from RandAugment and goes with 3-Augment", "[data][augment]") {
+  const Image image = test_image(16, 16, 3);
+  const auto with_jitter = [&](const char* augment, double jitter) {
+    TransformOptions options = plain(16, 3);
+    options.augment = parse_augment(augment, "augment");
+    options.color_jitter = jitter;
+    return train(image, options, 3);
+  };
+  CHECK(with_jitter("rand-m9", 0.4) == with_jitter("rand-m9", 0));
+  CHECK(with_jitter("rand-m9-t3a", 0.4) != with_jitter("rand-m9-t3a", 0));
+  CHECK(with_jitter("3a", 0.4) != with_jitter("3a", 0));
+}
+
+TEST_CASE("a random filter resizes by either", "[data][augment]") {
+  const Image image = test_image(40, 40, 3);
+  TransformOptions options = plain(16, 3);
+  const Bytes cubic = train(image, options, 0);
+  options.interpolation = Interpolation::bilinear;
+  const Bytes linear = train(image, options, 0);
+  REQUIRE(cubic != linear);
+  options.random_interpolation = true;
+  int cubics = 0;
+  for (int64_t i = 0; i < 200; ++i) {
+    const Bytes out = train(image, options, i);
+    REQUIRE((out == cubic || out == linear));
+    cubics += out == cubic;
+  }
+  CHECK(std::abs(cubics - 100) < 36);
+  CHECK(evaluate(image, options) == linear);
+}
+
+TEST_CASE("each repeat of a picture has random numbers of its own", "[data][augment]") {
+  std::set<uint32_t> first;
+  for (int64_t index = 0; index < 40; ++index)
+    for (int64_t repeat = 0; repeat < 5; ++repeat) first.insert(augmentation_stream(7, 3, index, repeat).next());
+  CHECK(first.size() == 200);
+  CHECK(augmentation_stream(7, 3, 5, 0).next() == augmentation_stream(7, 3, 5).next());
+}
+
+TEST_CASE("all augmentations work on gray pictures and tiny ones", "[data][augment]") {
+  for (int64_t channels : {1, 3})
+    for (int64_t size : {1, 2, 9})
+      for (const char* augment : {"3a", "rand-m10-n8-p1-inc1", "rand-n14-p1-t3aw"}) {
+        TransformOptions options = plain(size, channels);
+        options.augment = parse_augment(augment, "augment");
+        options.color_jitter = options.grayscale = options.blur = options.erasing.probability = 1;
+        options.random_interpolation = true;
+        for (int64_t i = 0; i < 20; ++i) CHECK(train(test_image(7, 5, 3), options, i) == train(test_image(7, 5, 3), options, i));
+      }
+}
+
 TEST_CASE("transform options out of range are refused", "[data]") {
   const auto broken = [](auto change) {
     TransformOptions options = plain(8, 3);
@@ -179,6 +314,12 @@ TEST_CASE("transform options out of range are refused", "[data]") {
   CHECK_THAT(broken([](auto& o) { o.scale = {0.5, 0.1}; }), Catch::Contains("scale"));
   CHECK_THAT(broken([](auto& o) { o.ratio = {0, 1}; }), Catch::Contains("ratio"));
   CHECK_THAT(broken([](auto& o) { o.flip = 1.5; }), Catch::Contains("flip"));
+  CHECK_THAT(broken([](auto& o) { o.vflip = -1; }), Catch::Contains("vflip"));
+  CHECK_THAT(broken([](auto& o) { o.grayscale = 2; }), Catch::Contains("grayscale"));
+  CHECK_THAT(broken([](auto& o) { o.blur = NAN; }), Catch::Contains("blur"));
+  CHECK_THAT(broken([](auto& o) { o.erasing.probability = 1.1; }), Catch::Contains("erasing"));
+  CHECK_THAT(broken([](auto& o) { o.erasing.max_count = 0; }), Catch::Contains("max_count"));
+  CHECK_THAT(broken([](auto& o) { o.crop = Crop::simple; }), Catch::Contains("half of image_size"));
   CHECK_THAT(broken([](auto& o) { o.crop_pct = 0; }), Catch::Contains("crop_pct"));
   CHECK_THAT(broken([](auto& o) { o.crop_padding = 9; }), Catch::Contains("crop_padding"));
   CHECK_THAT(broken([](auto& o) { o.mean.pop_back(); }), Catch::Contains("mean"));

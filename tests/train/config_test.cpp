@@ -7,7 +7,6 @@
 #include <sstream>
 
 #include "mesa/base/files.h"
-
 #include "support/paths.h"
 
 using namespace mesa;
@@ -105,6 +104,11 @@ TEST_CASE("config: each kind of mistake is refused with its place") {
       {"model:\n  channels: 3\ndata:\n  mean: [0.5]\n  std: [1]\n", "run.yaml:4: data.mean: 1 means for images of 3 channels"},
       {"data:\n  crop_scale: [0.1, 0.2, 0.3]\n", "run.yaml:2: data.crop_scale: needs 2 values, not 3"},
       {"data:\n  crop_scale: [0.5, 0.2]\n", "run.yaml:2: data.crop_scale: needs [smallest, largest]"},
+      {"data:\n  augment: rand-m9-x1\n", "run.yaml:2: data.augment: 'rand-m9-x1': unknown part 'x1'; parts are m, mstd"},
+      {"data:\n  augment: autoaugment\n", "run.yaml:2: data.augment: must be empty, 3a or rand-..., such as rand-m9-mstd0.5-inc1"},
+      {"data:\n  erasing_mode: noise\n", "run.yaml:2: data.erasing_mode: 'noise' is not one of const, rand, pixel"},
+      {"data:\n  repeats: 0\n", "run.yaml:2: data.repeats: must be at least 1"},
+      {"data:\n  erasing: 2\n", "run.yaml:2: data.erasing: must be at least 0 and at most 1"},
       {"model:\n  width: 100\n  heads: 3\n", "run.yaml:2: model.width: a width of 100 cannot be divided among 3 heads"},
       {"model:\n  image_size: 30\n  patch_size: 4\n",
        "run.yaml:2: model.image_size: an image of 30 pixels cannot be cut into patches of 4"},

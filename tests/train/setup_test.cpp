@@ -94,3 +94,37 @@ TEST_CASE("setup: the normalization fits the channels") {
   REQUIRE(t.mean.size() == 1);
   CHECK(t.mean[0] == Approx((0.485 + 0.456 + 0.406) / 3).epsilon(1e-5));
 }
+
+TEST_CASE("setup: the augmentations of a recipe reach the transform and the loader") {
+  const RunConfig c = load_config("deit_s", {"data.path=/imagenet"});
+  const TransformOptions t = make_transform(c, model_config(c, 1000).input());
+  CHECK(t.crop == Crop::resized);
+  CHECK(t.flip == 0.5);
+  CHECK(t.augment.choices.size() == 15);
+  CHECK(t.augment.magnitude_std == 0.5);
+  CHECK(t.erasing.probability == 0.25);
+  CHECK(t.erasing.mode == ErasingMode::pixel);
+  CHECK(t.erasing.max_count == 1);
+  CHECK_FALSE(t.random_interpolation);
+  CHECK(make_loader_options(c, true, kCpu).repeats == 3);
+  CHECK(make_loader_options(c, false, kCpu).repeats == 1);
+  const RunConfig d =
+      load_config("deit3_s", {"data.path=/imagenet", "data.crop=simple", "data.vflip=0.1", "data.grayscale=0.2", "data.blur=0.3",
+                              "data.erasing=0.4", "data.erasing_mode=rand", "data.erasing_count=2", "data.interpolation=random"});
+  const TransformOptions u = make_transform(d, model_config(d, 1000).input());
+  CHECK(u.crop == Crop::simple);
+  CHECK(u.augment.choices.size() == 3);
+  CHECK(u.color_jitter == 0.3);
+  CHECK(u.augment.color_jitter);
+  CHECK(u.vflip == 0.1);
+  CHECK(u.grayscale == 0.2);
+  CHECK(u.blur == 0.3);
+  CHECK(u.erasing.probability == 0.4);
+  CHECK(u.erasing.mode == ErasingMode::color);
+  CHECK(u.erasing.max_count == 2);
+  CHECK(u.random_interpolation);
+  CHECK(u.interpolation == Interpolation::bicubic);
+  const RunConfig small = config_of({"data.crop=simple", "data.crop_padding=16", "model.image_size=32"});
+  CHECK_THAT(error_of([&] { make_transform(small, model_config(small, 10).input()); }),
+             Contains("data.crop_padding") && Contains("half of the picture's side of 32"));
+}

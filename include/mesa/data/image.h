@@ -28,7 +28,12 @@ Image decode_image(const uint8_t* bytes, size_t size, const std::string& name, c
 /// Reads and decodes a file; errors name it.
 Image read_image(const std::string& path, const DecodeOptions& options = {});
 
-/// Gray <-> RGB: gray is repeated, RGB becomes ITU-R 601 luma as in Pillow's convert("L").
+/// The ITU-R 601 luma of an RGB pixel, as Pillow's convert("L") rounds it.
+inline uint8_t luma(const uint8_t* rgb) {
+  return static_cast<uint8_t>((rgb[0] * 19595u + rgb[1] * 38470u + rgb[2] * 7471u + 0x8000u) >> 16);
+}
+
+/// Gray <-> RGB: gray is repeated, RGB becomes its luma.
 Image convert_channels(Image image, int channels);
 
 /// The orientation (1..8) in the payload of an APP1 segment ("Exif\0\0" and a TIFF directory); 1 where it is absent or damaged.

@@ -1,4 +1,5 @@
-// From a decoded picture to the bytes that the model sees: random crops, flips and colours to train, resize and centre crop to evaluate.
+// From a decoded picture to the bytes that the model sees: random crops, flips, operations, colours and erasing to train, resize and centre
+// crop to evaluate.
 #pragma once
 #include <array>
 #include <cstdint>
@@ -6,27 +7,36 @@
 #include <vector>
 
 #include "mesa/base/random.h"
+#include "mesa/data/augment.h"
+#include "mesa/data/erasing.h"
 #include "mesa/data/resize.h"
 
 namespace mesa {
 
 /// How training crops: `none` as evaluation does; `pad` shifts the picture by up to crop_padding pixels over black (CIFAR);
-/// `resized` takes a random part of random area and shape (ImageNet).
-enum class Crop : uint8_t { none, pad, resized };
-/// "none", "pad" or "resized"; anything else throws Error naming `key`.
+/// `resized` takes a random part of random area and shape (ImageNet); `simple` resizes the shorter side to the model's and takes a random
+/// square of what then lies inside crop_padding pixels of reflection on each side (DeiT III's simple random crop).
+enum class Crop : uint8_t { none, pad, resized, simple };
+/// "none", "pad", "resized" or "simple"; anything else throws Error naming `key`.
 Crop parse_crop(const std::string& text, const std::string& key);
 
 struct TransformOptions {
   int64_t image_size = 32;  ///< pixels of the square output
   int64_t channels = 3;     ///< of the output: 1 (gray) or 3
   Crop crop = Crop::none;
-  int64_t crop_padding = 4;                       ///< pixels, for Crop::pad
+  int64_t crop_padding = 4;                       ///< pixels, for Crop::pad and Crop::simple (there less than half of image_size)
   std::array<double, 2> scale{0.08, 1.0};         ///< share of the area, for Crop::resized
   std::array<double, 2> ratio{3.0 / 4, 4.0 / 3};  ///< width / height, log-uniform, for Crop::resized
   double flip = 0.5;                              ///< probability of a mirror image in training
-  double color_jitter = 0;                        ///< brightness, contrast, saturation by factors in [max(0, 1 - j), 1 + j]
+  double vflip = 0;                               ///< probability of an upside-down one
+  AugmentPolicy augment;                          ///< RandAugment or 3-Augment
+  double color_jitter = 0;  ///< brightness, contrast, saturation by factors in [max(0, 1 - j), 1 + j], unless `augment` replaces it
+  double grayscale = 0;     ///< probability
+  double blur = 0;          ///< probability of a Gaussian blur of a standard deviation in 0.1..2 pixels
+  Erasing erasing;
   Interpolation interpolation = Interpolation::bicubic;
-  double crop_pct = 1.0;  ///< evaluation: the shorter side becomes floor(image_size / crop_pct), then the centre is cut out
+  bool random_interpolation = false;  ///< in training bilinear or bicubic, drawn for each resize and each operation
+  double crop_pct = 1.0;              ///< evaluation: the shorter side becomes floor(image_size / crop_pct), then the centre is cut out
   /// Of the pixels as they stand in [0, 1], one value a channel. Kept here with the rest of the preprocessing; a kernel applies them.
   std::vector<float> mean{0.5f, 0.5f, 0.5f}, std{0.5f, 0.5f, 0.5f};
 
@@ -36,12 +46,13 @@ struct TransformOptions {
   int64_t bytes() const { return image_size * image_size * channels; }
 };
 
-/// The random numbers of one picture in one epoch: they depend on these three alone, never on threads or batches.
-RandomStream augmentation_stream(uint64_t seed, int64_t epoch, int64_t index);
+/// The random numbers of one picture in one epoch, or of its `repeat`-th appearance there: they depend on these alone, never on threads or
+/// batches.
+RandomStream augmentation_stream(uint64_t seed, int64_t epoch, int64_t index, int64_t repeat = 0);
 
 /// The random picture for training; writes options.bytes() bytes, [image_size, image_size, channels], to `out`.
-/// The random resized crop, its ten tries and its fallback are timm's (RandomResizedCropAndInterpolation); colours as Pillow's
-/// ImageEnhance.
+/// In timm's order: crop, flips, `augment`, colour jitter, grayscale, blur, erasing. The random resized crop, its ten tries and its
+/// fallback are timm's (RandomResizedCropAndInterpolation); colours as Pillow's ImageEnhance.
 void transform_for_training(const Image& image, const TransformOptions& options, RandomStream& random, uint8_t* out);
 
 /// The same picture every time: resize of the shorter side, centre crop.

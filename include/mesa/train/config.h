@@ -35,13 +35,18 @@ struct DataConfig {
   int64_t prefetch = 4;                   ///< batches made ahead
   std::string on_bad_sample = "error";    ///< error | skip
   int64_t max_pixels = 100'000'000;
-  std::string crop = "none";  ///< none | pad | resized
+  int64_t repeats = 1;        ///< of each picture, augmented anew
+  std::string crop = "none";  ///< none | pad | resized | simple
   int64_t crop_padding = 4;   ///< pixels
   std::vector<double> crop_scale{0.08, 1.0};
   std::vector<double> crop_ratio{0.75, 4.0 / 3};
-  double flip = 0;  ///< probability
+  double flip = 0, vflip = 0;  ///< probabilities
+  std::string augment;         ///< empty | rand-... | 3a
   double color_jitter = 0;
-  std::string interpolation = "bicubic";  ///< bilinear | bicubic
+  double grayscale = 0, blur = 0, erasing = 0;  ///< probabilities
+  std::string erasing_mode = "pixel";           ///< const | rand | pixel
+  int64_t erasing_count = 1;                    ///< rectangles
+  std::string interpolation = "bicubic";        ///< bilinear | bicubic | random
   double crop_pct = 1;
   double mixup = 0, cutmix = 0;  ///< alpha; 0 = none
   double mix_prob = 1, mix_switch_prob = 0.5;
