@@ -50,6 +50,7 @@ MetaStep meta_step(const RunConfig& config, const NetConfig& model, StoragePolic
   MetaStep out;
   BuiltModel built(config, model, device);
   built.params.allocate_gradients();
+  built.params.remember_buffers();
   AdamW optimizer(built.params.params(), {});
   const int64_t B = config.train.batch_size;
   const int64_t eval_batch = config.train.eval_batch_size > 0 ? config.train.eval_batch_size : B;

@@ -126,9 +126,14 @@ MESA_SCALAR T gelu_slope(T x) {
 }
 
 template <class T>
-MESA_SCALAR T relu(T x) { return x < T(0) ? T(0) : x; }
+MESA_SCALAR T relu(T x) {
+  return x < T(0) ? T(0) : x;
+}
+/// Whether the gradient passes: a NaN's does.
 template <class T>
-MESA_SCALAR T relu_grad(T dy, T x) { return x <= T(0) ? T(0) : dy; }
+MESA_SCALAR bool relu_passes(T x) {
+  return !(x <= T(0));
+}
 
 /// The smallest 24-bit integer u with u 2^-24 >= p, so that keeps(word, ..) is uniform(word) >= p in integers.
 MESA_SCALAR uint32_t dropout_threshold(double p) {
