@@ -70,7 +70,7 @@ mesa "$bin/mesa-train" --version >>"$out/machine.txt" 2>&1
 
 export MESA_TEST_SOURCE_DIR=$PWD MESA_CONFIG_DIR=$PWD/configs
 kernel_tests='[kernels],[codec]'
-computing='[#gradient_test],[#case_codec_test],[#case_bytes_test],[#policy_test],[#decoded_attention_test],[#adamw_test],[#optimizer_test],[#vit_test],[#swin_test],[#pvt_test],[#golden_test],[#tape_test],[#device_test],[#trainer_test],[#plan_test],[#evaluate_test],[#benchmark_test]'
+computing='[#gradient_test],[#case_codec_test],[#case_bytes_test],[#policy_test],[#decoded_attention_test],[#adamw_test],[#optimizer_test],[#vit_test],[#swin_test],[#pvt_test],[#resnet_test],[#golden_test],[#tape_test],[#device_test],[#trainer_test],[#plan_test],[#evaluate_test],[#benchmark_test]'
 if wanted tests; then
   attempt tests_kernels 120 env MESA_TEST_DEVICE=cuda bash -c 'mesa "$@"' - "$bin/mesa-tests" "$kernel_tests"
   attempt tests_engine 150 env MESA_TEST_DEVICE=cuda bash -c 'mesa "$@"' - "$bin/mesa-tests" -\# "$computing"
@@ -93,7 +93,7 @@ fi
 if wanted training; then
   # The same work in turns: A B A B.
   for round in 1 2; do
-    for model in deit_small:128 deit_base:128 deit_tiny:256 swin_tiny:128; do
+    for model in deit_small:128 deit_base:128 deit_tiny:256 swin_tiny:128 resnet50:128; do
       name=${model%:*} batch=${model#*:}
       attempt "mesa_${name}_$round" 60 bash -c 'mesa "$@"' - "$bin/mesa-bench" --config "bench/$name.yaml" --device cuda --storage exact,int8,int4 --steps 20 --warmup 5 \
         --set "train.batch_size=$batch" --set train.precision=bf16 --json "$logs/mesa_${name}_$round.json"

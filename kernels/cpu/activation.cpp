@@ -1,7 +1,7 @@
-// relu(x) = max(x, 0);  gelu(x) = x Phi(x), gelu'(x) = Phi(x) + x phi(x) with the exact normal distribution.
-#include "mesa/kernels/elementwise.h"
-
+// relu(x) = max(x, 0), dx = dy where the bit !(x <= 0) is set;  gelu(x) = x Phi(x), gelu'(x) = Phi(x) + x phi(x) with the exact normal
+// distribution.
 #include "cpu.h"
+#include "mesa/kernels/elementwise.h"
 
 namespace mesa::kernels::MESA_ISA {
 
@@ -36,14 +36,58 @@ void map_grad(const Tensor& dy, const Tensor& x, const Tensor& dx, const char* n
   });
 }
 
+/// f(i, count) for every 8 elements that share a byte of a mask; `count` is the constant 8 but for the last.
+template <class F>
+void for_octets(int64_t begin, int64_t end, const F& f) {
+  int64_t i = begin;
+  for (; i + 8 <= end; i += 8) f(i, 8);
+  if (i < end) f(i, static_cast<int>(end - i));
+}
+
 }  // namespace
 
 void relu(const Tensor& x, const Tensor& y) {
   map(x, y, "relu", [](auto v) { return scalar::relu(v); });
 }
 
-void relu_grad(const Tensor& dy, const Tensor& x, const Tensor& dx) {
-  map_grad(dy, x, dx, "relu_grad", [](auto g, auto v) { return scalar::relu_grad(g, v); });
+void relu_mask(const Tensor& x, const Tensor& y, const Tensor& mask) {
+  check_alike(x, y, "relu_mask");
+  check_mask(mask, x);
+  dispatch(x.dtype(), y.dtype(), [&](auto tx, auto ty) {
+    const auto* px = x.data<decltype(tx)>();
+    auto* py = y.data<decltype(ty)>();
+    uint8_t* pm = mask.data<uint8_t>();
+    parallel_elements(y.numel(), [=](int64_t begin, int64_t end) {  // of whole bytes
+      for_octets(begin, end, [=](int64_t i, int count) {
+        unsigned bits = 0;
+        for (int k = 0; k < count; ++k) {
+          const auto v = load(px + i + k);
+          bits |= static_cast<unsigned>(scalar::relu_passes(v)) << k;
+          store(py + i + k, scalar::relu(v));
+        }
+        pm[i / 8] = static_cast<uint8_t>(bits);
+      });
+    });
+  });
+}
+
+void apply_mask(const Tensor& x, const Tensor& mask, const Tensor& y) {
+  check_alike(x, y, "apply_mask");
+  check_mask(mask, x);
+  dispatch(x.dtype(), y.dtype(), [&](auto tx, auto ty) {
+    const auto* px = x.data<decltype(tx)>();
+    auto* py = y.data<decltype(ty)>();
+    const uint8_t* pm = mask.data<uint8_t>();
+    parallel_elements(y.numel(), [=](int64_t begin, int64_t end) {
+      for_octets(begin, end, [=](int64_t i, int count) {
+        const unsigned bits = pm[i / 8];
+        for (int k = 0; k < count; ++k) {
+          const auto v = load(px + i + k);
+          store(py + i + k, (bits >> k) & 1 ? v : decltype(v)(0));
+        }
+      });
+    });
+  });
 }
 
 void gelu(const Tensor& x, const Tensor& y) {

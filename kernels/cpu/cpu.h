@@ -9,8 +9,8 @@
 #include <type_traits>
 #include <vector>
 
-#include "mesa/kernels/common.h"
 #include "mesa/base/random.h"
+#include "mesa/kernels/common.h"
 #include "mesa/kernels/scalar.h"
 
 namespace mesa::kernels::MESA_ISA {
@@ -18,8 +18,10 @@ namespace {
 
 template <class T>
 [[gnu::always_inline]] inline Acc<T> load(const T* p) {
-  if constexpr (std::is_same_v<T, bf16>) return scalar::float_of(static_cast<uint32_t>(p->bits) << 16);
-  else return *p;
+  if constexpr (std::is_same_v<T, bf16>)
+    return scalar::float_of(static_cast<uint32_t>(p->bits) << 16);
+  else
+    return *p;
 }
 template <class T, class V>
 [[gnu::always_inline]] inline void store(T* p, V value) {
@@ -32,6 +34,12 @@ template <class T, class V>
   } else {
     *p = static_cast<T>(value);
   }
+}
+
+/// gamma xhat + beta, one spelling for the norms and affine: all must contract it to the same instruction.
+template <class A>
+[[gnu::always_inline]] inline A affine_of(A xhat, A gamma, A beta) {
+  return gamma * xhat + beta;
 }
 
 // --- parallel loops -------------------------------------------------------------------------------------------------------------

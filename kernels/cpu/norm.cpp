@@ -10,12 +10,6 @@ namespace mesa::kernels::MESA_ISA {
 
 namespace {
 
-/// gamma xhat + beta, one spelling for layer_norm and affine: both must contract it to the same instruction.
-template <class A>
-[[gnu::always_inline]] inline A affine_of(A xhat, A gamma, A beta) {
-  return gamma * xhat + beta;
-}
-
 template <class A>
 A fold(A* lane) {
   for (int half = kLanes / 2; half > 0; half /= 2)

@@ -1,4 +1,5 @@
-// relu(x) = max(x, 0);  gelu(x) = x Phi(x), gelu'(x) = Phi(x) + x phi(x) with the exact normal distribution.
+// relu(x) = max(x, 0), dx = dy where the bit !(x <= 0) is set;  gelu(x) = x Phi(x), gelu'(x) = Phi(x) + x phi(x) with the exact normal
+// distribution.
 #include "mesa/kernels/elementwise.h"
 #include "pointwise.h"
 
@@ -10,12 +11,6 @@ struct Relu {
   template <class A>
   __device__ A operator()(A x) const {
     return scalar::relu(x);
-  }
-};
-struct ReluGrad {
-  template <class A>
-  __device__ A operator()(A dy, A x) const {
-    return scalar::relu_grad(dy, x);
   }
 };
 struct Gelu {
@@ -52,11 +47,79 @@ __global__ void gelu_and_slope_kernel(int64_t n, const X* x, Y* y, Y* slope) {
   }
 }
 
+/// The `count` elements from p on as 8: in one piece if `packed` and there are so many, zeros behind the last.
+template <bool packed, class T>
+__device__ inline Elements<Acc<T>, 8> octet_at(const T* p, int count) {
+  if (packed && count == 8) return elements_at<8>(p);
+  Elements<Acc<T>, 8> v{};
+  for (int k = 0; k < count; ++k) v.v[k] = load(p + k);
+  return v;
+}
+template <bool packed, class T, class A>
+__device__ inline void store_octet(T* p, int count, const A (&v)[8]) {
+  if (packed && count == 8) return store_pack(p, v);
+  for (int k = 0; k < count; ++k) store(p + k, v[k]);
+}
+
+/// One thread for the 8 elements that share a byte of the mask.
+template <bool packed, class X, class Y>
+__global__ void relu_mask_kernel(int64_t n, const X* x, Y* y, uint8_t* mask) {
+  for (int64_t i = global_index() * 8; i < n; i += global_stride() * 8) {
+    const int count = n - i < 8 ? static_cast<int>(n - i) : 8;
+    auto v = octet_at<packed>(x + i, count);
+    unsigned bits = 0;
+#pragma unroll
+    for (int k = 0; k < 8; ++k) {
+      bits |= static_cast<unsigned>(k < count && scalar::relu_passes(v.v[k])) << k;
+      v.v[k] = scalar::relu(v.v[k]);
+    }
+    store_octet<packed>(y + i, count, v.v);
+    mask[i / 8] = static_cast<uint8_t>(bits);
+  }
+}
+
+/// y may be x.
+template <bool packed, class X, class Y>
+__global__ void apply_mask_kernel(int64_t n, const X* x, Y* y, uint8_t* mask) {
+  for (int64_t i = global_index() * 8; i < n; i += global_stride() * 8) {
+    const int count = n - i < 8 ? static_cast<int>(n - i) : 8;
+    auto v = octet_at<packed>(x + i, count);
+    const unsigned bits = mask[i / 8];
+#pragma unroll
+    for (int k = 0; k < 8; ++k) v.v[k] = (bits >> k) & 1 ? v.v[k] : Acc<X>(0);
+    store_octet<packed>(y + i, count, v.v);
+  }
+}
+
+template <class X, class Y>
+void launch_octets(const char* name, void (*packed)(int64_t, const X*, Y*, uint8_t*), void (*scalar)(int64_t, const X*, Y*, uint8_t*),
+                   int64_t n, const X* x, Y* y, uint8_t* mask) {
+  if (n == 0) return;
+  const bool pieces = aligned(x, 8 * sizeof(X)) && aligned(y, 8 * sizeof(Y));
+  launch(name, pieces ? packed : scalar, grid_for(n, 8 * kMapThreads, kMapBlocks), kMapThreads, 0, n, x, y, mask);
+}
+
 }  // namespace
 
 void relu(const Tensor& x, const Tensor& y) { map("relu", Relu{}, x, y); }
 
-void relu_grad(const Tensor& dy, const Tensor& x, const Tensor& dx) { map("relu_grad", ReluGrad{}, dy, x, dx); }
+void relu_mask(const Tensor& x, const Tensor& y, const Tensor& mask) {
+  check_alike(x, y, "relu_mask");
+  check_mask(mask, x);
+  dispatch(x.dtype(), y.dtype(), [&](auto tx, auto ty) {
+    launch_octets("relu_mask", &relu_mask_kernel<true, decltype(tx), decltype(ty)>, &relu_mask_kernel<false, decltype(tx), decltype(ty)>,
+                  y.numel(), x.data<decltype(tx)>(), y.data<decltype(ty)>(), mask.data<uint8_t>());
+  });
+}
+
+void apply_mask(const Tensor& x, const Tensor& mask, const Tensor& y) {
+  check_alike(x, y, "apply_mask");
+  check_mask(mask, x);
+  dispatch(x.dtype(), y.dtype(), [&](auto tx, auto ty) {
+    launch_octets("apply_mask", &apply_mask_kernel<true, decltype(tx), decltype(ty)>, &apply_mask_kernel<false, decltype(tx), decltype(ty)>,
+                  y.numel(), x.data<decltype(tx)>(), y.data<decltype(ty)>(), mask.data<uint8_t>());
+  });
+}
 
 void gelu(const Tensor& x, const Tensor& y) { map("gelu", Gelu{}, x, y); }
 

@@ -93,28 +93,12 @@ std::string refusal(const Case& c) {
 
 // --- running ---------------------------------------------------------------------------------------------------------------------
 
-/// The handle and the plans of this process, one run at a time: a handle serves one thread only, and starting kernels takes microseconds.
-struct Library {
-  std::mutex mutex;
-  cudnnHandle_t handle = nullptr;
-  std::map<Case, Plan> plans;
-
-  /// Never destroyed: at exit the driver may be gone before.
-  static Library& get() {
-    static Library& library = *new Library;
-    return library;
-  }
-  cudnnHandle_t handle_on(void* stream) {
-    if (handle == nullptr) cudnn::check_status(cudnnCreate(&handle), "starting", "handle");
-    cudnn::check_status(cudnnSetStream(handle, static_cast<cudaStream_t>(stream)), "choosing the stream", "handle");
-    return handle;
-  }
-  const Plan& plan(const Case& c, cudnnHandle_t on) {
-    auto found = plans.find(c);
-    if (found == plans.end()) found = plans.emplace(c, Plan(graph_of(c), on)).first;
-    return found->second;
-  }
-};
+const Plan& plan_of(const Case& c, cudnnHandle_t on) {
+  static std::map<Case, Plan>& plans = *new std::map<Case, Plan>;
+  auto found = plans.find(c);
+  if (found == plans.end()) found = plans.emplace(c, Plan(graph_of(c), on)).first;
+  return found->second;
+}
 
 void run(const Case& c, Device device, Memory memory, double scale) {
   for (const auto& [uid, address] : memory)
@@ -122,12 +106,12 @@ void run(const Case& c, Device device, Memory memory, double scale) {
   float scale_value = static_cast<float>(scale), one = 1;  // read while the kernels are started
   memory.emplace_back(kScale, &scale_value);
   if (c.backward) memory.emplace_back(kOne, &one);
-  Library& library = Library::get();
+  cudnn::Library& library = cudnn::Library::get();
   std::lock_guard lock(library.mutex);
   try {
     if (const std::string reason = refusal(c); !reason.empty()) throw cudnn::Unsupported(reason);
     const cudnnHandle_t handle = library.handle_on(mesa::cuda::stream());
-    const Plan& plan = library.plan(c, handle);
+    const Plan& plan = plan_of(c, handle);
     const Tensor workspace = Tensor::empty({plan.workspace_bytes()}, DType::u8, device);
     plan.run(handle, memory, workspace.raw());
   } catch (const cudnn::Unsupported& reason) {

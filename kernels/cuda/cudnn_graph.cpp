@@ -158,6 +158,56 @@ Value Graph::transpose(const Value& x, cudnnDataType_t type) {
   return y;
 }
 
+Descriptor& Graph::convolution(const Sliding& by) {
+  using Pair = std::array<int64_t, 2>;
+  Descriptor& function = add(CUDNN_BACKEND_CONVOLUTION_DESCRIPTOR, "convolution");
+  function.set(CUDNN_ATTR_CONVOLUTION_COMP_TYPE, kWide);
+  function.set(CUDNN_ATTR_CONVOLUTION_CONV_MODE, CUDNN_CROSS_CORRELATION);
+  function.set(CUDNN_ATTR_CONVOLUTION_SPATIAL_DIMS, int64_t{2});
+  function.set_all(CUDNN_ATTR_CONVOLUTION_FILTER_STRIDES, Pair{by.stride, by.stride});
+  function.set_all(CUDNN_ATTR_CONVOLUTION_PRE_PADDINGS, Pair{by.padding, by.padding});
+  function.set_all(CUDNN_ATTR_CONVOLUTION_POST_PADDINGS, Pair{by.padding, by.padding});
+  function.set_all(CUDNN_ATTR_CONVOLUTION_DILATIONS, Pair{by.dilation, by.dilation});
+  function.finalize();
+  return function;
+}
+
+void Graph::convolve(const Value& x, const Value& w, const Value& y, const Sliding& by) {
+  const Descriptor& function = convolution(by);
+  Descriptor& operation = add(CUDNN_BACKEND_OPERATION_CONVOLUTION_FORWARD_DESCRIPTOR, "convolution operation");
+  operation.set(CUDNN_ATTR_OPERATION_CONVOLUTION_FORWARD_CONV_DESC, function.get());
+  operation.set(CUDNN_ATTR_OPERATION_CONVOLUTION_FORWARD_X, x.descriptor);
+  operation.set(CUDNN_ATTR_OPERATION_CONVOLUTION_FORWARD_W, w.descriptor);
+  operation.set(CUDNN_ATTR_OPERATION_CONVOLUTION_FORWARD_Y, y.descriptor);
+  operation.set(CUDNN_ATTR_OPERATION_CONVOLUTION_FORWARD_ALPHA, 1.0f);
+  operation.set(CUDNN_ATTR_OPERATION_CONVOLUTION_FORWARD_BETA, 0.0f);
+  finish(operation);
+}
+
+void Graph::convolve_data_grad(const Value& dy, const Value& w, const Value& dx, const Sliding& by) {
+  const Descriptor& function = convolution(by);
+  Descriptor& operation = add(CUDNN_BACKEND_OPERATION_CONVOLUTION_BACKWARD_DATA_DESCRIPTOR, "gradient of a convolution's data");
+  operation.set(CUDNN_ATTR_OPERATION_CONVOLUTION_BWD_DATA_CONV_DESC, function.get());
+  operation.set(CUDNN_ATTR_OPERATION_CONVOLUTION_BWD_DATA_DY, dy.descriptor);
+  operation.set(CUDNN_ATTR_OPERATION_CONVOLUTION_BWD_DATA_W, w.descriptor);
+  operation.set(CUDNN_ATTR_OPERATION_CONVOLUTION_BWD_DATA_DX, dx.descriptor);
+  operation.set(CUDNN_ATTR_OPERATION_CONVOLUTION_BWD_DATA_ALPHA, 1.0f);
+  operation.set(CUDNN_ATTR_OPERATION_CONVOLUTION_BWD_DATA_BETA, 0.0f);
+  finish(operation);
+}
+
+void Graph::convolve_weight_grad(const Value& dy, const Value& x, const Value& dw, const Sliding& by) {
+  const Descriptor& function = convolution(by);
+  Descriptor& operation = add(CUDNN_BACKEND_OPERATION_CONVOLUTION_BACKWARD_FILTER_DESCRIPTOR, "gradient of a convolution's filter");
+  operation.set(CUDNN_ATTR_OPERATION_CONVOLUTION_BWD_FILTER_CONV_DESC, function.get());
+  operation.set(CUDNN_ATTR_OPERATION_CONVOLUTION_BWD_FILTER_DY, dy.descriptor);
+  operation.set(CUDNN_ATTR_OPERATION_CONVOLUTION_BWD_FILTER_X, x.descriptor);
+  operation.set(CUDNN_ATTR_OPERATION_CONVOLUTION_BWD_FILTER_DW, dw.descriptor);
+  operation.set(CUDNN_ATTR_OPERATION_CONVOLUTION_BWD_FILTER_ALPHA, 1.0f);
+  operation.set(CUDNN_ATTR_OPERATION_CONVOLUTION_BWD_FILTER_BETA, 0.0f);
+  finish(operation);
+}
+
 // --- plans -----------------------------------------------------------------------------------------------------------------------
 
 namespace {
@@ -177,11 +227,11 @@ Descriptor operation_graph(const Graph& graph, cudnnHandle_t handle) {
   return operations;
 }
 
-/// Engines with their settings, what cuDNN takes for the fastest first.
-std::vector<Descriptor> engine_configs(const Descriptor& operations, const Gpu& gpu) {
+/// Engines with their settings, in the order of a heuristic.
+std::vector<Descriptor> engine_configs(const Descriptor& operations, const Gpu& gpu, cudnnBackendHeurMode_t mode) {
   Descriptor heuristics(CUDNN_BACKEND_ENGINEHEUR_DESCRIPTOR, "engine heuristics");
   heuristics.set(CUDNN_ATTR_ENGINEHEUR_OPERATION_GRAPH, operations.get());
-  heuristics.set(CUDNN_ATTR_ENGINEHEUR_MODE, CUDNN_HEUR_MODE_A);
+  heuristics.set(CUDNN_ATTR_ENGINEHEUR_MODE, mode);
   if (gpu.properties != nullptr) heuristics.set(CUDNN_ATTR_ENGINEHEUR_DEVICEPROP, gpu.properties->get());
   heuristics.finalize();
 
@@ -195,6 +245,28 @@ std::vector<Descriptor> engine_configs(const Descriptor& operations, const Gpu& 
   if (offered > 0) usable = heuristics.read(CUDNN_ATTR_ENGINEHEUR_RESULTS, CUDNN_TYPE_BACKEND_DESCRIPTOR, offered, raw.data());
   while (static_cast<int64_t>(configs.size()) > usable) configs.pop_back();
   return configs;
+}
+
+/// True if the configuration's engine does any of what it must not.
+bool does(const Descriptor& config, const std::vector<cudnnBackendNumericalNote_t>& unwanted) {
+  if (unwanted.empty()) return false;
+  Descriptor engine(CUDNN_BACKEND_ENGINE_DESCRIPTOR, "engine");
+  cudnnBackendDescriptor_t raw = engine.get();
+  config.read(CUDNN_ATTR_ENGINECFG_ENGINE, CUDNN_TYPE_BACKEND_DESCRIPTOR, 1, &raw);
+  cudnnBackendNumericalNote_t notes[CUDNN_NUMERICAL_NOTE_TYPE_COUNT];
+  const int64_t found = engine.read(CUDNN_ATTR_ENGINE_NUMERICAL_NOTE, CUDNN_TYPE_NUMERICAL_NOTE, CUDNN_NUMERICAL_NOTE_TYPE_COUNT, notes);
+  return std::any_of(notes, notes + found, [&](auto note) { return std::find(unwanted.begin(), unwanted.end(), note) != unwanted.end(); });
+}
+
+/// The same of the engines that may be, what cuDNN takes for the fastest first.
+std::vector<Descriptor> engine_configs(const Descriptor& operations, const Gpu& gpu, const Engines& engines) {
+  std::vector<Descriptor> all;
+  for (const auto mode : {CUDNN_HEUR_MODE_A, CUDNN_HEUR_MODE_FALLBACK}) {
+    if (mode == CUDNN_HEUR_MODE_FALLBACK && !engines.fallback) break;
+    for (Descriptor& config : engine_configs(operations, gpu, mode))
+      if (!does(config, engines.without)) all.push_back(std::move(config));
+  }
+  return all;
 }
 
 /// The plan of the first configuration that yields one. For a GPU that is only described its code is compiled but not loaded.
@@ -216,20 +288,20 @@ Descriptor execution_plan(const std::vector<Descriptor>& configs, const Gpu& gpu
 
 }  // namespace
 
-Plan::Plan(Graph graph, cudnnHandle_t handle)
+Plan::Plan(Graph graph, cudnnHandle_t handle, const Engines& engines)
     : graph_(std::move(graph)),
       operations_(operation_graph(graph_, handle)),
-      configs_(engine_configs(operations_, {handle, nullptr})),
+      configs_(engine_configs(operations_, {handle, nullptr}, engines)),
       plan_(execution_plan(configs_, {handle, nullptr})) {
   plan_.read(CUDNN_ATTR_EXECUTION_PLAN_WORKSPACE_SIZE, CUDNN_TYPE_INT64, 1, &workspace_bytes_);
 }
 
-void Plan::check_support(const Graph& graph, const std::string& device_properties) {
+void Plan::check_support(const Graph& graph, const std::string& device_properties, const Engines& engines) {
   Descriptor properties(CUDNN_BACKEND_DEVICEPROP_DESCRIPTOR, "device properties");
   properties.set_all(CUDNN_ATTR_DEVICEPROP_JSON_REPRESENTATION, device_properties);
   properties.finalize();
   const Descriptor operations = operation_graph(graph, nullptr);
-  execution_plan(engine_configs(operations, {nullptr, &properties}), {nullptr, &properties});
+  execution_plan(engine_configs(operations, {nullptr, &properties}, engines), {nullptr, &properties});
 }
 
 void Plan::run(cudnnHandle_t handle, const Memory& memory, void* workspace) const {
@@ -242,6 +314,17 @@ void Plan::run(cudnnHandle_t handle, const Memory& memory, void* workspace) cons
   pack.set(CUDNN_ATTR_VARIANT_PACK_WORKSPACE, CUDNN_TYPE_VOID_PTR, 1, &workspace);
   pack.finalize();
   check_status(cudnnBackendExecute(handle, plan_.get(), pack.get()), "running", "execution plan");
+}
+
+Library& Library::get() {
+  static Library& library = *new Library;
+  return library;
+}
+
+cudnnHandle_t Library::handle_on(void* stream) {
+  if (handle == nullptr) check_status(cudnnCreate(&handle), "starting", "handle");
+  check_status(cudnnSetStream(handle, static_cast<cudaStream_t>(stream)), "choosing the stream", "handle");
+  return handle;
 }
 
 }  // namespace mesa::kernels::cuda::cudnn

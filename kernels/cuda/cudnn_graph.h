@@ -1,11 +1,12 @@
-// Operation graphs of cuDNN's backend API, as far as attention needs them: an expression adds an operation, and a plan is the code that
-// cuDNN makes of the whole graph. No descriptor is handled elsewhere, and the frontend library is not needed.
+// Operation graphs of cuDNN's backend API, as far as attention and convolutions need them: an expression adds an operation, and a plan is
+// the code that cuDNN makes of the whole graph. No descriptor is handled elsewhere, and the frontend library is not needed.
 #pragma once
 #include <cudnn.h>
 
 #include <array>
 #include <cstdint>
 #include <deque>
+#include <mutex>
 #include <stdexcept>
 #include <string>
 #include <utility>
@@ -43,6 +44,9 @@ MESA_CUDNN_TYPE(cudnnDataType_t, DATA_TYPE);
 MESA_CUDNN_TYPE(cudnnPointwiseMode_t, POINTWISE_MODE);
 MESA_CUDNN_TYPE(cudnnReduceTensorOp_t, REDUCTION_OPERATOR_TYPE);
 MESA_CUDNN_TYPE(cudnnBackendHeurMode_t, HEUR_MODE);
+MESA_CUDNN_TYPE(cudnnBackendNumericalNote_t, NUMERICAL_NOTE);
+MESA_CUDNN_TYPE(cudnnConvolutionMode_t, CONVOLUTION_MODE);
+MESA_CUDNN_TYPE(float, FLOAT);
 #undef MESA_CUDNN_TYPE
 
 /// One object of the backend API, destroyed with this one. Every call is checked; errors say `name`.
@@ -92,6 +96,11 @@ struct Result {
   const Value* memory = nullptr;
 };
 
+/// How a filter slides over a grid, the same in both directions.
+struct Sliding {
+  int64_t stride, padding, dilation;
+};
+
 class Graph {
  public:
   /// `uid` below 1,000; 16-byte aligned.
@@ -114,6 +123,11 @@ class Graph {
   /// x^T of the last two axes: the same elements, seen and typed anew.
   Value transpose(const Value& x, cudnnDataType_t type);
 
+  /// y <- x * w, dx, or dw, summed in f32: x [B, I, H, W], w [O, I / groups, kh, kw], y [B, O, H', W'], all in memory.
+  void convolve(const Value& x, const Value& w, const Value& y, const Sliding& by);
+  void convolve_data_grad(const Value& dy, const Value& w, const Value& dx, const Sliding& by);
+  void convolve_weight_grad(const Value& dy, const Value& x, const Value& dw, const Sliding& by);
+
   const std::vector<cudnnBackendDescriptor_t>& operations() const { return operations_; }
 
  private:
@@ -125,6 +139,7 @@ class Graph {
   void finish(Descriptor& operation);
   Value pointwise(cudnnPointwiseMode_t mode, const Value& a, const Value* b, const Result& y);
   Value reduce(cudnnReduceTensorOp_t op, const Value& x);
+  Descriptor& convolution(const Sliding& by);
 
   std::deque<Descriptor> descriptors_;  // all that the operations refer to, and they themselves
   std::vector<cudnnBackendDescriptor_t> operations_;
@@ -136,14 +151,21 @@ class Graph {
 /// Where each tensor of a graph is, by uid.
 using Memory = std::vector<std::pair<int64_t, void*>>;
 
+/// Which engines may make a plan: without those that do what is listed, and perhaps those that cuDNN falls back to behind its first
+/// choices.
+struct Engines {
+  std::vector<cudnnBackendNumericalNote_t> without;
+  bool fallback = false;
+};
+
 /// Code for a graph on one GPU. Making one compiles and takes about a second; it may then run any number of times, one at a time.
 class Plan {
  public:
   /// Throws Unsupported if no engine takes the graph.
-  Plan(Graph graph, cudnnHandle_t handle);
+  Plan(Graph graph, cudnnHandle_t handle, const Engines& engines = {});
   /// Throws Unsupported if no engine would take the graph on a GPU with these properties (a JSON object as cuDNN writes it). No GPU is
   /// needed, but a libcuda.so.1 is, if only the toolkit's stub: everything is done up to loading the compiled code.
-  static void check_support(const Graph& graph, const std::string& device_properties);
+  static void check_support(const Graph& graph, const std::string& device_properties, const Engines& engines = {});
 
   int64_t workspace_bytes() const { return workspace_bytes_; }
   /// Runs on the handle's stream.
@@ -156,6 +178,16 @@ class Plan {
   std::vector<Descriptor> configs_;
   Descriptor plan_;
   int64_t workspace_bytes_ = 0;
+};
+
+/// cuDNN in this process: one handle, one run at a time; a handle serves one thread only, and starting kernels takes microseconds.
+struct Library {
+  std::mutex mutex;
+  cudnnHandle_t handle = nullptr;
+
+  /// Never destroyed: at exit the driver may be gone before.
+  static Library& get();
+  cudnnHandle_t handle_on(void* stream);
 };
 
 }  // namespace mesa::kernels::cuda::cudnn

@@ -4,10 +4,11 @@ namespace mesa {
 
 namespace {
 
-using AnyNet = std::variant<Vit, Swin, Pvt>;
+using AnyNet = std::variant<Vit, Swin, Pvt, ResNet>;
 AnyNet make(const Builder& build, const VitConfig& config) { return Vit(build, config); }
 AnyNet make(const Builder& build, const SwinConfig& config) { return Swin(build, config); }
 AnyNet make(const Builder& build, const PvtConfig& config) { return Pvt(build, config); }
+AnyNet make(const Builder& build, const ResNetConfig& config) { return ResNet(build, config); }
 
 std::vector<std::pair<std::string, NetConfig>> table() {
   std::vector<std::pair<std::string, NetConfig>> all;
@@ -17,6 +18,7 @@ std::vector<std::pair<std::string, NetConfig>> table() {
   add(vit_models());
   add(swin_models());
   add(pvt_models());
+  add(resnet_models());
   return all;
 }
 

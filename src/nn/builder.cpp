@@ -13,6 +13,12 @@ Param& ParamStore::add(Param param) {
   return params_.back();
 }
 
+ModelBuffer& ParamStore::add(ModelBuffer buffer) {
+  for (const ModelBuffer& other : buffers_) check(other.name != buffer.name, "two buffers are named ", buffer.name);
+  buffers_.push_back(std::move(buffer));
+  return buffers_.back();
+}
+
 Param& ParamStore::at(const std::string& name) {
   std::vector<std::string> names;
   for (Param& param : params_) {
@@ -48,6 +54,34 @@ void ParamStore::allocate_gradients() {
 
 void ParamStore::clear_gradients() {
   for (Param& param : params_) param.grad_written = false;
+}
+
+void ParamStore::gather_buffers() {
+  constexpr int64_t kAlign = 16;  // elements: every buffer starts on a cache line
+  const auto room = [](const ModelBuffer& b) { return (b.value.numel() + kAlign - 1) / kAlign * kAlign; };
+  int64_t total = 0;
+  for (const ModelBuffer& b : buffers_) total += room(b);
+  const Tensor& first = buffers_.front().value;
+  buffer_arena_ = Tensor::empty({total}, first.dtype(), first.device(), MemoryKind::parameters);
+  remembered_ = Tensor::empty({total}, first.dtype(), first.device(), MemoryKind::parameters);
+  kernels::fill(buffer_arena_, 0);
+  int64_t at = 0;
+  for (ModelBuffer& b : buffers_) {
+    const Tensor view = buffer_arena_.narrow(0, at, b.value.numel()).reshape(b.value.shape());
+    kernels::copy(b.value, view);
+    at += room(b);
+    b.value = view;
+  }
+}
+
+void ParamStore::remember_buffers() {
+  if (buffers_.empty()) return;
+  if (!buffer_arena_.defined()) gather_buffers();
+  kernels::copy(buffer_arena_, remembered_);
+}
+
+void ParamStore::restore_buffers() {
+  if (remembered_.defined()) kernels::copy(remembered_, buffer_arena_);
 }
 
 std::vector<Param*> ParamStore::matching(const std::string& glob, const char* consequence) {
@@ -98,6 +132,12 @@ Param& Builder::param(const std::string& name, const Shape& shape, Init init, bo
     transfer(drawn, param.value);
   }
   return store_.add(std::move(param));
+}
+
+ModelBuffer& Builder::buffer(const std::string& name, const Shape& shape, double value) const {
+  const Tensor values = Tensor::empty(shape, master_, device_, MemoryKind::parameters);
+  kernels::fill(values, value);
+  return store_.add(ModelBuffer{Scope::join(name), values});
 }
 
 }  // namespace mesa

@@ -40,12 +40,21 @@ Var gelu(const Var& x) {
 Var relu(const Var& x) {
   const Op op("relu", {x});
   const Tensor y = empty_like(x.value());
-  kernels::relu(x.value(), y);
-  return op.record(y, [x = op.save("x", x)](const Tensor& dy) -> Grads {
-    const Tensor dx = empty_like(dy);
-    kernels::relu_grad(dy, x.get(), dx);
-    return {dx};
-  });
+  if (!op.recording()) {
+    kernels::relu(x.value(), y);
+    return Var(y);
+  }
+  const Tensor mask = Tensor::empty({(y.numel() + 7) / 8}, DType::u8, y.device());
+  kernels::relu_mask(x.value(), y, mask);
+  op.keep("mask", mask);
+  const auto masked = [mask](const Tensor& t) {
+    const Tensor out = empty_like(t);
+    kernels::apply_mask(t, mask, out);
+    return out;
+  };
+  const Var result = op.record(y, [masked](const Tensor& dy) -> Grads { return {masked(dy)}; });
+  if (x.recipe() == nullptr) return result;
+  return result.with_recipe([masked, inner = x.recipe()] { return masked((*inner)()); });
 }
 
 }  // namespace mesa

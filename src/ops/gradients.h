@@ -14,6 +14,14 @@ inline Tensor cast(const Tensor& dy, DType dtype) {
   return out;
 }
 
+/// Writes a gradient to `out`, or adds it to what is there.
+inline void put(const Tensor& gradient, const Tensor& out, bool accumulate) {
+  if (accumulate)
+    kernels::add(out, gradient, out);
+  else
+    kernels::copy(gradient, out);
+}
+
 /// The gradients of w [O, ..] and b [O] of y = x w^T + b from dy [M, O], as Grads holds them. `x` [M, I] is asked for only if w wants one.
 inline std::pair<Tensor, Tensor> weight_and_bias_grads(const Target& dw, const Target& db, const Tensor& dy,
                                                        const std::function<Tensor()>& x) {

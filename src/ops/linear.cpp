@@ -12,14 +12,6 @@ Tensor weight_as(const Var& w, DType dtype) { return w.param() ? w.param()->as(d
 
 Tensor flatten(const Tensor& x) { return x.reshape({x.rows(), x.dim(-1)}); }
 
-/// Writes a gradient to `out`, or adds it to what is there.
-void put(const Tensor& gradient, const Tensor& out, bool accumulate) {
-  if (accumulate)
-    kernels::add(out, gradient, out);
-  else
-    kernels::copy(gradient, out);
-}
-
 std::vector<Var> defined_of(std::vector<Var> vars) {
   std::erase_if(vars, [](const Var& v) { return !v.defined(); });
   return vars;

@@ -77,8 +77,15 @@ void save_checkpoint(const std::string& folder, const RunConfig& config, const s
         {"mesa.class_names", json(class_names).dump(-1, ' ', false, json::error_handler_t::replace)}};
     std::vector<NamedTensor> weights;
     for (const Param& param : params.params()) weights.push_back({param.name, to(param.value, kCpu)});
+    std::vector<NamedTensor> buffers;  // an average of weights has the statistics of the last step, as timm's
+    for (const ModelBuffer& buffer : params.buffers()) buffers.push_back({buffer.name, to(buffer.value, kCpu)});
+    weights.insert(weights.end(), buffers.begin(), buffers.end());
     write_safetensors(at + "/" + kModelFile, weights, metadata);
-    if (ema != nullptr) write_safetensors(at + "/" + kEmaFile, prefixed("", ema->state()), metadata);
+    if (ema != nullptr) {
+      weights = prefixed("", ema->state());
+      weights.insert(weights.end(), buffers.begin(), buffers.end());
+      write_safetensors(at + "/" + kEmaFile, weights, metadata);
+    }
     std::vector<NamedTensor> tensors = prefixed("optimizer/", optimizer.state());
     for (NamedTensor& range : prefixed("storage/", policy.state())) tensors.push_back(std::move(range));
     write_safetensors(at + "/" + kStateTensors, tensors);
@@ -133,12 +140,21 @@ LoadedModel load_model(const std::string& path, WeightsKind kind) {
 namespace {
 
 /// Converted on the host, then moved.
-void fill_parameter(Param& param, const Tensor& values) {
-  const Tensor converted = Tensor::empty(values.shape(), param.value.dtype());
+void fill_from(const Tensor& values, const Tensor& to) {
+  const Tensor converted = Tensor::empty(values.shape(), to.dtype());
   kernels::copy(values, converted);
-  transfer(converted, param.value);
+  transfer(converted, to);
+}
+void fill_parameter(Param& param, const Tensor& values) {
+  fill_from(values, param.value);
   param.touch();
 }
+
+/// PyTorch's count of the batches that a batch norm saw, which matters only without a momentum.
+bool is_batch_count(const std::string& name) { return name.ends_with(".num_batches_tracked"); }
+
+/// Of a classifier, which is made anew for other classes.
+bool is_of_head(const std::string& name) { return name.starts_with("head") || name.starts_with("fc."); }
 
 }  // namespace
 
@@ -153,19 +169,22 @@ static std::string first_of(const std::vector<std::string>& items) {
 void load_weights(ParamStore& params, const std::map<std::string, Tensor>& weights, const std::string& source) {
   std::vector<std::string> problems;
   std::map<std::string, Tensor> rest = weights;
-  for (Param& param : params.params()) {
-    const auto found = rest.find(param.name);
+  const auto take = [&](const std::string& name, const Tensor& value) {
+    const auto found = rest.find(name);
     if (found == rest.end()) {
-      problems.push_back("missing " + param.name + " " + to_string(param.value.shape()));
-      continue;
+      problems.push_back("missing " + name + " " + to_string(value.shape()));
+      return;
     }
-    if (found->second.shape() != param.value.shape() || !is_floating(found->second.dtype()))
-      problems.push_back(concat(param.name, " is ", found->second.shape(), " but the model has ", param.value.shape()));
+    if (found->second.shape() != value.shape() || !is_floating(found->second.dtype()))
+      problems.push_back(concat(name, " is ", found->second.shape(), " but the model has ", value.shape()));
     else
-      fill_parameter(param, found->second);
+      fill_from(found->second, value);
     rest.erase(found);
-  }
-  for (const auto& [name, tensor] : rest) problems.push_back("unexpected " + name + " " + to_string(tensor.shape()));
+  };
+  for (Param& param : params.params()) take(param.name, param.value), param.touch();
+  for (ModelBuffer& buffer : params.buffers()) take(buffer.name, buffer.value);
+  for (const auto& [name, tensor] : rest)
+    if (!is_batch_count(name)) problems.push_back("unexpected " + name + " " + to_string(tensor.shape()));
   if (!problems.empty()) fail("", source, " belongs to another model: ", first_of(problems));
 }
 
@@ -199,7 +218,7 @@ std::string start_from_weights(ParamStore& params, const std::string& path) {
   for (Param& param : params.params()) {
     known.insert(param.name);
     const Tensor* values = weights.find(param.name);
-    const bool floating = values != nullptr && is_floating(values->dtype()), head = param.name.starts_with("head");
+    const bool floating = values != nullptr && is_floating(values->dtype()), head = is_of_head(param.name);
     if (floating && values->shape() == param.value.shape()) {
       fill_parameter(param, *values);
     } else if (const Tensor other = floating ? resized(param, *values) : Tensor(); other.defined()) {
@@ -212,8 +231,16 @@ std::string start_from_weights(ParamStore& params, const std::string& path) {
                                            : concat(param.name, " is ", values->shape(), " but the model has ", param.value.shape()));
     }
   }
+  for (ModelBuffer& buffer : params.buffers()) {
+    known.insert(buffer.name);
+    const Tensor* values = weights.find(buffer.name);
+    if (values != nullptr && values->shape() == buffer.value.shape() && is_floating(values->dtype()))
+      fill_from(*values, buffer.value);
+    else
+      problems.push_back(concat(values == nullptr ? "missing " : "of another form ", buffer.name, " ", buffer.value.shape()));
+  }
   for (const NamedTensor& tensor : weights.tensors)
-    if (known.count(tensor.name) == 0) unused.push_back(tensor.name);
+    if (known.count(tensor.name) == 0 && !is_batch_count(tensor.name)) unused.push_back(tensor.name);
   if (!problems.empty()) fail("", file, " belongs to another model: ", first_of(problems));
   std::string text = "started from " + file;
   if (!adapted.empty()) text += "; resized " + first_of(adapted);

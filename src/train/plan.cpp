@@ -59,6 +59,7 @@ MetaStep meta_step(const RunConfig& config, const NetConfig& model, StoragePolic
   MetaStep out;
   BuiltModel built(config, model, device);
   built.params.allocate_gradients();
+  built.params.remember_buffers();
   const std::unique_ptr<Optimizer> optimizer = make_optimizer(config, built.params);
   const std::unique_ptr<Ema> ema = make_ema(config, built.params);
   const int64_t B = config.train.batch_size;

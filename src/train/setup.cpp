@@ -203,7 +203,7 @@ StorageConfig reference_storage() {
   StorageConfig exact;
   exact.name = "exact";
   exact.rules = {{"*", "exact", {}, ""}};
-  for (const char* rebuilt : {"*.@(qkv|q|kv|sr|fc1|fc2|reduction):x", "head*:x"}) exact.rules.push_back({rebuilt, "rebuild", {}, ""});
+  exact.rules.push_back({"@(*.@(qkv|q|kv|sr|fc1|fc2|reduction|conv[23])|head*):x", "rebuild", {}, ""});
   return exact;
 }
 

@@ -83,11 +83,26 @@ void change(const RunConfig& config, PvtConfig& pvt) {
   for (size_t i = 0; i < pvt.stages.size(); ++i) pvt.stages[i].depth = (*m.depths)[i];
 }
 
-/// What every family has.
+void change(const RunConfig& config, ResNetConfig& resnet) {
+  const ModelConfig& m = config.model;
+  foreign(config, "model.depth", m.depth, "ResNet (which has model.depths)"), foreign(config, "model.distilled", m.distilled, "ResNet");
+  foreign(config, "model.registers", m.registers, "ResNet"), foreign(config, "model.token_positions", m.token_positions, "ResNet");
+  foreign(config, "model.layer_scale", m.layer_scale, "ResNet"), foreign(config, "model.window", m.window, "ResNet");
+  foreign(config, "model.pad", m.pad, "ResNet"), foreign(config, "model.mlp_ratio", m.mlp_ratio, "ResNet");
+  foreign(config, "model.heads", m.heads, "ResNet"), foreign(config, "model.patch_size", m.patch_size, "ResNet");
+  foreign(config, "model.qkv_bias", m.qkv_bias, "ResNet");
+  if (m.pool && *m.pool != "mean") config.refuse("model.pool", "a ResNet has no class token; it pools the mean");
+  if (m.attn_drop_rate > 0) config.refuse("model.attn_drop_rate", "a ResNet has no attention");
+  if (m.attention != "fused") config.refuse("model.attention", m.attention, " is nothing that a ResNet has: it has no attention");
+  set(resnet.width, m.width), set(resnet.depths, m.depths);
+}
+
+/// What every family has, and what all but one have.
 template <class Config>
 void change_common(const RunConfig& config, Config& net, int64_t classes) {
   const ModelConfig& m = config.model;
-  set(net.image_size, m.image_size), set(net.patch_size, m.patch_size), set(net.channels, m.channels), set(net.qkv_bias, m.qkv_bias);
+  set(net.image_size, m.image_size), set(net.channels, m.channels);
+  if constexpr (requires { net.patch_size; }) set(net.patch_size, m.patch_size), set(net.qkv_bias, m.qkv_bias);
   if (m.classes)
     net.classes = *m.classes;
   else if (classes > 0)

@@ -239,7 +239,8 @@ bool Run::train_epoch() {
       report(result, now() - start);
     } catch (const Error&) {
       state_ = before;
-      policy_.roll_back();  // ranges have seen the batches of an update that does not count
+      policy_.roll_back();  // ranges and running statistics have seen the batches of an update that does not count
+      model_.params.restore_buffers();
       throw;
     }
     if (state_.bad_in_a_row >= config_.train.max_bad_steps) return false;

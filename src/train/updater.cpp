@@ -63,6 +63,7 @@ UpdateResult Updater::operator()(int64_t count, const std::function<SentBatch()>
   UpdateResult result;
   result.lr = schedule_.at(state.step);
   model_.params.clear_gradients();
+  model_.params.remember_buffers();
   const double share = 1.0 / static_cast<double>(count);
   std::optional<SentBatch> suspect;  // the last one that was used
   uint64_t suspect_step = 0;
@@ -88,6 +89,7 @@ UpdateResult Updater::operator()(int64_t count, const std::function<SentBatch()>
     ++state.bad_steps;
     ++state.bad_in_a_row;
     policy_.roll_back();
+    model_.params.restore_buffers();
     return result;
   }
   state.bad_in_a_row = 0;

@@ -44,7 +44,10 @@ size_t size_of(cudnnBackendAttributeType_t type) {
     case CUDNN_TYPE_DATA_TYPE:
     case CUDNN_TYPE_POINTWISE_MODE:
     case CUDNN_TYPE_REDUCTION_OPERATOR_TYPE:
-    case CUDNN_TYPE_HEUR_MODE: return 4;
+    case CUDNN_TYPE_HEUR_MODE:
+    case CUDNN_TYPE_FLOAT:
+    case CUDNN_TYPE_CONVOLUTION_MODE:
+    case CUDNN_TYPE_NUMERICAL_NOTE: return 4;
     default: return 8;
   }
 }
@@ -117,6 +120,60 @@ float apply(cudnnPointwiseMode_t mode, float a, float b) {
   }
 }
 
+/// f(place in x, in w, in y) for each product that a convolution adds up.
+struct Convolution {
+  std::vector<int64_t> stride, padding, dilation;
+
+  explicit Convolution(const Object& function)
+      : stride(function.all<int64_t>(CUDNN_ATTR_CONVOLUTION_FILTER_STRIDES)),
+        padding(function.all<int64_t>(CUDNN_ATTR_CONVOLUTION_PRE_PADDINGS)),
+        dilation(function.all<int64_t>(CUDNN_ATTR_CONVOLUTION_DILATIONS)) {}
+
+  template <class F>
+  void each(const View& x, const View& w, const View& y, const F& f) const {
+    const int64_t per_group = y.dims[1] / (x.dims[1] / w.dims[1]);
+    for (int64_t b = 0; b < y.dims[0]; ++b)
+      for (int64_t o = 0; o < y.dims[1]; ++o)
+        for (int64_t row = 0; row < y.dims[2]; ++row)
+          for (int64_t column = 0; column < y.dims[3]; ++column)
+            for (int64_t r = 0; r < w.dims[2]; ++r)
+              for (int64_t s = 0; s < w.dims[3]; ++s) {
+                const int64_t h = row * stride[0] - padding[0] + r * dilation[0], v = column * stride[1] - padding[1] + s * dilation[1];
+                if (h < 0 || h >= x.dims[2] || v < 0 || v >= x.dims[3]) continue;
+                for (int64_t c = 0; c < w.dims[1]; ++c) f({b, o / per_group * w.dims[1] + c, h, v}, {o, c, r, s}, {b, o, row, column});
+              }
+  }
+};
+
+/// A result that is summed in f32 and rounded at the end.
+struct Sums {
+  const View& view;
+  std::vector<float> values;
+  explicit Sums(const View& view) : view(view), values(static_cast<size_t>(view.dims[0] * view.dims[1] * view.dims[2] * view.dims[3])) {}
+  float& at(const int64_t (&i)[4]) { return values[((i[0] * view.dims[1] + i[1]) * view.dims[2] + i[2]) * view.dims[3] + i[3]]; }
+  void store() {
+    view.fill([&](const int64_t(&i)[4]) { return at(i); });
+  }
+};
+
+using Place = const int64_t (&)[4];
+
+void convolve(const Object& function, const View& x, const View& w, const View& y) {
+  Sums sums(y);
+  Convolution(function).each(x, w, y, [&](Place in, Place by, Place out) { sums.at(out) += x.get(in) * w.get(by); });
+  sums.store();
+}
+void convolve_data_grad(const Object& function, const View& dx, const View& w, const View& dy) {
+  Sums sums(dx);
+  Convolution(function).each(dx, w, dy, [&](Place in, Place by, Place out) { sums.at(in) += dy.get(out) * w.get(by); });
+  sums.store();
+}
+void convolve_weight_grad(const Object& function, const View& x, const View& dw, const View& dy) {
+  Sums sums(dw);
+  Convolution(function).each(x, dw, dy, [&](Place in, Place by, Place out) { sums.at(by) += dy.get(out) * x.get(in); });
+  sums.store();
+}
+
 void run(const Object& op, Memory& memory) {
   const auto view = [&](int attribute) { return View(memory, op.part(attribute)); };
   switch (op.type) {
@@ -162,6 +219,17 @@ void run(const Object& op, Memory& memory) {
                                                      reinterpret_cast<char*>(own.strides.data() + 4));
       break;
     }
+    case CUDNN_BACKEND_OPERATION_CONVOLUTION_FORWARD_DESCRIPTOR:
+      return convolve(op.part(CUDNN_ATTR_OPERATION_CONVOLUTION_FORWARD_CONV_DESC), view(CUDNN_ATTR_OPERATION_CONVOLUTION_FORWARD_X),
+                      view(CUDNN_ATTR_OPERATION_CONVOLUTION_FORWARD_W), view(CUDNN_ATTR_OPERATION_CONVOLUTION_FORWARD_Y));
+    case CUDNN_BACKEND_OPERATION_CONVOLUTION_BACKWARD_DATA_DESCRIPTOR:
+      return convolve_data_grad(op.part(CUDNN_ATTR_OPERATION_CONVOLUTION_BWD_DATA_CONV_DESC),
+                                view(CUDNN_ATTR_OPERATION_CONVOLUTION_BWD_DATA_DX), view(CUDNN_ATTR_OPERATION_CONVOLUTION_BWD_DATA_W),
+                                view(CUDNN_ATTR_OPERATION_CONVOLUTION_BWD_DATA_DY));
+    case CUDNN_BACKEND_OPERATION_CONVOLUTION_BACKWARD_FILTER_DESCRIPTOR:
+      return convolve_weight_grad(op.part(CUDNN_ATTR_OPERATION_CONVOLUTION_BWD_FILTER_CONV_DESC),
+                                  view(CUDNN_ATTR_OPERATION_CONVOLUTION_BWD_FILTER_X), view(CUDNN_ATTR_OPERATION_CONVOLUTION_BWD_FILTER_DW),
+                                  view(CUDNN_ATTR_OPERATION_CONVOLUTION_BWD_FILTER_DY));
     default: break;
   }
 }
@@ -199,6 +267,10 @@ cudnnStatus_t cudnnBackendGetAttribute(cudnnBackendDescriptor_t d, cudnnBackendA
     if (wanted > 0)
       static_cast<Object**>(values)[0]->attributes[CUDNN_ATTR_ENGINEHEUR_OPERATION_GRAPH] =
           static_cast<Object*>(d)->attributes[CUDNN_ATTR_ENGINEHEUR_OPERATION_GRAPH];
+  } else if (name == CUDNN_ATTR_ENGINECFG_ENGINE) {
+    *n = 1;
+  } else if (name == CUDNN_ATTR_ENGINE_NUMERICAL_NOTE) {
+    *n = 0;  // this engine does nothing to be wary of
   } else if (name == CUDNN_ATTR_EXECUTION_PLAN_WORKSPACE_SIZE) {
     *n = 1;
     *static_cast<int64_t*>(values) = 256;

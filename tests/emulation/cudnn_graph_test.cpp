@@ -1,4 +1,5 @@
-// Whether cuDNN takes the graphs of attention, asked without a GPU: from the properties of one it does everything up to loading the code.
+// Whether cuDNN takes the graphs of attention and of convolutions, asked without a GPU: from the properties of one it does everything up to
+// loading the code.
 #include <dlfcn.h>
 
 #include <catch2/catch.hpp>
@@ -10,6 +11,7 @@
 
 #include "mesa/base/cuda.h"
 #include "mesa/kernels/attention.h"
+#include "mesa/kernels/conv.h"
 
 // LeakSanitizer, where the tests are built with it: libraries that cuDNN opens and closes again forget some memory.
 extern "C" [[gnu::weak]] void __lsan_disable();
@@ -33,16 +35,22 @@ bool open_driver_library() {
   return false;
 }
 
-/// Why an H200 would not run attention of these extents, or "".
-std::string refusal(int64_t B, int64_t H, int64_t N, int64_t D, bool backward) {
+/// What `ask` answers for an H200.
+template <class F>
+std::string answer(const F& ask) {
   std::ifstream file(MESA_SOURCE_DIR "/tests/emulation/h200.json");
   REQUIRE(file.good());
   std::ostringstream properties;
   properties << file.rdbuf();
   if (__lsan_disable != nullptr) __lsan_disable();
-  const std::string reason = cudnn_attention_support(properties.str(), B, H, N, D, backward);
+  const std::string reason = ask(properties.str());
   if (__lsan_enable != nullptr) __lsan_enable();
   return reason;
+}
+
+/// Why an H200 would not run attention of these extents, or "".
+std::string refusal(int64_t B, int64_t H, int64_t N, int64_t D, bool backward) {
+  return answer([=](const std::string& gpu) { return cudnn_attention_support(gpu, B, H, N, D, backward); });
 }
 
 /// True if the question can be asked here; says why not otherwise.
@@ -80,4 +88,26 @@ TEST_CASE("cudnn: attention that no engine takes is refused with the reason") {
   for (const bool backward : {false, true}) CHECK_THAT(refusal(2, 3, 197, 12, backward), Catch::Contains("head of 12 channels"));
   CHECK_THAT(refusal(2, 3, 1, 64, true), Catch::Contains("single token"));
   CHECK_THAT(refusal(2, 3, 197, 264, true), Catch::Contains("256"));  // cuDNN's own answer
+}
+
+TEST_CASE("cudnn: an H200 gets deterministic convolutions, forward and both gradients, for the models' shapes") {
+  if (!can_ask()) return;
+  struct Layer {
+    const char* name;
+    int64_t I, O;
+    mesa::kernels::ConvGeometry g;
+  };
+  for (const Layer& c : {Layer{"ResNet's stem", 3, 64, {224, 224, 7, 7, 2, 3}},
+                         {"its first stage", 64, 64, {56, 56, 3, 3, 1, 1}},
+                         {"its second stage, halving", 128, 128, {56, 56, 3, 3, 2, 1}},
+                         {"a shortcut, halving", 256, 512, {56, 56, 1, 1, 2}},
+                         {"its last stage", 512, 512, {7, 7, 3, 3, 1, 1}},
+                         {"dilated", 256, 256, {14, 14, 3, 3, 1, 2, 2}},
+                         {"in groups", 256, 256, {28, 28, 3, 3, 1, 1, 1, 32}},
+                         {"depthwise", 96, 96, {28, 28, 7, 7, 1, 3, 1, 96}},
+                         {"of odd extents", 5, 7, {13, 9, 3, 3, 2, 1}}})
+    for (const mesa::DType dtype : {mesa::DType::bf16, mesa::DType::f32}) {
+      INFO(c.name << " in " << mesa::to_string(dtype));
+      CHECK(answer([&](const std::string& gpu) { return mesa::kernels::cuda::cudnn_conv_support(gpu, c.g, 32, c.I, c.O, dtype); }) == "");
+    }
 }

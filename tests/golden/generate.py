@@ -8,7 +8,9 @@ mean_pool pools the patch tokens' mean and normalizes after that (fc_norm), with
 averages both. deit3 scales each branch by factors of its own (LayerScale), has two register tokens, and positions for patches alone.
 swin (swin.py) has a picture that is not square and a second stage that windows do not tile; swin_odd one head, one picture, an odd grid
 as wide as its windows; swin_even grids that need no padding. pvt (pvt.py)
-has two stages and a picture that is not square; pvt_long four, of which three reduce, and one picture.
+has two stages and a picture that is not square; pvt_long four, of which three reduce, and one picture. resnet (resnet.py) has bottlenecks
+and resnet_basic none; their pictures are odd and not square, and resnet_one has one picture. Their logits, loss and gradients are those of
+training, running/ the running statistics after that pass and after/ those after ten more, and eval_logits what these statistics make.
 resize has grids and what torch.nn.functional.interpolate makes of them (bicubic, corners not aligned).
 Files named as arguments are written; without arguments all are.
 """
@@ -21,6 +23,7 @@ from torch import nn
 import torch.nn.functional as F
 
 from pvt import Pvt
+from resnet import ResNet
 from swin import Swin
 
 IMAGE, PATCH, CHANNELS, WIDTH, HEADS, CLASSES, BATCH = 16, 4, 3, 24, 3, 7, 3
@@ -139,6 +142,15 @@ def half_precise(x):
     return x.float().double()
 
 
+def is_gain(name):
+    return name.endswith("weight") and ("norm" in name or ".bn" in name or name.startswith("bn") or name.endswith("downsample.1.weight"))
+
+
+def statistics(model):
+    """Running statistics of batch norms."""
+    return {name: b for name, b in model.named_buffers() if name.endswith(("running_mean", "running_var"))}
+
+
 def generate(path, make_model, steps, image=(IMAGE, IMAGE), batch=BATCH):
     if len(sys.argv) > 1 and path not in sys.argv[1:]:
         return
@@ -146,11 +158,17 @@ def generate(path, make_model, steps, image=(IMAGE, IMAGE), batch=BATCH):
     model = make_model().double()
     with torch.no_grad():
         for name, p in model.named_parameters():  # nothing is at a special value: gains near one, everything else spread out
-            p.copy_(half_precise(torch.randn_like(p) * 0.15 + (1.0 if "norm" in name and name.endswith("weight") else 0.0)))
+            p.copy_(half_precise(torch.randn_like(p) * 0.15 + (1.0 if is_gain(name) else 0.0)))
+        for name, b in model.named_buffers():
+            if name.endswith("running_var"):
+                b.copy_(half_precise(torch.rand_like(b) + 0.5))
+            elif name.endswith("running_mean"):
+                b.copy_(half_precise(torch.randn_like(b) * 0.15))
     images = torch.randn(batch, CHANNELS, *image)
     labels = torch.tensor([5, 0, 3])[:batch]
     start = {name: p.detach().clone() for name, p in model.named_parameters()}
     out = {"weight/" + name: p.float() for name, p in start.items()}
+    out.update({"weight/" + name: b.float() for name, b in statistics(model).items()})
     out.update({"images": images, "labels": labels})
 
     logits = model(images.double())
@@ -158,6 +176,7 @@ def generate(path, make_model, steps, image=(IMAGE, IMAGE), batch=BATCH):
     loss.backward()
     out.update({"logits": logits, "loss": loss.reshape(1)})
     out.update({"gradient/" + name: p.grad.clone() for name, p in model.named_parameters()})
+    out.update({"running/" + name: b.clone() for name, b in statistics(model).items()})
 
     without = ("cls_token", "dist_token", "reg_token", "pos_embed", "relative_position_bias_table")
     plain = [p for name, p in model.named_parameters() if p.ndim <= 1 or name.endswith(without)]
@@ -173,7 +192,9 @@ def generate(path, make_model, steps, image=(IMAGE, IMAGE), batch=BATCH):
         norms.append(nn.utils.clip_grad_norm_(model.parameters(), CLIP).reshape(1))
         optimizer.step()
     out["gradient_norms"] = torch.cat(norms)
-    out.update({"after/" + name: p for name, p in model.named_parameters()})
+    out.update({"after/" + name: p for name, p in [*model.named_parameters(), *statistics(model).items()]})
+    if statistics(model):
+        out["eval_logits"] = model.eval()(images.double())
     save(path, out)
 
 
@@ -188,6 +209,10 @@ generate("swin_even.safetensors", lambda: Swin((16, 16), 2, 12, 3, (2,), 4, CLAS
 generate("pvt.safetensors", lambda: Pvt((16, 24), 4, [(8, 1, 1, 2, 2), (12, 2, 3, 2, 1)], CLASSES), steps=10, image=(16, 24))
 LONG = [(4, 1, 1, 2, 8), (8, 1, 2, 2, 4), (8, 1, 1, 2, 2), (12, 1, 3, 2, 1)]
 generate("pvt_long.safetensors", lambda: Pvt((32, 32), 2, LONG, CLASSES), steps=0, image=(32, 32), batch=1)
+
+generate("resnet.safetensors", lambda: ResNet(4, (1, 2), True, CLASSES), steps=10, image=(45, 35))
+generate("resnet_basic.safetensors", lambda: ResNet(6, (2, 1), False, CLASSES), steps=10, image=(37, 50), batch=2)
+generate("resnet_one.safetensors", lambda: ResNet(4, (1, 1, 1), False, CLASSES), steps=0, image=(51, 40), batch=1)
 
 
 def resize(path, sizes):

@@ -36,6 +36,11 @@ void check_close(const std::string& name, const Numbers& x, const Numbers& expec
   CHECK(largest_difference(x, expected) <= elementwise * largest(expected));
 }
 
+void check_buffers(const ParamStore& store, const SafetensorsFile& file, const std::string& prefix, double tolerance) {
+  for (const ModelBuffer& buffer : store.buffers())
+    check_close(buffer.name, buffer.value.to_vector<double>(), of(file, prefix + buffer.name).to_vector<double>(), tolerance, tolerance);
+}
+
 struct Variant {
   const char* storage;
   AttentionKind attention;
@@ -45,7 +50,7 @@ struct Variant {
 StoragePolicy policy_of(const std::string& storage) {
   std::vector<StorageRule> rules{{"*", "exact", {}, ""}};
   if (storage == "rebuild")
-    for (const char* site : {"*.@(qkv|q|kv|sr|fc1|fc2|reduction):x", "head*:x"}) rules.push_back({site, "rebuild", {}, ""});
+    rules.push_back({"@(*.@(qkv|q|kv|sr|fc1|fc2|reduction|conv[23])|head*):x", "rebuild", {}, ""});
   return StoragePolicy(storage, rules);
 }
 
@@ -73,6 +78,7 @@ struct Golden {
       REQUIRE(w.shape() == param.value.shape());
       transfer(as(w, v.dtype), param.value);
     }
+    for (ModelBuffer& buffer : store.buffers()) transfer(as(of(file, "weight/" + buffer.name), v.dtype), buffer.value);
     store.allocate_gradients();
     images = as(of(file, "images"), v.dtype);
     labels = to(of(file, "labels"), test_device(), MemoryKind::inputs);
@@ -109,7 +115,8 @@ void check_gradients(const std::string& name, const NetConfig& config) {
       check_close(param.name, param.grad.to_vector<double>(), of(file, "gradient/" + param.name).to_vector<double>(), tolerance, tolerance);
     size_t weights = 0;
     for (const NamedTensor& t : file.tensors) weights += t.name.starts_with("weight/");
-    CHECK(weights == net.store.params().size());
+    CHECK(weights == net.store.params().size() + net.store.buffers().size());
+    check_buffers(net.store, file, "running/", tolerance);
   }
 }
 
@@ -142,6 +149,14 @@ NetConfig pvt(int64_t height, int64_t width_px, int64_t patch, std::vector<PvtCo
   config.image_size = height, config.image_width = width_px, config.patch_size = patch, config.stages = std::move(stages);
   return {config};
 }
+NetConfig resnet(int64_t height, int64_t width_px, int64_t width, std::vector<int64_t> depths, bool bottleneck) {
+  ResNetConfig config;
+  config.image_size = height, config.image_width = width_px, config.width = width;
+  config.depths = std::move(depths), config.bottleneck = bottleneck;
+  return {config};
+}
+NetConfig bottlenecks() { return resnet(45, 35, 4, {1, 2}, true); }
+NetConfig basic_blocks() { return resnet(37, 50, 6, {2, 1}, false); }
 NetConfig wide_pvt() { return pvt(16, 24, 4, {{8, 1, 1, 2, 2}, {12, 2, 3, 2, 1}}); }
 NetConfig wide_swin() { return swin(24, 32, 8, 2, {2, 2}, 4); }
 
@@ -184,6 +199,12 @@ TEST_CASE("golden: the same of pyramid vision transformers") {
   check_gradients("pvt_long.safetensors", pvt(32, 32, 2, {{4, 1, 1, 2, 8}, {8, 1, 2, 2, 4}, {8, 1, 1, 2, 2}, {12, 1, 3, 2, 1}}));
 }
 
+TEST_CASE("golden: the same of residual networks, with the running statistics of their batch norms") {
+  check_gradients("resnet.safetensors", bottlenecks());
+  check_gradients("resnet_basic.safetensors", basic_blocks());
+  check_gradients("resnet_one.safetensors", resnet(51, 40, 4, {1, 1, 1}, false));
+}
+
 namespace {
 
 void check_steps(const std::string& name, const NetConfig& config) {
@@ -194,6 +215,7 @@ void check_steps(const std::string& name, const NetConfig& config) {
     INFO(name << ", " << v.storage << ", " << (v.attention == AttentionKind::fused ? "fused" : "explicit") << ", " << to_string(v.dtype));
     Golden net(file, config, v);
     AdamW optimizer(net.store.params(), {});
+    if (!net.store.buffers().empty()) net.gradients();  // running statistics have seen the pass that the other numbers are of
     for (double expected : norms) {
       net.gradients();
       const double norm = optimizer.gradient_norm();
@@ -205,6 +227,10 @@ void check_steps(const std::string& name, const NetConfig& config) {
       if (!wide) after = without_key_bias(param.name, after), expected = without_key_bias(param.name, expected);
       check_close(param.name, after, expected, wide ? 1e-10 : 1e-5, wide ? 1e-10 : 1e-5);
     }
+    if (net.store.buffers().empty()) continue;
+    check_buffers(net.store, file, "after/", wide ? 1e-10 : 1e-5);
+    const Numbers logits = net.model(net.images).value().to_vector<double>();
+    check_close("logits of the evaluation", logits, of(file, "eval_logits").to_vector<double>(), wide ? 1e-10 : 1e-5, wide ? 1e-10 : 1e-5);
   }
 }
 
@@ -215,4 +241,6 @@ TEST_CASE("golden: ten clipped AdamW steps arrive at PyTorch's weights") {
   check_steps("deit3.safetensors", deit3());
   check_steps("swin.safetensors", wide_swin());
   check_steps("pvt.safetensors", wide_pvt());
+  check_steps("resnet.safetensors", bottlenecks());
+  check_steps("resnet_basic.safetensors", basic_blocks());
 }

@@ -40,7 +40,7 @@ void expect(const Tensor& y, const F& want, double slack = 1) {
 struct Mix {
   DType a, b, y;
 };
-constexpr Mix kMixes[] = {{DType::f32, DType::f32, DType::f32},   {DType::f64, DType::f64, DType::f64},
+constexpr Mix kMixes[] = {{DType::f32, DType::f32, DType::f32},    {DType::f64, DType::f64, DType::f64},
                           {DType::bf16, DType::bf16, DType::bf16}, {DType::f32, DType::bf16, DType::f32},
                           {DType::bf16, DType::f32, DType::bf16},  {DType::f32, DType::f32, DType::bf16},
                           {DType::bf16, DType::bf16, DType::f32}};
@@ -58,7 +58,8 @@ void check_pairs(const K& kernel, const F& f, double slack = 1) {
       const std::vector<double> va = a.to_vector<double>(), vb = b.to_vector<double>();
       for (const auto& run : implementations(kernel)) {
         run(a, b, y);
-        expect(y, [&](size_t i) { return f(va[i], vb[i]); }, slack);
+        expect(
+            y, [&](size_t i) { return f(va[i], vb[i]); }, slack);
       }
     }
 }
@@ -186,13 +187,39 @@ TEST_CASE("rows are scaled, each by a factor of its own", "[kernels]") {
 }
 
 TEST_CASE("relu and gelu and their gradients", "[kernels]") {
-  const auto relu_slope = [](double x) { return x > 0 ? 1.0 : 0.0; };
   const auto gelu_slope = [](double x) { return normal_cdf(x) + x * normal_density(x); };
   for (const auto& run : implementations(kernels::relu)) check_map(run, [](double x) { return std::max(x, 0.0); });
   for (const auto& run : implementations(kernels::gelu)) check_map(run, [](double x) { return x * normal_cdf(x); });
-  check_pairs(kernels::relu_grad, [=](double dy, double x) { return dy * relu_slope(x); });
   const double largest = 10;  // |dy| scales the slope's absolute error where the slope itself is near 0
-  check_pairs(kernels::gelu_grad, [=](double dy, double x) { return dy * gelu_slope(x); }, largest);
+  check_pairs(
+      kernels::gelu_grad, [=](double dy, double x) { return dy * gelu_slope(x); }, largest);
+}
+
+TEST_CASE("relu leaves a bit for each element, which a gradient is masked with", "[kernels]") {
+  for (const int64_t n : kSizes)
+    for (const DType dtype : {DType::f32, DType::bf16, DType::f64}) {
+      CAPTURE(n, to_string(dtype));
+      std::vector<double> values = normal_values(n, "x"), slopes = normal_values(n, "dy");
+      const double special[] = {0.0, -0.0, kNan, kInfinity, -kInfinity};
+      for (int64_t i = 0; i < n && i < 40; i += 8) values[i] = special[i / 8];
+      const Tensor x = tensor_of({n}, values, dtype), dy = tensor_of({n}, slopes, dtype), y = Tensor::empty({n}, dtype), dx = empty_like(y);
+      const std::vector<double> vx = x.to_vector<double>(), vd = dy.to_vector<double>();
+      const Tensor mask = Tensor::empty({(n + 7) / 8}, DType::u8);
+      for (size_t which = 0; which < implementations(kernels::relu_mask).size(); ++which) {
+        kernels::fill(y, -1), kernels::fill(dx, -1);
+        std::fill_n(mask.data<uint8_t>(), mask.numel(), uint8_t{0xa5});
+        implementations(kernels::relu_mask)[which](x, y, mask);
+        implementations(kernels::apply_mask)[which](dy, mask, dx);
+        expect(y, [&](size_t i) { return std::isnan(vx[i]) ? kNan : std::max(vx[i], 0.0); });
+        expect(dx, [&](size_t i) { return vx[i] <= 0 ? 0.0 : vd[i]; });
+        if (n % 8 != 0) CHECK(mask.data<uint8_t>()[n / 8] >> (n % 8) == 0);
+        implementations(kernels::apply_mask)[which](dy, mask, dy);  // in place
+        CHECK(dy.to_vector<double>() == dx.to_vector<double>());
+        kernels::copy(tensor_of({n}, vd, dtype), dy);
+      }
+    }
+  const Tensor x = Tensor::zeros({9}, DType::f32);
+  CHECK_THROWS_WITH(kernels::relu_mask(x, x, Tensor::zeros({1}, DType::u8)), Catch::Contains("a mask of 1 bytes for 9 elements"));
 }
 
 TEST_CASE("gelu is accurate over its whole range", "[kernels]") {

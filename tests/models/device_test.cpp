@@ -98,6 +98,19 @@ TEST_CASE("device: Swin and PVT agree as well, by fused kernels and by products,
   }
 }
 
+TEST_CASE("device: residual networks agree as well, from exact storage and from codes") {
+  if (test_device() != kCuda) return;
+  INFO(seed_note());
+  for (const char* family : {"{name: resnet50, image_size: 33, width: 8, depths: [1, 1], classes: 10, drop_path: 0.2}",
+                             "{name: resnet18, image_size: 40, width: 16, depths: [1, 2], classes: 10}"}) {
+    INFO(family);
+    compare(config_of("fp32", "[{match: \"*\", codec: exact}]", "fused", family), 1e-4);
+    compare(config_of("fp32", "[{match: \"*\", codec: exact}, {match: \"*.conv[23]:x\", codec: rebuild}]", "fused", family), 1e-4);
+    compare(config_of("bf16", "[{match: \"*\", codec: exact}]", "fused", family), 7e-2);
+    compare(config_of("fp32", "[{match: \"*\", codec: int8}]", "fused", family), 1e-2);
+  }
+}
+
 TEST_CASE("device: attention by cuDNN agrees as well, from exact storage and from codes") {
   if (test_device() != kCuda || kernels::cudnn_attention.cuda == nullptr) return;
   INFO(seed_note());

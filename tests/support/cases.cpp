@@ -3,6 +3,7 @@
 #include <cmath>
 
 #include "mesa/base/scope.h"
+#include "mesa/kernels/elementwise.h"
 
 namespace mesa::testing {
 namespace {
@@ -209,6 +210,59 @@ void normalization(std::vector<Case>& t) {
   t.push_back({"mlp block", {spread(2, 3, 6), weight(6), weight(6), weight(9, 6), weight(9), weight(6, 9), weight(6)}, mlp_block});
 }
 
+void convolutions(std::vector<Case>& t) {
+  const auto conv = [](const kernels::ConvGeometry& g) {
+    return [=](Vars& v) { return conv2d(v[0], v[1], v.size() > 2 ? v[2] : Var(), g, v[0].dtype()); };
+  };
+  t.push_back({"conv2d", {normal(2, 20, 3), weight(4, 3, 3, 3), weight(4)}, conv({5, 4, 3, 3, 1, 1})});
+  t.push_back({"conv2d without bias", {normal(2, 35, 2), weight(3, 2, 3, 3)}, conv({5, 7, 3, 3, 2, 1})});
+  t.push_back({"conv2d of stride 3", {normal(1, 40, 2), weight(2, 2, 2, 3)}, conv({8, 5, 2, 3, 3, 1})});
+  t.push_back({"conv2d of 1 x 1", {normal(2, 6, 4), weight(5, 4, 1, 1), weight(5)}, conv({2, 3})});
+  t.push_back({"conv2d of 1 x 1, every second", {normal(2, 15, 4), weight(3, 4, 1, 1)}, conv({5, 3, 1, 1, 2})});
+  t.push_back({"conv2d dilated", {normal(1, 30, 2), weight(3, 2, 3, 3), weight(3)}, conv({6, 5, 3, 3, 1, 2, 2})});
+  t.push_back({"conv2d in groups", {normal(2, 12, 6), weight(4, 3, 3, 3), weight(4)}, conv({4, 3, 3, 3, 1, 1, 1, 2})});
+  t.push_back({"conv2d depthwise", {normal(1, 20, 4), weight(4, 1, 3, 3), weight(4)}, conv({4, 5, 3, 3, 2, 1, 1, 4})});
+  t.push_back({"conv2d depthwise, two results each", {normal(1, 9, 3), weight(6, 1, 3, 3)}, conv({3, 3, 3, 3, 1, 1, 1, 3})});
+  t.push_back({"conv2d larger than the grid", {normal(1, 1, 3), weight(2, 3, 3, 3)}, conv({1, 1, 3, 3, 2, 1})});
+  t.push_back({"conv2d", {normal(3, 143, 16), weight(24, 16, 3, 3)}, conv({11, 13, 3, 3, 2, 1})});
+  t.push_back({"conv2d of images", {normal(2, 3, 6, 5), weight(4, 3, 3, 3), weight(4)}, conv({6, 5, 3, 3, 2, 1})});
+  t.push_back({"conv2d of images", {normal(1, 1, 9, 9), weight(2, 1, 7, 7)}, conv({9, 9, 7, 7, 2, 3})});
+  t.push_back({"conv2d of a frozen weight", {normal(1, 12, 2), {Input::Role::frozen, Input::Fill::normal, {3, 2, 3, 3}}}, conv({3, 4, 3, 3, 1, 1})});
+  t.push_back({"conv2d used twice", {normal(1, 12, 2), weight(2, 2, 3, 3)}, [](Vars& v) {
+                 const Var first = within("first", [&] { return conv2d(v[0], v[1], {}, {3, 4, 3, 3, 1, 1}, v[0].dtype()); });
+                 return within("second", [&] { return conv2d(first, v[1], {}, {3, 4, 3, 3, 1, 1}, v[0].dtype()); });
+               }});
+  const auto pool = [](const kernels::ConvGeometry& g) { return [=](Vars& v) { return max_pool2d(v[0], g); }; };
+  t.push_back({"max_pool2d", {normal(2, 35, 3)}, pool({5, 7, 3, 3, 2, 1})});
+  t.push_back({"max_pool2d", {normal(1, 24, 8)}, pool({4, 6, 2, 2, 2})});
+  t.push_back({"max_pool2d", {normal(1, 1, 1)}, pool({1, 1, 3, 3, 2, 1})});
+}
+
+/// Running statistics that a batch norm may move.
+RunningStatistics running(const Var& gamma) {
+  RunningStatistics r{empty_like(gamma.value()), empty_like(gamma.value()), 0.1};
+  kernels::fill(r.mean, 0.25), kernels::fill(r.var, 1.5);
+  return r;
+}
+
+void batch_norms(std::vector<Case>& t) {
+  const auto norm = [](Vars& v) { return batch_norm(v[0], v[1], v[2], running(v[1]), 1e-5); };
+  t.push_back({"batch_norm", {spread(2, 6, 5), weight(5), weight(5)}, norm});
+  t.push_back({"batch_norm", {spread(2, 1, 3), weight(3), weight(3)}, norm});
+  t.push_back({"batch_norm", {spread(1, 12, 1), weight(1), weight(1)}, norm});
+  t.push_back({"batch_norm", {spread(3, 45, 24), weight(24), weight(24)}, norm});
+  const Input frozen{Input::Role::frozen, Input::Fill::normal, {4}};
+  t.push_back({"batch_norm, frozen", {spread(2, 3, 4), frozen, frozen}, norm});
+  t.push_back({"batch_norm, beta alone learns", {spread(2, 3, 4), frozen, weight(4)}, norm});
+  t.push_back({"batch_norm of a constant", {{Input::Role::constant, Input::Fill::spread, {2, 3, 4}}, weight(4), weight(4)}, norm});
+  t.push_back({"residual block", {spread(1, 12, 3), weight(3, 3, 3, 3), weight(3), weight(3), weight(3, 3, 3, 3)}, [](Vars& v) {
+                 const Var h = within("conv1", [&] { return conv2d(v[0], v[1], {}, {4, 3, 3, 3, 1, 1}, v[0].dtype()); });
+                 const Var n = within("bn1", [&] { return batch_norm(h, v[2], v[3], running(v[2]), 1e-5); });
+                 const Var a = within("act1", [&] { return relu(n); });
+                 return v[0] + within("conv2", [&] { return conv2d(a, v[4], {}, {4, 3, 3, 3, 1, 1}, v[0].dtype()); });
+               }});
+}
+
 void tokens(std::vector<Case>& t) {
   const auto patches = [](Vars& v) { return patch_embed(v[0], v[1], v[2], v[0].dtype(), v[0].dtype()); };
   t.push_back({"patch_embed", {normal(2, 3, 8, 8), weight(5, 3, 4, 4), weight(5)}, patches});
@@ -275,6 +329,8 @@ const std::vector<Case>& cases() {
     attention_rows(t);
     window_rows(t);
     normalization(t);
+    convolutions(t);
+    batch_norms(t);
     tokens(t);
     losses(t);
     return t;

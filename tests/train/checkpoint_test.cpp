@@ -324,3 +324,36 @@ TEST_CASE("weights: a file of another family is refused with the first parameter
   Built wide("model: {name: vit, image_size: 24, patch_size: 8, width: 24, depth: 1, heads: 3, token_positions: false}\n");
   CHECK_THROWS_WITH(start_from_weights(wide.model.params, path), Contains("pos_embed is [1, 5, 24] but the model has [1, 9, 24]"));
 }
+
+TEST_CASE("weights: of a ResNet running statistics come along, PyTorch's counts of batches do not matter, and other classes begin anew") {
+  const TemporaryFolder folder;
+  const std::string path = (folder.path() / "resnet.safetensors").string();
+  const std::string model = "model: {name: resnet18, image_size: 24, width: 8, depths: [1], classes: ";
+  Built from(model + "4}\n"), same(model + "4}\nseed: 8\n"), other(model + "3}\nseed: 9\n");
+  std::map<std::string, Tensor> weights;
+  std::vector<NamedTensor> tensors;
+  for (ModelBuffer& b : from.model.params.buffers()) kernels::fill(b.value, 0.75), tensors.push_back({b.name, b.value});
+  for (const Param& p : from.model.params.params()) tensors.push_back({p.name, p.value});
+  for (const char* norm : {"bn1", "layer1.0.bn1"})
+    tensors.push_back({concat(norm, ".num_batches_tracked"), Tensor::from<int64_t>({}, {7})});
+  for (const NamedTensor& t : tensors) weights[t.name] = t.tensor;
+  write_safetensors(path, tensors, {});
+  const auto running = [](Built& b) { return b.model.params.buffers().front().value.to_vector<double>(); };
+
+  load_weights(same.model.params, weights, "r.safetensors");
+  CHECK(running(same) == Numbers(8, 0.75));
+  const Numbers head = other.at("fc.weight").to_vector<double>();
+  CHECK_THAT(start_from_weights(other.model.params, path),
+             Contains("with first values: fc.weight; fc.bias") && !Contains("num_batches_tracked"));
+  CHECK(running(other) == Numbers(8, 0.75));
+  CHECK(other.at("fc.weight").to_vector<double>() == head);
+  CHECK(other.at("conv1.weight").to_vector<double>() == from.at("conv1.weight").to_vector<double>());
+
+  weights.erase("layer1.0.bn2.running_var");
+  weights["bn1.running_mean"] = Tensor::zeros({3}, DType::f32);
+  CHECK_THROWS_WITH(load_weights(same.model.params, weights, "r.safetensors"),
+                    Contains("bn1.running_mean is [3] but the model has [8]") && Contains("missing layer1.0.bn2.running_var [8]"));
+  std::erase_if(tensors, [](const NamedTensor& t) { return t.name == "bn1.running_var"; });
+  write_safetensors(path, tensors, {});
+  CHECK_THROWS_WITH(start_from_weights(other.model.params, path), Contains("missing bn1.running_var [8]"));
+}

@@ -63,7 +63,9 @@ TEST_CASE("plan: the same of every family in every shipped storage") {
   const std::string model = GENERATE(
       "{name: swin, image_size: 24, patch_size: 2, width: 32, heads: 2, depths: [2, 1], window: 5, pad: true, drop_path: 0.2}",
       "{name: swin, image_size: 16, patch_size: 2, width: 32, heads: 1, depths: [2], window: 4, attention: explicit, attn_drop_rate: 0.1}",
-      "{name: pvt_tiny, image_size: 32, depths: [1, 1, 1, 1], drop_path: 0.2}", "{name: deit_tiny_distilled_patch16_224, depth: 2}");
+      "{name: pvt_tiny, image_size: 32, depths: [1, 1, 1, 1], drop_path: 0.2}",
+      "{name: resnet50, image_size: 40, width: 16, depths: [1, 2], drop_path: 0.2}", "{name: resnet18, image_size: 33, width: 8, depths: [1, 1]}",
+      "{name: deit_tiny_distilled_patch16_224, depth: 2}");
   CAPTURE(storage, precision, model);
   RunConfig config = parse_config("model: " + model + "\ntrain: {batch_size: 6, precision: " + precision + "}\n", "plan.yaml");
   config.storage = load_storage(storage);

@@ -59,6 +59,25 @@ TEST_CASE("setup: of a PVT the depths may change, and what another family has is
   CHECK_THROWS_WITH(of({"model.image_size=230"}), Contains("--set model.image_size=230") && Contains("224 or 256 would"));
 }
 
+TEST_CASE("setup: of a ResNet the depths, the width and the image may change, and what another family has is refused") {
+  const auto of = [](std::vector<std::string> sets) { return model_config(parse_config("model: {name: resnet50}\n", "r.yaml", sets), 7); };
+  const auto net = std::get<ResNetConfig>(
+      of({"model.depths=[1, 2]", "model.width=16", "model.image_size=65", "model.drop_path=0.1", "model.drop_rate=0.2"}).family);
+  CHECK(net.depths == std::vector<int64_t>{1, 2});
+  CHECK(net.width == 16);
+  CHECK(net.image_size == 65);
+  CHECK(net.classes == 7);
+  CHECK((net.drop_path == 0.1 && net.drop_rate == 0.2 && net.bottleneck));
+  for (const char* key : {"model.patch_size=8", "model.heads=2", "model.window=7", "model.registers=1", "model.mlp_ratio=2", "model.pad=true",
+                          "model.qkv_bias=false", "model.layer_scale=1e-6", "model.distilled=true", "model.token_positions=false", "model.depth=3"})
+    CHECK_THROWS_WITH(of({key}), Contains(concat("--set ", key)) && Contains("ResNet"));
+  CHECK_THROWS_WITH(of({"model.attention=explicit"}), Contains("has no attention"));
+  CHECK_THROWS_WITH(of({"model.attn_drop_rate=0.1"}), Contains("has no attention"));
+  CHECK_THROWS_WITH(of({"model.pool=token"}), Contains("no class token"));
+  CHECK_THROWS_WITH(of({"model.depths=[2, 0]"}), Contains("--set model.depths=[2, 0]") && Contains("at least 1"));
+  CHECK_THROWS_WITH(of({"model.width=0"}), Contains("model.width"));
+}
+
 TEST_CASE("setup: what cannot be is a usage error with the key and its place") {
   const auto usage = [](auto&& f) {
     try {

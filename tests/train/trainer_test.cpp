@@ -45,8 +45,15 @@ struct Trainer {
   }
   std::string path(const std::string& name) const { return (folder.path() / name).string(); }
   std::string text(const std::string& name) const { return read_text(path(name)); }
-  int run(std::vector<std::string> sets = {}, const std::string& resume = "") const {
-    RunConfig config = parse_config(kTiny, "tiny.yaml", sets);
+  int run(std::vector<std::string> sets = {}, const std::string& resume = "") const { return run_config(kTiny, sets, resume); }
+  int run_resnet(const std::vector<std::string>& sets, const std::string& resume = "") const {
+    return run_config("model: {name: resnet18, image_size: 24, width: 8, depths: [1, 1]}\n"
+                      "data: {kind: shapes, train_size: 96, test_size: 32, workers: 1}\n"
+                      "train: {epochs: 2, batch_size: 16, log_interval: 1, threads: 1}\n",
+                      sets, resume);
+  }
+  int run_config(const std::string& text, const std::vector<std::string>& sets, const std::string& resume) const {
+    RunConfig config = parse_config(text, "tiny.yaml", sets);
     config.output = path("run");
     return train(config, {resume, true});
   }
@@ -122,6 +129,37 @@ TEST_CASE("trainer: NaN in a checkpoint's weights is named, stops the run, and s
   // The last line of the table counts them too.
   const std::string table = t.text("run/metrics.jsonl");
   CHECK_THAT(table.substr(table.rfind("{\"step\"")), Contains("\"bad_steps\":4") && Contains("\"loss\":null"));
+}
+
+TEST_CASE("trainer: running statistics are saved and resumed, and a bad update leaves no trace in them") {
+  const std::vector<std::string> sets{"train.accumulation=2", "storage=int8"};
+  const Trainer t, straight;
+  const auto with = [&](std::vector<std::string> more) {
+    more.insert(more.end(), sets.begin(), sets.end());
+    return more;
+  };
+  REQUIRE(t.run_resnet(with({"train.epochs=1"})) == 0);
+  const std::string last = t.path("run/checkpoints/last");
+  const auto statistics = [](const std::string& folder) {
+    std::map<std::string, std::vector<float>> all;
+    for (const NamedTensor& tensor : read_safetensors(folder + "/model.safetensors").tensors)
+      if (tensor.name.find("running_") != std::string::npos) all[tensor.name] = tensor.tensor.to_vector<float>();
+    return all;
+  };
+  const auto first = statistics(last);
+  REQUIRE(first.size() == 12);
+  CHECK(first.at("layer2.0.downsample.1.running_var") != std::vector<float>(16, 1.0f));
+  SECTION("resumed") {
+    REQUIRE(t.run_resnet(with({}), "auto") == 0);
+    REQUIRE(straight.run_resnet(with({})) == 0);
+    CHECK(statistics(last) != first);
+    CHECK(t.text("run/checkpoints/last/model.safetensors") == straight.text("run/checkpoints/last/model.safetensors"));
+  }
+  SECTION("spared") {
+    poison(last, "layer2.0.conv1.weight");
+    CHECK(t.run_resnet(with({"train.max_bad_steps=2"}), "auto") == 1);
+    CHECK(statistics(t.path("run/checkpoints/failed")) == first);
+  }
 }
 
 TEST_CASE("trainer: a learning rate of 1e15 ends in skipped, named steps and a checkpoint") {

@@ -22,8 +22,8 @@ import torch.nn.functional as F
 sys.path.append(os.path.join(os.path.dirname(os.path.abspath(__file__)), "../../tests/golden"))  # plain models that tests compare with
 
 SIZES = {"deit_tiny": (192, 3), "deit_small": (384, 6), "deit_base": (768, 12)}  # width, heads; depth 12, patch 16, 224 pixels
-TIMM = {**{name: name + "_patch16_224" for name in SIZES}, "swin_tiny": "swin_tiny_patch4_window7_224"}
-MODELS = [*SIZES, "swin_tiny", "pvt_tiny"]
+TIMM = {**{name: name + "_patch16_224" for name in SIZES}, "swin_tiny": "swin_tiny_patch4_window7_224", "resnet18": "resnet18", "resnet50": "resnet50"}
+MODELS = [*SIZES, "swin_tiny", "pvt_tiny", "resnet18", "resnet50"]
 
 
 class Block(nn.Module):
@@ -65,6 +65,10 @@ def plain(name):
         from pvt import Pvt
 
         return Pvt((224, 224), 4, [(64, 2, 1, 8, 8), (128, 2, 2, 8, 4), (320, 2, 5, 4, 2), (512, 2, 8, 4, 1)], 1000)
+    if name in ("resnet18", "resnet50"):
+        from resnet import ResNet
+
+        return ResNet(64, (2, 2, 2, 2) if name == "resnet18" else (3, 4, 6, 3), name == "resnet50", 1000)
     return PlainViT(*SIZES[name])
 
 
@@ -94,6 +98,9 @@ class Step:
         fused = {"fused": True} if self.device == "cuda" else {}
         self.optimizer = torch.optim.AdamW(self.raw.parameters(), lr=1e-4, weight_decay=0.05, **fused)
         self.images = torch.randn(batch, 3, 224, 224, device=self.device)
+        if arguments.channels_last:
+            self.raw.to(memory_format=torch.channels_last)
+            self.images = self.images.to(memory_format=torch.channels_last)
         self.labels = torch.randint(1000, (batch,), device=self.device)
         self.bf16 = arguments.precision == "bf16"
 
@@ -190,6 +197,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=MODELS, default="deit_small")
     parser.add_argument("--plain", action="store_true", help="the plain model though timm is installed")
+    parser.add_argument("--channels-last", action="store_true", help="memory of images and convolutions in nhwc")
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="bf16")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

@@ -56,6 +56,12 @@ inline void check_alike(const Tensor& x, const Tensor& y, const char* what) {
   check(x.is_contiguous() && y.is_contiguous(), what, " needs contiguous tensors");
 }
 
+/// One bit for each element of x.
+inline void check_mask(const Tensor& mask, const Tensor& x) {
+  check(mask.dtype() == DType::u8 && mask.is_contiguous() && mask.numel() == (x.numel() + 7) / 8, "a mask of ", mask.numel(), " bytes for ",
+        x.numel(), " elements");
+}
+
 /// A parameter for each element of rows of `width`.
 inline void check_parameter(const Tensor& p, int64_t width, const char* name) {
   check(p.is_contiguous() && p.numel() == width, name, " has ", p.numel(), " elements but x ends in ", width);

@@ -18,15 +18,20 @@ MESA_KERNEL(mul, const Tensor& a, const Tensor& b, const Tensor& y);
 MESA_KERNEL(scale, const Tensor& x, double s, const Tensor& y);
 /// y[r, c] <- s[r] x[r, c] for rows of x's last axis; s [rows] f32 (f64 for f64).
 MESA_KERNEL(scale_rows, const Tensor& x, const Tensor& s, const Tensor& y);
-/// y[m, n] <- a[m, n] + b[n], where n runs over b's elements and m over the rest (bias, position embedding). a, y one shape; b's numel divides it.
+/// y[m, n] <- a[m, n] + b[n], where n runs over b's elements and m over the rest (bias, position embedding). a, y one shape; b's numel
+/// divides it.
 MESA_KERNEL(add_rows, const Tensor& a, const Tensor& b, const Tensor& y);
 /// db[n] <- (accumulate ? db[n] : 0) + sum_m dy[m, n], in a fixed order (deterministic for a given thread count is not enough: the same
 /// for every thread count). db is f32 or f64.
 MESA_KERNEL(sum_rows, const Tensor& dy, const Tensor& db, bool accumulate);
 
-/// y <- max(x, 0); dx <- x <= 0 ? 0 : dy, so that a NaN passes dy (as in PyTorch).
+/// y <- max(x, 0).
 MESA_KERNEL(relu, const Tensor& x, const Tensor& y);
-MESA_KERNEL(relu_grad, const Tensor& dy, const Tensor& x, const Tensor& dx);
+/// The same, and one bit for each element: whether x lets a gradient pass, !(x <= 0), so that a NaN does (as in PyTorch). Element e is bit
+/// e % 8 of byte e / 8 of mask, u8 [(n + 7) / 8]; bits beyond the last element are 0.
+MESA_KERNEL(relu_mask, const Tensor& x, const Tensor& y, const Tensor& mask);
+/// y <- x where the element's bit is 1, else 0; y may be x.
+MESA_KERNEL(apply_mask, const Tensor& x, const Tensor& mask, const Tensor& y);
 /// y <- x Phi(x), exact erf form (Hendrycks and Gimpel, 2016); dx <- dy (Phi(x) + x phi(x)).
 MESA_KERNEL(gelu, const Tensor& x, const Tensor& y);
 /// The same with codes of x: bit for bit those that quantize_running makes. CUDA.

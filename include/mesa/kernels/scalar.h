@@ -126,9 +126,14 @@ MESA_SCALAR T gelu_slope(T x) {
 }
 
 template <class T>
-MESA_SCALAR T relu(T x) { return x < T(0) ? T(0) : x; }
+MESA_SCALAR T relu(T x) {
+  return x < T(0) ? T(0) : x;
+}
+/// Whether the gradient passes: a NaN's does.
 template <class T>
-MESA_SCALAR T relu_grad(T dy, T x) { return x <= T(0) ? T(0) : dy; }
+MESA_SCALAR bool relu_passes(T x) {
+  return !(x <= T(0));
+}
 
 /// `own` and `other` in the proportion weight : 1 - weight.
 template <class T>

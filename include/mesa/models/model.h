@@ -4,13 +4,14 @@
 #include <variant>
 
 #include "mesa/models/pvt.h"
+#include "mesa/models/resnet.h"
 #include "mesa/models/swin.h"
 #include "mesa/models/vit.h"
 
 namespace mesa {
 
 struct NetConfig {
-  std::variant<VitConfig, SwinConfig, PvtConfig> family;
+  std::variant<VitConfig, SwinConfig, PvtConfig, ResNetConfig> family;
 
   const ImageConfig& input() const {
     return std::visit([](const auto& c) -> const ImageConfig& { return c; }, family);
@@ -48,7 +49,7 @@ class Net {
   }
 
  private:
-  std::variant<Vit, Swin, Pvt> net_;
+  std::variant<Vit, Swin, Pvt, ResNet> net_;
 };
 
 /// The configuration that a name stands for (`deit_small_patch16_224`, `swin_tiny_patch4_window7_224`; `vit` is DeiT-Ti to be changed by

@@ -7,12 +7,21 @@
 
 namespace mesa {
 
-/// Owns the parameters of a model in the order they were made. Addresses are stable.
+/// What belongs to a model beside its parameters and follows the data instead of a gradient: a batch norm's running statistics.
+struct ModelBuffer {
+  std::string name;  ///< timm's name: "layer1.0.bn1.running_mean"
+  Tensor value;
+};
+
+/// Owns the parameters and buffers of a model in the order they were made. Addresses are stable.
 class ParamStore {
  public:
   Param& add(Param param);
+  ModelBuffer& add(ModelBuffer buffer);
   std::deque<Param>& params() { return params_; }
   const std::deque<Param>& params() const { return params_; }
+  std::deque<ModelBuffer>& buffers() { return buffers_; }
+  const std::deque<ModelBuffer>& buffers() const { return buffers_; }
   /// Throws Error naming the nearest name.
   Param& at(const std::string& name);
   int64_t count() const;  ///< elements of all parameters
@@ -20,6 +29,9 @@ class ParamStore {
   void allocate_gradients();
   /// The next gradients overwrite.
   void clear_gradients();
+  /// The buffers' values of now are what restore_buffers() returns to: an update that does not count leaves no trace in them.
+  void remember_buffers();
+  void restore_buffers();
   /// Freezes parameters whose name matches the glob; throws Error if none does.
   void freeze(const std::string& glob);
   /// Takes parameters whose name matches the glob out of weight decay; throws Error if none does.
@@ -28,8 +40,12 @@ class ParamStore {
  private:
   /// Throws Error if there are none.
   std::vector<Param*> matching(const std::string& glob, const char* consequence);
+  void gather_buffers();
+
   std::deque<Param> params_;
-  Tensor arena_;
+  std::deque<ModelBuffer> buffers_;
+  Tensor arena_;                      // of gradients
+  Tensor buffer_arena_, remembered_;  // all buffers as one, so that remembering them is one copy
 };
 
 /// How a new parameter gets its first values.
@@ -52,6 +68,8 @@ class Builder {
       : store_(store), seed_(seed), compute_(compute), master_(master), device_(device) {}
 
   Param& param(const std::string& name, const Shape& shape, Init init, bool decay) const;
+  /// Of the master dtype.
+  ModelBuffer& buffer(const std::string& name, const Shape& shape, double value) const;
   /// The dtype that matrix products run in (bf16 in mixed precision); f32 masters and residuals stay as they are.
   DType compute() const { return compute_; }
   DType residual() const { return master_; }

@@ -4,6 +4,7 @@
 
 #include "mesa/autograd/tape.h"
 #include "mesa/kernels/attention.h"
+#include "mesa/kernels/conv.h"
 
 namespace mesa {
 
@@ -56,7 +57,17 @@ Var layer_norm(const Var& x, const Var& gamma, const Var& beta, double eps, std:
 Var softmax(const Var& x);
 /// x Phi(x), exact erf form. Keeps x; y can be rebuilt.
 Var gelu(const Var& x);
+/// max(x, 0). Keeps one bit for each element; y can be rebuilt where x can.
 Var relu(const Var& x);
+/// The statistics of the batches that a batch norm has seen, [C] each, in gamma's dtype; PyTorch's momentum.
+struct RunningStatistics {
+  Tensor mean, var;
+  double momentum = 0.1;
+};
+/// Of each channel of x [.., C] over all rows (Ioffe and Szegedy, ICML 2015). While gamma or beta learn on a tape, by the statistics of
+/// these rows, which also move the running ones; otherwise (evaluation, or a frozen layer) by the running ones, which stay. Keeps xhat and
+/// 1/std; y can be rebuilt as gamma xhat + beta.
+Var batch_norm(const Var& x, const Var& gamma, const Var& beta, const RunningStatistics& running, double eps);
 /// Zeroes elements with probability p and scales the others by 1/(1-p). Identity without a tape.
 Var dropout(const Var& x, double p);
 /// Drops whole samples (axis 0) with probability p: stochastic depth. Identity without a tape.
@@ -68,6 +79,11 @@ Var patch_embed(const Var& images, const Var& w, const Var& b, DType compute, DT
 /// A convolution of tokens whose stride is its kernel, which divides the grid: x [B, height width, C], w [O, C, p, p], b [O] ->
 /// [B, (height/p)(width/p), O] in `out` dtype. Products run in `compute` dtype, in which x is kept if w is being trained.
 Var patch_conv(const Var& x, int64_t height, int64_t width, const Var& w, const Var& b, DType compute, DType out);
+/// Convolution of a grid x [B, height width, I] or of images [B, I, height, width]: w [O, I / groups, kh, kw], b [O] or undefined ->
+/// [B, H' W', O] in `compute` dtype, in which products run and in which a grid is kept if w is being trained.
+Var conv2d(const Var& x, const Var& w, const Var& b, const kernels::ConvGeometry& geometry, DType compute);
+/// The largest of each window and channel: [B, height width, C] -> [B, H' W', C]. Keeps one byte for each result, which token it was.
+Var max_pool2d(const Var& x, const kernels::ConvGeometry& geometry);
 /// Each of `tokens`, [1, T_i, C], one after the other in front of x [B, N, C].
 Var prepend_tokens(const std::vector<Var>& tokens, const Var& x);
 /// Neighbours of a grid side by side: x [B, H W, C] -> [B, (H/2)(W/2), 4 C], the four of a square column by column (Swin's patch merging).
