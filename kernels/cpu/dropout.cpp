@@ -8,6 +8,7 @@ namespace mesa::kernels::MESA_ISA {
 void dropout(const Tensor& x, const Tensor& y, double p, RandomKey key) {
   check_alike(x, y, "dropout");
   check(p >= 0 && p <= 1, "dropout: the probability ", p, " is not in [0, 1]");
+  check_first(key);
   const uint32_t threshold = scalar::dropout_threshold(p);
   dispatch(x.dtype(), y.dtype(), [&](auto tx, auto ty) {
     using A = Acc<decltype(tx)>;
@@ -17,7 +18,7 @@ void dropout(const Tensor& x, const Tensor& y, double p, RandomKey key) {
     parallel_elements(y.numel(), [=](int64_t begin, int64_t end) {  // begin is a multiple of 64, so it begins a block of words
       uint32_t words[kRandomBlock];
       for (int64_t at = begin; at < end; at += kRandomBlock) {
-        random_block(key, static_cast<uint64_t>(at) / 4, words);
+        random_block(key, (static_cast<uint64_t>(at) + key.first) / 4, words);
         const int64_t count = std::min<int64_t>(kRandomBlock, end - at);
         const auto* qx = px + at;
         auto* qy = py + at;

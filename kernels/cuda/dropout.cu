@@ -35,7 +35,7 @@ __global__ void dropout_kernel(int64_t n, Mask<Acc<X>> mask, RandomKey key, cons
     }
 #pragma unroll
     for (int k = 0; k < N; k += 4) {
-      const Philox4 random = philox(static_cast<uint64_t>(i + k) / 4, step, key.key);
+      const Philox4 random = philox((static_cast<uint64_t>(i + k) + key.first) / 4, step, key.key);
 #pragma unroll
       for (int j = 0; j < 4; ++j) v[k + j] = mask(random.word[j], v[k + j]);
     }
@@ -51,6 +51,7 @@ __global__ void dropout_kernel(int64_t n, Mask<Acc<X>> mask, RandomKey key, cons
 
 /// random_word without an index into registers, which would send them through memory.
 __device__ inline uint32_t word_of(RandomKey key, uint64_t i) {
+  i += key.first;
   const Philox4 random = philox(i / 4, key.now(), key.key);
   const uint32_t even = i & 2 ? random.word[2] : random.word[0], odd = i & 2 ? random.word[3] : random.word[1];
   return i & 1 ? odd : even;
@@ -73,6 +74,7 @@ __global__ void drop_path_kernel(int64_t n, int64_t sample, Mask<Acc<X>> mask, R
 void dropout(const Tensor& x, const Tensor& y, double p, RandomKey key) {
   check_alike(x, y, "dropout");
   check(p >= 0 && p <= 1, "dropout: the probability ", p, " is not in [0, 1]");
+  check_first(key);
   const int64_t n = x.numel();
   if (n == 0) return;
   dispatch(x.dtype(), y.dtype(), [&](auto tx, auto ty) {

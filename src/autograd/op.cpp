@@ -74,11 +74,6 @@ Target Op::gradient(const Var& input) const {
   return target;
 }
 
-RandomKey Op::random(const char* stream) const {
-  check(tape_ != nullptr, "random numbers without a tape");
-  return tape_->random(Scope::join(stream));
-}
-
 Var Op::record(const Tensor& y, std::function<Grads(const Tensor& dy)> backward) const {
   return record(std::vector<Tensor>{y}, [backward = std::move(backward)](const std::vector<Tensor>& dy) { return backward(dy[0]); })[0];
 }

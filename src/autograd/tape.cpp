@@ -19,10 +19,19 @@ void add_to_parameter(Param& param, const Tensor& gradient) {
 }
 }  // namespace
 
-Tape::Tape(StoragePolicy& policy, uint64_t seed, uint64_t step, const uint64_t* live_step)
-    : policy_(policy), id_(next_tape_id++), seed_(seed), step_(step), live_step_(live_step), previous_(current_tape) {
-  policy_.begin(seed, step, live_step);
+Tape::Tape(StoragePolicy& policy, uint64_t seed, uint64_t step, const uint64_t* live_step, uint64_t part)
+    : policy_(policy), id_(next_tape_id++), seed_(seed), step_(step), part_(part), live_step_(live_step), previous_(current_tape) {
+  policy_.begin(part == 0 ? seed : mix64(seed ^ mix64(part)), step, live_step);  // no two ranks round alike
   current_tape = this;
+}
+
+RandomKey Tape::random(const std::string& stream, int64_t elements, int64_t at_once) const {
+  RandomKey key = RandomKey::of(seed_, stream, step_, live_step_);
+  if (elements % at_once == 0)
+    key.first = part_ * static_cast<uint64_t>(elements);
+  else if (part_ > 0)
+    key.key = mix64(key.key ^ mix64(part_));
+  return key;
 }
 
 Tape::~Tape() { current_tape = previous_; }

@@ -66,6 +66,10 @@ class Loader::Impl {
     Tensor images, labels, mixing;
   };
   bool mixes() const { return options_.train && options_.mix.on(); }
+  /// Which sample stands at a place of the epoch, and for which time. Two samples take turns until each has come often enough: neighbours,
+  /// which Mixup and CutMix mix, are never the same picture.
+  int64_t sample_at(int64_t place) const { return place / (2 * options_.repeats) * 2 + place % 2; }
+  int64_t repeat_at(int64_t place) const { return place % (2 * options_.repeats) / 2; }
   int64_t global_batch() const { return options_.batch_size * options_.world_size; }
   Slot new_slot() const;
   Slot free_slot() const;
@@ -192,9 +196,9 @@ void Loader::Impl::post_jobs() {
       if (static_cast<int64_t>(jobs_.size()) >= options_.prefetch) return;
     }
     auto job = std::make_shared<Job>();
-    const int64_t first = posted_ * global_batch(), last = std::min(first + global_batch(), dataset_->size());
-    for (int64_t i = first + options_.rank; i < last; i += options_.world_size)
-      job->batch.sample_indices.push_back(order_.empty() ? i / options_.repeats : order_[i / options_.repeats]);
+    const int64_t first = posted_ * global_batch() + options_.rank * options_.batch_size;
+    const int64_t last = std::min(first + options_.batch_size, dataset_->size());
+    for (int64_t i = first; i < last; ++i) job->batch.sample_indices.push_back(order_.empty() ? sample_at(i) : order_[sample_at(i)]);
     job->size = static_cast<int64_t>(job->batch.sample_indices.size());
     job->skips.resize(job->size);
     const Slot slot = free_slot();
@@ -274,8 +278,8 @@ void Loader::Impl::fill(Job& job, int64_t from, int64_t count) {
 
 void Loader::Impl::fill_one(Job& job, int64_t position) {
   int64_t& index = job.batch.sample_indices[position];
-  const int64_t in_epoch = job.batch.index * global_batch() + options_.rank + position * options_.world_size;
-  RandomStream random = augmentation_stream(options_.seed, job.batch.epoch, index, in_epoch % options_.repeats);
+  const int64_t place = job.batch.index * global_batch() + options_.rank * options_.batch_size + position;
+  RandomStream random = augmentation_stream(options_.seed, job.batch.epoch, index, repeat_at(place));
   const Dataset::Sample sample = get_or_replace(index, job.skips[position]);
   uint8_t* out = job.batch.images.data<uint8_t>() + position * transform_.bytes();
   if (options_.train)

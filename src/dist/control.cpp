@@ -104,6 +104,16 @@ class Control::Impl {
     std::unique_lock lock(mutex_);
     fail_run(concat(name(me_.rank), " ", reason), me_.rank);
   }
+  /// The leader does, or where it is the one that failed the next rank.
+  bool speaks() const { return leads() || (culprit_ == 0 && me_.rank == 1); }
+  bool failed() {
+    const std::lock_guard lock(mutex_);
+    return !failure_.empty();
+  }
+  bool speaks_now() {
+    const std::lock_guard lock(mutex_);
+    return speaks();
+  }
   void throw_if_failed() {
     const std::lock_guard lock(mutex_);
     throw_now();
@@ -332,9 +342,9 @@ void Control::Impl::fail_run(const std::string& reason, int64_t culprit) {
 
 /// A main thread that waits in a library cannot be called back.
 void Control::Impl::end_if_stuck() {
-  if (failure_.empty() || seconds_since(failed_at_) < kGrace) return;
-  const bool speaks = leads() || (culprit_ == 0 && me_.rank == 1);  // one is enough
-  if (speaks) std::fprintf(stderr, "error: %s\n", failure_.c_str());
+  const double grace = place_.busy > 0 ? timeout_ : kGrace;  // a checkpoint that is being written becomes whole
+  if (failure_.empty() || seconds_since(failed_at_) < grace) return;
+  if (speaks()) std::fprintf(stderr, "error: %s\n", failure_.c_str());
   _exit(kExitRankFailed);
 }
 
@@ -361,6 +371,8 @@ Control::Busy::~Busy() {
   control_.impl_->move([](Place& place) { --place.busy; });
 }
 void Control::report(const std::string& reason) { impl_->report(reason); }
+bool Control::failed() { return impl_->failed(); }
+bool Control::speaks() { return impl_->speaks_now(); }
 void Control::throw_if_failed() { impl_->throw_if_failed(); }
 
 }  // namespace mesa

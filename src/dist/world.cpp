@@ -95,7 +95,10 @@ World::World(double timeout) {
   }
 }
 
-World::~World() = default;
+World::~World() {
+  communicator_.reset();
+  if (control_ && control_->failed()) static_cast<void>(transport_.release());  // whose end would wait for ranks that are gone
+}
 
 Communicator& World::communicator(Device device) {
   if (communicator_) return *communicator_;

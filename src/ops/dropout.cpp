@@ -6,13 +6,13 @@ namespace mesa {
 namespace {
 
 template <class MaskKernel>
-Var masked(const char* name, const MaskKernel& kernel, const Var& x, double p) {
+Var masked(const char* name, const MaskKernel& kernel, const Var& x, double p, int64_t decisions, int64_t at_once) {
   check(p >= 0 && p < 1, name, " with probability ", p, "; it must lie in [0, 1)");
   const Op op(name, {x});
   const Tape* const tape = Tape::current();
   if (p == 0 || tape == nullptr) return x;  // the tape tells training: an input from frozen layers is masked as well
   const Tensor y = empty_like(x.value());
-  const RandomKey key = tape->random(Scope::join(name));
+  const RandomKey key = tape->random(Scope::join(name), decisions, at_once);
   kernel(x.value(), y, p, key);
   const auto apply = [&kernel, p, key](const Tensor& t) {  // the mask is drawn again each time: nothing to keep
     const Tensor out = empty_like(t);
@@ -26,8 +26,8 @@ Var masked(const char* name, const MaskKernel& kernel, const Var& x, double p) {
 
 }  // namespace
 
-Var dropout(const Var& x, double p) { return masked("dropout", kernels::dropout, x, p); }
+Var dropout(const Var& x, double p) { return masked("dropout", kernels::dropout, x, p, x.value().numel(), 4); }
 
-Var drop_path(const Var& x, double p) { return masked("drop_path", kernels::drop_path, x, p); }
+Var drop_path(const Var& x, double p) { return masked("drop_path", kernels::drop_path, x, p, x.dim(0), 1); }
 
 }  // namespace mesa

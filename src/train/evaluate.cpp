@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <chrono>
+#include <cmath>
 
 namespace mesa {
 
@@ -40,11 +41,10 @@ Batch without_replacements(const Batch& batch) {
 }  // namespace
 
 EvalResult evaluate(const BuiltModel& model, Loader& loader, const TransformOptions& transform, const std::function<bool()>& stop,
-                    const std::function<void(int64_t done)>& progress) {
+                    const std::function<void(int64_t done)>& progress, const AddUp& add_up) {
   const auto start = std::chrono::steady_clock::now();
   EvalResult result;
-  int64_t top1 = 0, top5 = 0;
-  double loss = 0;
+  double loss = 0, top1 = 0, top5 = 0;
   loader.start_epoch(0);
   while (true) {
     if (stop && stop()) {
@@ -60,25 +60,32 @@ EvalResult evaluate(const BuiltModel& model, Loader& loader, const TransformOpti
     const Tensor logits = to(model.net(prepare(sent, transform).images).value(), kCpu), labels = sent.host.labels;
     const int64_t n = labels.numel();
     loss += static_cast<double>(*cross_entropy(logits, labels).value().data<float>()) * static_cast<double>(n);
-    top1 += count_top(logits, labels, 1);
-    top5 += count_top(logits, labels, std::min<int64_t>(5, logits.dim(1)));
+    top1 += static_cast<double>(count_top(logits, labels, 1));
+    top5 += static_cast<double>(count_top(logits, labels, std::min<int64_t>(5, logits.dim(1))));
     result.images += n;
     if (progress) progress(result.images);
   }
+  if (add_up) {
+    std::vector<double> sums{
+        loss, top1, top5, static_cast<double>(result.images), static_cast<double>(result.left_out), static_cast<double>(!result.complete)};
+    add_up(sums);
+    loss = sums[0], top1 = sums[1], top5 = sums[2];
+    result.images = std::llround(sums[3]), result.left_out = std::llround(sums[4]), result.complete = sums[5] == 0;
+  }
   const double n = static_cast<double>(std::max<int64_t>(result.images, 1));
   result.loss = loss / n;
-  result.top1 = 100.0 * static_cast<double>(top1) / n;
-  result.top5 = 100.0 * static_cast<double>(top5) / n;
+  result.top1 = 100.0 * top1 / n;
+  result.top5 = 100.0 * top5 / n;
   result.seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
   return result;
 }
 
 Evaluations evaluate_all(const BuiltModel& model, Ema* ema, Loader& loader, const TransformOptions& transform,
-                         const std::function<bool()>& stop) {
-  Evaluations out{evaluate(model, loader, transform, stop), {}};
+                         const std::function<bool()>& stop, const AddUp& add_up) {
+  Evaluations out{evaluate(model, loader, transform, stop, {}, add_up), {}};
   if (ema == nullptr || !out.raw.complete) return out;
   const Ema::Use averages(*ema);
-  out.ema = evaluate(model, loader, transform, stop);
+  out.ema = evaluate(model, loader, transform, stop, {}, add_up);
   return out;
 }
 

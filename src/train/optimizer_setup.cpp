@@ -31,7 +31,7 @@ std::unique_ptr<Ema> make_ema(const RunConfig& config, ParamStore& params) {
   return std::make_unique<Ema>(params.params(), EmaConfig{config.train.ema_decay, config.train.ema_warmup});
 }
 
-int64_t images_per_update(const RunConfig& config) { return config.train.batch_size * config.train.accumulation; }
+int64_t images_per_update(const RunConfig& config) { return config.train.batch_size * config.train.accumulation * config.ranks; }
 
 static double lr_factor(const RunConfig& config) {
   const int64_t base = config.optimizer.lr_base_batch;

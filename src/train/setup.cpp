@@ -184,6 +184,7 @@ LoaderOptions make_loader_options(const RunConfig& config, bool train, Device de
   LoaderOptions options = train ? LoaderOptions{} : LoaderOptions::evaluation(eval_batch);
   if (train) options.batch_size = config.train.batch_size;
   if (train) options.repeats = config.data.repeats;
+  options.rank = config.rank, options.world_size = config.ranks;
   options.pinned = device.kind == DeviceKind::cuda;
   options.workers = config.data.workers;
   options.prefetch = config.data.prefetch;

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <chrono>
 #include <cmath>
+#include <csignal>
 #include <cstdio>
 #include <ctime>
 #include <filesystem>
@@ -13,6 +14,7 @@
 #include "mesa/train/evaluate.h"
 #include "mesa/train/optimizer_setup.h"
 #include "mesa/train/signals.h"
+#include "mesa/train/version.h"
 #include "run_folder.h"
 #include "updater.h"
 
@@ -34,12 +36,13 @@ std::string default_output(const std::string& name, const ImageConfig& model) {
 /// All parts of one run. The members are made in this order.
 class Run {
  public:
-  Run(RunConfig config, const TrainOptions& options);
+  Run(RunConfig config, const TrainOptions& options, World& world);
   int operator()();
 
  private:
   void start();
   void take_up(const std::string& checkpoint);
+  void check_alike();
   void open_folder();
   void introduce();
   int loop();
@@ -70,6 +73,7 @@ class Run {
 
   RunConfig config_;
   TrainOptions options_;
+  Team team_;
   std::string resume_;
   DatasetPair data_;
   NetConfig net_;
@@ -90,15 +94,17 @@ class Run {
   std::unique_ptr<Progress> progress_;
   std::string changes_;  // against the checkpoint
   std::string start_;    // what was begun with
+  int64_t signal_ = 0;   // that all ranks know of
   bool finished_before_ = false, saved_ = true, memory_written_ = false, saturation_told_ = false;
   int64_t bad_samples_before_ = 0;
   size_t reported_skips_ = 0, reported_left_out_ = 0;
   double last_wait_ = 0;
 };
 
-Run::Run(RunConfig config, const TrainOptions& options)
+Run::Run(RunConfig config, const TrainOptions& options, World& world)
     : config_(std::move(config)),
       options_(options),
+      team_(world, choose_device(config_.device)),
       data_(make_training_data(config_, model_config(config_, known_classes(config_)).input())),
       net_(model_config(config_, data_.train->classes())),
       transform_(make_transform(config_, net_.input())),
@@ -111,17 +117,19 @@ Run::Run(RunConfig config, const TrainOptions& options)
       ema_(make_ema(config_, model_.params)),
       updates_per_epoch_((train_loader_.batches_per_epoch() + config_.train.accumulation - 1) / config_.train.accumulation),
       schedule_(make_schedule(config_, updates_per_epoch_)),
-      updater_(config_, model_, policy_, *optimizer_, ema_.get(), schedule_, transform_) {
+      updater_(config_, model_, policy_, *optimizer_, ema_.get(), schedule_, transform_, team_) {
   config_.model.classes = net_.input().classes;  // from here on fixed: config.yaml and the checkpoints say it
   if (config_.output.empty() && options_.resume == "auto")
     throw UsageError("--resume needs to know the run: give its folder with --output (or `output` in the config)");
-  if (config_.output.empty()) config_.output = default_output(config_.model.name, net_.input());
-  resume_ = find_checkpoint(options_.resume, config_.output);
+  if (config_.output.empty()) config_.output = team_.shared(default_output(config_.model.name, net_.input()));
+  // One rank looks and mends what a crash left; the others take up what it found, so that none sees a folder that is being renamed.
+  resume_ = team_.shared(team_.leads() ? find_checkpoint(options_.resume, config_.output) : "");
   if (!resume_.empty())
     take_up(resume_);
   else if (!config_.train.weights.empty())
     start();
-  open_folder();
+  check_alike();
+  if (team_.leads()) open_folder();
 }
 
 void Run::start() {
@@ -144,6 +152,20 @@ void Run::take_up(const std::string& checkpoint) {
   if (state_.bad_in_a_row >= config_.train.max_bad_steps) state_.bad_in_a_row = 0;
 }
 
+/// Ranks that do not begin with the same weights at the same place would go on side by side and never meet.
+void Run::check_alike() {
+  if (team_.alone()) return;
+  RunConfig common = config_;
+  common.output.clear();
+  team_.check_same(version_text() + to_yaml(common), "version or config");
+  uint64_t hash = mix64(static_cast<uint64_t>(state_.step));
+  for (const Param& param : model_.params.params()) {
+    const Tensor host = to(param.value, kCpu);
+    hash = mix64(hash ^ hash_name({static_cast<const char*>(host.raw()), static_cast<size_t>(host.bytes())}));
+  }
+  team_.check_same(concat("weights ", hash, " at step ", state_.step), "what they begin with; do all see the same files?");
+}
+
 void Run::open_folder() {
   std::optional<LogPosition> position;
   if (!resume_.empty() && lies_in(resume_, config_.output)) {
@@ -155,6 +177,7 @@ void Run::open_folder() {
 }
 
 void Run::say(const std::string& text) {
+  if (!team_.leads()) return;
   folder_->log(text);
   if (progress_)
     progress_->print(text);
@@ -163,6 +186,10 @@ void Run::say(const std::string& text) {
 }
 
 void Run::warn(const std::string& text) {
+  if (!team_.leads()) {
+    std::fprintf(stderr, "warning: rank %lld: %s\n", static_cast<long long>(team_.rank()), text.c_str());
+    return;
+  }
   folder_->warn(text);
   if (progress_)
     progress_->print("warning: " + text);
@@ -176,6 +203,7 @@ void Run::introduce() {
              config_.storage.name, ": ", format_bytes(plan_.activation_bytes / batch), " kept per image, ",
              format_bytes(plan_.exact_activation_bytes / batch), " in exact storage"));
   say("device: " + describe_device(config_.device, model_.device));
+  if (!team_.alone()) say(concat("ranks: ", team_.size(), ", ", batch * team_.size(), " images a batch"));
   say("optimizer: " + describe_optimizer(config_, model_.params));
   say(concat("data: ", data_.train->size(), " training and ", data_.test->size(), " test images of ", data_.train->classes(),
              " classes; output: ", config_.output));
@@ -196,26 +224,28 @@ int Run::operator()() {
     return finish();
   }
   Allocator::of(model_.device).reset_peak();  // reading a checkpoint is no part of training
-  if (!options_.quiet) progress_ = std::make_unique<Progress>(schedule_.total_steps, state_.step, config_.train.log_interval);
+  if (!options_.quiet && team_.leads())
+    progress_ = std::make_unique<Progress>(schedule_.total_steps, state_.step, config_.train.log_interval);
   const TrainingState start = state_;
   try {
     return loop();
   } catch (const std::exception& e) {
     // Such as a damaged picture after hours: what was trained is kept, and can be resumed once the cause is mended.
     const std::string place = concat("epoch ", state_.epoch + 1, ", step ", state_.step);
-    folder_->warn(concat("error at ", place, ": ", e.what()));
+    if (folder_) folder_->warn(concat("error at ", place, ": ", e.what()));
     if (progress_) progress_->finish();
     progress_.reset();
-    const bool kept = state_.step > start.step && save("last");
+    const bool kept = team_.leads() && state_.step > start.step && save("last");
     const std::string what = concat(e.what(), " (at ", place, kept ? "; the state before it is saved: continue with --resume)" : ")");
     if (dynamic_cast<const OutOfMemory*>(&e)) throw OutOfMemory(what);
+    if (dynamic_cast<const RankFailure*>(&e)) throw RankFailure(what);
     throw Error(what);
   }
 }
 
 int Run::loop() {
   while (!done()) {
-    if (!train_epoch()) return received_signal() != 0 ? stopped_by_signal() : stopped_by_bad_steps();
+    if (!train_epoch()) return signal_ != 0 ? stopped_by_signal() : stopped_by_bad_steps();
     if (!end_epoch()) return stopped_by_signal();
   }
   return finish();
@@ -228,7 +258,8 @@ bool Run::train_epoch() {
   taken_ = state_.batch;
   if (state_.batch < batches && !steps_used_up()) train_loader_.start_epoch(state_.epoch, state_.batch);
   while (state_.batch < batches && !steps_used_up()) {
-    if (received_signal() != 0) return false;
+    if (team_.alone()) signal_ = received_signal();
+    if (signal_ != 0) return false;
     const double start = now();
     const TrainingState before = state_;
     try {
@@ -236,6 +267,8 @@ bool Run::train_epoch() {
       const UpdateResult result = updater_(
           count, [this] { return next_batch(); }, [this](const cuda::Mark& after) { look_ahead(after); }, state_);
       state_.batch += count;
+      signal_ = result.signal;
+      team_.at_step(state_.step);
       report(result, now() - start);
     } catch (const Error&) {
       state_ = before;
@@ -275,10 +308,10 @@ void Run::report(const UpdateResult& result, double seconds) {
   state_.interval_wait += wait;
   state_.train_images += result.images;
   state_.bad_samples = bad_samples();
-  if (!memory_written_) folder_->write_memory(policy_.sites());
+  if (!memory_written_ && folder_) folder_->write_memory(policy_.sites());
   memory_written_ = true;
   if (!result.bad.empty()) {
-    warn(concat("step ", state_.step, " of epoch ", state_.epoch + 1, " is skipped: ", result.bad));
+    if (folder_) warn(concat("step ", state_.step, " of epoch ", state_.epoch + 1, " is skipped: ", result.bad));
   } else {
     const double sum = result.loss * static_cast<double>(result.images);
     state_.epoch_loss += sum, state_.interval_loss += sum;
@@ -303,8 +336,9 @@ void Run::show(const UpdateResult& result) {
     progress_->update(p);
   }
   if (state_.step % config_.train.log_interval != 0) return;
-  folder_->append(IntervalRow{state_.step, state_.epoch + 1, loss, result.lr, result.gradient_norm, rate, wait, bytes_per_image(),
-                              peak_bytes(), state_.bad_steps, state_.bad_samples});
+  if (folder_)
+    folder_->append(IntervalRow{state_.step, state_.epoch + 1, loss, result.lr, result.gradient_norm, rate, wait, bytes_per_image(),
+                                peak_bytes(), state_.bad_steps, state_.bad_samples});
   state_.interval_images = 0;
   state_.interval_loss = state_.interval_seconds = state_.interval_wait = 0;
 }
@@ -312,7 +346,7 @@ void Run::show(const UpdateResult& result) {
 /// The epoch's saturation goes into memory.csv; a warning about the worst site comes once, since it would be much the same every epoch.
 void Run::report_saturation() {
   constexpr double kWorthAWarning = 0.05;
-  folder_->write_memory(policy_.sites());
+  if (folder_) folder_->write_memory(policy_.sites());
   const auto share = [](const SiteRecord& s) {
     return s.elements > 0 ? static_cast<double>(s.saturated) / static_cast<double>(s.elements) : 0;
   };
@@ -329,16 +363,23 @@ void Run::report_saturation() {
 
 /// Evaluates, logs and saves. False if a signal interrupts the evaluation, which is then done again after the resume.
 bool Run::end_epoch() {
-  const Evaluations eval = evaluate_all(model_, ema_.get(), eval_loader_, transform_, [] { return received_signal() != 0; });
-  if (!eval.complete()) return false;
+  const Evaluations eval = evaluate_all(
+      model_, ema_.get(), eval_loader_, transform_, [] { return received_signal() != 0; },
+      [this](std::vector<double>& values) { team_.add_up(values); });
+  if (!eval.complete()) {
+    signal_ = SIGTERM;
+    if (received_signal() != 0) signal_ = received_signal();
+    return false;
+  }
   for (; reported_left_out_ < eval_loader_.skipped_samples().size(); ++reported_left_out_)
     warn("a bad test sample is left out: " + eval_loader_.skipped_samples()[reported_left_out_]);
   take_results(eval);
   const double rate = state_.epoch_seconds > 0 ? static_cast<double>(state_.epoch_images) / state_.epoch_seconds : 0;
   const double lr = schedule_.at(std::max<int64_t>(state_.step - 1, 0));
   const int64_t epoch = state_.epoch + 1;
-  folder_->append(EpochRow{epoch, state_.train_loss, eval.raw.loss, eval.raw.top1, eval.raw.top5, lr, rate, bytes_per_image(), peak_bytes(),
-                           state_.epoch_seconds, state_.eval_loss_ema, state_.eval_top1_ema, state_.eval_top5_ema});
+  if (folder_)
+    folder_->append(EpochRow{epoch, state_.train_loss, eval.raw.loss, eval.raw.top1, eval.raw.top5, lr, rate, bytes_per_image(),
+                             peak_bytes(), state_.epoch_seconds, state_.eval_loss_ema, state_.eval_top1_ema, state_.eval_top5_ema});
   report_saturation();
   char text[200];
   std::snprintf(text, sizeof text, ": train loss %.4f, eval loss %.4f, top-1 %.2f %%, top-5 %.2f %%, %.1f images/s", state_.train_loss,
@@ -355,7 +396,7 @@ bool Run::end_epoch() {
   }
   // A run resumed into another folder has no best checkpoint there, whatever the old one reached.
   const double top1 = eval.judged().top1;
-  const bool best = top1 > state_.best_top1 || !std::filesystem::exists(folder_->checkpoint("best"));
+  const bool best = top1 > state_.best_top1 || (folder_ && !std::filesystem::exists(folder_->checkpoint("best")));
   state_.best_top1 = std::max(state_.best_top1, top1);
   const bool best_saved = !best || save("best");
   saved_ = save("last") && best_saved;
@@ -372,6 +413,8 @@ void Run::take_results(const Evaluations& eval) {
 
 /// A failure keeps the previous checkpoint and does not stop training. Neither does a state that nobody could resume replace a good one.
 bool Run::save(const std::string& which) {
+  if (!team_.leads()) return true;
+  const auto busy = team_.busy();
   const std::string bad = which == kFailed ? "" : first_bad_parameter(model_.params);
   if (!bad.empty()) {
     warn(concat("the checkpoint '", which, "' is not replaced: the weights are not finite, first in ", bad));
@@ -391,7 +434,7 @@ bool Run::save(const std::string& which) {
 int Run::stopped_by_signal() {
   const bool saved = save("last");
   write_summary();
-  const std::string place = concat("stopped by signal ", received_signal(), " after step ", state_.step);
+  const std::string place = concat("stopped by signal ", signal_, " after step ", state_.step);
   if (!saved) return warn(place + " without a checkpoint of this moment"), 1;
   say(concat(place, "; continue with --resume --output ", config_.output));
   return kExitResumable;
@@ -399,6 +442,7 @@ int Run::stopped_by_signal() {
 
 /// The state goes beside the last good checkpoint, which stays what --resume takes up.
 int Run::stopped_by_bad_steps() {
+  if (!folder_) return 1;
   const bool first = !std::filesystem::exists(folder_->checkpoint("last")) && first_bad_parameter(model_.params).empty();
   const std::string which = first ? "last" : kFailed;
   const bool saved = save(which);
@@ -427,12 +471,13 @@ RunSummary Run::write_summary() {
   s.exact_activation_bytes_per_image = static_cast<double>(plan_.exact_activation_bytes) / batch;
   s.peak_bytes = finished_before_ ? state_.peak_bytes : peak_bytes();
   s.device = to_string(model_.device.kind), s.storage = config_.storage.name, s.seed = config_.seed;
-  folder_->write_summary(s);
+  if (folder_) folder_->write_summary(s);
   return s;
 }
 
 int Run::finish() {
   const RunSummary summary = write_summary();
+  if (!folder_) return 0;
   if (memory_written_) folder_->write_memory(policy_.sites());  // once more, in case a full disk refused it
   if (state_.bad_steps > 0) warn(concat(state_.bad_steps, " steps were skipped because they were not finite"));
   if (state_.bad_samples > 0) warn(concat(state_.bad_samples, " bad samples were replaced"));
@@ -446,13 +491,23 @@ int Run::finish() {
 
 }  // namespace
 
-int train(const RunConfig& config, const TrainOptions& options) {
-  choose_device(config.device);
-  use_threads(config);
+int train(RunConfig config, const TrainOptions& options) {
+  World world(config.train.rank_timeout);
+  config.rank = world.me().rank, config.ranks = world.me().world;
   try {
-    return Run(config, options)();
+    choose_device(config.device);
+    use_threads(config);
+    share_threads(config, world);
+    return Run(config, options, world)();
+  } catch (const RankFailure& e) {
+    if (world.control()->speaks()) std::fprintf(stderr, "error: %s\n", e.what());
+    return kExitRankFailed;
   } catch (const OutOfMemory& e) {
+    if (!world.alone()) world.control()->report(concat("ran out of memory: ", e.what()));
     throw Error(concat(e.what(), "\n", explain_out_of_memory(config)));
+  } catch (const std::exception& e) {
+    if (!world.alone()) world.control()->report(concat("failed: ", e.what()));
+    throw;
   }
 }
 

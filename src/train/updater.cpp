@@ -5,11 +5,12 @@
 #include <optional>
 
 #include "mesa/kernels/elementwise.h"
+#include "mesa/train/signals.h"
 
 namespace mesa {
 
 Updater::Updater(const RunConfig& config, BuiltModel& model, StoragePolicy& policy, Optimizer& optimizer, Ema* ema,
-                 const Schedule& schedule, const TransformOptions& transform)
+                 const Schedule& schedule, const TransformOptions& transform, Team& team)
     : config_(config),
       model_(model),
       policy_(policy),
@@ -17,34 +18,40 @@ Updater::Updater(const RunConfig& config, BuiltModel& model, StoragePolicy& poli
       ema_(ema),
       schedule_(schedule),
       transform_(transform),
-      objective_(config, model.net.input(), model.device) {
+      objective_(config, model.net.input(), model.device),
+      team_(team) {
+  if (!team.alone()) sync_.emplace(team.communicator(), model.params.params());
   if (config.train.cuda_graph) recorded_.emplace(config, model, policy);
 }
 
-double Updater::forward_backward(const SentBatch& batch, uint64_t micro_step, double scale, const Meanwhile& meanwhile) {
+double Updater::forward_backward(const SentBatch& batch, uint64_t micro_step, double scale, const Meanwhile& meanwhile, bool last) {
   Tensor loss;
   if (recorded_) {
     const cuda::Mark before = cuda::mark();
     loss = recorded_->run(batch, micro_step, std::bit_cast<uint64_t>(scale), [&](const SentBatch& from, const uint64_t* live_step) {
-      return pass(from, micro_step, live_step, scale, [](const cuda::Mark&) {});
+      return pass(
+          from, micro_step, live_step, scale, [](const cuda::Mark&) {}, false);
     });
     meanwhile(before);
   } else {
-    loss = pass(batch, micro_step, nullptr, scale, meanwhile);
+    loss = pass(batch, micro_step, nullptr, scale, meanwhile, last);
   }
   return to(loss, kCpu).data<float>()[0];  // only now: until here a GPU need not be waited for
 }
 
-Tensor Updater::pass(const SentBatch& batch, uint64_t micro_step, const uint64_t* live_step, double scale, const Meanwhile& meanwhile) {
+Tensor Updater::pass(const SentBatch& batch, uint64_t micro_step, const uint64_t* live_step, double scale, const Meanwhile& meanwhile,
+                     bool last) {
   Allocator& memory = Allocator::of(model_.device);
   const int64_t before = memory.use().of(MemoryKind::activations);
   const Prepared data = prepare(batch, transform_);
   const Targets targets = objective_.targets(data);
-  Tape tape(policy_, static_cast<uint64_t>(config_.seed), micro_step, live_step);
+  Tape tape(policy_, static_cast<uint64_t>(config_.seed), micro_step, live_step, static_cast<uint64_t>(config_.rank));
   const Var loss = objective_(model_.net, data.images, targets);
   activation_bytes_ = memory.use().of(MemoryKind::activations) - before;
   meanwhile({});  // before the backward pass is handed over, so that copies begun here run beside it
-  tape.backward(loss, {}, scale);
+  std::function<void(Param&)> ready;
+  if (sync_ && last) ready = [&](Param& param) { sync_->ready(param); };
+  tape.backward(loss, ready, scale);
   return loss.value();
 }
 
@@ -64,28 +71,31 @@ UpdateResult Updater::operator()(int64_t count, const std::function<SentBatch()>
   result.lr = schedule_.at(state.step);
   model_.params.clear_gradients();
   model_.params.remember_buffers();
-  const double share = 1.0 / static_cast<double>(count);
+  const double share = 1.0 / static_cast<double>(count), of_gradient = share / static_cast<double>(team_.size());
   std::optional<SentBatch> suspect;  // the last one that was used
   uint64_t suspect_step = 0;
   std::string packed;  // the site where a codec met a NaN or infinity
   for (int64_t i = 0; i < count; ++i) {
-    if (!std::isfinite(result.loss)) {  // no update any more, but its batches belong to it
+    if (!std::isfinite(result.loss) && team_.alone()) {  // no update any more, but its batches belong to it
       next();
       continue;
     }
     suspect.reset();
     suspect = next();
     suspect_step = static_cast<uint64_t>(state.micro_step++);
-    result.loss += share * forward_backward(*suspect, suspect_step, share, meanwhile);
+    const bool last = i + 1 == count;
+    if (sync_ && last) sync_->begin();
+    result.loss += share * forward_backward(*suspect, suspect_step, of_gradient, meanwhile, last);
     result.images += suspect->host.labels.numel();
     if (packed.empty()) packed = policy_.first_nonfinite();
   }
+  if (sync_) sync_->finish();
   ++state.step;
+  const bool somewhere = agree(result, packed);
   result.gradient_norm = std::isfinite(result.loss) ? optimizer_.gradient_norm() : result.loss;
-  if (!std::isfinite(result.gradient_norm) || !packed.empty()) {
-    const char* what = !std::isfinite(result.loss) ? "the loss" : packed.empty() ? "the gradient" : "an activation";
-    result.bad = concat(what, " is not finite; the first bad value is in ", find_culprit(*suspect, suspect_step, packed), "; ",
-                        samples_of(suspect->host));
+  if (!std::isfinite(result.gradient_norm) || somewhere) {
+    const char* what = !std::isfinite(result.loss) ? "the loss" : !somewhere ? "the gradient" : "an activation";
+    result.bad = concat(what, " is not finite; the first bad value is in ", name_culprit(*suspect, suspect_step, packed));
     ++state.bad_steps;
     ++state.bad_in_a_row;
     policy_.roll_back();
@@ -99,19 +109,38 @@ UpdateResult Updater::operator()(int64_t count, const std::function<SentBatch()>
   return result;
 }
 
+/// Makes loss and images those of all ranks. True if a codec met a NaN or infinity on any of them.
+bool Updater::agree(UpdateResult& result, const std::string& packed) {
+  const double signal = received_signal();
+  std::vector<double> sums{result.loss * static_cast<double>(result.images), static_cast<double>(result.images),
+                           static_cast<double>(!packed.empty()), signal, static_cast<double>(signal > 0)};
+  team_.add_up(sums);
+  result.loss = sums[0] / sums[1];
+  result.images = std::llround(sums[1]);
+  result.signal = sums[4] > 0 ? std::llround(sums[3] / sums[4]) : 0;
+  return sums[2] > 0;
+}
+
+/// Of all ranks, the first that finds something in its own part of the batch tells what.
+std::string Updater::name_culprit(const SentBatch& batch, uint64_t micro_step, const std::string& packed) {
+  const std::string mine = find_culprit(batch, micro_step, packed);
+  const std::string found = team_.first_of(mine.empty() ? "" : concat(mine, "; ", samples_of(batch.host)));
+  return found.empty() ? concat("no exact value: it appears only in what is stored; ", samples_of(batch.host)) : found;
+}
+
 std::string Updater::find_culprit(const SentBatch& batch, uint64_t micro_step, const std::string& packed) {
   if (const std::string bad = first_bad_parameter(model_.params); !bad.empty()) return "the parameter " + bad;
   // The same step again, with every result and gradient looked at; a policy of its own leaves the run's ranges alone.
   StoragePolicy exact("exact", {{"*", "exact", {}, ""}});
   const Prepared data = prepare(batch, transform_);
   const Targets targets = objective_.targets(data);
-  Tape tape(exact, static_cast<uint64_t>(config_.seed), micro_step);
+  Tape tape(exact, static_cast<uint64_t>(config_.seed), micro_step, nullptr, static_cast<uint64_t>(config_.rank));
   tape.check_finite(true);
   const Var loss = objective_(model_.net, data.images, targets);
   if (tape.first_bad().empty()) tape.backward(loss);
   model_.params.clear_gradients();
   if (!tape.first_bad().empty()) return tape.first_bad();
-  return packed.empty() ? "no exact value: it appears only in what is stored" : packed;
+  return packed;
 }
 
 }  // namespace mesa

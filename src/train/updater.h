@@ -4,9 +4,10 @@
 
 #include "mesa/optim/schedule.h"
 #include "mesa/train/checkpoint.h"
-#include "mesa/train/setup.h"
 #include "mesa/train/objective.h"
+#include "mesa/train/setup.h"
 #include "recorded_steps.h"
+#include "team.h"
 
 namespace mesa {
 
@@ -15,27 +16,33 @@ struct UpdateResult {
   int64_t images = 0;
   double gradient_norm = 0;
   double lr = 0;
-  std::string bad;  ///< why the update was skipped and where the first NaN or infinity appeared; empty for a good one
+  int64_t signal = 0;  ///< that some rank received: all stop after this update
+  std::string bad;     ///< why the update was skipped and where the first NaN or infinity appeared; empty for a good one
 };
 
 class Updater {
  public:
   /// `ema` may be null.
   Updater(const RunConfig& config, BuiltModel& model, StoragePolicy& policy, Optimizer& optimizer, Ema* ema, const Schedule& schedule,
-          const TransformOptions& transform);
+          const TransformOptions& transform, Team& team);
   /// Called when work has been handed to the device: what it copies may begin after the mark (null: now) and runs beside that work.
   using Meanwhile = std::function<void(const cuda::Mark& after)>;
   /// Takes `count` batches, one at a time, for one update, and advances step, micro_step and the counts of bad steps. `meanwhile` is called
   /// once for each batch.
-  UpdateResult operator()(int64_t count, const std::function<SentBatch()>& next, const Meanwhile& meanwhile,
-                          TrainingState& state);
+  UpdateResult operator()(int64_t count, const std::function<SentBatch()>& next, const Meanwhile& meanwhile, TrainingState& state);
+  /// Seconds in which nothing was done but wait for the other ranks' gradients.
+  double sync_wait_seconds() const { return sync_ ? sync_->wait_seconds() : 0; }
   /// Kept activations of the last forward pass, by the meter.
   int64_t activation_bytes() const { return activation_bytes_; }
 
  private:
-  double forward_backward(const SentBatch& batch, uint64_t micro_step, double scale, const Meanwhile& meanwhile);
+  /// `last`: of the update, so that its gradients are final and leave for the other ranks as they come.
+  double forward_backward(const SentBatch& batch, uint64_t micro_step, double scale, const Meanwhile& meanwhile, bool last);
   /// Hands it over to the device; the loss is there later.
-  Tensor pass(const SentBatch& batch, uint64_t micro_step, const uint64_t* live_step, double scale, const Meanwhile& meanwhile);
+  Tensor pass(const SentBatch& batch, uint64_t micro_step, const uint64_t* live_step, double scale, const Meanwhile& meanwhile, bool last);
+  bool agree(UpdateResult& result, const std::string& packed);
+  std::string name_culprit(const SentBatch& batch, uint64_t micro_step, const std::string& packed);
+  /// "" if this rank finds nothing.
   std::string find_culprit(const SentBatch& batch, uint64_t micro_step, const std::string& packed);
 
   const RunConfig& config_;
@@ -46,6 +53,8 @@ class Updater {
   Schedule schedule_;
   TransformOptions transform_;
   Objective objective_;
+  Team& team_;
+  std::optional<GradientSync> sync_;
   std::optional<RecordedSteps> recorded_;
   int64_t activation_bytes_ = 0;
 };

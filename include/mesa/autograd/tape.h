@@ -17,8 +17,9 @@ using Backward = std::function<Grads(const std::vector<Tensor>& dy)>;
 class Tape {
  public:
   /// Random numbers of dropout, drop path and stochastic rounding come from (seed, step) and the site.
-  /// `live_step`: see RandomKey.
-  explicit Tape(StoragePolicy& policy, uint64_t seed = 0, uint64_t step = 0, const uint64_t* live_step = nullptr);
+  /// `live_step`: see RandomKey. `part`: which of several ranks' equal parts of a batch this pass takes; dropout and drop path draw what one
+  /// rank with the whole batch would.
+  explicit Tape(StoragePolicy& policy, uint64_t seed = 0, uint64_t step = 0, const uint64_t* live_step = nullptr, uint64_t part = 0);
   ~Tape();
   Tape(const Tape&) = delete;
   Tape& operator=(const Tape&) = delete;
@@ -32,7 +33,9 @@ class Tape {
   void backward(const std::vector<Var>& outputs, const std::vector<Tensor>& gradients, const std::function<void(Param&)>& ready = {});
 
   StoragePolicy& policy() { return policy_; }
-  RandomKey random(const std::string& stream) const { return RandomKey::of(seed_, stream, step_, live_step_); }
+  /// For `elements` numbers, those of one sample behind those of the other. `at_once`: how many the kernel draws together; where parts do
+  /// not begin at a multiple of it, each part has numbers of its own.
+  RandomKey random(const std::string& stream, int64_t elements, int64_t at_once) const;
   int64_t steps() const { return static_cast<int64_t>(steps_.size()); }
 
   /// Checks every op's result and gradient for NaN and infinity; the first bad one is named by first_bad(). Slow: for finding a culprit.
@@ -54,7 +57,7 @@ class Tape {
   void inspect(const Tensor& t, const std::string& what);
 
   StoragePolicy& policy_;
-  uint64_t id_, seed_, step_;
+  uint64_t id_, seed_, step_, part_;
   const uint64_t* live_step_;
   std::vector<Step> steps_;
   std::vector<Tensor> gradients_;  // by slot
@@ -100,8 +103,6 @@ class Op {
   /// Keeps a small exact statistic (rstd, log-sum-exp); returns it.
   Tensor keep(const char* slot, const Tensor& statistic) const;
   Target gradient(const Var& input) const;
-  /// Numbers for this op at this step.
-  RandomKey random(const char* stream) const;
   bool wants(const Var& x) const { return recording() && x.requires_grad(); }
 
   Var record(const Tensor& y, std::function<Grads(const Tensor& dy)> backward) const;

@@ -50,6 +50,8 @@ struct RandomKey {
   uint64_t step = 0;
   /// Where the step stands in the memory of the device that draws, in place of `step`: work that is recorded once and run at many steps.
   const uint64_t* live = nullptr;
+  /// Where this part begins in the elements of a whole that several ranks hold together: their numbers are those of one rank that holds all.
+  uint64_t first = 0;
 
   static RandomKey of(uint64_t seed, std::string_view stream, uint64_t step, const uint64_t* live = nullptr) {
     return {mix64(seed ^ mix64(hash_name(stream))), step, live};
@@ -60,8 +62,8 @@ struct RandomKey {
 /// Uniform in [0, 1) with 24 bits.
 MESA_HD inline float uniform(uint32_t word) { return static_cast<float>(word >> 8) * 0x1p-24f; }
 
-/// The 32-bit word of element i of a stream: word i%4 of counter i/4.
-MESA_HD inline uint32_t random_word(RandomKey k, uint64_t i) { return philox(i / 4, k.now(), k.key).word[i % 4]; }
+/// The 32-bit word of element i of a stream: word i%4 of counter i/4, counted from k.first.
+MESA_HD inline uint32_t random_word(RandomKey k, uint64_t i) { return philox((i + k.first) / 4, k.now(), k.key).word[(i + k.first) % 4]; }
 
 /// A sequential reader of one stream, for host code that draws a varying number of values (augmentation, shuffling, initialization).
 class RandomStream {

@@ -76,6 +76,9 @@ class Control {
   };
   /// Tells all ranks that this one ends, and why. The first report counts.
   void report(const std::string& reason);
+  bool failed();
+  /// After a failure: whether this is the rank that tells the user. One message is enough.
+  bool speaks();
   /// Throws RankFailure if the run has failed.
   void throw_if_failed();
 

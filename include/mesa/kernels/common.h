@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "mesa/base/random.h"
 #include "mesa/tensor/mixing.h"
 #include "mesa/tensor/tensor.h"
 
@@ -80,6 +81,9 @@ Rows<T> rows_of(const Tensor& x) {
   return {x.data<T>(), x.row_stride()};
 }
 inline int64_t width_of(const Tensor& x) { return x.rank() == 0 ? 1 : x.dim(-1); }
+
+/// Kernels that draw four words at once begin at a multiple of four.
+inline void check_first(const RandomKey& key) { check(key.first % 4 == 0, "the numbers of a part begin at ", key.first, ", no multiple of 4"); }
 
 /// Rows of Mixing for a batch whose samples pair up; may be undefined.
 inline void check_mixing(const Tensor& mixing, const Tensor& samples) {

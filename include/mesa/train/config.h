@@ -75,6 +75,7 @@ struct TrainConfig {
   double ema_decay = 0;             ///< of the weights' moving average; 0 = none
   bool ema_warmup = false;
   std::vector<std::string> frozen;  ///< globs of parameter names
+  double rank_timeout = 60;         ///< seconds
   std::string weights;              ///< checkpoint or safetensors file to begin with; empty = first values
   bool operator==(const TrainConfig&) const = default;
 };
@@ -137,6 +138,7 @@ struct RunConfig {
   int64_t seed = 0;
   std::string device = "auto";  ///< auto | cpu | cuda
   std::string output;           ///< folder of the run; empty = chosen by the app
+  int64_t rank = 0, ranks = 1;  ///< of this process, set by whoever starts the run: no keys, and not compared
 
   /// "file:line" or "--set key=value" that gave the key its value, or "default".
   std::string where(const std::string& key) const;

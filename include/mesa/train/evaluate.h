@@ -18,9 +18,13 @@ struct EvalResult {
   double images_per_second() const { return seconds > 0 ? static_cast<double>(images) / seconds : 0; }
 };
 
-/// Runs every batch of the loader's epoch 0 without a tape. `stop` is asked before each batch; `progress` is told images done.
+/// Makes each value its sum over the ranks that share an evaluation.
+using AddUp = std::function<void(std::vector<double>&)>;
+
+/// Runs every batch of the loader's epoch 0 without a tape. `stop` is asked before each batch; `progress` is told images done. With
+/// `add_up` the loader's batches are one rank's, and the result is that of all.
 EvalResult evaluate(const BuiltModel& model, Loader& loader, const TransformOptions& transform, const std::function<bool()>& stop = {},
-                    const std::function<void(int64_t done)>& progress = {});
+                    const std::function<void(int64_t done)>& progress = {}, const AddUp& add_up = {});
 
 /// What an evaluation of the weights found, and of their moving average where there is one.
 struct Evaluations {
@@ -32,7 +36,7 @@ struct Evaluations {
 };
 /// Both, one after the other; `ema` may be null.
 Evaluations evaluate_all(const BuiltModel& model, Ema* ema, Loader& loader, const TransformOptions& transform,
-                         const std::function<bool()>& stop);
+                         const std::function<bool()>& stop, const AddUp& add_up = {});
 
 /// How many of the batch's labels are among the `k` highest logits (ties resolved for the lower class, NaN counts as wrong).
 int64_t count_top(const Tensor& logits, const Tensor& labels, int64_t k);

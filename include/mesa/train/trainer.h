@@ -15,7 +15,7 @@ struct TrainOptions {
 /// Runs to the end. Returns 0 when done; 1 when too many steps in a row were not finite (its state is then in checkpoints/failed, or `last`
 /// if there was none) or when a file of the result could not be written; 75 when a signal stopped it (after saving). Throws UsageError for
 /// what the config got wrong and Error for what failed.
-int train(const RunConfig& config, const TrainOptions& options);
+int train(RunConfig config, const TrainOptions& options);
 
 /// What --dry-run prints: the resolved config, the parameter count, the plan of activations and the predicted peak. Trains nothing.
 /// With `fit_bytes` > 0 also the largest train.batch_size whose predicted peak fits.

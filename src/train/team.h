@@ -1,0 +1,44 @@
+// What the ranks of a run decide together, so that each takes every step like the others.
+#pragma once
+#include "mesa/dist/gradient_sync.h"
+#include "mesa/dist/world.h"
+#include "mesa/train/setup.h"
+
+namespace mesa {
+
+class Team {
+ public:
+  Team(World& world, Device device) : world_(world), device_(device), communicator_(world.communicator(device)) {}
+  bool alone() const { return world_.alone(); }
+  /// The one that writes logs and checkpoints.
+  bool leads() const { return world_.leads(); }
+  int64_t rank() const { return world_.me().rank; }
+  int64_t size() const { return world_.me().world; }
+  Communicator& communicator() { return communicator_; }
+
+  /// Each becomes its sum over ranks.
+  void add_up(std::vector<double>& values);
+  /// Each rank's value, by rank.
+  std::vector<double> gather(double value);
+  /// The leader's text.
+  std::string shared(const std::string& text);
+  /// The text of the first rank that has any, with its name.
+  std::string first_of(const std::string& text);
+  /// Throws Error if the ranks do not have the same text; `what` says what differs.
+  void check_same(const std::string& text, const std::string& what);
+  void at_step(int64_t step) {
+    if (!alone()) world_.control()->at_step(step);
+  }
+  /// While it lives, the others may wait: a checkpoint is being written.
+  std::unique_ptr<Control::Busy> busy() { return alone() ? nullptr : std::make_unique<Control::Busy>(*world_.control()); }
+
+ private:
+  World& world_;
+  Device device_;
+  Communicator& communicator_;
+};
+
+/// Compute threads of this rank where nothing says how many: those of its host are shared by the ranks there that may use the same.
+void share_threads(const RunConfig& config, World& world);
+
+}  // namespace mesa
