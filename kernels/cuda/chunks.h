@@ -8,7 +8,7 @@
 namespace mesa::kernels::cuda {
 namespace {
 
-/// The table on the device; it lives at least until the next call of chunk_table in this thread.
+/// The table on the device; it lives at least until the next call of chunk_table<Part> in this thread.
 template <class Part>
 struct ChunkTable {
   const Part* chunks;

@@ -104,7 +104,8 @@ void update_all(const std::vector<Part<T>>& parts, const LambStep& step, Device 
   const ChunkTable<Part<T>> table = chunk_table(parts, kUpdateChunk, device);
   const ChunkTable<Chunks> all = chunk_table(parameters, 1, device);
   if (table.count == 0) return;
-  const Tensor partial = Tensor::empty({table.count, 2}, DType::f64, device), ratio = Tensor::empty({all.count}, DType::f64, device);
+  const Tensor partial = Tensor::empty(Shape{2 * table.count}, DType::f64, device);
+  const Tensor ratio = Tensor::empty(Shape{all.count}, DType::f64, device);
   auto* squares = reinterpret_cast<Squares*>(partial.data<double>());
   const LambRule<T> rule(step);
   const auto blocks = static_cast<unsigned>(table.count);

@@ -12,10 +12,14 @@ using Catch::Matchers::Contains;
 
 namespace {
 
+const std::string kAverages = "/checkpoints/last/ema.safetensors";
+
 void check_same(const TinyRun& tiny, const std::string& a, const std::string& b) {
   const auto bytes = [&](const std::string& run, const char* file) { return read_text(tiny.path(run + "/checkpoints/last/" + file)); };
   CHECK(bytes(a, "model.safetensors") == bytes(b, "model.safetensors"));
   CHECK(bytes(a, "state.safetensors") == bytes(b, "state.safetensors"));
+  CHECK(tiny.exists(a + kAverages) == tiny.exists(b + kAverages));
+  if (tiny.exists(a + kAverages)) CHECK(bytes(a, "ema.safetensors") == bytes(b, "ema.safetensors"));
   CHECK(tiny.curve(a) == tiny.curve(b));
   CHECK(tiny.metrics(a) == tiny.metrics(b));
   for (const char* key : {"top1", "top5", "eval_loss", "train_loss", "epochs", "steps", "activation_bytes_per_image", "peak_bytes"}) {
@@ -24,15 +28,32 @@ void check_same(const TinyRun& tiny, const std::string& a, const std::string& b)
   }
 }
 
-const Args kEverything{"data.mixup=0.8",           "data.cutmix=1",        "train.loss=bce",      "storage=mesa",
-                       "model.attention=explicit", "model.depth=2",        "model.drop_path=0.2", "model.drop_rate=0.1",
-                       "model.attn_drop_rate=0.1", "train.accumulation=3", "data.crop=resized",   "data.flip=0.5",
-                       "data.color_jitter=0.4",    "train.clip_norm=1",    "train.epochs=3",      "train.batch_size=8",
-                       "train.log_interval=3"};
+const Args kEverything{"data.mixup=0.8",
+                       "data.cutmix=1",
+                       "train.loss=bce",
+                       "storage=mesa",
+                       "model.attention=explicit",
+                       "model.depth=2",
+                       "model.drop_path=0.2",
+                       "model.drop_rate=0.1",
+                       "model.attn_drop_rate=0.1",
+                       "train.accumulation=3",
+                       "data.crop=resized",
+                       "data.flip=0.5",
+                       "data.color_jitter=0.4",
+                       "train.clip_norm=1",
+                       "train.epochs=3",
+                       "train.batch_size=8",
+                       "train.log_interval=3",
+                       "train.ema_decay=0.9",
+                       "optimizer.layer_decay=0.8",
+                       "data.repeats=2",
+                       "data.augment=rand-m9-mstd0.5-inc1",
+                       "data.erasing=0.25"};
 
 /// The bytes behind the header, whose metadata tell how many loader threads there were.
-std::string weights_of(const TinyRun& tiny, const std::string& run) {
-  const std::string text = read_text(tiny.path(run + "/checkpoints/last/model.safetensors"));
+std::string weights_of(const TinyRun& tiny, const std::string& run, const std::string& file = "model.safetensors") {
+  const std::string text = read_text(tiny.path(run + "/checkpoints/last/" + file));
   uint64_t header = 0;
   REQUIRE(text.size() > 8);
   std::memcpy(&header, text.data(), 8);
@@ -71,6 +92,7 @@ TEST_CASE("resume: stopped by signals at random moments") {
   }
   CHECK(stops > 0);
   CHECK(weights_of(tiny, "straight") == weights_of(tiny, "stopped"));
+  CHECK(weights_of(tiny, "straight", "ema.safetensors") == weights_of(tiny, "stopped", "ema.safetensors"));
   const auto state = [&](const std::string& run) { return read_text(tiny.path(run + "/checkpoints/last/state.safetensors")); };
   CHECK(state("straight") == state("stopped"));
   CHECK(tiny.metrics("straight") == tiny.metrics("stopped"));
