@@ -2,6 +2,7 @@
 #include <filesystem>
 
 #include "app.h"
+#include "mesa/train/check_comm.h"
 #include "mesa/train/plan.h"
 #include "mesa/train/signals.h"
 #include "mesa/train/trainer.h"
@@ -11,7 +12,7 @@ namespace {
 struct Arguments {
   std::string config, output, device;
   std::vector<std::string> overrides;
-  bool dry = false, list = false;
+  bool dry = false, list = false, check_comm = false;
   double fit = 0;  // bytes
   mesa::TrainOptions options;
 };
@@ -47,6 +48,7 @@ int run(Arguments& args) {
     std::fputs(mesa::dry_run(config, static_cast<int64_t>(args.fit)).c_str(), stdout);
     return 0;
   }
+  if (args.check_comm) return mesa::check_comm(std::move(config));
   mesa::handle_signals();  // from the set-up on, a signal ends in a resumable state
   return mesa::train(std::move(config), args.options);
 }
@@ -71,8 +73,9 @@ int main(int argc, char** argv) {
       ->type_name("BYTES")
       ->needs(dry);
   app.add_flag("--list-models", args.list, "print the models that model.name may name, with their sizes and what they keep; train nothing");
+  app.add_flag("--check-comm", args.check_comm, "print who the ranks of this run are and how fast they add up, refuse those that differ; train nothing");
   app.add_flag("--quiet", args.options.quiet, "no progress, only warnings and the summary");
-  app.footer("Exit codes: 0 done; 1 failed; 2 wrong usage or config; 75 stopped by a signal and resumable.");
+  app.footer("Exit codes: 0 done; 1 failed; 2 wrong usage or config; 69 another rank failed; 75 stopped by a signal and resumable.");
   return mesa::run_app(app, argc, argv, [&] {
     if (resume_option->count() > 0) args.options.resume = resume.empty() ? "auto" : resume;
     return run(args);

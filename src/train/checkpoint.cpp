@@ -40,6 +40,7 @@ void each_field(State& s, F&& f) {
 template <class State, class F>
 void each_later_field(State& s, F&& f) {
   f("eval_top1_ema", s.eval_top1_ema), f("eval_top5_ema", s.eval_top5_ema), f("eval_loss_ema", s.eval_loss_ema);
+  f("ranks", s.ranks);
 }
 
 std::string state_json(const TrainingState& state, const Optimizer& optimizer, const Ema* ema) {
@@ -295,7 +296,9 @@ LoadedRun load_checkpoint(const std::string& folder, const RunConfig& config, Pa
       state[name].get_to(value);
   };
   each_field(out.state, read);
-  if (state.contains("eval_top1_ema")) each_later_field(out.state, read);
+  each_later_field(out.state, [&](const char* name, auto& value) {
+    if (state.contains(name)) read(name, value);
+  });
   const SafetensorsFile tensors = read_safetensors(folder + "/" + kStateTensors);
   load_optimizer(state, tensors, config, folder, optimizer);
   if (ema != nullptr) out.average_begins = !load_average(state, folder, *ema);
@@ -338,7 +341,9 @@ bool lies_in(const std::string& path, const std::string& folder) {
 std::string describe_changes(const LoadedRun& loaded, const RunConfig& config) {
   std::string names;
   for (const auto& [key, was] : changed_keys(loaded.config, config)) {
-    const bool order = key == "train.batch_size" || key == "seed" || key == "data.kind" || key == "data.train_size";
+    const bool batch =
+        key == "train.batch_size" && loaded.state.ranks == config.ranks;  // else another number of ranks has parts of its own
+    const bool order = batch || key == "seed" || key == "data.kind" || key == "data.train_size";
     if (order && loaded.state.batch > 0)
       config.refuse(key, "the checkpoint stopped within an epoch, where this cannot change; it was ", was);
     names += concat(names.empty() ? "" : ", ", key, " (was ", was, ")");

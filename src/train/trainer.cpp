@@ -42,6 +42,7 @@ class Run {
  private:
   void start();
   void take_up(const std::string& checkpoint);
+  void move_to_batch(int64_t images_then);
   void check_alike();
   void open_folder();
   void introduce();
@@ -118,6 +119,7 @@ Run::Run(RunConfig config, const TrainOptions& options, World& world)
       updates_per_epoch_((train_loader_.batches_per_epoch() + config_.train.accumulation - 1) / config_.train.accumulation),
       schedule_(make_schedule(config_, updates_per_epoch_)),
       updater_(config_, model_, policy_, *optimizer_, ema_.get(), schedule_, transform_, team_) {
+  state_.ranks = config_.ranks;
   config_.model.classes = net_.input().classes;  // from here on fixed: config.yaml and the checkpoints say it
   if (config_.output.empty() && options_.resume == "auto")
     throw UsageError("--resume needs to know the run: give its folder with --output (or `output` in the config)");
@@ -146,10 +148,20 @@ void Run::take_up(const std::string& checkpoint) {
   changes_ = describe_changes(loaded, config_);
   if (loaded.average_begins) start_ = "the checkpoint has no moving average of the weights; it begins with the present ones";
   state_ = loaded.state;
+  move_to_batch(loaded.config.train.batch_size * loaded.state.ranks);
   bad_samples_before_ = state_.bad_samples;
   finished_before_ = done();
   // Whoever resumes after too many bad steps has changed something and gets the full number again.
   if (state_.bad_in_a_row >= config_.train.max_bad_steps) state_.bad_in_a_row = 0;
+}
+
+/// A checkpoint of another number of ranks counts batches of another size: the epoch goes on with the batch that holds its next image.
+void Run::move_to_batch(int64_t images_then) {
+  const int64_t images = state_.batch * images_then, now = config_.train.batch_size * config_.ranks;
+  state_.batch = images / now;
+  if (images % now != 0)
+    start_ = concat("batches of ", now, " images in place of ", images_then, ": ", images % now, " images of this epoch are seen twice");
+  state_.ranks = config_.ranks;
 }
 
 /// Ranks that do not begin with the same weights at the same place would go on side by side and never meet.

@@ -102,6 +102,7 @@ TEST_CASE("rank: waits", "[.rank]") {
     std::fprintf(stderr, "rank %ld stands at step 12\n", world.me().rank);
     const char* role = std::getenv("MESA_TEST_RANK_FAILS");
     if (role != nullptr && std::stol(role) == world.me().rank) {
+      std::this_thread::sleep_for(std::chrono::seconds(1));  // until the others stand there, too
       world.control()->report("has had enough");
       std::_Exit(1);
     }

@@ -1,0 +1,201 @@
+// Training on several ranks: the same numbers as on one, stops and resumes in common, and an end for all when one is lost.
+#include <signal.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <filesystem>
+#include <random>
+#include <thread>
+
+#include "apps/tiny_run.h"
+#include "mesa/dist/control.h"
+#include "mesa/train/files.h"
+#include "support/mpirun.h"
+
+using namespace mesa::testing;
+using Catch::Matchers::Contains;
+namespace fs = std::filesystem;
+
+namespace {
+
+/// Everything that draws random numbers for a sample or an element is on.
+const Args kRandom{"model.drop_path=0.2", "model.drop_rate=0.1", "data.mixup=0.8", "data.cutmix=1",
+                   "data.mix_mode=elem",  "data.flip=0.5",       "data.repeats=2", "storage=exact",
+                   "train.ema_decay=0.9", "train.clip_norm=1",   "train.epochs=9", "schedule.warmup_epochs=1"};
+
+Args with(Args args, const Args& more) {
+  args.insert(args.end(), more.begin(), more.end());
+  return args;
+}
+std::string batch_of(int ranks) { return mesa::concat("train.batch_size=", 16 / ranks); }
+
+struct RankRun : TinyRun {
+  ProcessResult train_on(int ranks, const Args& sets, const std::string& output, const Args& more = {}) const {
+    return mpirun(ranks, "mesa-train", train_args(with(sets, {batch_of(ranks)}), output, more), {}, path("."));
+  }
+  std::unique_ptr<Process> start_on(int ranks, const Args& sets, const std::string& output, const Args& more = {}) const {
+    Args args{"mpirun"};
+    for (std::string& arg : mpirun_args(ranks)) args.push_back(std::move(arg));
+    args.push_back(std::string(MESA_BIN_DIR) + "/mesa-train");
+    for (std::string& arg : train_args(with(sets, {batch_of(ranks)}), output, more)) args.push_back(std::move(arg));
+    return std::make_unique<Process>("/usr/bin/env", args, mpirun_environment({{"MESA_RANK_TIMEOUT", "8"}}), path("."));
+  }
+  std::string weights(const std::string& run) const {
+    const std::string text = read_text(path(run + "/checkpoints/last/model.safetensors"));
+    uint64_t header = 0;
+    std::memcpy(&header, text.data(), 8);
+    return text.substr(8 + header);  // the metadata before it hold the config
+  }
+};
+
+void check_close(const std::vector<Json>& a, const std::vector<Json>& b, double tolerance) {
+  REQUIRE(a.size() == b.size());
+  for (size_t i = 0; i < a.size(); ++i) {
+    CAPTURE(i);
+    for (const char* key : {"loss", "grad_norm"}) {
+      const double x = a[i].at(key), y = b[i].at(key);
+      CHECK(std::fabs(x - y) <= tolerance * std::fabs(x));
+    }
+    CHECK(a[i].at("lr") == b[i].at("lr"));
+    CHECK(a[i].at("step") == b[i].at("step"));
+  }
+}
+
+/// The processes of a run, found by the folder that they write to.
+std::vector<pid_t> ranks_of(const std::string& output) {
+  std::vector<pid_t> found;
+  for (const auto& entry : fs::directory_iterator("/proc")) {
+    const std::string name = entry.path().filename();
+    if (!std::all_of(name.begin(), name.end(), ::isdigit)) continue;
+    std::ifstream file(entry.path() / "cmdline", std::ios::binary);
+    const std::string line((std::istreambuf_iterator<char>(file)), {});
+    if (line.find("mesa-train") < line.find('\0') && line.find(output) != std::string::npos) found.push_back(std::stoi(name));
+  }
+  std::sort(found.begin(), found.end());
+  return found;
+}
+
+}  // namespace
+
+TEST_CASE("ranks: the same curve on 1, 2 and 4, and bit for bit on as many", "[ranks]") {
+  if (!has_mpirun()) return;
+  const RankRun run;
+  REQUIRE(run.train_on(1, kRandom, "one").code == 0);
+  const auto one = run.metrics("one");
+  CHECK(one.size() >= 50);
+  for (const int n : {2, 4}) {
+    CAPTURE(n);
+    const ProcessResult result = run.train_on(n, kRandom, mesa::concat("run", n));
+    INFO(result.err);
+    REQUIRE(result.code == 0);
+    check_close(one, run.metrics(mesa::concat("run", n)), 1e-5);
+    const auto a = run.curve("one"), b = run.curve(mesa::concat("run", n));
+    REQUIRE(a.size() == b.size());
+    for (size_t i = 1; i < a.size(); ++i) CHECK(std::stod(a[i][2]) == Approx(std::stod(b[i][2])).epsilon(1e-4));  // the evaluation's loss
+  }
+  REQUIRE(run.train_on(2, kRandom, "again").code == 0);
+  CHECK(run.metrics("again") == run.metrics("run2"));
+  CHECK(run.weights("again") == run.weights("run2"));
+}
+
+TEST_CASE("ranks: int8 storage, accumulation and a teacher train on two", "[ranks]") {
+  if (!has_mpirun()) return;
+  const RankRun run;
+  REQUIRE(run.train({}, "teacher").code == 0);
+  const ProcessResult result =
+      run.train_on(2, {"storage=mesa", "train.accumulation=2", "distill.kind=hard", "distill.teacher=teacher"}, "student");
+  INFO(result.err);
+  CHECK(result.code == 0);
+  CHECK(run.json("student/summary.json")["epochs"] == 2);
+}
+
+TEST_CASE("ranks: a signal stops all after one step, and any number of ranks goes on", "[ranks]") {
+  if (!has_mpirun()) return;
+  const RankRun run;
+  const Args sets = with(kRandom, {"train.epochs=40"});
+  REQUIRE(run.train_on(1, sets, "straight").code == 0);
+  const auto stopped = run.start_on(4, sets, "stopped");
+  REQUIRE(stopped->wait_for("epoch 2/40"));
+  stopped->send(SIGUSR1);  // mpirun passes it on to the ranks
+  const ProcessResult result = stopped->finish();
+  INFO(result.err);
+  CHECK(result.code == 75);
+  CHECK_THAT(result.err, Contains("stopped by signal 10 after step"));
+  fs::copy(run.path("stopped"), run.path("on3"), fs::copy_options::recursive);
+  REQUIRE(run.train_on(2, sets, "stopped", {"--resume"}).code == 0);
+  check_close(run.metrics("straight"), run.metrics("stopped"), 2e-4);
+  const ProcessResult three =
+      mpirun(3, "mesa-train", run.train_args(with(sets, {"train.batch_size=6"}), "on3", {"--resume"}), {}, run.path("."));
+  INFO(three.err);
+  CHECK(three.code == 0);  // another global batch: not the same curve
+  CHECK(run.json("on3/summary.json")["epochs"] == 40);
+}
+
+TEST_CASE("ranks: one that is killed or stopped ends the run soon, and its checkpoint resumes", "[ranks]") {
+  if (!has_mpirun()) return;
+  std::mt19937 random{std::random_device{}()};
+  const char* wish = std::getenv("MESA_TEST_LOST_RANKS");
+  const int times = wish != nullptr ? std::stoi(wish) : 1;
+  const Args sets{"train.epochs=100000", "train.checkpoint_interval=3", "storage=exact", "schedule.name=constant"};
+  const RankRun straight;
+  REQUIRE(straight.train_on(3, {"train.steps=400", "train.epochs=100000", "storage=exact", "schedule.name=constant"}, "run").code == 0);
+  for (int i = 0; i < times; ++i)
+    for (const int signal : {SIGKILL, SIGSTOP}) {
+      const RankRun run;
+      const auto lost = run.start_on(3, sets, "run-to-be-lost");
+      REQUIRE(lost->wait_for("epoch 1/"));
+      std::this_thread::sleep_for(std::chrono::milliseconds(random() % 500));
+      const std::vector<pid_t> ranks = ranks_of("run-to-be-lost");
+      REQUIRE(ranks.size() == 3);
+      const size_t victim = random() % 3;
+      CAPTURE(i, signal, victim);
+      const auto start = std::chrono::steady_clock::now();
+      kill(ranks[victim], signal);
+      const ProcessResult result = lost->finish(std::chrono::seconds(60));
+      INFO(result.err);
+      CHECK_FALSE(result.timed_out);
+      CHECK(result.code != 0);
+      CHECK(std::chrono::steady_clock::now() - start < std::chrono::seconds(30));
+      if (signal == SIGSTOP) CHECK_THAT(result.err, Contains("has not answered for") && Contains("last heard of at step"));
+      for (int wait = 0; wait < 50 && !ranks_of("run-to-be-lost").empty(); ++wait)
+        std::this_thread::sleep_for(std::chrono::milliseconds(100));
+      CHECK(ranks_of("run-to-be-lost").empty());
+      CHECK_NOTHROW(mesa::verify_folder(run.path("run-to-be-lost/checkpoints/last")));
+      const int64_t step = run.json("run-to-be-lost/checkpoints/last/state.json")["step"];
+      const std::string steps = mesa::concat("train.steps=", std::max<int64_t>(400, step + 3));
+      const ProcessResult resumed = run.train_on(3, with(sets, {steps}), "run-to-be-lost", {"--resume"});
+      INFO(resumed.err);
+      REQUIRE(resumed.code == 0);
+      auto expected = straight.metrics("run"), found = run.metrics("run-to-be-lost");
+      found.resize(400);
+      CHECK(found == expected);
+    }
+}
+
+TEST_CASE("ranks: an error on one of them is told once, with its rank", "[ranks]") {
+  if (!has_mpirun()) return;
+  const RankRun run;
+  const std::string train = std::string(MESA_BIN_DIR) + "/mesa-train --config tiny.yaml --output out --set train.batch_size=8 ";
+  const Args script{"-c", "exec " + train + "--set seed=$OMPI_COMM_WORLD_RANK"};
+  Args args{"mpirun"};
+  for (std::string& arg : mpirun_args(2)) args.push_back(std::move(arg));
+  args.insert(args.end(), {"/bin/bash", script[0], script[1]});
+  const ProcessResult result = mesa::testing::run("/usr/bin/env", args, mpirun_environment(), run.path("."));
+  INFO(result.err);
+  CHECK(result.code != 0);
+  CHECK_THAT(result.err, Contains("ranks 0 and 1 differ in version or config"));
+  CHECK_FALSE(run.exists("out/checkpoints"));
+}
+
+TEST_CASE("ranks: --check-comm tells who is there and how fast they add up", "[ranks]") {
+  if (!has_mpirun()) return;
+  const RankRun run;
+  const ProcessResult result = mpirun(2, "mesa-train", {"--config", "tiny.yaml", "--check-comm"}, {}, run.path("."));
+  INFO(result.err << result.out);
+  CHECK(result.code == 0);
+  for (const char* text :
+       {"rank 0: host ", "rank 1: host ", "local rank 1", "config ", "sum of 64 MB over 2 ranks: ", "GB/s", "all 2 ranks are there"})
+    CHECK_THAT(result.out, Contains(text));
+  CHECK(run.call("mesa-train", {"--config", "tiny.yaml", "--check-comm"}).code == 0);  // one alone
+}
