@@ -97,8 +97,9 @@ if wanted training; then
       name=${model%:*} batch=${model#*:}
       attempt "mesa_${name}_$round" 60 bash -c 'mesa "$@"' - "$bin/mesa-bench" --config "bench/$name.yaml" --device cuda --storage exact,int8,int4 --steps 20 --warmup 5 \
         --set "train.batch_size=$batch" --set train.precision=bf16 --json "$logs/mesa_${name}_$round.json"
-      attempt "torch_${name}_$round" 60 python3 tools/peers/torch_step.py --model "$name" --batch "$batch" --steps 20
-      attempt "torch_compile_${name}_$round" 90 python3 tools/peers/torch_step.py --model "$name" --batch "$batch" --steps 20 --compile
+      layout=(); [[ $name != resnet* ]] || layout=(--channels-last)
+      attempt "torch_${name}_$round" 60 python3 tools/peers/torch_step.py --model "$name" --batch "$batch" --steps 20 "${layout[@]}"
+      attempt "torch_compile_${name}_$round" 90 python3 tools/peers/torch_step.py --model "$name" --batch "$batch" --steps 20 --compile "${layout[@]}"
     done
   done
   # The host against the GPU: passes of a small model at a small batch, handed over one by one and recorded.

@@ -2,8 +2,8 @@
 // dgamma = sum dy xhat, dbeta = sum dy, dx = gamma rstd (dy - dbeta / n - xhat dgamma / n).
 #include "column_sums.h"
 #include "mesa/kernels/batch_norm.h"
+#include "norm_row.h"
 #include "pointwise.h"
-#include "rows.h"
 
 namespace mesa::kernels::cuda {
 namespace {
@@ -123,7 +123,7 @@ __global__ void batch_norm_kernel(int64_t packs, int64_t across, const X* x, con
     for (int k = 0; k < N; ++k) v.v[k] = (v.v[k] - m[k]) * r[k];
     if (xhat != nullptr) store_pack(xhat + i * N, v.v);
 #pragma unroll
-    for (int k = 0; k < N; ++k) v.v[k] = g[k] * v.v[k] + b[k];
+    for (int k = 0; k < N; ++k) v.v[k] = affine_of(v.v[k], g[k], b[k]);
     store_pack(y + i * N, v.v);
   }
 }

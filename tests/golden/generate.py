@@ -159,6 +159,8 @@ def generate(path, make_model, steps, image=(IMAGE, IMAGE), batch=BATCH):
     with torch.no_grad():
         for name, p in model.named_parameters():  # nothing is at a special value: gains near one, everything else spread out
             p.copy_(half_precise(torch.randn_like(p) * 0.15 + (1.0 if is_gain(name) else 0.0)))
+            if name == "bn1.bias":
+                p.copy_(half_precise(p - 1.0))  # or a channel is nowhere 0 behind the pooling, and the next norm takes away what its bias does
         for name, b in model.named_buffers():
             if name.endswith("running_var"):
                 b.copy_(half_precise(torch.rand_like(b) + 0.5))

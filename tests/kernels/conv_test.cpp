@@ -68,6 +68,7 @@ struct Operands {
   }
 };
 
+/// Of the terms together. A bf16 is rounded to within 2^-8.
 double tolerance(DType dtype) { return dtype == DType::f64 ? 1e-13 : dtype == DType::f32 ? 2e-6 : 0.0041; }
 
 }  // namespace
@@ -88,7 +89,8 @@ TEST_CASE("convolutions and their gradients are the sums they stand for", "[kern
       });
       const Tensor got_y = empty_like(o.dy), got_dx = empty_like(o.x), got_dw = empty_like(o.w), again = empty_like(o.w);
       kernels::conv2d(o.x, o.w, o.bias, got_y, s.g);
-      expect(got_y, y, tolerance(dtype), ty);
+      const bool bias_after = test_device() == kCuda && dtype == DType::bf16;  // another rounding
+      expect(got_y, y, (bias_after ? 2 : 1) * tolerance(dtype), ty);
       kernels::conv2d_data_grad(o.dy, o.w, got_dx, s.g);
       expect(got_dx, dx, tolerance(dtype), tx);
       kernels::conv2d_weight_grad(o.dy, o.x, got_dw, false, s.g);

@@ -97,16 +97,17 @@ TEST_CASE("resnet: resnet18 and resnet50 have timm's parameters and buffers unde
   }
 }
 
+// Operations as torchvision publishes them, multiply-adds of products (1.82, 3.67, 4.11 and 7.83 elsewhere count the norms, too).
 TEST_CASE("resnet: parameter counts and operations of the published sizes") {
   struct Known {
     const char* name;
     double millions, giga_products;
   };
-  for (const Known& k : {Known{"resnet18", 11.69, 1.82}, Known{"resnet34", 21.80, 3.67}, Known{"resnet50", 25.56, 4.11},
-                         Known{"resnet101", 44.55, 7.83}, Known{"resnet152", 60.19, 11.56}}) {
+  for (const Known& k : {Known{"resnet18", 11.69, 1.814}, Known{"resnet34", 21.80, 3.664}, Known{"resnet50", 25.56, 4.089},
+                         Known{"resnet101", 44.55, 7.801}, Known{"resnet152", 60.19, 11.514}}) {
     INFO(k.name);
     CHECK(static_cast<double>(Plan(config_of(k.name)).store.count()) / 1e6 == Approx(k.millions).margin(0.006));
-    CHECK(config_of(k.name).forward_flops() / 2e9 == Approx(k.giga_products).margin(0.006));
+    CHECK(config_of(k.name).forward_flops() / 2e9 == Approx(k.giga_products).margin(0.0006));
   }
 }
 

@@ -132,7 +132,7 @@ TEST_CASE("trainer: NaN in a checkpoint's weights is named, stops the run, and s
 }
 
 TEST_CASE("trainer: running statistics are saved and resumed, and a bad update leaves no trace in them") {
-  const std::vector<std::string> sets{"train.accumulation=2", "storage=int8"};
+  const std::vector<std::string> sets{"train.accumulation=2", "storage=int8", "schedule.name=constant"};
   const Trainer t, straight;
   const auto with = [&](std::vector<std::string> more) {
     more.insert(more.end(), sets.begin(), sets.end());
@@ -153,7 +153,8 @@ TEST_CASE("trainer: running statistics are saved and resumed, and a bad update l
     REQUIRE(t.run_resnet(with({}), "auto") == 0);
     REQUIRE(straight.run_resnet(with({})) == 0);
     CHECK(statistics(last) != first);
-    CHECK(t.text("run/checkpoints/last/model.safetensors") == straight.text("run/checkpoints/last/model.safetensors"));
+    const bool same = t.text("run/checkpoints/last/model.safetensors") == straight.text("run/checkpoints/last/model.safetensors");
+    CHECK(same);
   }
   SECTION("spared") {
     poison(last, "layer2.0.conv1.weight");
