@@ -31,6 +31,7 @@ Batch without_replacements(const Batch& batch) {
   const int64_t bytes = batch.images.numel() / n;
   for (int64_t from = 0, to = 0; from < n; ++from) {
     if (std::find(batch.replaced.begin(), batch.replaced.end(), from) != batch.replaced.end()) continue;
+    out.sample_indices.push_back(batch.sample_indices[static_cast<size_t>(from)]);
     std::copy_n(batch.images.data<uint8_t>() + from * bytes, bytes, out.images.data<uint8_t>() + to * bytes);
     out.labels.data<int64_t>()[to++] = batch.labels.data<int64_t>()[from];
   }
@@ -40,7 +41,8 @@ Batch without_replacements(const Batch& batch) {
 }  // namespace
 
 EvalResult evaluate(const BuiltModel& model, Loader& loader, const TransformOptions& transform, const std::function<bool()>& stop,
-                    const std::function<void(int64_t done)>& progress) {
+                    const std::function<void(int64_t done)>& progress,
+                    const std::function<void(const Batch& batch, const Tensor& logits)>& look) {
   const auto start = std::chrono::steady_clock::now();
   EvalResult result;
   int64_t top1 = 0, top5 = 0;
@@ -64,6 +66,7 @@ EvalResult evaluate(const BuiltModel& model, Loader& loader, const TransformOpti
     top5 += count_top(logits, labels, std::min<int64_t>(5, logits.dim(1)));
     result.images += n;
     if (progress) progress(result.images);
+    if (look) look(sent.host, logits);
   }
   const double n = static_cast<double>(std::max<int64_t>(result.images, 1));
   result.loss = loss / n;

@@ -28,6 +28,9 @@ Image decode_image(const uint8_t* bytes, size_t size, const std::string& name, c
 /// Reads and decodes a file; errors name it.
 Image read_image(const std::string& path, const DecodeOptions& options = {});
 
+/// The bytes of a PNG file with these pixels (1 or 3 channels), without loss.
+std::vector<uint8_t> to_png(const Image& image);
+
 /// Gray <-> RGB: gray is repeated, RGB becomes ITU-R 601 luma as in Pillow's convert("L").
 Image convert_channels(Image image, int channels);
 

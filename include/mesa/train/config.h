@@ -63,6 +63,9 @@ struct TrainConfig {
   int64_t steps = 0;                ///< 0 = all
   int64_t checkpoint_interval = 0;  ///< steps; 0 = after each epoch only
   std::vector<std::string> frozen;  ///< globs of parameter names
+  bool tensorboard = false;
+  std::vector<std::string> histograms;  ///< globs of parameter names and sites
+  int64_t health_interval = 0;          ///< steps; 0 = off
   std::string weights;              ///< checkpoint or safetensors file to begin with; empty = first values
   bool operator==(const TrainConfig&) const = default;
 };

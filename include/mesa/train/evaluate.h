@@ -16,9 +16,11 @@ struct EvalResult {
   double images_per_second() const { return seconds > 0 ? static_cast<double>(images) / seconds : 0; }
 };
 
-/// Runs every batch of the loader's epoch 0 without a tape. `stop` is asked before each batch; `progress` is told images done.
+/// Runs every batch of the loader's epoch 0 without a tape. `stop` is asked before each batch; `progress` is told images done; `look` is shown
+/// each batch with its logits, f32 [B, K] on the CPU.
 EvalResult evaluate(const BuiltModel& model, Loader& loader, const TransformOptions& transform, const std::function<bool()>& stop = {},
-                    const std::function<void(int64_t done)>& progress = {});
+                    const std::function<void(int64_t done)>& progress = {},
+                    const std::function<void(const Batch& batch, const Tensor& logits)>& look = {});
 
 /// How many of the batch's labels are among the `k` highest logits (ties resolved for the lower class, NaN counts as wrong).
 int64_t count_top(const Tensor& logits, const Tensor& labels, int64_t k);
