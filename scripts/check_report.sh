@@ -39,23 +39,35 @@ cp "$out/int8/samples.json" "$out/int8/mistakes.json" "$out/int8/config.yaml" "$
 "$build/bin/mesa-report" "$out/long" > /dev/null
 "$build/bin/mesa-report" "$out/exact" "$out/int8" "$out/int4" -o "$out/several.html" > /dev/null
 
-# What a page says of itself when it is drawn and the pointer has been over each chart.
-probe='<script>
-addEventListener("load", () => requestAnimationFrame(() => setTimeout(() => {
-  const d = document.documentElement, drawn = performance.now();
-  const wide = [...document.querySelectorAll("main *")].filter(e => !e.closest(".scroll,pre,svg,[hidden]") && e.getBoundingClientRect().right > innerWidth + 1).length;
+# A page in a frame as wide as the screen, since a browser's window has a least width; and what it is like once it is laid out and the
+# pointer has been over each chart.
+cat > "$out/probe.js" <<'JS'
+addEventListener('load', () => {
+  const page = document.querySelector('iframe').contentWindow, d = page.document, right = e => e.getBoundingClientRect().right;
+  const wide = [...d.querySelectorAll('main *')].filter(e => !e.closest('.scroll,pre,svg,[hidden]') && right(e) > page.innerWidth + 1).length;
+  const drawn = page.performance.now();
   let silent = 0;
-  for (const plot of document.querySelectorAll(".plot")) {
-    const r = plot.getBoundingClientRect();
-    plot.dispatchEvent(new PointerEvent("pointermove", {clientX: r.left + 0.6 * r.width, clientY: r.top + 9}));
-    const tip = plot.querySelector(".tip");
-    if (tip.hidden || !/ at step [0-9,]+$/.test(tip.textContent)) ++silent;
-    plot.dispatchEvent(new PointerEvent("pointerleave"));
+  for (const plot of d.querySelectorAll('.plot')) {
+    const r = plot.getBoundingClientRect(), point = {clientX: r.left + 0.6 * r.width, clientY: r.top + 9};
+    plot.dispatchEvent(new page.PointerEvent('pointermove', point));
+    const tip = plot.querySelector('.tip');
+    if (tip.hidden || !/^step [0-9,]+\D+[0-9.]/.test(tip.textContent) || tip.getBoundingClientRect().left < 0 || right(tip) > page.innerWidth) ++silent;
+    plot.dispatchEvent(new page.PointerEvent('pointerleave'));
   }
-  const dark = getComputedStyle(document.body).backgroundColor;
-  d.dataset.probe = `milliseconds=${Math.round(drawn)} width=${innerWidth} overflow=${d.scrollWidth > innerWidth ? 1 : 0} wide=${wide} silent=${silent} plots=${document.querySelectorAll(".plot").length} ground=${dark.replace(/ /g, "")}`;
-}, 0)));
-</script>'
+  const ground = page.getComputedStyle(d.body).backgroundColor.replace(/ /g, '');
+  document.documentElement.dataset.probe = `milliseconds=${Math.round(drawn)} width=${page.innerWidth} ` +
+    `overflow=${d.documentElement.scrollWidth > page.innerWidth ? 1 : 0} wide=${wide} silent=${silent} ` +
+    `plots=${d.querySelectorAll('.plot').length} ground=${ground}`;
+});
+JS
+
+frame() {  # page, width
+  printf '<!DOCTYPE html><html style="color-scheme:light dark"><body style="margin:0"><iframe style="border:0;display:block;width:%spx;height:6000px" srcdoc="' "$2"
+  sed -e 's/&/\&amp;/g' -e 's/"/\&quot;/g' "$1"
+  printf '"></iframe><script>'
+  cat "$out/probe.js"
+  printf '</script></body></html>\n'
+}
 
 failed=0
 complain() { echo "FAILED: $*"; failed=1; }
@@ -63,27 +75,28 @@ browse() { timeout 120 "$browser" --headless --no-sandbox --disable-gpu --hide-s
 field() { echo "$said" | tr ' ' '\n' | sed -n "s/^$1=//p"; }
 
 check() {  # name, page, width, light or dark
-  name=$1 page=$2 width=$3 mode=$4
-  sed "s|</body>|<!--probe--></body>|" "$page" > "$out/probe.html"
-  printf '%s\n' "$probe" > "$out/probe.txt"
-  sed -i -e "/<!--probe-->/{r $out/probe.txt
-}" "$out/probe.html"
-  # A frame, since a browser's window has a least width; its page reports through its own title.
-  dark=''
-  [ "$mode" = dark ] && dark=--blink-settings=preferredColorScheme=0
-  [ "$mode" = light ] && dark=--blink-settings=preferredColorScheme=1
-  browse $dark --window-size="$width",1600 --dump-dom --virtual-time-budget=20000 "file://$out/probe.html" > "$out/dom.txt" 2> "$out/console.txt" || complain "$name: the browser ended with $?"
+  name=$1 page=$2 width=$3
+  scheme=--blink-settings=preferredColorScheme=1
+  [ "$4" = dark ] && scheme=--blink-settings=preferredColorScheme=0
+  frame "$page" "$width" > "$out/frame.html"
+  browse "$scheme" --window-size=1280,1600 --dump-dom "file://$out/frame.html" > "$out/dom.txt" 2> "$out/console.txt" ||
+    complain "$name: the browser ended with $?"
   said=$(sed -n 's/.*data-probe="\([^"]*\)".*/\1/p' "$out/dom.txt" | head -1)
-  browse $dark --window-size="$width",3000 --screenshot="$out/$name.png" "file://$page" > /dev/null 2>> "$out/console.txt" || complain "$name: no screenshot"
+  browse "$scheme" --window-size="$((width < 500 ? 500 : width)),4200" --screenshot="$out/$name.png" "file://$out/frame.html" > /dev/null \
+    2>> "$out/console.txt" || complain "$name: no screenshot"
   grep -q 'CONSOLE' "$out/console.txt" && complain "$name: $(grep -m1 CONSOLE "$out/console.txt")"
-  [ -n "$said" ] || complain "$name: the page said nothing"
+  if [ -z "$said" ]; then
+    complain "$name: the page said nothing"
+    return
+  fi
   echo "$name: $(wc -c < "$page") bytes, $said"
   [ "$(wc -c < "$page")" -lt 3000000 ] || complain "$name: larger than 3 MB"
+  [ "$(field width)" = "$width" ] || complain "$name: $(field width) pixels wide"
   [ "$(field milliseconds)" -lt 2000 ] || complain "$name: drawn in more than 2 s"
   [ "$(field overflow)" = 0 ] && [ "$(field wide)" = 0 ] || complain "$name: wider than its window"
   [ "$(field silent)" = 0 ] || complain "$name: a chart that shows no values under the pointer"
   [ "$(field plots)" -ge 6 ] || complain "$name: only $(field plots) charts"
-  case "$mode $(field ground)" in "dark rgb(20,23,26)" | "light rgb(255,255,255)") ;; *) complain "$name: the ground is $(field ground)" ;; esac
+  case "$4 $(field ground)" in "dark rgb(20,23,26)" | "light rgb(255,255,255)") ;; *) complain "$name: the ground is $(field ground)" ;; esac
 }
 
 for width in 1280 375; do
@@ -93,6 +106,6 @@ for width in 1280 375; do
     check "several-$width-$mode" "$out/several.html" $width $mode
   done
 done
-rm -f "$out/probe.html" "$out/probe.txt" "$out/dom.txt" "$out/console.txt"
+rm -f "$out/frame.html" "$out/probe.js" "$out/dom.txt" "$out/console.txt"
 [ $failed = 0 ] && echo "reports are as they should be; screenshots are in $out"
 exit $failed

@@ -1,5 +1,6 @@
 #include "mesa/train/report.h"
 
+#include <algorithm>
 #include <cmath>
 #include <map>
 #include <nlohmann/json.hpp>
@@ -112,14 +113,21 @@ std::string environment(const RunRecord& run) {
 
 std::string charts_html(const std::vector<Chart>& charts) {
   std::string out;
-  for (const Chart& chart : charts) out += draw(chart);
-  return "<section class=\"charts\" aria-label=\"Charts\">\n" + out + "</section>\n";
+  bool thinned = false;
+  for (const Chart& chart : charts) {
+    out += draw(chart);
+    thinned |= std::any_of(chart.curves.begin(), chart.curves.end(), is_thinned);
+  }
+  const std::string note = thinned ? "<p class=\"soft\">Of long curves the line is the mean of the steps that share a pixel, the pale band "
+                                     "their smallest and largest values.</p>\n"
+                                   : "";
+  return "<h2>Over the steps</h2>\n" + note + "<section class=\"charts\" aria-label=\"Charts\">\n" + out + "</section>\n";
 }
 
 std::string one_run(const RunRecord& run, const std::vector<Chart>& charts) {
   return "<header><h1>" + escape(run.name) + "</h1></header>\n" + facts(run) + list("Not everything could be read", run.notes) +
-         list("Warnings of the run", run.warnings) + "<h2>Over the steps</h2>\n" + charts_html(charts) + epoch_table(run) +
-         memory_section(run) + health_section(run) + pictures_section(run) + environment(run);
+         list("Warnings of the run", run.warnings) + charts_html(charts) + epoch_table(run) + memory_section(run) + health_section(run) +
+         pictures_section(run) + environment(run);
 }
 
 std::map<std::string, std::string> values_of(RunConfig config) {
@@ -171,8 +179,7 @@ std::string comparison(std::span<const RunRecord> runs, const std::vector<Chart>
   return concat("<header><h1>", runs.size(), " runs</h1></header>\n",
                 "<div class=\"scroll\"><table><thead><tr><th>run</th><th>storage</th><th>top-1 %</th><th>best %</th><th>eval loss</th>"
                 "<th>train loss</th><th>images/s</th><th>kept/image</th><th>exact</th><th>peak</th><th>steps</th></tr></thead><tbody>\n",
-                rows, "</tbody></table></div>\n", notes, "<h2>Over the steps</h2>\n", charts_html(charts), memory_comparison(runs),
-                differences(runs));
+                rows, "</tbody></table></div>\n", notes, charts_html(charts), memory_comparison(runs), differences(runs));
 }
 
 }  // namespace

@@ -44,31 +44,39 @@ Range x_range(const Chart& chart) {
   return r;
 }
 
-/// In each column the smallest and the largest value, in their order; a column without a finite value is a gap.
-std::vector<Point> thin(const Curve& curve, const Range& x) {
-  std::vector<Point> out;
+struct Thinned {
+  std::vector<Point> points;  // of each column the smallest and the largest value, in their order; one without a finite value is a gap
+  std::vector<Point> means;   // of the columns; empty where `points` are simply all
+};
+
+Thinned thin(const Curve& curve, const Range& x) {
+  Thinned out;
   const size_t n = std::min(curve.x.size(), curve.y.size());
   const auto value = [&](size_t i) { return std::clamp(curve.y[i], -kLargest, kLargest); };
-  if (n <= 2 * kColumns) {
-    for (size_t i = 0; i < n; ++i) out.push_back({curve.x[i], std::isfinite(curve.y[i]) ? value(i) : std::nan("")});
+  if (!is_thinned(curve)) {
+    for (size_t i = 0; i < n; ++i) out.points.push_back({curve.x[i], std::isfinite(curve.y[i]) ? value(i) : std::nan("")});
     return out;
   }
   const auto column = [&](size_t i) {
     return std::min(kColumns - 1, static_cast<int>((curve.x[i] - x.low) / (x.high - x.low) * kColumns));
   };
   for (size_t from = 0, to = 0; from < n; from = to) {
-    size_t low = n, high = n;
+    size_t low = n, high = n, finite = 0;
+    double sum = 0;
     for (to = from; to < n && column(to) == column(from); ++to) {
       if (!std::isfinite(curve.y[to])) continue;
+      ++finite, sum += value(to);
       if (low == n || value(to) < value(low)) low = to;
       if (high == n || value(to) > value(high)) high = to;
     }
     if (low == n) {
-      out.push_back({curve.x[from], std::nan("")});
+      out.points.push_back({curve.x[from], std::nan("")});
+      out.means.push_back(out.points.back());
       continue;
     }
-    out.push_back({curve.x[std::min(low, high)], value(std::min(low, high))});
-    if (low != high) out.push_back({curve.x[std::max(low, high)], value(std::max(low, high))});
+    out.points.push_back({curve.x[std::min(low, high)], value(std::min(low, high))});
+    if (low != high) out.points.push_back({curve.x[std::max(low, high)], value(std::max(low, high))});
+    out.means.push_back({(curve.x[from] + curve.x[to - 1]) / 2, sum / static_cast<double>(finite)});
   }
   return out;
 }
@@ -149,6 +157,15 @@ std::string path_of(const std::vector<Point>& points, const Axis& x, const Axis&
     open = true;
   }
   return out;
+}
+
+/// The curve; where it was thinned, the mean upon a pale band of all values.
+std::string lines_of(const Curve& c, const Axis& x, const Axis& y) {
+  const Thinned thinned = thin(c, {x.low, x.high});
+  const std::string kind = concat("<path class=\"line c", c.colour % kColours, c.dashed ? " dashed" : "");
+  const std::string points = path_of(thinned.points, x, y);
+  if (thinned.means.empty()) return concat(kind, "\" d=\"", points, "\"/>\n");
+  return concat(kind, " band\" d=\"", points, "\"/>\n", kind, "\" d=\"", path_of(thinned.means, x, y), "\"/>\n");
 }
 
 /// Short strokes at the upper edge where a value is not finite, one a column.
@@ -266,14 +283,15 @@ std::string short_number(double x) {
   return text_of("%.4g", x);
 }
 
+bool is_thinned(const Curve& curve) { return curve.x.size() > 2 * kColumns; }
+
 std::string draw(const Chart& chart) {
   const std::string head = "<figure class=\"chart\" id=\"chart-" + chart.id + "\">\n<figcaption><h3>" + escape(chart.title) + "</h3>";
   if (!has_values(chart)) return head + "</figcaption>\n<p class=\"none\">Nothing to draw yet.</p>\n</figure>\n";
   const Axis x = linear_axis(x_range(chart), false), y = y_axis(chart);
   std::string lines, marks, words;
   for (const Curve& c : chart.curves) {
-    lines += concat("<path class=\"line c", c.colour % kColours, c.dashed ? " dashed" : "", "\" d=\"",
-                    path_of(thin(c, {x.low, x.high}), x, y), "\"/>\n");
+    lines += lines_of(c, x, y);
     marks += marks_of(c, x);
     words += in_words(c);
   }
@@ -294,7 +312,7 @@ nlohmann::ordered_json points_of(const Chart& chart) {
   const Axis x = linear_axis(x_range(chart), false);
   for (const Curve& c : chart.curves) {
     nlohmann::ordered_json points = nlohmann::ordered_json::array();
-    for (const Point& p : thin(c, {x.low, x.high})) {
+    for (const Point& p : thin(c, {x.low, x.high}).points) {
       points.push_back(static_cast<int64_t>(p.x));
       points.push_back(rounded(p.y));
     }

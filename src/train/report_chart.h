@@ -28,6 +28,8 @@ struct Chart {
 std::string escape(const std::string& text);
 /// "0.0144", "12k", "5e-4": at most four digits.
 std::string short_number(double x);
+/// True if the curve has more points than are drawn.
+bool is_thinned(const Curve& curve);
 /// A <figure>: caption, legend, curves, axes and a description in words.
 std::string draw(const Chart& chart);
 /// The points that are drawn, for the page's script: {"curves": [{"name", "colour", "points": [x, y, x, y, ...]}], "x": [first, last]}.

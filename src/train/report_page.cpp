@@ -32,7 +32,7 @@ p{margin:.3rem 0}.soft,.none{color:var(--soft)}
 .plot:focus-visible{outline:2px solid var(--c0);outline-offset:2px}
 .plot svg{position:absolute;inset:0;width:100%;height:100%;overflow:visible;pointer-events:none}
 .plot path{fill:none;vector-effect:non-scaling-stroke}
-.grid{stroke:var(--rule);stroke-width:1}.line{stroke-width:1.6;stroke-linejoin:round;stroke-linecap:round}.line.dashed{stroke-dasharray:5 4;stroke-width:2}
+.grid{stroke:var(--rule);stroke-width:1}.line{stroke-width:1.6;stroke-linejoin:round;stroke-linecap:round}.line.dashed{stroke-dasharray:5 4;stroke-width:2}.line.band{opacity:.35;stroke-width:1}
 path.odd{stroke:var(--odd);stroke-width:2}
 .axes span{position:absolute;font-size:.74rem;color:var(--soft);font-variant-numeric:tabular-nums;white-space:nowrap}
 .axes .y{right:calc(100% + 6px);transform:translateY(-50%)}.axes .x{top:calc(100% + 4px);transform:translateX(-50%)}
@@ -80,18 +80,21 @@ constexpr const char* kScript = R"js(
       at = Math.min(1, Math.max(0, share));
       const [first, last] = chart.x, x = first + at * (last - first);
       cursor.style.left = 100 * at + '%';
-      tip.style.left = at < 0.5 ? 'calc(' + 100 * at + '% + 8px)' : '';
-      tip.style.right = at < 0.5 ? '' : 'calc(' + 100 * (1 - at) + '% + 8px)';
       tip.replaceChildren();
+      let step = null;
       for (const curve of chart.curves) {
         if (curve.points.length === 0) continue;
-        const i = nearest(curve.points, x), row = add(tip, 'div', 'c' + curve.colour);
+        const i = nearest(curve.points, x), there = curve.points[i].toLocaleString('en');
+        if (step === null) add(tip, 'div', '').textContent = 'step ' + (step = there);
+        const row = add(tip, 'div', 'c' + curve.colour);
         add(row, 'i', '').style.background = 'currentColor';
         const words = add(row, 'span', '');
         words.style.color = 'var(--ink)';
-        words.textContent = curve.name + ' ' + text(curve.points[i + 1]) + ' at step ' + curve.points[i].toLocaleString('en');
+        words.textContent = curve.name + ' ' + text(curve.points[i + 1]) + (there === step ? '' : ' at ' + there);
       }
       cursor.hidden = tip.hidden = false;
+      const width = plot.clientWidth, free = width - tip.offsetWidth;
+      tip.style.left = Math.min(free, Math.max(-40, at < 0.5 ? at * width + 8 : at * width - 8 - tip.offsetWidth)) + 'px';
     };
     hide();
     plot.addEventListener('pointermove', e => { const r = plot.getBoundingClientRect(); show((e.clientX - r.left) / r.width); });

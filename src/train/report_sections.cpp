@@ -120,8 +120,7 @@ std::string draw(const Bar& bar, int64_t widest, const std::map<std::string, int
   }
   const std::string times = bar.sites > 1 ? concat(" (", bar.sites, " sites)") : "";
   return "<div><div class=\"label\"><span>" + escape(bar.label + times) + "</span><span>" +
-         escape(
-             concat(format_bytes(bar.exact), ", ", format_bytes(bar.kept_bytes()), " kept", codecs.empty() ? "" : " (" + codecs + ")")) +
+         escape(concat(format_bytes(bar.exact), ", ", format_bytes(bar.kept_bytes()), " kept", codecs.empty() ? "" : " (" + codecs + ")")) +
          "</span></div><div class=\"bar\"><i class=\"exact\" style=\"" + width(bar.exact, widest) + "\"></i></div><div class=\"bar\">" +
          parts + "</div></div>\n";
 }
