@@ -339,5 +339,5 @@ TEST_CASE("report: of 100,000 steps every spike and gap is there in under 3 MB")
   CHECK(std::count_if(loss.begin(), loss.end(), [](const auto& p) { return std::isnan(p.second); }) >= 5);
   CHECK(std::is_sorted(loss.begin(), loss.end(), [](const auto& a, const auto& b) { return a.first < b.first; }));
   CHECK_THAT(all_text(elements), Contains("1000 not finite") && Contains("highest 98.75 at step 54321"));
-  CHECK_THAT(html, Contains("<path class=\"odd\""));
+  CHECK_THAT(html, Contains("<path class=\"odd\"") && Contains("<path class=\"line c0 band\"") && Contains("the mean of the steps"));
 }
