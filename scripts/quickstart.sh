@@ -21,7 +21,7 @@ build=${MESA_BUILD_ROOT:+$MESA_BUILD_ROOT/}build
 say "2/4  Release build in $build (the first takes a few minutes)"
 start=$SECONDS
 cmake --preset release -B "$build" >/dev/null
-cmake --build "$build" -j "$(nproc)" --target mesa-train mesa-eval mesa-bench
+cmake --build "$build" -j "$(nproc)" --target mesa-train mesa-eval mesa-bench mesa-report
 echo "built in $((SECONDS - start)) s"
 
 run=runs/quickstart-$(date +%Y%m%d-%H%M%S)
@@ -45,5 +45,5 @@ cat <<TEXT
 Done. What to try next:
   $build/bin/mesa-train --config configs/quickstart.yaml --dry-run --set storage=int4    what would be kept, site by site
   $build/bin/mesa-bench --config configs/quickstart.yaml --storage exact,int8,int4       speed, memory and gradient error
-  $run/                                                          the run: summary.csv, memory.csv, checkpoints
+  $run/                                                          the run: report.html, summary.csv, memory.csv, checkpoints
 TEXT

@@ -87,6 +87,7 @@ struct StoragePolicy::Impl {
   std::vector<Tensor> counters;
   int64_t rows_used = 0;  // of the last block
   bool counting = false;
+  Observer observer;
 
   SiteState& site_state(const Site& site);
   void load_pending(SiteState& state);
@@ -215,7 +216,7 @@ std::shared_ptr<const Saved::Entry> StoragePolicy::Impl::pack(const Tensor& x, S
 
 SavedAhead StoragePolicy::open(const Site& site, const Shape& shape, DType dtype, Device device) {
   Impl::SiteState& state = impl_->site_state(site);
-  if (!is_gpu(device) || state.codec == nullptr) return {};
+  if (!is_gpu(device) || state.codec == nullptr || impl_->observer) return {};
   const PackContext context = impl_->context_of(state, device);
   Opened opened = state.codec->open(shape, dtype, device, context);
   if (!opened.codes.defined()) return {};
@@ -272,8 +273,11 @@ Saved StoragePolicy::save(const Tensor& x, const Site& site, const std::shared_p
   }
   auto entry = impl_->pack(x, state);
   slot = entry;
+  if (impl_->observer) impl_->observer(record, x, Saved(entry));
   return Saved(entry);
 }
+
+void StoragePolicy::observe(Observer observer) { impl_->observer = std::move(observer); }
 
 void StoragePolicy::keep(const Tensor& statistic, const Site& site) {
   auto [found, fresh] = impl_->sites.try_emplace(site.name());  // no rule applies, so none is matched by it

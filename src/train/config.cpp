@@ -122,6 +122,9 @@ void check_config(const RunConfig& c) {
     c.refuse("train.batch_size", "a batch of ", c.train.batch_size, " is larger than the data set of ", c.data.train_size,
              " (data.train_size)");
   config::check_optimizer(c);
+  if (!c.train.histograms.empty() && !c.train.tensorboard) c.refuse("train.histograms", "needs train.tensorboard: true");
+  if (c.train.health_interval > 0 && c.train.cuda_graph)
+    c.refuse("train.health_interval", "cannot look into recorded passes; set train.cuda_graph: false");
   if (c.schedule.min_lr > c.optimizer.lr) c.refuse("schedule.min_lr", c.schedule.min_lr, " is above optimizer.lr, ", c.optimizer.lr);
 }
 

@@ -32,6 +32,7 @@ Batch without_replacements(const Batch& batch) {
   const int64_t bytes = batch.images.numel() / n;
   for (int64_t from = 0, to = 0; from < n; ++from) {
     if (std::find(batch.replaced.begin(), batch.replaced.end(), from) != batch.replaced.end()) continue;
+    out.sample_indices.push_back(batch.sample_indices[static_cast<size_t>(from)]);
     std::copy_n(batch.images.data<uint8_t>() + from * bytes, bytes, out.images.data<uint8_t>() + to * bytes);
     out.labels.data<int64_t>()[to++] = batch.labels.data<int64_t>()[from];
   }
@@ -41,7 +42,7 @@ Batch without_replacements(const Batch& batch) {
 }  // namespace
 
 EvalResult evaluate(const BuiltModel& model, Loader& loader, const TransformOptions& transform, const std::function<bool()>& stop,
-                    const std::function<void(int64_t done)>& progress, const AddUp& add_up) {
+                    const std::function<void(int64_t done)>& progress, const Look& look, const AddUp& add_up) {
   const auto start = std::chrono::steady_clock::now();
   EvalResult result;
   double loss = 0, top1 = 0, top5 = 0;
@@ -64,6 +65,7 @@ EvalResult evaluate(const BuiltModel& model, Loader& loader, const TransformOpti
     top5 += static_cast<double>(count_top(logits, labels, std::min<int64_t>(5, logits.dim(1))));
     result.images += n;
     if (progress) progress(result.images);
+    if (look) look(sent.host, logits);
   }
   if (add_up) {
     std::vector<double> sums{
@@ -81,11 +83,11 @@ EvalResult evaluate(const BuiltModel& model, Loader& loader, const TransformOpti
 }
 
 Evaluations evaluate_all(const BuiltModel& model, Ema* ema, Loader& loader, const TransformOptions& transform,
-                         const std::function<bool()>& stop, const AddUp& add_up) {
-  Evaluations out{evaluate(model, loader, transform, stop, {}, add_up), {}};
+                         const std::function<bool()>& stop, const Look& look, const AddUp& add_up) {
+  Evaluations out{evaluate(model, loader, transform, stop, {}, ema == nullptr ? look : Look{}, add_up), {}};
   if (ema == nullptr || !out.raw.complete) return out;
   const Ema::Use averages(*ema);
-  out.ema = evaluate(model, loader, transform, stop, {}, add_up);
+  out.ema = evaluate(model, loader, transform, stop, {}, look, add_up);
   return out;
 }
 

@@ -13,6 +13,7 @@
 #include <cstdlib>
 #include <filesystem>
 #include <nlohmann/json.hpp>
+#include <utility>
 #include <vector>
 
 #include "mesa/base/files.h"
@@ -24,8 +25,10 @@ namespace {
 using nlohmann::ordered_json;
 
 constexpr const char* kEpochHeader =
-    "epoch,train_loss,eval_loss,eval_top1,eval_top5,lr,images_per_second,activation_bytes_per_image,peak_bytes,seconds,eval_loss_ema,"
-    "eval_top1_ema,eval_top5_ema";
+    "epoch,train_loss,eval_loss,eval_top1,eval_top5,lr,images_per_second,activation_bytes_per_image,peak_bytes,seconds,step,"
+    "eval_loss_ema,eval_top1_ema,eval_top5_ema";
+constexpr const char* kHealthHeader = "step,site,codec,relative_error,clamped";
+constexpr const char *kEpochTable = "summary.csv", *kHealthTable = "health.csv";
 constexpr double kRedrawSeconds = 0.1;
 
 std::string cell(double x) {
@@ -56,24 +59,23 @@ void for_each_line(const std::string& text, F&& f) {
 }
 
 /// The cells that a table of the first columns alone lacks, as text; nothing if it is none.
-std::optional<std::string> missing_cells(const std::string& header) {
-  const std::string all = kEpochHeader;
-  if (header.find(",seconds") == std::string::npos || !(all + ",").starts_with(header + ",")) return {};
+std::optional<std::string> missing_cells(const std::string& header, const std::string& all) {
+  if (header != all && (header.find(",seconds") == std::string::npos || !all.starts_with(header + ","))) return {};
   return std::string(static_cast<size_t>(std::count(all.begin() + static_cast<std::ptrdiff_t>(header.size()), all.end(), ',')), ',');
 }
 
-std::string kept_rows(const std::string& path, int64_t last_epoch) {
-  std::string kept = std::string(kEpochHeader) + "\n";
+/// Rows of a table whose first column, an epoch or a step, is at most `last`.
+std::string kept_rows(const std::string& path, const char* table, const std::string& header, int64_t last) {
+  std::string kept = header + "\n";
   if (!std::filesystem::exists(path)) return kept;
   bool first = true;
   std::optional<std::string> missing;
   for_each_line(read_text(path), [&](const std::string& line) {
-    if (first) missing = missing_cells(line);
-    if (!missing) throw Error(concat(path, ": its first line is not that of a summary.csv; move the file away"));
-    int64_t epoch = 0;
-    const auto [end, code] = std::from_chars(line.data(), line.data() + line.size(), epoch);
-    if (!first && code == std::errc{} && end != line.data() + line.size() && *end == ',' && epoch <= last_epoch)
-      kept += line + *missing + "\n";
+    if (first) missing = missing_cells(line, header);
+    if (!missing) throw Error(concat(path, ": its first line is not that of a ", table, "; move the file away"));
+    int64_t number = 0;
+    const auto [end, code] = std::from_chars(line.data(), line.data() + line.size(), number);
+    if (!first && code == std::errc{} && end != line.data() + line.size() && *end == ',' && number <= last) kept += line + *missing + "\n";
     first = false;
   });
   return kept;
@@ -123,12 +125,14 @@ std::string bar(double done, int width) {
 }  // namespace
 
 EpochLog::EpochLog(const std::string& path, std::optional<int64_t> last_epoch)
-    : file_(restart(path, last_epoch ? kept_rows(path, *last_epoch) : std::string(kEpochHeader) + "\n"), OutputFile::Mode::append) {}
+    : file_(restart(path, last_epoch ? kept_rows(path, kEpochTable, kEpochHeader, *last_epoch) : std::string(kEpochHeader) + "\n"),
+            OutputFile::Mode::append) {}
 
 void EpochLog::append(const EpochRow& r) {
   file_.write(concat(r.epoch, ",", cell(r.train_loss), ",", cell(r.eval_loss), ",", cell(r.eval_top1), ",", cell(r.eval_top5), ",",
                      cell(r.lr), ",", cell(r.images_per_second), ",", cell(r.activation_bytes_per_image), ",", r.peak_bytes, ",",
-                     cell(r.seconds), ",", cell(r.eval_loss_ema), ",", cell(r.eval_top1_ema), ",", cell(r.eval_top5_ema), "\n"));
+                     cell(r.seconds), ",", r.step, ",", cell(r.eval_loss_ema), ",", cell(r.eval_top1_ema), ",", cell(r.eval_top5_ema),
+                     "\n"));
   file_.flush();
 }
 
@@ -149,6 +153,40 @@ void IntervalLog::append(const IntervalRow& r) {
                              {"bad_samples", r.bad_samples}};
   file_.write(line.dump() + "\n");
   file_.flush();
+}
+
+HealthLog::HealthLog(const std::string& path, std::optional<int64_t> last_step)
+    : file_(restart(path, last_step ? kept_rows(path, kHealthTable, kHealthHeader, *last_step) : std::string(kHealthHeader) + "\n"),
+            OutputFile::Mode::append) {}
+
+void HealthLog::append(std::span<const HealthRow> rows) {
+  for (const HealthRow& r : rows)
+    file_.write(concat(r.step, ",", cell(r.site), ",", cell(r.codec), ",", cell(r.relative_error), ",", cell(r.clamped), "\n"));
+  file_.flush();
+}
+
+std::vector<std::vector<std::string>> parse_csv(const std::string& text) {
+  std::vector<std::vector<std::string>> rows;
+  std::vector<std::string> row{""};
+  bool quoted = false;
+  for (size_t i = 0; i < text.size(); ++i) {
+    const char c = text[i];
+    if (quoted) {
+      const bool doubled = c == '"' && i + 1 < text.size() && text[i + 1] == '"';
+      if (c != '"' || doubled) row.back() += c;
+      if (doubled) ++i;
+      quoted = c != '"' || doubled;
+    } else if (c == '"') {
+      quoted = true;
+    } else if (c == ',') {
+      row.emplace_back();
+    } else if (c == '\n') {
+      rows.push_back(std::exchange(row, {""}));
+    } else if (c != '\r') {
+      row.back() += c;
+    }
+  }
+  return rows;
 }
 
 void write_memory_csv(const std::string& path, std::span<const MemoryRow> rows) {
@@ -178,6 +216,15 @@ void write_summary_json(const std::string& path, const RunSummary& s) {
                              {"storage", s.storage},
                              {"seed", s.seed}};
   write_file_atomically(path, json.dump(2, ' ', false, ordered_json::error_handler_t::replace) + "\n");
+}
+
+std::optional<double> WaitWatch::add(double seconds, double wait) {
+  constexpr double kJudgedSeconds = 10, kTooMuch = 0.1;
+  seconds_ += seconds, wait_ += wait;
+  if (seconds_ < kJudgedSeconds) return {};
+  const double share = std::min(1.0, wait_ / seconds_);
+  seconds_ = wait_ = 0;
+  return share > kTooMuch ? std::optional(share) : std::nullopt;
 }
 
 std::string format_duration(double seconds) {

@@ -6,7 +6,6 @@
 #include <cstdio>
 #include <fstream>
 #include <optional>
-#include <regex>
 
 #include "mesa/base/cuda.h"
 #include "mesa/train/objective.h"
@@ -98,6 +97,18 @@ void check_rules(const RunConfig& config, const NetConfig& model, StoragePolicy&
 
 }  // namespace
 
+std::string fold_site(const std::string& site) {
+  std::string out;
+  for (size_t from = 0; from < site.size();) {
+    const size_t end = std::min(site.find('.', from), site.size());
+    const bool number = end > from && end < site.size() && site.find_first_not_of("0123456789", from) == end;
+    out += number ? "*" : site.substr(from, end - from);
+    if (end < site.size()) out += '.';
+    from = end + 1;
+  }
+  return out;
+}
+
 Plan plan_run(const RunConfig& config, const NetConfig& model) try {
   StoragePolicy policy = make_policy(config.storage);
   const MetaStep step = meta_step(config, model, policy);
@@ -118,12 +129,6 @@ Plan plan_run(const RunConfig& config, const NetConfig& model) try {
 
 namespace {
 
-/// "blocks.3.attn.qkv:x" -> "blocks.*.attn.qkv:x"
-std::string fold(const std::string& site) {
-  static const std::regex number("(^|\\.)[0-9]+(?=\\.)");
-  return std::regex_replace(site, number, "$1*");
-}
-
 struct Line {
   std::string site, shape, codec;
   int64_t exact, kept, count;
@@ -133,7 +138,7 @@ std::vector<Line> lines_of(const Plan& plan, bool all) {
   std::vector<Line> lines;
   for (const SiteRecord& record : plan.sites) {
     Line line{record.site.name(), to_string(record.shape), record.codec, record.exact_bytes, record.kept_bytes, 1};
-    if (!all) line.site = fold(line.site);
+    if (!all) line.site = fold_site(line.site);
     bool merged = false;
     for (Line& have : lines)
       if (have.site == line.site && have.shape == line.shape && have.codec == line.codec && have.kept == line.kept) {

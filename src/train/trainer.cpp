@@ -16,6 +16,7 @@
 #include "mesa/train/signals.h"
 #include "mesa/train/version.h"
 #include "run_folder.h"
+#include "run_watch.h"
 #include "updater.h"
 
 namespace mesa {
@@ -52,7 +53,6 @@ class Run {
   void look_ahead(const cuda::Mark& after);
   void report(const UpdateResult& result, double seconds);
   void show(const UpdateResult& result);
-  void report_saturation();
   bool end_epoch();
   void take_results(const Evaluations& eval);
   bool save(const std::string& which);
@@ -92,11 +92,12 @@ class Run {
   std::optional<SentBatch> ahead_;
   int64_t taken_ = 0;  // batches of this epoch
   std::unique_ptr<RunFolder> folder_;
+  std::unique_ptr<RunWatch> watch_;
   std::unique_ptr<Progress> progress_;
   std::string changes_;  // against the checkpoint
   std::string start_;    // what was begun with
   int64_t signal_ = 0;   // that all ranks know of
-  bool finished_before_ = false, saved_ = true, memory_written_ = false, saturation_told_ = false;
+  bool finished_before_ = false, saved_ = true, memory_written_ = false;
   int64_t bad_samples_before_ = 0;
   size_t reported_skips_ = 0, reported_left_out_ = 0;
   double last_wait_ = 0;
@@ -131,6 +132,7 @@ Run::Run(RunConfig config, const TrainOptions& options, World& world)
   else if (!config_.train.weights.empty())
     start();
   check_alike();
+  check_histograms(config_, model_.params, plan_);
   if (team_.leads()) open_folder();
 }
 
@@ -186,6 +188,8 @@ void Run::open_folder() {
     position = LogPosition{state_.epoch + (row_within_epoch ? 1 : 0), state_.step};
   }
   folder_ = std::make_unique<RunFolder>(config_, position, options_.resume == "auto" && resume_.empty());
+  const RunWatch::Parts parts{config_, *folder_, policy_, model_.params, *data_.train, model_.device};
+  watch_ = std::make_unique<RunWatch>(parts, position, [this](const std::string& text) { warn(text); });
 }
 
 void Run::say(const std::string& text) {
@@ -274,6 +278,7 @@ bool Run::train_epoch() {
     if (signal_ != 0) return false;
     const double start = now();
     const TrainingState before = state_;
+    if (watch_) watch_->before_update(state_.step + 1);
     try {
       const int64_t count = std::min(config_.train.accumulation, batches - state_.batch);  // fewer at the end of an epoch
       const UpdateResult result = updater_(
@@ -304,6 +309,7 @@ SentBatch Run::next_batch() {
   }
   auto batch = train_loader_.next();
   check(batch.has_value(), "the loader ended before the epoch");
+  if (watch_) watch_->on_batch(*batch);
   return send(std::move(*batch), net_.input().classes, model_.device);
 }
 
@@ -322,9 +328,8 @@ void Run::report(const UpdateResult& result, double seconds) {
   state_.bad_samples = bad_samples();
   if (!memory_written_ && folder_) folder_->write_memory(policy_.sites());
   memory_written_ = true;
-  if (!result.bad.empty()) {
-    if (folder_) warn(concat("step ", state_.step, " of epoch ", state_.epoch + 1, " is skipped: ", result.bad));
-  } else {
+  if (watch_) watch_->after_update(result, state_, seconds, wait);
+  if (result.bad.empty()) {
     const double sum = result.loss * static_cast<double>(result.images);
     state_.epoch_loss += sum, state_.interval_loss += sum;
     state_.epoch_images += result.images, state_.interval_images += result.images;
@@ -348,39 +353,24 @@ void Run::show(const UpdateResult& result) {
     progress_->update(p);
   }
   if (state_.step % config_.train.log_interval != 0) return;
-  if (folder_)
-    folder_->append(IntervalRow{state_.step, state_.epoch + 1, loss, result.lr, result.gradient_norm, rate, wait, bytes_per_image(),
-                                peak_bytes(), state_.bad_steps, state_.bad_samples});
+  const IntervalRow row{state_.step, state_.epoch + 1,  loss,         result.lr,        result.gradient_norm, rate,
+                        wait,        bytes_per_image(), peak_bytes(), state_.bad_steps, state_.bad_samples};
+  if (folder_) folder_->append(row);
+  if (watch_) watch_->on_interval(row);
   state_.interval_images = 0;
   state_.interval_loss = state_.interval_seconds = state_.interval_wait = 0;
 }
 
-/// The epoch's saturation goes into memory.csv; a warning about the worst site comes once, since it would be much the same every epoch.
-void Run::report_saturation() {
-  constexpr double kWorthAWarning = 0.05;
-  if (folder_) folder_->write_memory(policy_.sites());
-  const auto share = [](const SiteRecord& s) {
-    return s.elements > 0 ? static_cast<double>(s.saturated) / static_cast<double>(s.elements) : 0;
-  };
-  SiteRecord worst;
-  for (const SiteRecord& site : policy_.sites())
-    if (share(site) > share(worst)) worst = site;
-  if (!saturation_told_ && share(worst) > kWorthAWarning) {
-    warn(concat(std::lround(100 * share(worst)), " % of the elements of ", worst.site.name(),
-                " lay outside its running range in this epoch, more than at any other site (memory.csv); range: current would keep them"));
-    saturation_told_ = true;
-  }
-  policy_.reset_counts();
-}
-
 /// Evaluates, logs and saves. False if a signal interrupts the evaluation, which is then done again after the resume.
 bool Run::end_epoch() {
+  const auto look = [this](const Batch& batch, const Tensor& logits) {
+    if (watch_) watch_->on_evaluated(batch, logits);
+  };
   const Evaluations eval = evaluate_all(
-      model_, ema_.get(), eval_loader_, transform_, [] { return received_signal() != 0; },
+      model_, ema_.get(), eval_loader_, transform_, [] { return received_signal() != 0; }, look,
       [this](std::vector<double>& values) { team_.add_up(values); });
   if (!eval.complete()) {
-    signal_ = SIGTERM;
-    if (received_signal() != 0) signal_ = received_signal();
+    signal_ = received_signal() != 0 ? received_signal() : SIGTERM;  // or another rank's
     return false;
   }
   for (; reported_left_out_ < eval_loader_.skipped_samples().size(); ++reported_left_out_)
@@ -389,10 +379,22 @@ bool Run::end_epoch() {
   const double rate = state_.epoch_seconds > 0 ? static_cast<double>(state_.epoch_images) / state_.epoch_seconds : 0;
   const double lr = schedule_.at(std::max<int64_t>(state_.step - 1, 0));
   const int64_t epoch = state_.epoch + 1;
-  if (folder_)
-    folder_->append(EpochRow{epoch, state_.train_loss, eval.raw.loss, eval.raw.top1, eval.raw.top5, lr, rate, bytes_per_image(),
-                             peak_bytes(), state_.epoch_seconds, state_.eval_loss_ema, state_.eval_top1_ema, state_.eval_top5_ema});
-  report_saturation();
+  const EpochRow row{epoch,
+                     state_.train_loss,
+                     eval.raw.loss,
+                     eval.raw.top1,
+                     eval.raw.top5,
+                     lr,
+                     rate,
+                     bytes_per_image(),
+                     peak_bytes(),
+                     state_.epoch_seconds,
+                     state_.step,
+                     state_.eval_loss_ema,
+                     state_.eval_top1_ema,
+                     state_.eval_top5_ema};
+  if (folder_) folder_->append(row);
+  if (watch_) watch_->after_epoch(row);
   char text[200];
   std::snprintf(text, sizeof text, ": train loss %.4f, eval loss %.4f, top-1 %.2f %%, top-5 %.2f %%, %.1f images/s", state_.train_loss,
                 eval.raw.loss, eval.raw.top1, eval.raw.top5, rate);
@@ -484,13 +486,14 @@ RunSummary Run::write_summary() {
   s.peak_bytes = finished_before_ ? state_.peak_bytes : peak_bytes();
   s.device = to_string(model_.device.kind), s.storage = config_.storage.name, s.seed = config_.seed;
   if (folder_) folder_->write_summary(s);
+  if (watch_) watch_->write_report();
   return s;
 }
 
 int Run::finish() {
   const RunSummary summary = write_summary();
   if (!folder_) return 0;
-  if (memory_written_) folder_->write_memory(policy_.sites());  // once more, in case a full disk refused it
+  if (memory_written_ && !folder_->complete()) folder_->write_memory(policy_.sites());  // a full disk may have refused it
   if (state_.bad_steps > 0) warn(concat(state_.bad_steps, " steps were skipped because they were not finite"));
   if (state_.bad_samples > 0) warn(concat(state_.bad_samples, " bad samples were replaced"));
   const std::string text = concat("done: ", to_string(summary, state_.best_top1));

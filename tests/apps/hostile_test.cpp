@@ -66,7 +66,7 @@ TEST_CASE("hostile: closed standard streams do not leak into the run's files") {
   const std::string closed = GENERATE("2>&-", "1>&- 2>&-", "0<&- 1>&- 2>&-");  // which file would get number 2 depends on what else is closed
   CAPTURE(closed);
   CHECK(shell(tiny, "$BIN/mesa-train --config tiny.yaml --output run " + closed).code == 0);
-  for (const auto& row : read_csv(tiny.path("run/summary.csv"))) CHECK(row.size() == 13);
+  for (const auto& row : read_csv(tiny.path("run/summary.csv"))) CHECK(row.size() == 14);
   CHECK(tiny.metrics("run").size() == 12);
 }
 

@@ -62,7 +62,7 @@ class TinyRun {
   /// summary.csv without what depends on the clock: images_per_second and seconds.
   std::vector<std::vector<std::string>> curve(const std::string& output) const {
     auto rows = read_csv(path(output + "/summary.csv"));
-    for (auto& row : rows) row.resize(13), row[6] = row[9] = "";
+    for (auto& row : rows) row.resize(14), row[6] = row[9] = "";
     return rows;
   }
 

@@ -21,7 +21,7 @@ TEST_CASE("apps: a run leaves every file, and they agree") {
   const auto rows = read_csv(tiny.path("run/summary.csv"));
   REQUIRE(rows.size() == 3);
   CHECK(rows[0] == Args{"epoch", "train_loss", "eval_loss", "eval_top1", "eval_top5", "lr", "images_per_second",
-                        "activation_bytes_per_image", "peak_bytes", "seconds", "eval_loss_ema", "eval_top1_ema", "eval_top5_ema"});
+                        "activation_bytes_per_image", "peak_bytes", "seconds", "step", "eval_loss_ema", "eval_top1_ema", "eval_top5_ema"});
   const Json summary = tiny.json("run/summary.json");
   CHECK(summary.size() == 17);
   CHECK(summary["train_loss"] == std::stod(rows[2][1]));

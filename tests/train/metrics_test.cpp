@@ -28,7 +28,8 @@ struct Folder {
 };
 
 EpochRow epoch_row(int64_t epoch) {
-  return {epoch, 1.5 / epoch, 0.1 + 0.2, 95.25, kNotMeasured, 1e-3, 812.5, 1e6, 123456789, 3.25, kNotMeasured, 96.5, kNotMeasured};
+  return {epoch, 1.5 / epoch, 0.1 + 0.2, 95.25,      kNotMeasured, 1e-3, 812.5,
+          1e6,   123456789,   3.25,      10 * epoch, kNotMeasured, 96.5, kNotMeasured};
 }
 IntervalRow interval_row(int64_t step) { return {step, step / 10, 2.0 / (1 + step), 1e-3, kNotMeasured, 800, 0.01, 5e5, 42, 0, 1}; }
 
@@ -51,9 +52,10 @@ TEST_CASE("metrics: summary.csv has its columns and a row for each epoch") {
     log.append(epoch_row(1));
   }
   CHECK(read_text(dir.at("summary.csv")) ==
-        "epoch,train_loss,eval_loss,eval_top1,eval_top5,lr,images_per_second,activation_bytes_per_image,peak_bytes,seconds,eval_loss_ema,"
+        "epoch,train_loss,eval_loss,eval_top1,eval_top5,lr,images_per_second,activation_bytes_per_image,peak_bytes,seconds,step,eval_loss_"
+        "ema,"
         "eval_top1_ema,eval_top5_ema\n"
-        "1,1.5,0.30000000000000004,95.25,,0.001,812.5,1e+06,123456789,3.25,,96.5,\n");
+        "1,1.5,0.30000000000000004,95.25,,0.001,812.5,1e+06,123456789,3.25,10,,96.5,\n");
 }
 
 TEST_CASE("metrics: a table from before there were averages goes on with empty cells") {
@@ -62,8 +64,9 @@ TEST_CASE("metrics: a table from before there were averages goes on with empty c
       "epoch,train_loss,eval_loss,eval_top1,eval_top5,lr,images_per_second,activation_bytes_per_image,peak_bytes,seconds";
   std::ofstream(dir.at("old.csv")) << columns << "\n1,1.5,0.3,95,99,0.001,800,1e+06,1,3\n2,1.5,0.3,95,99,0.001,800,1e+06,1,3\n";
   EpochLog(dir.at("old.csv"), 1).append(epoch_row(2));
-  CHECK(read_text(dir.at("old.csv")) == columns + ",eval_loss_ema,eval_top1_ema,eval_top5_ema\n1,1.5,0.3,95,99,0.001,800,1e+06,1,3,,,\n" +
-                                            "2,0.75,0.30000000000000004,95.25,,0.001,812.5,1e+06,123456789,3.25,,96.5,\n");
+  CHECK(read_text(dir.at("old.csv")) == columns +
+                                            ",step,eval_loss_ema,eval_top1_ema,eval_top5_ema\n1,1.5,0.3,95,99,0.001,800,1e+06,1,3,,,,\n" +
+                                            "2,0.75,0.30000000000000004,95.25,,0.001,812.5,1e+06,123456789,3.25,20,,96.5,\n");
   std::ofstream(dir.at("cut.csv")) << "epoch,train_loss\n1,2\n";
   CHECK_THROWS_WITH(EpochLog(dir.at("cut.csv"), 3), Contains("not that of a summary.csv"));
 }
@@ -117,7 +120,36 @@ TEST_CASE("metrics: JSON has null for what was not measured") {
 TEST_CASE("metrics: memory.csv quotes shapes") {
   const Folder dir;
   write_memory_csv(dir.at("memory.csv"), std::vector<MemoryRow>{{"blocks.0.mlp.gelu:x", "[2, 3]", "int8", 24, 6, 0.25}});
-  CHECK(read_text(dir.at("memory.csv")) == "site,shape,codec,exact_bytes,kept_bytes,saturated\nblocks.0.mlp.gelu:x,\"[2, 3]\",int8,24,6,0.25\n");
+  CHECK(read_text(dir.at("memory.csv")) ==
+        "site,shape,codec,exact_bytes,kept_bytes,saturated\nblocks.0.mlp.gelu:x,\"[2, 3]\",int8,24,6,0.25\n");
+}
+
+TEST_CASE("metrics: health.csv resumes without seams, and cells with commas are read back") {
+  const Folder dir;
+  const std::vector<HealthRow> rows{{10, "a, \"b\":x", "int8", 0.01, 0.5}, {20, "c:x", "int4", kNotMeasured, 0}};
+  {
+    HealthLog log(dir.at("health.csv"));
+    log.append(rows);
+  }
+  const std::string whole = read_text(dir.at("health.csv"));
+  CHECK(parse_csv(whole) == std::vector<std::vector<std::string>>{{"step", "site", "codec", "relative_error", "clamped"},
+                                                                  {"10", "a, \"b\":x", "int8", "0.01", "0.5"},
+                                                                  {"20", "c:x", "int4", "", "0"}});
+  std::ofstream(dir.at("health.csv"), std::ios::app) << "30,torn";
+  HealthLog resumed(dir.at("health.csv"), 10);
+  resumed.append(std::span(rows).subspan(1));
+  CHECK(read_text(dir.at("health.csv")) == whole);
+  CHECK(parse_csv("a,\"b\nc\"\r\ntorn,\"x") == std::vector<std::vector<std::string>>{{"a", "b\nc"}});
+}
+
+TEST_CASE("metrics: waiting for data is judged over ten seconds at a time") {
+  WaitWatch watch;
+  CHECK_FALSE(watch.add(9, 9));
+  CHECK(watch.add(3, 0) == 0.75);
+  for (int i = 0; i < 20; ++i) CHECK_FALSE(watch.add(1, 0.09));
+  for (int i = 0; i < 9; ++i) CHECK_FALSE(watch.add(1, 0.2));
+  CHECK(*watch.add(1, 0.2) == Approx(0.2));
+  CHECK_FALSE(watch.add(10, 1));
 }
 
 TEST_CASE("metrics: writers report a place that cannot be written") {

@@ -33,6 +33,9 @@ inline uint8_t luma(const uint8_t* rgb) {
   return static_cast<uint8_t>((rgb[0] * 19595u + rgb[1] * 38470u + rgb[2] * 7471u + 0x8000u) >> 16);
 }
 
+/// The bytes of a PNG file with these pixels (1 or 3 channels), without loss.
+std::vector<uint8_t> to_png(const Image& image);
+
 /// Gray <-> RGB: gray is repeated, RGB becomes its luma.
 Image convert_channels(Image image, int channels);
 

@@ -56,6 +56,11 @@ class StoragePolicy {
   void repeat();
   uint64_t phase() const;
 
+  /// Called by save for each value that is packed, with what backward will find; null, as at first: by nobody. Meanwhile no kernel packs what
+  /// it computes, so that there is a value to look at; the codes are the same.
+  using Observer = std::function<void(const SiteRecord& site, const Tensor& x, const Saved& saved)>;
+  void observe(Observer observer);
+
   const std::string& name() const;
   std::vector<SiteRecord> sites() const;  ///< in order of first use
   void reset_counts();

@@ -76,6 +76,9 @@ struct TrainConfig {
   bool ema_warmup = false;
   std::vector<std::string> frozen;  ///< globs of parameter names
   double rank_timeout = 60;         ///< seconds
+  bool tensorboard = false;
+  std::vector<std::string> histograms;  ///< globs of parameter names and sites
+  int64_t health_interval = 0;          ///< steps; 0 = off
   std::string weights;              ///< checkpoint or safetensors file to begin with; empty = first values
   bool operator==(const TrainConfig&) const = default;
 };

@@ -9,22 +9,25 @@
 namespace mesa {
 
 struct EvalResult {
-  double loss = 0;             ///< mean cross-entropy without smoothing
-  double top1 = 0, top5 = 0;   ///< percent; top5 counts the best min(5, classes)
+  double loss = 0;            ///< mean cross-entropy without smoothing
+  double top1 = 0, top5 = 0;  ///< percent; top5 counts the best min(5, classes)
   int64_t images = 0;
-  int64_t left_out = 0;        ///< damaged pictures that data.on_bad_sample: skip leaves out of all of these
+  int64_t left_out = 0;  ///< damaged pictures that data.on_bad_sample: skip leaves out of all of these
   double seconds = 0;
-  bool complete = true;        ///< false if it was interrupted
+  bool complete = true;  ///< false if it was interrupted
   double images_per_second() const { return seconds > 0 ? static_cast<double>(images) / seconds : 0; }
 };
 
 /// Makes each value its sum over the ranks that share an evaluation.
 using AddUp = std::function<void(std::vector<double>&)>;
 
-/// Runs every batch of the loader's epoch 0 without a tape. `stop` is asked before each batch; `progress` is told images done. With
-/// `add_up` the loader's batches are one rank's, and the result is that of all.
+using Look = std::function<void(const Batch& batch, const Tensor& logits)>;
+
+/// Runs every batch of the loader's epoch 0 without a tape. `stop` is asked before each batch; `progress` is told images done; `look` is
+/// shown each batch with its logits, f32 [B, K] on the CPU. With `add_up` the loader's batches are one rank's, and the result is that of
+/// all.
 EvalResult evaluate(const BuiltModel& model, Loader& loader, const TransformOptions& transform, const std::function<bool()>& stop = {},
-                    const std::function<void(int64_t done)>& progress = {}, const AddUp& add_up = {});
+                    const std::function<void(int64_t done)>& progress = {}, const Look& look = {}, const AddUp& add_up = {});
 
 /// What an evaluation of the weights found, and of their moving average where there is one.
 struct Evaluations {
@@ -34,9 +37,9 @@ struct Evaluations {
   /// By which checkpoints are compared.
   const EvalResult& judged() const { return ema ? *ema : raw; }
 };
-/// Both, one after the other; `ema` may be null.
+/// Both, one after the other; `ema` may be null. `look` sees the batches of the one that is judged.
 Evaluations evaluate_all(const BuiltModel& model, Ema* ema, Loader& loader, const TransformOptions& transform,
-                         const std::function<bool()>& stop, const AddUp& add_up = {});
+                         const std::function<bool()>& stop, const Look& look = {}, const AddUp& add_up = {});
 
 /// How many of the batch's labels are among the `k` highest logits (ties resolved for the lower class, NaN counts as wrong).
 int64_t count_top(const Tensor& logits, const Tensor& labels, int64_t k);

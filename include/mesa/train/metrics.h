@@ -5,6 +5,7 @@
 #include <optional>
 #include <span>
 #include <string>
+#include <vector>
 
 #include "mesa/train/files.h"
 
@@ -21,6 +22,7 @@ struct EpochRow {
   double activation_bytes_per_image = 0;
   int64_t peak_bytes = 0;
   double seconds = 0;
+  int64_t step = 0;                                                                                 ///< updates tried by then
   double eval_loss_ema = kNotMeasured, eval_top1_ema = kNotMeasured, eval_top5_ema = kNotMeasured;  ///< of the average of the weights
 };
 
@@ -40,6 +42,14 @@ struct MemoryRow {
   std::string site, shape, codec;
   int64_t exact_bytes = 0, kept_bytes = 0;
   double saturated = 0;  ///< share of the elements that lay outside a running range
+};
+
+/// One row of health.csv: how well one site's values are stored, at a step that was looked at.
+struct HealthRow {
+  int64_t step = 0;
+  std::string site, codec;
+  double relative_error = kNotMeasured;  ///< |decoded - x| / |x|, root of sums of squares over the site's elements of the update
+  double clamped = 0;                    ///< share of these elements that lay outside the range
 };
 
 struct RunSummary {
@@ -77,6 +87,19 @@ class IntervalLog {
   OutputFile file_;
 };
 
+/// health.csv, in the same way by step; made with the first row.
+class HealthLog {
+ public:
+  explicit HealthLog(const std::string& path, std::optional<int64_t> last_step = {});
+  void append(std::span<const HealthRow> rows);
+
+ private:
+  OutputFile file_;
+};
+
+/// Cells of RFC 4180, where quotes may hold commas and line breaks; a torn last line is left out.
+std::vector<std::vector<std::string>> parse_csv(const std::string& text);
+
 void write_memory_csv(const std::string& path, std::span<const MemoryRow> rows);
 void write_summary_json(const std::string& path, const RunSummary& summary);
 
@@ -87,6 +110,16 @@ struct ProgressState {
   double data_wait = 0;         ///< share of the time, 0 to 1
   double activation_bytes = 0;  ///< kept by one step
   double eta_seconds = kNotMeasured;
+};
+
+/// Tells when training waits for data for more than a tenth of the time, judged over ten seconds of training at a time.
+class WaitWatch {
+ public:
+  /// After each update: what it took, and how much of that it waited. The share, where it is now known to be too much.
+  std::optional<double> add(double seconds, double wait);
+
+ private:
+  double seconds_ = 0, wait_ = 0;
 };
 
 /// One line of at most `width` columns; what is least needed goes first when there is no room. A width of 0 means no limit and no bar.

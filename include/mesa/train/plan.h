@@ -29,6 +29,9 @@ std::string explain_out_of_memory(const RunConfig& config);
 /// Bytes that this process may have on the device: what it has reserved and what is free.
 int64_t available_memory(Device device);
 
+/// "blocks.3.attn.qkv:x" -> "blocks.*.attn.qkv:x", so that equal blocks count as one.
+std::string fold_site(const std::string& site);
+
 /// The plan as text: totals, and a table of the sites with shape, codec, exact and kept bytes. Blocks that keep the same are shown once
 /// unless `all`.
 std::string format_plan(const Plan& plan, int64_t batch_size, bool all = false);
