@@ -21,6 +21,12 @@ Var Var::with_recipe(Recipe rebuild) const {
   return out;
 }
 
+Var Var::without_trace() const {
+  Var out = *this;
+  out.leaves_trace_ = false;
+  return out;
+}
+
 Tensor Target::into(const std::function<void(const Tensor& out, bool accumulate)>& write) const {
   if (!wanted_) return {};
   if (param_ == nullptr) {
@@ -45,7 +51,7 @@ Site Op::site(const char* slot) const { return {Scope::path().empty() ? name_ : 
 
 Saved Op::save(const char* slot, const Var& x) const {
   if (!recording()) return {};
-  return tape_->policy().save(x.value(), site(slot), x.recipe(), !x.requires_grad());
+  return tape_->policy().save(x.value(), site(slot), x.recipe(), !x.requires_grad() || !x.leaves_trace());
 }
 
 SavedAhead Op::open(const char* slot, const Shape& shape, DType dtype, Device device) const {

@@ -53,7 +53,7 @@ Var relu(const Var& x) {
     return out;
   };
   const Var result = op.record(y, [masked](const Tensor& dy) -> Grads { return {masked(dy)}; });
-  if (x.recipe() == nullptr) return result;
+  if (x.recipe() == nullptr) return x.leaves_trace() ? result : result.without_trace();
   return result.with_recipe([masked, inner = x.recipe()] { return masked((*inner)()); });
 }
 

@@ -46,13 +46,16 @@ Var batch_norm(const Var& x, const Var& gamma, const Var& beta, const RunningSta
   } else {
     kernels::inverse_deviation(running.var, eps, rstd);
   }
-  const Tensor xhat = op.recording() ? empty_like(y) : Tensor();
+  const Tensor xhat = learns ? empty_like(y) : Tensor();
   kernels::batch_norm(x.value(), mean, rstd, g, b, y, xhat);
   if (!op.recording()) return Var(y);
+  if (!learns) {
+    op.keep("rstd", rstd);
+    return op.record(y, [g, rstd](const Tensor& dy) -> Grads { return scaled_by(dy, g, rstd); }).without_trace();
+  }
   const Saved saved = op.save("xhat", xhat);
   op.keep("rstd", rstd);
   const auto backward = [=, to_x = op.wants(x), dgamma = op.gradient(gamma), dbeta = op.gradient(beta)](const Tensor& dy) -> Grads {
-    if (!learns) return scaled_by(dy, g, rstd);
     const Tensor h = saved.get(), sum_gamma = empty_like(g), sum_beta = empty_like(g);
     kernels::batch_norm_sums(dy, h, sum_gamma, sum_beta);
     Grads grads(3);

@@ -167,6 +167,13 @@ TEST_CASE("resnet: a frozen norm takes its running statistics in training, too, 
   CHECK(net.statistics() == before);
   for (const Param& p : net.store.params())
     if (p.trainable) CHECK(p.grad_written);
+  // It keeps nothing, so that a convolution keeps its input although the rule says rebuild.
+  net.policy = make_policy(reference_storage());
+  net.pass();
+  std::map<std::string, int64_t> kept;
+  for (const SiteRecord& site : net.policy.sites()) kept[site.site.name()] = site.kept_bytes;
+  CHECK(kept.count("layer1.0.bn1:xhat") == 0);
+  CHECK(kept.at("layer1.0.conv2:x") == 4 * 4 * 10 * 10 * 8);
 }
 
 TEST_CASE("resnet: kept bytes are those of the convolutions' inputs and the norms, with a bit for each relu") {

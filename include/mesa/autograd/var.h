@@ -51,6 +51,9 @@ class Var {
   const std::shared_ptr<const Recipe>& recipe() const { return recipe_; }
   /// The same value with a way to rebuild it in the backward pass; `rebuild` must capture Saved handles and parameters only.
   Var with_recipe(Recipe rebuild) const;
+  /// The same value from an op that keeps nothing: where a storage rule rebuilds it, whoever needs it keeps it by the rule before that one.
+  Var without_trace() const;
+  bool leaves_trace() const { return leaves_trace_; }
 
  private:
   friend class Op;
@@ -60,6 +63,7 @@ class Var {
   uint64_t tape_ = 0;  // that tape's number
   Param* param_ = nullptr;
   std::shared_ptr<const Recipe> recipe_;
+  bool leaves_trace_ = true;
 };
 
 }  // namespace mesa

@@ -66,7 +66,7 @@ struct RunningStatistics {
 };
 /// Of each channel of x [.., C] over all rows (Ioffe and Szegedy, ICML 2015). While gamma or beta learn on a tape, by the statistics of
 /// these rows, which also move the running ones; otherwise (evaluation, or a frozen layer) by the running ones, which stay. Keeps xhat and
-/// 1/std; y can be rebuilt as gamma xhat + beta.
+/// 1/std, from which y can be rebuilt as gamma xhat + beta; frozen only 1/std.
 Var batch_norm(const Var& x, const Var& gamma, const Var& beta, const RunningStatistics& running, double eps);
 /// Zeroes elements with probability p and scales the others by 1/(1-p). Identity without a tape.
 Var dropout(const Var& x, double p);

@@ -39,8 +39,9 @@ class StoragePolicy {
   StoragePolicy(StoragePolicy&&) noexcept;
   StoragePolicy& operator=(StoragePolicy&&) noexcept;
 
-  /// Keeps what the rule of this site says. `recipe` (may be null) is how to rebuild x from what is saved already. A `constant` x depends
-  /// on nothing trainable, so nothing before it was saved: where a rule says rebuild, the matching rule before that one holds.
+  /// Keeps what the rule of this site says. `recipe` (may be null) is how to rebuild x from what is saved already. Of a `constant` x
+  /// nothing before was saved, since it depends on nothing trainable or comes from an op that keeps nothing: where a rule says rebuild, the
+  /// matching rule before that one holds.
   Saved save(const Tensor& x, const Site& site, const std::shared_ptr<const Recipe>& recipe, bool constant = false);
   /// The same before the value exists, on a GPU and for codecs that can: a kernel then writes the codes as it computes the value.
   SavedAhead open(const Site& site, const Shape& shape, DType dtype, Device device);
