@@ -1,4 +1,4 @@
-#include "health.h"
+#include "mesa/train/health.h"
 
 #include <fnmatch.h>
 

@@ -5,7 +5,7 @@
 #include <optional>
 #include <set>
 
-#include "health.h"
+#include "mesa/train/health.h"
 #include "mesa/train/pictures.h"
 #include "run_folder.h"
 #include "updater.h"

@@ -162,6 +162,8 @@ TEST_CASE("run watch: event files have the run's scalars, and histograms of what
   REQUIRE(t.run({"train.tensorboard=true", "train.epochs=2"}, "run", "auto") == 0);
   REQUIRE(t.event_files().size() == 2);
   CHECK(occurrences(read_text(t.event_files()[1]), "train/loss") == 6);
+  // It begins with step 7 (field 2) and a SessionLog (field 7) whose status (field 1) is START.
+  CHECK_THAT(read_text(t.event_files()[1]), Contains("\x10\x07\x3a\x02\x08\x01"));
 }
 
 TEST_CASE("run watch: a wish for histograms that cannot be had is refused before anything is made") {
