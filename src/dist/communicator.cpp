@@ -4,7 +4,6 @@
 
 #include "host_communicator.h"
 #include "mesa/base/threads.h"
-#include "mesa/kernels/elementwise.h"
 
 namespace mesa {
 
@@ -27,7 +26,7 @@ class SingleCommunicator : public Communicator {
 
  private:
   static void copy_unless_same(const Tensor& from, const Tensor& to) {
-    if (from.raw() != to.raw()) kernels::copy(from, to);
+    if (from.raw() != to.raw()) transfer(from.reshape(to.shape()), to);
   }
 };
 

@@ -119,11 +119,11 @@ TEST_CASE("apps: a run with a moving average judges, saves and evaluates by it")
   const auto rows = read_csv(tiny.path("run/summary.csv"));
   REQUIRE(rows.size() == 5);
   double best = 0;
-  for (size_t i = 1; i < rows.size(); ++i) best = std::max(best, std::stod(rows[i][11]));
-  CHECK(rows[1][10] != rows[1][2]);
+  for (size_t i = 1; i < rows.size(); ++i) best = std::max(best, std::stod(rows[i][12]));
+  CHECK(rows[1][11] != rows[1][2]);
   const Json summary = tiny.json("run/summary.json"), state = tiny.json("run/checkpoints/last/state.json");
-  CHECK(summary["top1_ema"] == std::stod(rows[4][11]));
-  CHECK(summary["eval_loss_ema"] == std::stod(rows[4][10]));
+  CHECK(summary["top1_ema"] == std::stod(rows[4][12]));
+  CHECK(summary["eval_loss_ema"] == std::stod(rows[4][11]));
   CHECK(state["ema_updates"] == 24);
   CHECK(state["optimizer"] == "lamb");
   CHECK(state["best_top1"] == best);
