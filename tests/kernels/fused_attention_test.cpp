@@ -70,7 +70,8 @@ void check_gradient(const Operands& x) {
   const Numbers got = x.dqkv.to_vector<double>(), want = x.wide_dqkv.to_vector<double>();
   CHECK(relative_error(got, want) <= 1e-2);
   CHECK(largest_difference(got, want) <= 0.03 * std::max(1e-3, largest(want)));
-  if (x.windows.defined()) CHECK(relative_error(x.windows.d_table.to_vector<double>(), x.wide_windows.d_table.to_vector<double>()) <= 1e-2);
+  // Of a single window and head little is summed, and it cancels.
+  if (x.windows.defined()) CHECK(relative_error(x.windows.d_table.to_vector<double>(), x.wide_windows.d_table.to_vector<double>()) <= 2e-2);
 }
 
 /// Swin's first and last grid, a window larger than a chunk of keys, windows narrower than high with padding, one token each, and more

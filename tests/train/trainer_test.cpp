@@ -321,7 +321,7 @@ TEST_CASE("trainer: an update that is skipped leaves the average alone, and the 
     std::vector<std::string> cells;
     std::istringstream text(line);
     for (std::string cell; std::getline(text, cell, ',');) cells.push_back(cell);
-    if (std::stod(cells.at(11)) > best) best = std::stod(cells[11]), best_epoch = std::stoll(cells[0]);
+    if (std::stod(cells.at(12)) > best) best = std::stod(cells[12]), best_epoch = std::stoll(cells[0]);
   }
   const auto of_best = nlohmann::json::parse(t.text("run/checkpoints/best/state.json"));
   CHECK(of_best["best_top1"] == best);
