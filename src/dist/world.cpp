@@ -5,8 +5,11 @@
 
 #include <cstdlib>
 #include <filesystem>
+#include <sstream>
+#include <vector>
 
 #include "host_communicator.h"
+#include "nccl_open.h"
 #include "transport.h"
 
 namespace mesa {
@@ -43,21 +46,48 @@ RankInfo from_environment() {
   return me;
 }
 
-/// The plugin beside this library.
-std::unique_ptr<Transport> open_mpi() {
+/// A function of a plugin beside this library. `needed`: what for, in an error.
+template <class Function>
+Function* from_plugin(const char* plugin, const char* name, const std::string& needed) {
   Dl_info self;
   check(dladdr(reinterpret_cast<const void*>(&single_communicator), &self) != 0, "the library does not find itself");
-  const std::string path = (std::filesystem::absolute(self.dli_fname).parent_path() / "libmesa_mpi.so").string();
-  const char* remedy = "; without MPI, ranks can be started with RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT (GPUs only)";
-  check(std::filesystem::exists(path), "this process was started by MPI, but this build of Mesa has no MPI (no ", path, ")", remedy);
+  const std::string path = (std::filesystem::absolute(self.dli_fname).parent_path() / plugin).string();
+  check(std::filesystem::exists(path), needed, ", which this build of Mesa has not (no ", path, ")");
   void* library = dlopen(path.c_str(), RTLD_NOW | RTLD_GLOBAL);  // global: MPI's own plugins look for its symbols there
-  check(library != nullptr, "MPI cannot be loaded: ", dlerror(), remedy);
-  auto* open = reinterpret_cast<OpenTransport*>(dlsym(library, "mesa_open_transport"));
-  check(open != nullptr, path, " is not of this version of Mesa");
+  check(library != nullptr, needed, ", which cannot be loaded: ", dlerror());
+  auto* function = reinterpret_cast<Function*>(dlsym(library, name));
+  check(function != nullptr, path, " is not of this version of Mesa");
+  return function;
+}
+
+std::unique_ptr<Transport> open_mpi() {
   std::string why;
+  auto* open =
+      from_plugin<OpenTransport>("libmesa_mpi.so", "mesa_open_transport",
+                                 "this process was started by MPI's launcher and needs MPI (ranks on GPUs can also be started with "
+                                 "RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT)");
   std::unique_ptr<Transport> transport(open(&why));
   check(transport != nullptr, why);
   return transport;
+}
+
+std::unique_ptr<Communicator> open_nccl(const RankInfo& me, Control& control) {
+  const std::string needed = "several ranks on GPUs need NCCL";
+  std::string id;
+  if (me.rank == 0) from_plugin<NcclId>("libmesa_nccl.so", "mesa_nccl_id", needed)(&id);
+  id = control.exchange(id).front();
+  return std::unique_ptr<Communicator>(from_plugin<OpenNccl>("libmesa_nccl.so", "mesa_open_nccl", needed)(&me, &id, &control));
+}
+
+/// Each rank of a host gets a GPU of its own: the process sees no other. Before CUDA is used for the first time.
+void choose_gpu(const RankInfo& me) {
+  std::vector<std::string> visible;
+  std::istringstream list(variable("CUDA_VISIBLE_DEVICES"));
+  for (std::string one; std::getline(list, one, ',');) visible.push_back(one);
+  if (visible.size() == 1) return;  // the launcher has chosen
+  const auto local = static_cast<size_t>(me.local_rank);
+  const std::string own = visible.empty() ? std::to_string(local) : local < visible.size() ? visible[local] : "";
+  setenv("CUDA_VISIBLE_DEVICES", own.c_str(), 1);
 }
 
 /// The leader's listening address, known to all.
@@ -83,6 +113,7 @@ World::World(double timeout) {
     me_ = from_environment();
   }
   if (alone()) return;
+  choose_gpu(me_);
   if (transport_) {
     std::unique_ptr<Listener> listener = leads() ? std::make_unique<Listener>() : nullptr;
     const std::string address = share(*transport_, listener ? listener->address() : "");
@@ -105,7 +136,7 @@ Communicator& World::communicator(Device device) {
   if (alone())
     communicator_ = single_communicator();
   else if (device.kind == DeviceKind::cuda)
-    fail("this build of Mesa cannot train on several GPUs");
+    communicator_ = open_nccl(me_, *control_);
   else if (transport_)
     communicator_ = std::make_unique<HostCommunicator>(*transport_, control_.get());
   else

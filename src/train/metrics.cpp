@@ -140,17 +140,18 @@ IntervalLog::IntervalLog(const std::string& path, std::optional<int64_t> last_st
     : file_(restart(path, last_step ? kept_lines(path, *last_step) : ""), OutputFile::Mode::append) {}
 
 void IntervalLog::append(const IntervalRow& r) {
-  const ordered_json line = {{"step", r.step},
-                             {"epoch", r.epoch},
-                             {"loss", number(r.loss)},
-                             {"lr", number(r.lr)},
-                             {"grad_norm", number(r.grad_norm)},
-                             {"images_per_second", number(r.images_per_second)},
-                             {"data_wait", number(r.data_wait)},
-                             {"activation_bytes_per_image", number(r.activation_bytes_per_image)},
-                             {"peak_bytes", r.peak_bytes},
-                             {"bad_steps", r.bad_steps},
-                             {"bad_samples", r.bad_samples}};
+  ordered_json line = {{"step", r.step},
+                       {"epoch", r.epoch},
+                       {"loss", number(r.loss)},
+                       {"lr", number(r.lr)},
+                       {"grad_norm", number(r.grad_norm)},
+                       {"images_per_second", number(r.images_per_second)},
+                       {"data_wait", number(r.data_wait)},
+                       {"activation_bytes_per_image", number(r.activation_bytes_per_image)},
+                       {"peak_bytes", r.peak_bytes},
+                       {"bad_steps", r.bad_steps},
+                       {"bad_samples", r.bad_samples}};
+  if (!r.rank_seconds.empty()) line["sync_wait"] = number(r.sync_wait), line["rank_seconds"] = r.rank_seconds;
   file_.write(line.dump() + "\n");
   file_.flush();
 }

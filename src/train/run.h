@@ -32,6 +32,7 @@ class Run {
   void look_ahead(const cuda::Mark& after);
   void report(const UpdateResult& result, double seconds);
   void show(const UpdateResult& result);
+  void tell_of_ranks(IntervalRow& row);
   bool end_epoch();
   void take_results(const Evaluations& eval);
   bool save(const std::string& which);
@@ -79,7 +80,7 @@ class Run {
   bool finished_before_ = false, saved_ = true, memory_written_ = false;
   int64_t bad_samples_before_ = 0;
   size_t reported_skips_ = 0, reported_left_out_ = 0;
-  double last_wait_ = 0;
+  double last_wait_ = 0, last_sync_wait_ = 0;
 };
 
 }  // namespace mesa

@@ -140,12 +140,21 @@ void Run::show(const UpdateResult& result) {
     progress_->update(p);
   }
   if (state_.step % config_.train.log_interval != 0) return;
-  const IntervalRow row{state_.step, state_.epoch + 1,  loss,         result.lr,        result.gradient_norm, rate,
-                        wait,        bytes_per_image(), peak_bytes(), state_.bad_steps, state_.bad_samples};
+  IntervalRow row{state_.step, state_.epoch + 1,  loss,         result.lr,        result.gradient_norm, rate,
+                  wait,        bytes_per_image(), peak_bytes(), state_.bad_steps, state_.bad_samples};
+  if (!team_.alone()) tell_of_ranks(row);
   if (folder_) folder_->append(row);
   if (watch_) watch_->on_interval(row);
   state_.interval_images = 0;
   state_.interval_loss = state_.interval_seconds = state_.interval_wait = 0;
+}
+
+/// Who is slow: a rank that others wait for shows a longer time of its own, and they wait.
+void Run::tell_of_ranks(IntervalRow& row) {
+  const double waited = updater_.sync_wait_seconds() - last_sync_wait_;
+  last_sync_wait_ += waited;
+  row.sync_wait = state_.interval_seconds > 0 ? std::min(1.0, waited / state_.interval_seconds) : 0;
+  row.rank_seconds = team_.gather((state_.interval_seconds - waited) / static_cast<double>(config_.train.log_interval));
 }
 
 /// Evaluates, logs and saves. False if a signal interrupts the evaluation, which is then done again after the resume.

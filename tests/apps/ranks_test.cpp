@@ -90,6 +90,10 @@ TEST_CASE("ranks: the same curve on 1, 2 and 4, and bit for bit on as many", "[r
     INFO(result.err);
     REQUIRE(result.code == 0);
     check_close(one, run.metrics(mesa::concat("run", n)), 1e-5);
+    const std::string line = read_text(run.path(mesa::concat("run", n, "/metrics.jsonl")));
+    const Json first = Json::parse(line.substr(0, line.find('\n')));
+    CHECK(first["rank_seconds"].size() == static_cast<size_t>(n));
+    CHECK(first["sync_wait"] >= 0);
     const auto a = run.curve("one"), b = run.curve(mesa::concat("run", n));
     REQUIRE(a.size() == b.size());
     for (size_t i = 1; i < a.size(); ++i) CHECK(std::stod(a[i][2]) == Approx(std::stod(b[i][2])).epsilon(1e-4));  // the evaluation's loss

@@ -55,7 +55,7 @@ class TinyRun {
     for (std::string line; std::getline(lines, line);) {
       rows.push_back(Json::parse(line));
       rows.back().erase("images_per_second");
-      rows.back().erase("data_wait");
+      for (const char* key : {"data_wait", "rank_seconds", "sync_wait"}) rows.back().erase(key);
     }
     return rows;
   }

@@ -35,6 +35,8 @@ struct IntervalRow {
   double activation_bytes_per_image = 0;
   int64_t peak_bytes = 0;
   int64_t bad_steps = 0, bad_samples = 0;  ///< so far
+  std::vector<double> rank_seconds = {};   ///< of several ranks: each one's own work for an update, without waiting for the others
+  double sync_wait = 0;                    ///< of several ranks: the leader's share of the time in which it waited for their gradients
 };
 
 /// One row of memory.csv: what one site keeps for the backward pass.
