@@ -4,7 +4,7 @@
 
 namespace mesa::kernels::MESA_ISA {
 
-void mixed_targets(const Tensor& labels, const Tensor& mixing, double smoothing, const Tensor& targets) {
+void mixed_targets(const Tensor& labels, const Tensor& mixing, double smoothing, double threshold, const Tensor& targets) {
   check_targets(labels, mixing, targets);
   const int64_t batch = targets.dim(0), classes = targets.dim(1);
   const int64_t* label = labels.data<int64_t>();
@@ -17,6 +17,8 @@ void mixed_targets(const Tensor& labels, const Tensor& mixing, double smoothing,
       const double share = mixed != nullptr ? mixed[b].share : 1;
       t[label[b]] += static_cast<T>((1 - smoothing) * share);
       if (mixed != nullptr) t[label[Mixing::partner(b)]] += static_cast<T>((1 - smoothing) * (1 - share));
+      if (threshold >= 0)
+        for (int64_t k = 0; k < classes; ++k) t[k] = t[k] > static_cast<T>(threshold) ? T(1) : T(0);
     }
   });
 }
@@ -60,7 +62,10 @@ void argmax(const Tensor& x, const Tensor& labels) {
   check_argmax(x, labels);
   dispatch_wide(x.dtype(), [&](auto tag) {
     const auto rows = rows_of<decltype(tag)>(x);
-    for (int64_t b = 0; b < x.dim(0); ++b) labels.data<int64_t>()[b] = std::max_element(rows[b], rows[b] + x.dim(1)) - rows[b];
+    for (int64_t b = 0; b < x.dim(0); ++b) {
+      const auto *row = rows[b], *end = row + x.dim(1), *nan = std::find_if(row, end, [](auto v) { return v != v; });
+      labels.data<int64_t>()[b] = (nan != end ? nan : std::max_element(row, end)) - row;
+    }
   });
 }
 

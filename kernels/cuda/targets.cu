@@ -16,7 +16,7 @@ struct MixedTargets {
   const Mixing* mixing;
   T* targets;
   int64_t classes;
-  double smoothing;
+  double smoothing, threshold;
 
   __device__ void operator()(Block block, int64_t b) const {
     const int64_t own = labels[b], other = mixing != nullptr ? labels[Mixing::partner(b)] : own;
@@ -27,7 +27,7 @@ struct MixedTargets {
       T t = spread;
       if (k == own) t += mine;
       if (mixing != nullptr && k == other) t += theirs;
-      targets[b * classes + k] = t;
+      targets[b * classes + k] = threshold < 0 ? t : t > static_cast<T>(threshold) ? T(1) : T(0);
     });
   }
 };
@@ -70,14 +70,19 @@ struct Argmax {
   __device__ void operator()(Block block, int64_t b) const {
     const T* row = row_at(x, b);
     T top = static_cast<T>(-INFINITY);
-    block.each(classes, [&](int, int64_t k) { top = Max{}(row[k], top); });
+    int64_t nan = classes;
+    block.each(classes, [&](int, int64_t k) {
+      top = Max{}(row[k], top);  // passes over a NaN
+      if (row[k] != row[k] && k < nan) nan = k;
+    });
     top = block.reduce(top, Max{}, static_cast<T>(-INFINITY));
-    int64_t first = classes - 1;  // a row of NaN has no largest element
+    nan = block.reduce(nan, Min{}, classes);
+    int64_t first = classes;
     block.each(classes, [&](int, int64_t k) {
       if (row[k] == top && k < first) first = k;
     });
-    first = block.reduce(first, Min{}, classes - 1);
-    if (block.leads()) labels[b] = first;
+    first = block.reduce(first, Min{}, classes);
+    if (block.leads()) labels[b] = nan < classes ? nan : first;
   }
 };
 
@@ -88,13 +93,13 @@ void run(const char* name, const Tensor& rows, const Kernel& kernel) {
 
 }  // namespace
 
-void mixed_targets(const Tensor& labels, const Tensor& mixing, double smoothing, const Tensor& targets) {
+void mixed_targets(const Tensor& labels, const Tensor& mixing, double smoothing, double threshold, const Tensor& targets) {
   check_targets(labels, mixing, targets);
   const auto* mixed = mixing.defined() ? reinterpret_cast<const Mixing*>(mixing.data<float>()) : nullptr;
   dispatch_wide(targets.dtype(), [&](auto tag) {
     using T = decltype(tag);
     run("mixed_targets", targets,
-        MixedTargets<T>{labels.data<int64_t>(), mixed, targets.data<T>(), targets.dim(1), smoothing});
+        MixedTargets<T>{labels.data<int64_t>(), mixed, targets.data<T>(), targets.dim(1), smoothing, threshold});
   });
 }
 

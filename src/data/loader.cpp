@@ -66,10 +66,14 @@ class Loader::Impl {
     Tensor images, labels, mixing;
   };
   bool mixes() const { return options_.train && options_.mix.on(); }
-  /// Which sample stands at a place of the epoch, and for which time. Two samples take turns until each has come often enough: neighbours,
-  /// which Mixup and CutMix mix, are never the same picture.
-  int64_t sample_at(int64_t place) const { return place / (2 * options_.repeats) * 2 + place % 2; }
-  int64_t repeat_at(int64_t place) const { return place % (2 * options_.repeats) / 2; }
+  /// Which sample stands at a place of the epoch, and for which time. With r repeats a group of r pairs comes r times, and each time the
+  /// second samples stand beside the next first one: neighbours, which Mixup and CutMix mix, are never the same picture or pair twice.
+  int64_t group() const { return 2 * options_.repeats; }
+  int64_t repeat_at(int64_t place) const { return place / group() % options_.repeats; }
+  int64_t sample_at(int64_t place) const {
+    const int64_t first = place / (group() * options_.repeats) * group(), in_turn = place % group();
+    return first + (in_turn % 2 == 0 ? in_turn : (in_turn + 2 * repeat_at(place)) % group());
+  }
   int64_t global_batch() const { return options_.batch_size * options_.world_size; }
   Slot new_slot() const;
   Slot free_slot() const;

@@ -78,7 +78,7 @@ void save_checkpoint(const std::string& folder, const RunConfig& config, const s
         {"mesa.class_names", json(class_names).dump(-1, ' ', false, json::error_handler_t::replace)}};
     std::vector<NamedTensor> weights;
     for (const Param& param : params.params()) weights.push_back({param.name, to(param.value, kCpu)});
-    std::vector<NamedTensor> buffers;  // an average of weights has the statistics of the last step, as timm's
+    std::vector<NamedTensor> buffers;  // an average of weights has the running statistics of the last step
     for (const ModelBuffer& buffer : params.buffers()) buffers.push_back({buffer.name, to(buffer.value, kCpu)});
     weights.insert(weights.end(), buffers.begin(), buffers.end());
     write_safetensors(at + "/" + kModelFile, weights, metadata);
@@ -265,7 +265,10 @@ void load_optimizer(const json& state, const SafetensorsFile& tensors, const Run
   if (was != optimizer.name())
     config.refuse("optimizer.name", folder, " was trained by ", was, ", whose state ", optimizer.name(), " cannot go on with; resume with ",
                   was, ", or begin a new run with its weights (train.weights: ", folder, ")");
-  optimizer.load_state(with_prefix(tensors, "optimizer/"), count_of(state, "optimizer_steps", folder));
+  const std::map<std::string, Tensor> moments = with_prefix(tensors, "optimizer/");
+  if (moments.empty() && !optimizer.state().empty())
+    config.refuse("optimizer.momentum", folder, " was trained without momentum and has nothing to go on with; resume with 0");
+  optimizer.load_state(moments, count_of(state, "optimizer_steps", folder));
 }
 
 /// False if the checkpoint has none.

@@ -14,6 +14,7 @@ std::string dry_run(const RunConfig& config, int64_t fit_bytes) {
   const NetConfig model = model_config(config, classes);
   compute_dtype(config, config.device == "cuda" ? kCuda : choose_device(config.device));
   make_transform(config, model.input());
+  make_loader_options(config, true, kCpu);
   if (config.train.cuda_graph) RecordedSteps::check(config, config.device == "cuda" || is_gpu(choose_device(config.device)));
   RunConfig resolved = config;
   if (classes > 0) resolved.model.classes = model.input().classes;

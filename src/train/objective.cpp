@@ -9,12 +9,21 @@ Objective::Objective(const RunConfig& config, const ImageConfig& model, Device d
     : binary_(config.train.loss == "bce"),
       dense_(binary_ || config.data.mixup > 0 || config.data.cutmix > 0),
       smoothing_(config.train.label_smoothing),
+      threshold_(config.train.bce_threshold.value_or(-1)),
       classes_(model.classes) {
+  if (config.train.bce_threshold && !binary_) config.refuse("train.bce_threshold", "has no effect while train.loss is ", config.train.loss);
   const DistillConfig& d = config.distill;
   if (d.kind == "none") {
-    if (!d.teacher.empty()) config.refuse("distill.kind", "is none, but there is a teacher (distill.teacher); soft or hard would use it");
+    const DistillConfig unused;
+    const char* set = !d.teacher.empty()        ? "distill.teacher"
+                      : d.model != unused.model ? "distill.model"
+                      : d.alpha != unused.alpha ? "distill.alpha"
+                      : d.tau != unused.tau     ? "distill.tau"
+                                                : nullptr;
+    if (set != nullptr) config.refuse(set, "has no effect while distill.kind is none; soft or hard would use it");
     return;
   }
+  if (config.distill.kind == "hard" && d.tau != 1) config.refuse("distill.tau", "has no effect on hard distillation");
   if (d.teacher.empty()) config.refuse("distill.teacher", "is empty; distillation (distill.kind: ", d.kind, ") needs a checkpoint");
   hard_ = d.kind == "hard";
   alpha_ = d.alpha, tau_ = d.tau;
@@ -25,7 +34,7 @@ Targets Objective::targets(const Prepared& batch) const {
   Targets out;
   if (dense_) {
     out.soft = Tensor::empty({batch.labels.dim(0), classes_}, DType::f32, batch.labels.device());
-    kernels::mixed_targets(batch.labels, batch.mixing, smoothing_, out.soft);
+    kernels::mixed_targets(batch.labels, batch.mixing, smoothing_, threshold_, out.soft);
   } else {
     out.labels = batch.labels;
   }

@@ -160,14 +160,15 @@ int64_t largest_batch(const RunConfig& config, const NetConfig& model, int64_t b
     StoragePolicy policy = make_policy(config.storage);
     return meta_step(other, model, policy).reserved <= bytes;
   };
-  if (!fits(1)) return 0;
-  int64_t low = 1, high = 2;
-  while (high < (int64_t{1} << 24) && fits(high)) low = high, high *= 2;
+  const int64_t unit = LoaderRing::mixes(config) ? 2 : 1;  // samples are mixed in pairs
+  if (!fits(unit)) return 0;
+  int64_t low = 1, high = 2;  // in units
+  while (high < (int64_t{1} << 24) && fits(high * unit)) low = high, high *= 2;
   while (high - low > std::max<int64_t>(1, low / 64)) {  // to the next percent or two
     const int64_t middle = (low + high) / 2;
-    (fits(middle) ? low : high) = middle;
+    (fits(middle * unit) ? low : high) = middle;
   }
-  return low;
+  return low * unit;
 }
 
 int64_t available_memory(Device device) {

@@ -22,6 +22,7 @@ NetConfig teacher_config(const RunConfig& config, const SafetensorsFile& file, c
     of.model.image_size = student.image_size, of.model.channels = student.channels, of.model.classes = student.classes;
   }
   of.model.drop_rate = of.model.attn_drop_rate = of.model.drop_path = 0;
+  of.model.attention = "fused";  // whatever it was trained with: the same numbers
   return model_config(of, 0);
 }
 
@@ -42,6 +43,8 @@ Teacher::Teacher(const RunConfig& config, const ImageConfig& student, Device dev
     std::map<std::string, Tensor> named;
     for (const NamedTensor& tensor : weights.tensors) named[tensor.name] = tensor.tensor;
     load_weights(params_, named, file);
+    const std::string bad = plan ? "" : first_bad_parameter(params_);
+    check(bad.empty(), file, " holds weights that are not finite, first in ", bad);
   } catch (const UsageError&) {
     throw;
   } catch (const Error& e) {

@@ -5,7 +5,7 @@ Needs timm 0.9.16, Pillow (written with 13.0), torchvision, numpy and safetensor
     python3 augment.py
 picture/<name> are the inputs. op/<name>/<operation of timm>/<argument>[/<filter>] is the picture after the operation; what comes in from
 outside has the colour FILL. levels/<operation> holds the argument for each of `magnitudes`, without and with a minus sign. simple is the
-picture `rgb` with its shorter side at 12 and 4 pixels of reflection around it; repeats/<rank> the samples of two ranks, of ten in order.
+picture `rgb` with its shorter side at 12 and 4 pixels of reflection around it.
 """
 import random
 

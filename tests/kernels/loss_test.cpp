@@ -134,12 +134,17 @@ TEST_CASE("targets of mixed samples are their smoothed labels in the proportion 
           }
           const Tensor targets = Tensor::empty({4, classes}, dtype);
           for (const auto& run : implementations(kernels::mixed_targets)) {
-            run(label, mixed ? mixing : Tensor(), smoothing, targets);
+            run(label, mixed ? mixing : Tensor(), smoothing, -1, targets);
             expect(targets, want, tolerance(dtype));
+            run(label, mixed ? mixing : Tensor(), smoothing, 0.2, targets);
+            std::vector<double> sharp = want;
+            for (double& t : sharp) t = t > 0.2 ? 1 : 0;
+            expect(targets, sharp, 0);
           }
         }
   const Tensor odd = Tensor::empty({3, Mixing::kNumbers}, DType::f32), three = Tensor::from<int64_t>({3}, {0, 0, 0});
-  CHECK_THROWS_WITH(kernels::plain::mixed_targets(three, odd, 0, Tensor::empty({3, 2}, DType::f32)), Catch::Matchers::Contains("3 is odd"));
+  CHECK_THROWS_WITH(kernels::plain::mixed_targets(three, odd, 0, -1, Tensor::empty({3, 2}, DType::f32)),
+                    Catch::Matchers::Contains("3 is odd"));
 }
 
 TEST_CASE("binary cross entropy is that of each class by itself", "[kernels]") {
@@ -196,6 +201,11 @@ TEST_CASE("argmax is the first of the largest", "[kernels]") {
         run(tensor_of({3, classes}, x, dtype), labels);
         const auto row = x.begin() + classes;
         CHECK(labels.to_vector<int64_t>() == std::vector<int64_t>{classes / 2, std::max_element(row, row + classes) - row, 0});
+        std::vector<double> odd = x;
+        odd[classes - 1] = NAN;  // of the first row, behind a larger one in the middle
+        for (int64_t k = 0; k < classes; ++k) odd[classes + k] = NAN;
+        run(tensor_of({3, classes}, odd, dtype), labels);
+        CHECK(labels.to_vector<int64_t>() == std::vector<int64_t>{classes - 1, 0, 0});
       }
     }
 }

@@ -144,7 +144,9 @@ TEST_CASE("objective: a teacher is not trained, keeps nothing, and is in the pla
         4 * teacher.params.count());
   student.built.params.allocate_gradients();
   const Objective objective(config, student.built.net.input(), test_device());
+  const int64_t none = Allocator::of(test_device()).use().of(MemoryKind::activations);
   const Targets targets = objective.targets({batch.images, batch.labels, {}});
+  CHECK(Allocator::of(test_device()).use().of(MemoryKind::activations) == none);
   const int64_t before = Allocator::of(test_device()).use().of(MemoryKind::activations);
   StoragePolicy policy = make_policy(reference_storage());
   Tape tape(policy);
@@ -162,7 +164,10 @@ TEST_CASE("objective: what does not go together is refused at its key") {
     const Objective objective(config, model_config(config, 4).input(), kCpu);
   };
   CHECK_THROWS_WITH(make({"distill.kind=hard"}), Contains("distill.teacher") && Contains("is empty"));
-  CHECK_THROWS_WITH(make({"distill.teacher=x"}), Contains("distill.kind") && Contains("soft or hard"));
+  CHECK_THROWS_WITH(make({"distill.teacher=x"}), Contains("--set distill.teacher") && Contains("soft or hard"));
+  CHECK_THROWS_WITH(make({"distill.alpha=0.9"}), Contains("--set distill.alpha") && Contains("no effect"));
+  CHECK_THROWS_WITH(make({"distill.kind=hard", "distill.tau=2"}), Contains("--set distill.tau") && Contains("hard"));
+  CHECK_THROWS_WITH(make({"train.bce_threshold=0"}), Contains("--set train.bce_threshold") && Contains("cross_entropy"));
   CHECK_THROWS_WITH(make({"distill.kind=hard", "distill.teacher=/nowhere"}), Contains("--set distill.teacher") && Contains("/nowhere"));
   CHECK_THROWS_WITH(make({"distill.kind=hard", "distill.teacher=" + bare}), Contains("distill.model"));
   CHECK_THROWS_WITH(make({"distill.kind=hard", "distill.teacher=" + bare, "distill.model=vit"}), Contains("belongs to another model"));
@@ -171,6 +176,10 @@ TEST_CASE("objective: what does not go together is refused at its key") {
   CHECK_THROWS_WITH(make({"distill.kind=hard", "distill.teacher=" + good, "data.mean=[0, 0, 0]", "data.std=[1, 1, 1]"}),
                     Contains("another data.mean or data.std"));
   CHECK_NOTHROW(make({"distill.kind=hard", "distill.teacher=" + good}));
+  SavedTeacher broken;
+  broken.params.at("blocks.0.mlp.fc1.weight").value.data<float>()[2] = std::nanf("");
+  CHECK_THROWS_WITH(make({"distill.kind=hard", "distill.teacher=" + broken.with_config()}),
+                    Contains("distill.teacher") && Contains("not finite") && Contains("blocks.0.mlp.fc1.weight (element 2)"));
   const RunConfig odd = config_of({"data.mixup=1", "train.batch_size=7"});
   CHECK_THROWS_WITH(make_loader_options(odd, true, kCpu), Contains("train.batch_size") && Contains("7 is odd"));
 }

@@ -4,7 +4,11 @@
 #include <catch2/catch.hpp>
 
 #include "mesa/kernels/matmul.h"
+#include "mesa/train/checkpoint.h"
+#include "mesa/train/objective.h"
 #include "mesa/train/optimizer_setup.h"
+#include "mesa/train/safetensors.h"
+#include "support/data_files.h"
 #include "support/device.h"
 
 using namespace mesa;
@@ -24,8 +28,10 @@ void check_plan(const RunConfig& config) {
   const Tensor labels = to(Tensor::from<int64_t>({6}, {0, 1, 2, 3, 4, 5}, MemoryKind::inputs), test_device(), MemoryKind::inputs);
   const auto kept_now = [] { return Allocator::of(test_device()).use().of(MemoryKind::activations); };
   const int64_t before = kept_now();
+  const Objective objective(config, net.input(), test_device());
+  const Targets targets = objective.targets({to(images, test_device(), MemoryKind::inputs), labels, {}});
   Tape tape(policy, 1, 2);
-  const Var loss = cross_entropy(model.net(to(images, test_device(), MemoryKind::inputs)), labels);
+  const Var loss = objective(model.net, to(images, test_device(), MemoryKind::inputs), targets);
   CHECK(kept_now() - before == plan.activation_bytes);
   CHECK(model.params.count() == plan.parameters);
   const auto sites = policy.sites();
@@ -50,10 +56,33 @@ TEST_CASE("plan: kept bytes equal the meter's exactly, in every storage, precisi
   CAPTURE(storage, precision, attention, pool);
   const std::string rules = storage == "rebuild" ? "[{match: \"*\", codec: exact}, {match: \"*.fc?:x\", codec: rebuild}]"
                                                  : "[{match: \"*\", codec: " + storage + "}]";
-  const RunConfig config = parse_config("model: {name: vit, image_size: 16, patch_size: 4, width: 48, depth: 2, heads: 3, classes: 10, "
-                                        "drop_path: 0.3, drop_rate: 0.1, attention: " + attention + ", pool: " + pool + "}\n"
-                                        "train: {batch_size: 6, precision: " + precision + "}\nstorage: " + rules + "\n", "plan.yaml");
+  const RunConfig config = parse_config(
+      "model: {name: vit, image_size: 16, patch_size: 4, width: 48, depth: 2, heads: 3, classes: 10, "
+      "drop_path: 0.3, drop_rate: 0.1, attention: " +
+          attention + ", pool: " + pool +
+          "}\n"
+          "train: {batch_size: 6, precision: " +
+          precision + "}\nstorage: " + rules + "\n",
+      "plan.yaml");
   check_plan(config);
+}
+
+TEST_CASE("plan: the same with mixed labels, independent classes and a teacher") {
+  const TemporaryFolder folder;
+  const std::string model =
+      "model: {name: vit, image_size: 16, patch_size: 4, width: 48, depth: 2, heads: 3, classes: 10, distilled: true}\n";
+  ParamStore teacher;
+  const RunConfig taught = parse_config(model, "teacher.yaml");
+  const Net net(Builder(teacher, 3), model_config(taught, 10));
+  std::vector<NamedTensor> weights;
+  for (const Param& p : teacher.params()) weights.push_back({p.name, p.value});
+  const std::string path = (folder.path() / "teacher.safetensors").string();
+  write_safetensors(path, weights, {{"mesa.config", to_yaml(taught)}});
+  const std::string sets = GENERATE("data.mixup=1", "train.loss=bce", "distill.kind=soft", "distill.kind=hard");
+  CAPTURE(sets);
+  std::vector<std::string> all{sets, "train.batch_size=6"};
+  if (sets.starts_with("distill")) all.push_back("distill.teacher=" + path);
+  check_plan(parse_config(model + "storage: [{match: \"*\", codec: int8}]\n", "plan.yaml", all));
 }
 
 TEST_CASE("plan: the same of every family in every shipped storage") {
@@ -64,8 +93,8 @@ TEST_CASE("plan: the same of every family in every shipped storage") {
       "{name: swin, image_size: 24, patch_size: 2, width: 32, heads: 2, depths: [2, 1], window: 5, pad: true, drop_path: 0.2}",
       "{name: swin, image_size: 16, patch_size: 2, width: 32, heads: 1, depths: [2], window: 4, attention: explicit, attn_drop_rate: 0.1}",
       "{name: pvt_tiny, image_size: 32, depths: [1, 1, 1, 1], drop_path: 0.2}",
-      "{name: resnet50, image_size: 40, width: 16, depths: [1, 2], drop_path: 0.2}", "{name: resnet18, image_size: 33, width: 8, depths: [1, 1]}",
-      "{name: deit_tiny_distilled_patch16_224, depth: 2}");
+      "{name: resnet50, image_size: 40, width: 16, depths: [1, 2], drop_path: 0.2}",
+      "{name: resnet18, image_size: 33, width: 8, depths: [1, 1]}", "{name: deit_tiny_distilled_patch16_224, depth: 2}");
   CAPTURE(storage, precision, model);
   RunConfig config = parse_config("model: " + model + "\ntrain: {batch_size: 6, precision: " + precision + "}\n", "plan.yaml");
   config.storage = load_storage(storage);

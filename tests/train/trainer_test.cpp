@@ -47,10 +47,11 @@ struct Trainer {
   std::string text(const std::string& name) const { return read_text(path(name)); }
   int run(std::vector<std::string> sets = {}, const std::string& resume = "") const { return run_config(kTiny, sets, resume); }
   int run_resnet(const std::vector<std::string>& sets, const std::string& resume = "") const {
-    return run_config("model: {name: resnet18, image_size: 24, width: 8, depths: [1, 1]}\n"
-                      "data: {kind: shapes, train_size: 96, test_size: 32, workers: 1}\n"
-                      "train: {epochs: 2, batch_size: 16, log_interval: 1, threads: 1}\n",
-                      sets, resume);
+    return run_config(
+        "model: {name: resnet18, image_size: 24, width: 8, depths: [1, 1]}\n"
+        "data: {kind: shapes, train_size: 96, test_size: 32, workers: 1}\n"
+        "train: {epochs: 2, batch_size: 16, log_interval: 1, threads: 1}\n",
+        sets, resume);
   }
   int run_config(const std::string& text, const std::vector<std::string>& sets, const std::string& resume) const {
     RunConfig config = parse_config(text, "tiny.yaml", sets);
@@ -193,13 +194,30 @@ TEST_CASE("trainer: the system is asked for no memory after the first epoch") {
 TEST_CASE("trainer: recorded passes train bit for bit like those that are handed over one by one") {
   if (test_device() != kCuda) return;
   const Trainer t;
-  for (const char* variant : {"train.precision=bf16", "train.accumulation=3", "train.accumulation=4", "data.cutmix=1", "optimizer.lr=1e15"}) {
-    INFO(variant);
+  REQUIRE(t.run({"train.epochs=1"}) == 0);
+  fs::rename(t.path("run"), t.path("teacher"));
+  const std::string teacher = "distill.teacher=" + t.path("teacher");
+  const std::vector<std::vector<std::string>> variants{{"train.precision=bf16"},
+                                                       {"train.accumulation=3"},
+                                                       {"train.accumulation=4"},
+                                                       {"data.cutmix=1", "train.loss=bce"},
+                                                       {"distill.kind=soft", teacher, "train.precision=bf16"},
+                                                       {"distill.kind=hard", teacher, "data.mixup=0.8"},
+                                                       {"optimizer.lr=1e15"}};
+  for (const std::vector<std::string>& variant : variants) {
+    INFO(variant.front());
     std::string results[2];
     for (const bool recorded : {false, true}) {
       fs::remove_all(t.path("run"));
-      const int code = t.run({"model.drop_path=0.2", "model.drop_rate=0.1", "model.width=64", "model.heads=2", "train.max_bad_steps=3",
-                              "train.ema_decay=0.8", variant, concat("train.cuda_graph=", recorded ? "true" : "false")});
+      std::vector<std::string> sets{"model.drop_path=0.2",
+                                    "model.drop_rate=0.1",
+                                    "model.width=64",
+                                    "model.heads=2",
+                                    "train.max_bad_steps=3",
+                                    "train.ema_decay=0.8",
+                                    concat("train.cuda_graph=", recorded ? "true" : "false")};
+      sets.insert(sets.end(), variant.begin(), variant.end());
+      const int code = t.run(sets);
       results[recorded] = concat("exit code ", code, "\n");
       std::istringstream lines(t.text("run/metrics.jsonl"));
       for (std::string line; std::getline(lines, line);) {

@@ -26,8 +26,8 @@ struct LoaderOptions {
   bool train = true;  ///< random augmentation; false is the fixed evaluation transform
   bool shuffle = true;
   bool drop_last = true;  ///< leave out the last batch where it is not full
-  /// Repeated augmentation (Hoffer et al., "Augment Your Batch", CVPR 2020; as in DeiT): each picture comes this many times in a row, each
-  /// time augmented anew, and an epoch, of as many pictures as ever, goes through the first 1 / repeats of the order only.
+  /// Repeated augmentation (Hoffer et al., "Augment Your Batch", CVPR 2020; as in DeiT): each picture comes this many times, close
+  /// together and each time augmented anew, and an epoch, of as many pictures as ever, goes through the first 1 / repeats of the order.
   int64_t repeats = 1;
   OnBadSample on_bad_sample = OnBadSample::error;
   bool pinned = false;  ///< batches in memory that a GPU reads directly

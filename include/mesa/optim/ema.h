@@ -16,7 +16,8 @@ struct EmaConfig {
 
 /// timm's ModelEmaV3: average <- d average + (1 - d) value after each update of the weights. Update t (from 1) has d = 0 for t = 1, so that
 /// the average begins with the first weights that were trained, then `decay`, or with warm-up min(decay, 1 - t^(-2/3)).
-/// What is not trained (frozen parameters, buffers) is not averaged: its present value stands for it and takes no memory.
+/// What is not trained (frozen parameters, running statistics) is not averaged: its present value stands for it and takes no memory. timm
+/// averages running statistics, too.
 class Ema {
  public:
   /// Begins with the present values of the parameters, which must outlive it. The averages are memory of the kind `optimizer`.

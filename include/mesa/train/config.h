@@ -52,7 +52,7 @@ struct DataConfig {
   double mix_prob = 1, mix_switch_prob = 0.5;
   std::string mix_mode = "batch";  ///< batch | pair | elem
   int64_t mix_off_epoch = 0;       ///< 0 = never
-  std::vector<double> mean, std;  ///< per channel, of values in [0, 1]; empty = the data set's own
+  std::vector<double> mean, std;   ///< per channel, of values in [0, 1]; empty = the data set's own
   bool operator==(const DataConfig&) const = default;
 };
 
@@ -63,8 +63,9 @@ struct TrainConfig {
   bool force_precision = false;
   bool cuda_graph = false;
   int64_t accumulation = 1;
-  double clip_norm = 0;  ///< 0 = off
+  double clip_norm = 0;                ///< 0 = off
   std::string loss = "cross_entropy";  ///< cross_entropy | bce
+  std::optional<double> bce_threshold;
   double label_smoothing = 0;
   int64_t eval_batch_size = 0;  ///< 0 = batch_size
   int64_t log_interval = 50;    ///< steps
@@ -79,7 +80,7 @@ struct TrainConfig {
   bool tensorboard = false;
   std::vector<std::string> histograms;  ///< globs of parameter names and sites
   int64_t health_interval = 0;          ///< steps; 0 = off
-  std::string weights;              ///< checkpoint or safetensors file to begin with; empty = first values
+  std::string weights;                  ///< checkpoint or safetensors file to begin with; empty = first values
   bool operator==(const TrainConfig&) const = default;
 };
 
@@ -152,8 +153,8 @@ struct RunConfig {
   }
   /// Compares values, not the places where they were set.
   bool operator==(const RunConfig& o) const {
-    return model == o.model && data == o.data && train == o.train && distill == o.distill && optimizer == o.optimizer && schedule == o.schedule &&
-           storage == o.storage && seed == o.seed && device == o.device && output == o.output;
+    return model == o.model && data == o.data && train == o.train && distill == o.distill && optimizer == o.optimizer &&
+           schedule == o.schedule && storage == o.storage && seed == o.seed && device == o.device && output == o.output;
   }
 
   std::map<std::string, std::string> places;
