@@ -129,9 +129,14 @@ void contrast(const Pixels& p, float factor) {
 
 void color(const Pixels& p, float factor) {
   if (p.channels != 3) return;
-  for (int64_t i = 0; i < p.bytes(); i += 3) {
-    const int gray = luma(p.data + i);
-    for (int c = 0; c < 3; ++c) p.data[i + c] = blend(gray, p.data[i + c], factor);
+  thread_local std::vector<uint8_t> grays;
+  const int64_t row = 3 * p.width;
+  grays.resize(row);
+  for (int64_t y = 0; y < p.height; ++y) {  // the luma first, so that the blend has no steps of three
+    const uint8_t* __restrict gray = grays.data();
+    uint8_t* __restrict at = p.data + y * row;
+    for (int64_t i = 0; i < row; i += 3) std::memset(grays.data() + i, luma(at + i), 3);
+    for (int64_t i = 0; i < row; ++i) at[i] = blend(gray[i], at[i], factor);
   }
 }
 

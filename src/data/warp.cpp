@@ -12,8 +12,9 @@ namespace mesa::pixels {
 namespace {
 double linear(double v0, double v1, double d) { return v0 + (v1 - v0) * d; }
 
-/// Cubic convolution with a = -1 through v1 (d = 0) and v2 (d = 1).
-double cubic(double v0, double v1, double v2, double v3, double d) {
+/// Cubic convolution with a = -1 through v1 (d = 0) and v2 (d = 1), of ints or doubles.
+template <class T>
+double cubic(T v0, T v1, T v2, T v3, double d) {
   const double p2 = -v0 + v2, p3 = 2 * (v0 - v1) + v2 - v3, p4 = -v0 + v1 - v2 + v3;
   return v1 + d * (p2 + d * (p3 + d * p4));
 }
@@ -54,9 +55,9 @@ struct Bicubic {
     const auto along = [&](int k) -> double {
       const uint8_t* row = at.row[k] + c;
       if (at.dx == 0) return row[at.column[1]];
-      return cubic(row[at.column[0]], row[at.column[1]], row[at.column[2]], row[at.column[3]], at.dx);
+      return cubic<int>(row[at.column[0]], row[at.column[1]], row[at.column[2]], row[at.column[3]], at.dx);
     };
-    return at.dy == 0 ? along(1) : cubic(along(0), along(1), along(2), along(3), at.dy);
+    return at.dy == 0 ? along(1) : cubic<double>(along(0), along(1), along(2), along(3), at.dy);
   }
 };
 

@@ -23,8 +23,9 @@ struct Erasing {
 };
 
 /// timm erases normalized pixels, with 0 or with N(0, 1) noise. Here pictures are bytes until they are normalized, so what is written is
-/// round(255 (mean + std n)) with n = 0 or n ~ N(0, 1), clamped to 0..255: noise that would lie outside of what a picture can hold comes
-/// to its border (of ImageNet's normalization 2.3 % of the values). A rectangle gets ten tries to be lower and narrower than the picture.
+/// round(255 (mean + std n)) with n = 0 or n ~ N(0, 1), clamped to 0..255: noise beyond what a picture can hold becomes 0 or 255 (3.3 % of
+/// it with ImageNet's normalization). `mean` and `std` have one value a channel. A rectangle gets ten tries to be lower and narrower than
+/// the picture.
 void erase(const Pixels& p, const Erasing& erasing, const std::vector<float>& mean, const std::vector<float>& std, RandomStream& random);
 
 }  // namespace mesa
