@@ -48,6 +48,7 @@ class Run {
   void look_ahead(const cuda::Mark& after);
   void report(const UpdateResult& result, double seconds);
   void show(const UpdateResult& result);
+  void add_data_shares(IntervalRow& row);
   void report_saturation();
   bool end_epoch();
   void take_results(const Evaluations& eval);
@@ -94,6 +95,8 @@ class Run {
   int64_t bad_samples_before_ = 0;
   size_t reported_skips_ = 0, reported_left_out_ = 0;
   double last_wait_ = 0;
+  StageTimes last_stages_;
+  double stages_since_ = 0;
 };
 
 Run::Run(RunConfig config, const TrainOptions& options)
@@ -198,6 +201,7 @@ int Run::operator()() {
   Allocator::of(model_.device).reset_peak();  // reading a checkpoint is no part of training
   if (!options_.quiet) progress_ = std::make_unique<Progress>(schedule_.total_steps, state_.step, config_.train.log_interval);
   const TrainingState start = state_;
+  stages_since_ = now();
   try {
     return loop();
   } catch (const std::exception& e) {
@@ -289,6 +293,16 @@ void Run::report(const UpdateResult& result, double seconds) {
   show(result);
 }
 
+/// What the loader's threads did since the last row, or since this process began.
+void Run::add_data_shares(IntervalRow& row) {
+  const StageTimes stages = train_loader_.stage_times(), spent = stages - last_stages_;
+  const double time = now(), threads_seconds = (time - stages_since_) * static_cast<double>(train_loader_.workers());
+  row.data_read = spent.read / threads_seconds, row.data_decode = spent.decode / threads_seconds;
+  row.data_augment = spent.augment / threads_seconds;
+  last_stages_ = stages;
+  stages_since_ = time;
+}
+
 /// The live line, and each log_interval steps a line of metrics.jsonl.
 void Run::show(const UpdateResult& result) {
   const double n = static_cast<double>(state_.interval_images), seconds = state_.interval_seconds;
@@ -303,8 +317,10 @@ void Run::show(const UpdateResult& result) {
     progress_->update(p);
   }
   if (state_.step % config_.train.log_interval != 0) return;
-  folder_->append(IntervalRow{state_.step, state_.epoch + 1, loss, result.lr, result.gradient_norm, rate, wait, bytes_per_image(),
-                              peak_bytes(), state_.bad_steps, state_.bad_samples});
+  IntervalRow row{state_.step, state_.epoch + 1, loss, result.lr, result.gradient_norm, rate, wait, bytes_per_image(),
+                  peak_bytes(), state_.bad_steps, state_.bad_samples};
+  add_data_shares(row);
+  folder_->append(row);
   state_.interval_images = 0;
   state_.interval_loss = state_.interval_seconds = state_.interval_wait = 0;
 }

@@ -33,6 +33,8 @@ struct IntervalRow {
   double activation_bytes_per_image = 0;
   int64_t peak_bytes = 0;
   int64_t bad_steps = 0, bad_samples = 0;  ///< so far
+  /// Shares of the loader threads' time, 0 to 1; the rest they were idle.
+  double data_read = 0, data_decode = 0, data_augment = 0;
 };
 
 /// One row of memory.csv: what one site keeps for the backward pass.
@@ -91,6 +93,10 @@ struct ProgressState {
 
 /// One line of at most `width` columns; what is least needed goes first when there is no room. A width of 0 means no limit and no bar.
 std::string format_progress(const ProgressState& state, int width);
+/// "[=====>    ]", `width` columns between the brackets, of which the share `done` is full.
+std::string format_bar(double done, int width);
+/// Columns of the terminal behind a file descriptor; 80 where it does not say.
+int terminal_width(int fd);
 /// "1:02:03", "2:03"
 std::string format_duration(double seconds);
 
