@@ -80,8 +80,8 @@ std::shared_ptr<const Dataset> random_part(std::shared_ptr<const Dataset> all, i
   check(count <= all->size(), train ? "data.train_size" : "data.test_size", " asks for ", count, " pictures, but ", path, " holds ",
         all->size());
   if (count == 0 || count == all->size()) return all;
-  auto order = std::make_shared<const std::vector<int64_t>>(
-      permutation(all->size(), seed, train ? "data.train_part" : "data.test_part", 0));
+  auto order =
+      std::make_shared<const std::vector<int64_t>>(permutation(all->size(), seed, train ? "data.train_part" : "data.test_part", 0));
   return subset(std::move(all), 0, count, std::move(order));
 }
 

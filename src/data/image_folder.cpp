@@ -90,8 +90,7 @@ DatasetPair open_split(const DataOptions& options, const fs::path& train, const 
   check(extra.empty(), test.string(), ": has the class '", extra, "', which ", train.string(),
         " lacks; both must have the same class folders");
   auto train_set = std::make_shared<ImageFolder>(list_files(train, names), names, decode);
-  return {random_part(train_set, options.train_size, options.seed, Half::train, train.string()),
-          test_part(options, test, names, decode)};
+  return {random_part(train_set, options.train_size, options.seed, Half::train, train.string()), test_part(options, test, names, decode)};
 }
 
 DatasetPair open_unsplit(const DataOptions& options, const fs::path& folder, const DecodeOptions& decode) {
