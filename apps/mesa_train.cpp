@@ -3,6 +3,7 @@
 
 #include "app.h"
 #include "mesa/train/check_comm.h"
+#include "mesa/train/data_tools.h"
 #include "mesa/train/plan.h"
 #include "mesa/train/signals.h"
 #include "mesa/train/trainer.h"
@@ -12,8 +13,9 @@ namespace {
 struct Arguments {
   std::string config, output, device;
   std::vector<std::string> overrides;
-  bool dry = false, list = false, check_comm = false;
+  bool dry = false, list = false, check_comm = false, check_data = false;
   double fit = 0;  // bytes
+  mesa::PackSettings pack;
   mesa::TrainOptions options;
 };
 
@@ -49,6 +51,11 @@ int run(Arguments& args) {
     return 0;
   }
   if (args.check_comm) return mesa::check_comm(std::move(config));
+  if (args.check_data) return mesa::check_data(config) ? 0 : 1;
+  if (!args.pack.path.empty()) {
+    std::fputs(mesa::pack_data(config, args.pack).c_str(), stdout);
+    return 0;
+  }
   mesa::handle_signals();  // from the set-up on, a signal ends in a resumable state
   return mesa::train(std::move(config), args.options);
 }
@@ -72,6 +79,13 @@ int main(int argc, char** argv) {
       ->check(CLI::Range(1.0, 1e15))
       ->type_name("BYTES")
       ->needs(dry);
+  CLI::Option* check = app.add_flag("--check-data", args.check_data, "read and decode every picture once, list the damaged ones and count the classes; train nothing")
+      ->excludes(dry);
+  CLI::Option* pack = app.add_option("--pack", args.pack.path, "write the data into one file for data.kind: packed; train nothing")
+      ->type_name("FILE")->excludes(dry)->excludes(check);
+  app.add_option("--pack-size", args.pack.size, "with --pack: reduce larger pictures until their shorter side has so many pixels; 0 keeps all as they are")
+      ->check(CLI::Range(int64_t{0}, int64_t{65536}))->type_name("PIXELS")->needs(pack)->capture_default_str();
+  app.add_flag("--pack-raw", args.pack.raw, "with --pack: store pixels, which need no decoding, in place of JPEG")->needs(pack);
   app.add_flag("--list-models", args.list, "print the models that model.name may name, with their sizes and what they keep; train nothing");
   app.add_flag("--check-comm", args.check_comm, "print who the ranks of this run are and how fast they add up, refuse those that differ; train nothing");
   app.add_flag("--quiet", args.options.quiet, "no progress, only warnings and the summary");

@@ -1,8 +1,8 @@
 // CIFAR-10 and CIFAR-100 in their binary format (https://www.cs.toronto.edu/~kriz/cifar.html).
 #include <algorithm>
 #include <filesystem>
-#include <sstream>
 
+#include "class_names.h"
 #include "mesa/base/error.h"
 #include "mesa/base/files.h"
 #include "mesa/data/dataset.h"
@@ -73,18 +73,10 @@ class Cifar : public Dataset {
 
 /// The names in a meta file, one a line, or "0", "1", ... where there is none.
 std::vector<std::string> read_names(const fs::path& path, int classes) {
-  std::vector<std::string> names;
-  if (fs::exists(path)) {
-    std::istringstream lines(read_text(path.string(), 1 << 20));
-    for (std::string line; std::getline(lines, line);) {
-      while (!line.empty() && static_cast<unsigned char>(line.back()) <= ' ') line.pop_back();
-      if (!line.empty()) names.push_back(line);
-    }
-    check(static_cast<int>(names.size()) == classes, path.string(), ": has ", names.size(), " class names, the data set has ", classes,
-          "; repair or remove the file");
-  } else {
-    for (int i = 0; i < classes; ++i) names.push_back(std::to_string(i));
-  }
+  if (!fs::exists(path)) return numbered_classes(classes);
+  const auto names = read_class_names(path.string());
+  check(static_cast<int>(names.size()) == classes, path.string(), ": has ", names.size(), " class names, the data set has ", classes,
+        "; repair or remove the file");
   return names;
 }
 

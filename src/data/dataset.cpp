@@ -10,7 +10,7 @@
 namespace mesa {
 
 const std::vector<std::string>& dataset_kinds() {
-  static const std::vector<std::string> kinds{"shapes", "cifar10", "cifar100", "idx", "image_folder"};
+  static const std::vector<std::string> kinds{"shapes", "cifar10", "cifar100", "idx", "image_folder", "shards", "packed"};
   return kinds;
 }
 
@@ -24,9 +24,12 @@ DatasetPair open_datasets(const DataOptions& options) try {
   const std::string list = std::accumulate(kinds.begin() + 1, kinds.end(), kinds[0], [](auto a, auto& b) { return a + ", " + b; });
   const bool known = std::find(kinds.begin(), kinds.end(), options.kind) != kinds.end();
   check(known, "data.kind: unknown data set '", options.kind, "'", near.empty() ? "" : "; did you mean '" + near + "'?", " (", list, ")");
-  check(!options.path.empty(), "data.path is empty: the data set '", options.kind, "' needs the folder of its files");
+  check(!options.path.empty(), "data.path is empty: the data set '", options.kind, "' needs ",
+        options.kind == "packed" ? "its file" : "the folder of its files");
   if (options.kind == "idx") return open_idx(options);
   if (options.kind == "image_folder") return open_image_folder(options);
+  if (options.kind == "shards") return open_shards(options);
+  if (options.kind == "packed") return open_packed(options);
   return open_cifar(options);
 } catch (const std::filesystem::filesystem_error& error) {
   fail("data.path cannot be read: ", error.what());
@@ -49,6 +52,7 @@ class Subset : public Dataset {
   int64_t classes() const override { return whole_->classes(); }
   const std::vector<std::string>& class_names() const override { return whole_->class_names(); }
   Sample get(int64_t index) const override { return whole_->get(in_whole(index)); }
+  std::optional<StoredPicture> stored(int64_t index) const override { return whole_->stored(in_whole(index)); }
   std::string describe(int64_t index) const override { return whole_->describe(in_whole(index)); }
 
  private:
@@ -68,6 +72,23 @@ std::shared_ptr<const Dataset> subset(std::shared_ptr<const Dataset> whole, int6
   check(from >= 0 && count >= 0 && count <= size - from, "samples ", from, " to ", from + count, " of a data set of ", size);
   if (from == 0 && count == whole->size() && !order) return whole;
   return std::make_shared<Subset>(std::move(whole), from, count, std::move(order));
+}
+
+std::shared_ptr<const Dataset> random_part(std::shared_ptr<const Dataset> all, int64_t count, uint64_t seed, Half half,
+                                           const std::string& path) {
+  const bool train = half == Half::train;
+  check(count <= all->size(), train ? "data.train_size" : "data.test_size", " asks for ", count, " pictures, but ", path, " holds ",
+        all->size());
+  if (count == 0 || count == all->size()) return all;
+  auto order =
+      std::make_shared<const std::vector<int64_t>>(permutation(all->size(), seed, train ? "data.train_part" : "data.test_part", 0));
+  return subset(std::move(all), 0, count, std::move(order));
+}
+
+Image decode(const StoredPicture& picture, const std::string& name, const DecodeOptions& options) {
+  const auto bytes = picture.bytes();
+  if (picture.is_file()) return decode_image(bytes.data(), bytes.size(), name, options);
+  return {picture.height, picture.width, picture.channels, {bytes.begin(), bytes.end()}};
 }
 
 }  // namespace mesa

@@ -8,8 +8,6 @@
 namespace mesa {
 
 namespace {
-constexpr int64_t kMaxImageFile = int64_t{1} << 30;
-
 /// (dy, dx) of a step in the upright picture, seen in the stored one, and the corner where it starts.
 struct Walk {
   int64_t start, step_x, step_y;  // in pixels of the stored picture

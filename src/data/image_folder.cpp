@@ -2,45 +2,39 @@
 #include <algorithm>
 #include <cctype>
 #include <filesystem>
-#include <nlohmann/json.hpp>
 
-#include "mesa/base/error.h"
-#include "mesa/data/dataset.h"
+#include "class_names.h"
+#include "mesa/base/files.h"
+#include "stored_dataset.h"
 
 namespace mesa {
 
 namespace {
 namespace fs = std::filesystem;
 
-/// Random resized crops take down to 8 % of the area, a side of 0.28: four times the model's side loses nothing that they would show.
-constexpr int64_t kDecodeMargin = 4;
-
 struct ImageFile {
   std::string path;
   int64_t label;
 };
 
-class ImageFolder : public Dataset {
+class ImageFolder : public StoredDataset {
  public:
   ImageFolder(std::vector<ImageFile> files, std::vector<std::string> names, const DecodeOptions& decode)
-      : files_(std::move(files)), names_(std::move(names)), decode_(decode) {}
+      : StoredDataset(std::move(names), decode), files_(std::move(files)) {}
   int64_t size() const override { return static_cast<int64_t>(files_.size()); }
-  int64_t classes() const override { return static_cast<int64_t>(names_.size()); }
-  const std::vector<std::string>& class_names() const override { return names_; }
-  Sample get(int64_t index) const override {
-    const ImageFile& file = at(index);
-    return {read_image(file.path, decode_), file.label};
+  std::string describe(int64_t index) const override {
+    check(index >= 0 && index < size(), "sample ", index, " of a data set of ", size());
+    return files_[index].path;
   }
-  std::string describe(int64_t index) const override { return at(index).path; }
 
  private:
-  const ImageFile& at(int64_t index) const {
-    check(index >= 0 && index < size(), "sample ", index, " of a data set of ", size());
-    return files_[index];
+  StoredPicture read(int64_t index) const override {
+    StoredPicture picture;
+    picture.label = files_[index].label;
+    picture.memory = read_bytes(files_[index].path, kMaxImageFile);
+    return picture;
   }
   std::vector<ImageFile> files_;
-  std::vector<std::string> names_;
-  DecodeOptions decode_;
 };
 
 bool is_hidden(const fs::path& path) { return path.filename().string().starts_with("."); }
@@ -51,18 +45,11 @@ bool is_picture(const fs::path& path) {
   return ending == ".jpg" || ending == ".jpeg" || ending == ".png";
 }
 
-/// Checkpoints and results keep the class names as JSON: better an error now than after the first epoch.
-void check_utf8(const std::string& name, const fs::path& folder) try {
-  nlohmann::json(name).dump();
-} catch (const nlohmann::json::exception&) {
-  fail("", folder.string(), ": the name of the class folder '", name, "' is not UTF-8; rename it (convmv does)");
-}
-
 std::vector<std::string> class_folders(const fs::path& folder) {
   std::vector<std::string> names;
   for (const auto& entry : fs::directory_iterator(folder))
     if (entry.is_directory() && !is_hidden(entry.path())) names.push_back(entry.path().filename().string());
-  for (const std::string& name : names) check_utf8(name, folder);
+  for (const std::string& name : names) check_utf8(name, folder.string(), "rename the folder (convmv does)");
   std::sort(names.begin(), names.end());
   return names;
 }
@@ -88,20 +75,11 @@ std::string only_in(const std::vector<std::string>& a, const std::vector<std::st
   return missing.empty() ? "" : missing.front();
 }
 
-/// All of a split, or a random part of it that depends on the seed alone (the first files would all be of one class).
-std::shared_ptr<const Dataset> random_part(std::shared_ptr<const Dataset> all, int64_t count, uint64_t seed, const char* stream,
-                                           const char* key, const std::string& path) {
-  check(count <= all->size(), key, " asks for ", count, " pictures, but ", path, " holds ", all->size());
-  if (count == 0 || count == all->size()) return all;
-  auto order = std::make_shared<const std::vector<int64_t>>(permutation(all->size(), seed, stream, 0));
-  return subset(std::move(all), 0, count, std::move(order));
-}
-
 std::shared_ptr<const Dataset> test_part(const DataOptions& options, const fs::path& test, const std::vector<std::string>& names,
                                          const DecodeOptions& decode) {
   check(!names.empty(), test.string(), ": holds no class folders");
   auto all = std::make_shared<ImageFolder>(list_files(test, names), names, decode);
-  return random_part(all, options.test_size, options.seed, "data.test_part", "data.test_size", test.string());
+  return random_part(all, options.test_size, options.seed, Half::test, test.string());
 }
 
 DatasetPair open_split(const DataOptions& options, const fs::path& train, const fs::path& test, const DecodeOptions& decode) {
@@ -112,8 +90,7 @@ DatasetPair open_split(const DataOptions& options, const fs::path& train, const 
   check(extra.empty(), test.string(), ": has the class '", extra, "', which ", train.string(),
         " lacks; both must have the same class folders");
   auto train_set = std::make_shared<ImageFolder>(list_files(train, names), names, decode);
-  return {random_part(train_set, options.train_size, options.seed, "data.train_part", "data.train_size", train.string()),
-          test_part(options, test, names, decode)};
+  return {random_part(train_set, options.train_size, options.seed, Half::train, train.string()), test_part(options, test, names, decode)};
 }
 
 DatasetPair open_unsplit(const DataOptions& options, const fs::path& folder, const DecodeOptions& decode) {
@@ -135,7 +112,7 @@ DatasetPair open_unsplit(const DataOptions& options, const fs::path& folder, con
 DatasetPair open_image_folder(const DataOptions& options) {
   const fs::path folder(options.path);
   check(fs::is_directory(folder), "data.path: ", options.path, " is not a folder");
-  const DecodeOptions decode{options.max_pixels, static_cast<int>(options.image_size * kDecodeMargin)};
+  const DecodeOptions decode = decode_options(options);
   const fs::path train = folder / "train";
   for (const char* name : {"val", "validation", "test"}) {
     const fs::path test = folder / name;

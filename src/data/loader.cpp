@@ -55,6 +55,8 @@ class Loader::Impl {
   void start_epoch(int64_t epoch, int64_t first_batch);
   std::optional<Batch> next();
   int64_t batches_per_epoch() const;
+  StageTimes stage_times();
+  int64_t workers() const { return static_cast<int64_t>(threads_.size()); }
 
   std::shared_ptr<const Dataset> dataset_;
   double wait_seconds_ = 0;
@@ -100,6 +102,7 @@ class Loader::Impl {
   std::deque<std::shared_ptr<Job>> jobs_;  // in order of delivery
   int64_t busy_ = 0;                       // chunks in the hands of workers
   bool stop_ = false;
+  StageTimes stage_times_;
   std::vector<std::thread> threads_;
 };
 
@@ -144,6 +147,11 @@ void Loader::Impl::end_threads() {
   work_ready_.notify_all();
   for (auto& thread : threads_) thread.join();
   threads_.clear();
+}
+
+StageTimes Loader::Impl::stage_times() {
+  const std::lock_guard lock(mutex_);
+  return stage_times_;
 }
 
 int64_t Loader::Impl::batches_per_epoch() const {
@@ -260,8 +268,11 @@ void Loader::Impl::work() {
     job->claimed += count;
     ++busy_;
     lock.unlock();
+    const StageTimes before = mesa::stage_times();
     fill(*job, from, count);
+    const StageTimes spent = mesa::stage_times() - before;
     lock.lock();
+    stage_times_ += spent;
     --busy_;
     job->done += count;
     if (job->done == job->size || busy_ == 0) batch_ready_.notify_all();
@@ -284,7 +295,9 @@ void Loader::Impl::fill_one(Job& job, int64_t position) {
   int64_t& index = job.batch.sample_indices[position];
   const int64_t place = job.batch.index * global_batch() + options_.rank * options_.batch_size + position;
   RandomStream random = augmentation_stream(options_.seed, job.batch.epoch, index, repeat_at(place));
+  const StageScope decoding(Stage::decode);
   const Dataset::Sample sample = get_or_replace(index, job.skips[position]);
+  const StageScope augmenting(Stage::augment);
   uint8_t* out = job.batch.images.data<uint8_t>() + position * transform_.bytes();
   if (options_.train)
     transform_for_training(sample.image, transform_, random, out);
@@ -315,6 +328,8 @@ std::optional<Batch> Loader::next() { return impl_->next(); }
 const Dataset& Loader::dataset() const { return *impl_->dataset_; }
 int64_t Loader::batches_per_epoch() const { return impl_->batches_per_epoch(); }
 double Loader::wait_seconds() const { return impl_->wait_seconds_; }
+StageTimes Loader::stage_times() const { return impl_->stage_times(); }
+int64_t Loader::workers() const { return impl_->workers(); }
 int64_t Loader::skipped() const { return impl_->skipped_; }
 const std::vector<std::string>& Loader::skipped_samples() const { return impl_->skipped_samples_; }
 

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "mesa/base/error.h"
+#include "weighted_rows.h"
 
 namespace mesa {
 
@@ -16,8 +17,6 @@ Interpolation parse_interpolation(const std::string& text, const std::string& ke
 }
 
 namespace {
-constexpr int kPrecision = 32 - 8 - 2;  // two bits of headroom: cubic weights overshoot
-
 double triangle(double x) { return std::max(0.0, 1 - std::fabs(x)); }
 
 double cubic(double x) {
@@ -54,7 +53,7 @@ struct Weights {
       first[i] = static_cast<int32_t>(low);
       for (int64_t k = 0; k < n; ++k) {
         const double w = exact_[k] / sum;
-        weight[i * taps + k] = static_cast<int32_t>(w * (1 << kPrecision) + (w < 0 ? -0.5 : 0.5));
+        weight[i * taps + k] = static_cast<int32_t>(w * (1 << kWeightBits) + (w < 0 ? -0.5 : 0.5));
       }
       if (low + taps > in) shift_left(i, in);
     }
@@ -72,28 +71,39 @@ struct Weights {
   std::vector<double> exact_;
 };
 
-uint8_t to_byte(int32_t sum) { return static_cast<uint8_t>(std::clamp(sum >> kPrecision, 0, 255)); }
-
-/// One row: out[x, c] = sum_k weight[x, k] in[first[x] + k, c].
-template <int channels>
-void horizontal(const uint8_t* in, const Weights& weights, int64_t count, uint8_t* out) {
-  for (int64_t x = 0; x < count; ++x) {
-    const uint8_t* p = in + int64_t{weights.first[x]} * channels;
-    const int32_t* w = weights.weight.data() + x * weights.taps;
-    int32_t sum[channels];
-    for (int c = 0; c < channels; ++c) sum[c] = 1 << (kPrecision - 1);
-    for (int64_t k = 0; k < weights.taps; ++k)
-      for (int c = 0; c < channels; ++c) sum[c] += p[k * channels + c] * w[k];
-    for (int c = 0; c < channels; ++c) out[x * channels + c] = to_byte(sum[c]);
-  }
-}
-
 /// Scratch memory of one thread, kept between pictures.
 struct Workspace {
   Weights columns, rows;
-  std::vector<uint8_t> narrow;  // the rows that are needed, resized horizontally
-  std::vector<int32_t> sums;
+  std::vector<uint8_t> narrow;        // the rows that are needed, resized horizontally
+  std::vector<uint8_t> turned, thin;  // kBand rows with the columns as rows, before and after it
 };
+
+/// The columns or rows that a pass reads.
+struct Span {
+  int64_t first, count;
+  explicit Span(const Weights& weights) {
+    const auto [lowest, highest] = std::minmax_element(weights.first.begin(), weights.first.end());
+    first = *lowest, count = *highest + weights.taps - first;
+  }
+};
+
+/// Resizes `rows` rows from `in` on to `width` pixels each, in work.narrow. Bands of rows are turned by 90 degrees, so that this pass too
+/// adds up rows.
+void resize_columns(const uint8_t* in, int64_t stride, int64_t channels, int64_t rows, int64_t width, Workspace& work) {
+  constexpr int64_t kBand = 64;
+  const Span columns(work.columns);
+  const int64_t row_bytes = width * channels, taps = work.columns.taps;
+  work.turned.resize(columns.count * channels * kBand);
+  work.thin.resize(row_bytes * kBand);
+  for (int64_t y = 0; y < rows; y += kBand) {
+    const int64_t band = std::min(kBand, rows - y);  // where it is narrower, what lies beside it is computed, too, and not used
+    transpose_bytes(in + y * stride + columns.first * channels, stride, band, columns.count * channels, work.turned.data(), kBand);
+    for (int64_t x = 0; x < width; ++x)
+      weighted_rows(work.turned.data() + (work.columns.first[x] - columns.first) * channels * kBand, channels * kBand,
+                    work.columns.weight.data() + x * taps, taps, channels * kBand, work.thin.data() + x * channels * kBand);
+    transpose_bytes(work.thin.data(), kBand, row_bytes, band, work.narrow.data() + y * row_bytes, row_bytes);
+  }
+}
 }  // namespace
 
 void resize(const Image& image, const Box& crop, int64_t height, int64_t width, const Box& window, Interpolation interpolation,
@@ -108,31 +118,18 @@ void resize(const Image& image, const Box& crop, int64_t height, int64_t width, 
   thread_local Workspace work;
   work.columns.compute(crop.width, width, window.x, window.width, interpolation);
   work.rows.compute(crop.height, height, window.y, window.height, interpolation);
-  const auto [lowest, highest] = std::minmax_element(work.rows.first.begin(), work.rows.first.end());
-  const int64_t first_row = *lowest, rows = *highest + work.rows.taps - first_row;
+  const Span rows(work.rows);
   const int64_t row_bytes = window.width * image.channels, stride = int64_t{image.width} * image.channels;
-  work.narrow.resize(rows * row_bytes);
-  const uint8_t* corner = image.pixels.data() + (crop.y + first_row) * stride + crop.x * image.channels;
-  for (int64_t y = 0; y < rows; ++y) {
-    uint8_t* to = work.narrow.data() + y * row_bytes;
-    if (crop.width == width)
-      std::memcpy(to, corner + y * stride + window.x * image.channels, row_bytes);
-    else if (image.channels == 3)
-      horizontal<3>(corner + y * stride, work.columns, window.width, to);
-    else
-      horizontal<1>(corner + y * stride, work.columns, window.width, to);
-  }
-  work.sums.resize(row_bytes);
-  for (int64_t y = 0; y < window.height; ++y) {
-    std::fill(work.sums.begin(), work.sums.end(), 1 << (kPrecision - 1));
-    for (int64_t k = 0; k < work.rows.taps; ++k) {
-      const uint8_t* from = work.narrow.data() + (work.rows.first[y] - first_row + k) * row_bytes;
-      const int32_t w = work.rows.weight[y * work.rows.taps + k];
-      if (w == 0) continue;
-      for (int64_t i = 0; i < row_bytes; ++i) work.sums[i] += from[i] * w;
-    }
-    for (int64_t i = 0; i < row_bytes; ++i) out[y * row_bytes + i] = to_byte(work.sums[i]);
-  }
+  work.narrow.resize(rows.count * row_bytes);
+  const uint8_t* corner = image.pixels.data() + (crop.y + rows.first) * stride + crop.x * image.channels;
+  if (crop.width == width)
+    for (int64_t y = 0; y < rows.count; ++y)
+      std::memcpy(work.narrow.data() + y * row_bytes, corner + y * stride + window.x * image.channels, row_bytes);
+  else
+    resize_columns(corner, stride, image.channels, rows.count, window.width, work);
+  for (int64_t y = 0; y < window.height; ++y)
+    weighted_rows(work.narrow.data() + (work.rows.first[y] - rows.first) * row_bytes, row_bytes,
+                  work.rows.weight.data() + y * work.rows.taps, work.rows.taps, row_bytes, out + y * row_bytes);
 }
 
 }  // namespace mesa

@@ -51,9 +51,9 @@ const Key kKeys[] = {
     KEY(model.attention, one_of("fused|explicit|cudnn"),
         "`fused` never forms the N x N map; `explicit` is matmul, softmax, matmul; `cudnn` is fused by cuDNN (a GPU and bf16)"),
 
-    KEY(data.kind, one_of("shapes|cifar10|cifar100|idx|image_folder|random"),
+    KEY(data.kind, one_of("shapes|cifar10|cifar100|idx|image_folder|shards|packed|random"),
         "Data set; `shapes` is drawn, `random` is noise for benchmarks"),
-    KEY(data.path, any(), "Folder of the data set"),
+    KEY(data.path, any(), "Folder of the data set; of `packed` its file"),
     KEY(data.train_size, count(0), "Training images to use; 0 = all (10,000 of `shapes`, 1,024 of `random`)"),
     KEY(data.test_size, count(0), "Test images to use; 0 = all (2,000 of `shapes`, 256 of `random`)"),
     KEY(data.workers, count(0, 1024), "Loader threads; 0 = one for every four processors, at least one"),

@@ -8,7 +8,8 @@
 namespace mesa {
 
 std::string dry_run(const RunConfig& config, int64_t fit_bytes) {
-  const bool readable = config.data.kind == "image_folder" && std::filesystem::is_directory(config.data.path);
+  const std::string& kind = config.data.kind;  // what opens quickly, or must be opened to know the classes
+  const bool readable = (kind == "image_folder" || kind == "shards" || kind == "packed") && std::filesystem::exists(config.data.path);
   const auto data_classes = [&] { return make_datasets(config, model_config(config, 0).input(), false).test->classes(); };
   const int64_t classes = readable ? data_classes() : known_classes(config);
   const NetConfig model = model_config(config, classes);

@@ -276,10 +276,14 @@ void check_can_write(const std::string& path) {
   ::unlink(trial.c_str());
 }
 
-void write_file_atomically(const std::string& given, std::string_view content) {
+void write_file_atomically(const std::string& path, std::string_view content) {
+  write_file_atomically(path, [&](OutputFile& out) { out.write(content); });
+}
+
+void write_file_atomically(const std::string& given, const std::function<void(OutputFile&)>& write) {
   if (is_special(given)) {
     OutputFile out(given);
-    out.write(content);
+    write(out);
     out.close();
     return;
   }
@@ -288,11 +292,11 @@ void write_file_atomically(const std::string& given, std::string_view content) {
   const std::string temporary = path + ".tmp";
   try {
     OutputFile out(temporary);
-    out.write(content);
+    write(out);
     out.sync();
     out.close();
     rename_path(temporary, path);
-  } catch (const Error&) {
+  } catch (...) {
     ::unlink(temporary.c_str());
     throw;
   }

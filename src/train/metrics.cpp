@@ -100,6 +100,15 @@ const std::string& restart(const std::string& path, const std::string& content) 
 
 double monotonic_seconds() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
 
+template <class... Args>
+std::string text_of(const char* format, Args... args) {
+  char text[128];
+  std::snprintf(text, sizeof text, format, args...);
+  return text;
+}
+
+}  // namespace
+
 int terminal_width(int fd) {
   winsize size{};
   if (ioctl(fd, TIOCGWINSZ, &size) == 0 && size.ws_col > 0) return size.ws_col;
@@ -108,21 +117,12 @@ int terminal_width(int fd) {
   return width > 0 ? width : 80;
 }
 
-template <class... Args>
-std::string text_of(const char* format, Args... args) {
-  char text[128];
-  std::snprintf(text, sizeof text, format, args...);
-  return text;
-}
-
-std::string bar(double done, int width) {
+std::string format_bar(double done, int width) {
   std::string out(width, ' ');
   const int full = static_cast<int>(std::lround(std::clamp(done, 0.0, 1.0) * width));
   for (int i = 0; i < full; ++i) out[i] = i + 1 == full && full < width ? '>' : '=';
   return "[" + out + "]";
 }
-
-}  // namespace
 
 EpochLog::EpochLog(const std::string& path, std::optional<int64_t> last_epoch)
     : file_(restart(path, last_epoch ? kept_rows(path, kEpochTable, kEpochHeader, *last_epoch) : std::string(kEpochHeader) + "\n"),
@@ -147,6 +147,9 @@ void IntervalLog::append(const IntervalRow& r) {
                        {"grad_norm", number(r.grad_norm)},
                        {"images_per_second", number(r.images_per_second)},
                        {"data_wait", number(r.data_wait)},
+                       {"data_read", number(r.data_read)},
+                       {"data_decode", number(r.data_decode)},
+                       {"data_augment", number(r.data_augment)},
                        {"activation_bytes_per_image", number(r.activation_bytes_per_image)},
                        {"peak_bytes", r.peak_bytes},
                        {"bad_steps", r.bad_steps},
@@ -266,7 +269,7 @@ std::string format_progress(const ProgressState& s, int width) {
   for (size_t i = 0; i < fields.size(); ++i) {
     if (!shown[i]) continue;
     line += (line.empty() ? "" : "  ") + fields[i].text;
-    if (i == 0 && width > 0 && room >= 6) line += "  " + bar(done, std::min(room, 30));
+    if (i == 0 && width > 0 && room >= 6) line += "  " + format_bar(done, std::min(room, 30));
   }
   return line;
 }

@@ -32,6 +32,7 @@ class Run {
   void look_ahead(const cuda::Mark& after);
   void report(const UpdateResult& result, double seconds);
   void show(const UpdateResult& result);
+  void add_data_shares(IntervalRow& row);
   void tell_of_ranks(IntervalRow& row);
   bool end_epoch();
   void take_results(const Evaluations& eval);
@@ -81,6 +82,8 @@ class Run {
   int64_t bad_samples_before_ = 0;
   size_t reported_skips_ = 0, reported_left_out_ = 0;
   double last_wait_ = 0, last_sync_wait_ = 0;
+  StageTimes last_stages_;
+  double stages_since_ = 0;
 };
 
 }  // namespace mesa

@@ -70,7 +70,7 @@ void default_normalization(const std::string& kind, std::vector<float>& mean, st
     mean = {0.5071f, 0.4865f, 0.4409f}, std = {0.2673f, 0.2564f, 0.2762f};
   else if (kind == "idx")
     mean = {0.1307f}, std = {0.3081f};
-  else if (kind == "image_folder")
+  else if (kind == "image_folder" || kind == "shards" || kind == "packed")
     mean = {0.485f, 0.456f, 0.406f}, std = {0.229f, 0.224f, 0.225f};
   else
     mean = {0.5f, 0.5f, 0.5f}, std = {0.5f, 0.5f, 0.5f};
@@ -109,8 +109,9 @@ DatasetPair make_datasets(const RunConfig& config, const ImageConfig& model, boo
   options.image_size = model.image_size;
   options.max_pixels = d.max_pixels;
   if (d.kind == "idx") options.classes = model.classes;
+  if (d.kind == "shards") options.classes = config.model.classes.value_or(0);
   if (d.kind != "shapes" && d.path.empty())
-    config.refuse("data.path", "data.kind: ", d.kind, " needs the folder of its files, e.g. --set data.path=/data/", d.kind);
+    config.refuse("data.path", "data.kind: ", d.kind, " needs the ", d.kind == "packed" ? "file" : "folder", " of its pictures, e.g. --set data.path=/data/", d.kind);
   return open_datasets(options);
 }
 

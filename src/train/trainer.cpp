@@ -30,6 +30,7 @@ int Run::operator()() {
   if (!options_.quiet && team_.leads())
     progress_ = std::make_unique<Progress>(schedule_.total_steps, state_.step, config_.train.log_interval);
   const TrainingState start = state_;
+  stages_since_ = now();
   try {
     return loop();
   } catch (const std::exception& e) {
@@ -126,6 +127,16 @@ void Run::report(const UpdateResult& result, double seconds) {
   show(result);
 }
 
+/// What the loader's threads did since the last row, or since this process began.
+void Run::add_data_shares(IntervalRow& row) {
+  const StageTimes stages = train_loader_.stage_times(), spent = stages - last_stages_;
+  const double time = now(), threads_seconds = (time - stages_since_) * static_cast<double>(train_loader_.workers());
+  row.data_read = spent.read / threads_seconds, row.data_decode = spent.decode / threads_seconds;
+  row.data_augment = spent.augment / threads_seconds;
+  last_stages_ = stages;
+  stages_since_ = time;
+}
+
 /// The live line, and each log_interval steps a line of metrics.jsonl.
 void Run::show(const UpdateResult& result) {
   const double n = static_cast<double>(state_.interval_images), seconds = state_.interval_seconds;
@@ -142,6 +153,7 @@ void Run::show(const UpdateResult& result) {
   if (state_.step % config_.train.log_interval != 0) return;
   IntervalRow row{state_.step, state_.epoch + 1,  loss,         result.lr,        result.gradient_norm, rate,
                   wait,        bytes_per_image(), peak_bytes(), state_.bad_steps, state_.bad_samples};
+  add_data_shares(row);
   if (!team_.alone()) tell_of_ranks(row);
   if (folder_) folder_->append(row);
   if (watch_) watch_->on_interval(row);

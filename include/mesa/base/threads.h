@@ -1,6 +1,8 @@
 // What helper threads have in common.
 #pragma once
 #include <csignal>
+#include <cstdint>
+#include <functional>
 
 namespace mesa {
 
@@ -20,5 +22,9 @@ class SignalsBlocked {
  private:
   sigset_t before_;
 };
+
+/// Calls f(0), ..., f(n - 1) on up to `threads` threads (0: one for each processor) and waits for them. Once a call has failed no more are
+/// begun, and the error of the lowest number is thrown.
+void parallel_for(int64_t n, int64_t threads, const std::function<void(int64_t)>& f);
 
 }  // namespace mesa

@@ -25,8 +25,14 @@ struct DecodeOptions {
 /// Adobe's inverted CMYK and YCCK become RGB; 16-bit PNG keeps the high byte; alpha is dropped. `name` stands in the errors.
 Image decode_image(const uint8_t* bytes, size_t size, const std::string& name, const DecodeOptions& options = {});
 
+/// Picture files have at most so many bytes.
+inline constexpr int64_t kMaxImageFile = int64_t{1} << 30;
+
 /// Reads and decodes a file; errors name it.
 Image read_image(const std::string& path, const DecodeOptions& options = {});
+
+/// A JPEG file as libjpeg writes it unless told otherwise: baseline, chroma at half the resolution. `quality` in 1..100.
+std::vector<uint8_t> to_jpeg(const Image& image, int quality);
 
 /// The ITU-R 601 luma of an RGB pixel, as Pillow's convert("L") rounds it.
 inline uint8_t luma(const uint8_t* rgb) {

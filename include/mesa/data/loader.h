@@ -8,6 +8,7 @@
 
 #include "mesa/data/dataset.h"
 #include "mesa/data/mix.h"
+#include "mesa/data/stages.h"
 #include "mesa/data/transform.h"
 #include "mesa/tensor/tensor.h"
 
@@ -75,6 +76,9 @@ class Loader {
   int64_t batches_per_epoch() const;
   /// How long next() has waited for data so far.
   double wait_seconds() const;
+  /// What the helper threads have spent so far, all together.
+  StageTimes stage_times() const;
+  int64_t workers() const;
   /// How many samples of the delivered batches were replaced, and, once each and in order of first appearance, which and why.
   int64_t skipped() const;
   const std::vector<std::string>& skipped_samples() const;

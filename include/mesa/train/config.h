@@ -28,7 +28,7 @@ struct ModelConfig {
 };
 
 struct DataConfig {
-  std::string kind = "shapes";  ///< shapes | cifar10 | cifar100 | idx | image_folder | random
+  std::string kind = "shapes";  ///< shapes | cifar10 | cifar100 | idx | image_folder | shards | packed | random
   std::string path;
   int64_t train_size = 0, test_size = 0;  ///< images; 0 = all (or the built-in size of generated sets)
   int64_t workers = 2;                    ///< loader threads

@@ -40,6 +40,8 @@ void check_can_write(const std::string& path);
 /// Replaces a file in one step: readers see the old content or the new, also after a crash. A symbolic link stays one; pipes and devices
 /// are written to as they are.
 void write_file_atomically(const std::string& path, std::string_view content);
+/// The same for content that comes piece by piece; an error of `write` leaves the old content and goes on to the caller.
+void write_file_atomically(const std::string& path, const std::function<void(OutputFile& out)>& write);
 
 /// Replaces a folder in one step. `write_files` fills a temporary folder beside `path` (plain files only); each file is synced,
 /// `manifest.json` (bytes and CRC-32 of each file) is written last, then the folder takes its name. On an error the temporary folder is

@@ -37,6 +37,8 @@ struct IntervalRow {
   int64_t bad_steps = 0, bad_samples = 0;  ///< so far
   std::vector<double> rank_seconds = {};   ///< of several ranks: each one's own work for an update, without waiting for the others
   double sync_wait = 0;                    ///< of several ranks: the leader's share of the time in which it waited for their gradients
+  /// Shares of the loader threads' time, 0 to 1; the rest they were idle.
+  double data_read = 0, data_decode = 0, data_augment = 0;
 };
 
 /// One row of memory.csv: what one site keeps for the backward pass.
@@ -126,6 +128,10 @@ class WaitWatch {
 
 /// One line of at most `width` columns; what is least needed goes first when there is no room. A width of 0 means no limit and no bar.
 std::string format_progress(const ProgressState& state, int width);
+/// "[=====>    ]", `width` columns between the brackets, of which the share `done` is full.
+std::string format_bar(double done, int width);
+/// Columns of the terminal behind a file descriptor; 80 where it does not say.
+int terminal_width(int fd);
 /// "1:02:03", "2:03"
 std::string format_duration(double seconds);
 

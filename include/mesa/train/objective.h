@@ -27,7 +27,7 @@ class Objective {
   Var imitating(const Var& logits, const Tensor& teacher) const;
 
   bool binary_, dense_, hard_ = false;
-  double smoothing_, alpha_ = 0, tau_ = 1;
+  double smoothing_, threshold_, alpha_ = 0, tau_ = 1;
   int64_t classes_;
   std::optional<Teacher> teacher_;
 };
