@@ -1,6 +1,7 @@
 #include "mesa/dist/communicator.h"
 
 #include <algorithm>
+#include <chrono>
 
 #include "host_communicator.h"
 #include "mesa/base/threads.h"
@@ -99,6 +100,17 @@ void HostCommunicator::rethrow() {
   if (error_) std::rethrow_exception(error_);
 }
 
+/// Where a rank is lost, the library may complain before the wire knows: what the wire says is the reason.
+std::exception_ptr HostCommunicator::reason(std::exception_ptr error) {
+  for (int i = 0; control_ != nullptr && i < 30; ++i) try {
+      control_->throw_if_failed();
+      std::this_thread::sleep_for(std::chrono::milliseconds(100));
+    } catch (...) {
+      return std::current_exception();
+    }
+  return error;
+}
+
 void HostCommunicator::work() {
   std::unique_lock lock(mutex_);
   for (;;) {
@@ -114,7 +126,7 @@ void HostCommunicator::work() {
       collective();
       if (control_ != nullptr) control_->at_collective(number, false);
     } catch (...) {
-      error = std::current_exception();
+      error = reason(std::current_exception());
     }
     lock.lock();
     if (error)

@@ -7,6 +7,7 @@
 #include <chrono>
 #include <condition_variable>
 #include <cstdio>
+#include <cstdlib>
 #include <cstring>
 #include <deque>
 #include <mutex>
@@ -38,7 +39,8 @@ namespace {
 
 using Clock = std::chrono::steady_clock;
 constexpr auto kPulse = std::chrono::seconds(1);
-constexpr double kGrace = 5;  // seconds for the main thread to leave by itself
+constexpr double kGrace = 5;      // seconds for the main thread to leave by itself
+constexpr double kPatience = 10;  // timeouts that a rank may be busy, or late for an exchange while others set themselves up
 
 double seconds_since(Clock::time_point then) { return std::chrono::duration<double>(Clock::now() - then).count(); }
 
@@ -93,7 +95,7 @@ class Control::Impl {
     const SignalsBlocked blocked;
     thread_ = std::thread([this] { watch(); });
   }
-  std::vector<std::string> exchange(const std::string& mine);
+  std::vector<std::string> exchange(const std::string& what, const std::string& mine);
   template <class F>
   void move(F&& change) {
     const std::lock_guard lock(mutex_);
@@ -104,8 +106,11 @@ class Control::Impl {
     std::unique_lock lock(mutex_);
     fail_run(concat(name(me_.rank), " ", reason), me_.rank);
   }
-  /// The leader does, or where it is the one that failed the next rank.
-  bool speaks() const { return leads() || (culprit_ == 0 && me_.rank == 1); }
+  /// The leader does, or where it is lost the first rank of each host: its side may be cut off from the others.
+  bool speaks() const {
+    if (leads() || culprit_ != 0) return leads();
+    return me_.local_rank == 0 || (me_.local_rank == 1 && me_.host == others_[0].host);
+  }
   bool failed() {
     const std::lock_guard lock(mutex_);
     return !failure_.empty();
@@ -145,6 +150,7 @@ class Control::Impl {
   std::vector<Other> others_;  // rank 0 has connections to all, the others one to rank 0
   Place place_, told_;
   Clock::time_point moved_ = Clock::now();
+  Clock::time_point busy_since_ = Clock::now(), last_busy_ = Clock::now();
   std::string failure_;
   int64_t culprit_ = -1;
   Clock::time_point failed_at_;
@@ -162,6 +168,7 @@ void Control::Impl::wait_for_all(const Listener& listener) {
         if (!others_[static_cast<size_t>(r)].peer) list += concat(list.empty() ? "" : ", ", r);
       fail("of ", me_.world, " ranks these did not come to rank 0 (", listener.address(), ") within ", timeout_, " seconds: ", list);
     }
+    send_pulses();  // those that are there already wait for the others as long as this rank does
     auto peer = net::accept_from(listener.fd(), 1);
     if (!peer) continue;
     pollfd wait{peer->fd(), POLLIN, 0};
@@ -215,24 +222,31 @@ Control::Impl::~Impl() {
   if (thread_.joinable()) thread_.join();
 }
 
-std::vector<std::string> Control::Impl::exchange(const std::string& mine) {
+std::vector<std::string> Control::Impl::exchange(const std::string& what, const std::string& mine) {
   std::unique_lock lock(mutex_);
+  const auto limit = std::chrono::duration<double>(kPatience * timeout_);
+  const auto arrived = [&](const Other& other) { return !other.texts.empty() || other.left; };
   if (!leads()) {
-    others_[0].peer->send(Kind::text, mine);
-    changed_.wait(lock, [&] { return !failure_.empty() || !others_[0].texts.empty(); });
+    Other& leader = others_[0];
+    leader.peer->send(Kind::text, what + "\n" + mine);
+    if (!changed_.wait_for(lock, limit + limit, [&] { return !failure_.empty() || arrived(leader); }))
+      fail_run(concat(name(0), " does not come to the exchange of ", what), 0);
     throw_now();
-    const std::string all = std::move(others_[0].texts.front());
-    others_[0].texts.pop_front();
+    if (leader.texts.empty()) fail_run(concat(name(0), " left before the exchange of ", what), 0), throw_now();
+    const std::string all = std::move(leader.texts.front());
+    leader.texts.pop_front();
     return split(all);
   }
-  changed_.wait(lock, [&] {
-    return !failure_.empty() || std::all_of(others_.begin() + 1, others_.end(), [](const Other& other) { return !other.texts.empty(); });
-  });
-  throw_now();
+  changed_.wait_for(lock, limit, [&] { return !failure_.empty() || std::all_of(others_.begin() + 1, others_.end(), arrived); });
   std::vector<std::string> all{mine};
   for (int64_t r = 1; r < me_.world; ++r) {
     auto& texts = others_[static_cast<size_t>(r)].texts;
-    all.push_back(std::move(texts.front()));
+    if (texts.empty()) fail_run(concat(name(r), " does not come to the exchange of ", what), r);
+    throw_now();
+    const size_t line = texts.front().find('\n');
+    if (texts.front().substr(0, line) != what)
+      fail_run(concat(name(r), " exchanges ", texts.front().substr(0, line), " while rank 0 exchanges ", what), r), throw_now();
+    all.push_back(texts.front().substr(line + 1));
     texts.pop_front();
   }
   for (Other& other : others_)
@@ -288,7 +302,11 @@ void Control::Impl::handle(int64_t rank, const Message& message) {
       break;
     }
     case Kind::text: other.texts.push_back(message.body); break;
-    case Kind::failure: fail_run(message.body, rank); break;
+    case Kind::failure: {
+      const size_t space = message.body.find(' ');  // "<culprit> <reason>"
+      fail_run(message.body.substr(space + 1), std::atoll(message.body.c_str()));
+      break;
+    }
     case Kind::goodbye: other.left = true; break;
     case Kind::hello: break;
   }
@@ -312,10 +330,18 @@ void Control::Impl::look_for_silence() {
 /// A rank that waits too long in a collective: for one that did not come, or for the network.
 void Control::Impl::look_for_stalls() {
   const auto place_of = [&](int64_t r) { return r == 0 ? place_ : others_[static_cast<size_t>(r)].place; };
-  const auto age_of = [&](int64_t r) { return seconds_since(r == 0 ? moved_ : others_[static_cast<size_t>(r)].moved); };
+  bool busy = false;
+  for (int64_t r = 0; r < me_.world; ++r) busy = busy || place_of(r).busy > 0;
+  if (!busy) busy_since_ = Clock::now();
+  if (busy && seconds_since(busy_since_) < kPatience * timeout_) {
+    last_busy_ = Clock::now();
+    return;
+  }
+  const auto age_of = [&](int64_t r) {
+    return std::min(seconds_since(last_busy_), seconds_since(r == 0 ? moved_ : others_[static_cast<size_t>(r)].moved));
+  };
   int64_t first = -1;
   for (int64_t r = 0; r < me_.world; ++r) {
-    if (place_of(r).busy > 0) return;
     if (place_of(r).waiting > 0 && age_of(r) > timeout_ && (first < 0 || place_of(r).collective > place_of(first).collective)) first = r;
   }
   if (first < 0) return;
@@ -336,7 +362,7 @@ void Control::Impl::fail_run(const std::string& reason, int64_t culprit) {
   culprit_ = culprit;
   failed_at_ = Clock::now();
   for (Other& other : others_)
-    if (other.peer && !other.left) other.peer->send(Kind::failure, reason);
+    if (other.peer && !other.left) other.peer->send(Kind::failure, concat(culprit, " ", reason));
   changed_.notify_all();
 }
 
@@ -349,7 +375,12 @@ void Control::Impl::end_if_stuck() {
 }
 
 Control::Control(const RankInfo& me, const Listener& listener, double timeout) : impl_(std::make_unique<Impl>(me, timeout)) {
-  impl_->wait_for_all(listener);
+  try {
+    impl_->wait_for_all(listener);
+  } catch (const Error& e) {
+    impl_->report(e.what());  // to those that came
+    throw;
+  }
   impl_->start();
 }
 Control::Control(const RankInfo& me, const std::string& address, double timeout) : impl_(std::make_unique<Impl>(me, timeout)) {
@@ -357,7 +388,7 @@ Control::Control(const RankInfo& me, const std::string& address, double timeout)
   impl_->start();
 }
 Control::~Control() = default;
-std::vector<std::string> Control::exchange(const std::string& mine) { return impl_->exchange(mine); }
+std::vector<std::string> Control::exchange(const std::string& what, const std::string& mine) { return impl_->exchange(what, mine); }
 void Control::at_step(int64_t step) {
   impl_->move([&](Place& place) { place.step = step; });
 }

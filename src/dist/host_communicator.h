@@ -27,6 +27,7 @@ class HostCommunicator : public Communicator {
   void begin(std::function<void()> collective);
   void work();
   void rethrow();
+  std::exception_ptr reason(std::exception_ptr error);
 
   Transport& transport_;
   Control* control_;

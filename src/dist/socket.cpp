@@ -79,7 +79,10 @@ bool Peer::send(Kind kind, const std::string& body) {
   for (size_t sent = 0; sent < bytes.size();) {
     const ssize_t n = ::send(fd_, bytes.data() + sent, bytes.size() - sent, MSG_NOSIGNAL);
     if (n < 0 && errno == EINTR) continue;
-    if (n <= 0) return false;
+    if (n <= 0) {
+      ::shutdown(fd_, SHUT_RDWR);  // half a message may be out: nothing can follow it
+      return false;
+    }
     sent += static_cast<size_t>(n);
   }
   return true;
@@ -171,9 +174,15 @@ std::vector<std::string> own_addresses() {
   const std::unique_ptr<ifaddrs, void (*)(ifaddrs*)> owner(all, freeifaddrs);
   std::vector<std::string> outside, loopback;
   for (const ifaddrs* one = all; one != nullptr; one = one->ifa_next) {
-    if (one->ifa_addr == nullptr || one->ifa_addr->sa_family != AF_INET || (one->ifa_flags & IFF_UP) == 0) continue;
-    char text[INET_ADDRSTRLEN];
-    inet_ntop(AF_INET, &reinterpret_cast<const sockaddr_in*>(one->ifa_addr)->sin_addr, text, sizeof text);
+    if (one->ifa_addr == nullptr || (one->ifa_addr->sa_family != AF_INET && one->ifa_addr->sa_family != AF_INET6) ||
+        (one->ifa_flags & IFF_UP) == 0)
+      continue;
+    char text[INET6_ADDRSTRLEN];
+    const bool six = one->ifa_addr->sa_family == AF_INET6;
+    const void* bytes = six ? static_cast<const void*>(&reinterpret_cast<const sockaddr_in6*>(one->ifa_addr)->sin6_addr)
+                            : &reinterpret_cast<const sockaddr_in*>(one->ifa_addr)->sin_addr;
+    if (six && IN6_IS_ADDR_LINKLOCAL(static_cast<const in6_addr*>(bytes))) continue;  // means nothing without the interface
+    inet_ntop(one->ifa_addr->sa_family, bytes, text, sizeof text);
     ((one->ifa_flags & IFF_LOOPBACK) != 0 ? loopback : outside).emplace_back(text);
   }
   outside.insert(outside.end(), loopback.begin(), loopback.end());

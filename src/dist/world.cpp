@@ -3,12 +3,18 @@
 #include <dlfcn.h>
 #include <unistd.h>
 
+#include <chrono>
+#include <condition_variable>
+#include <cstdio>
 #include <cstdlib>
 #include <filesystem>
+#include <mutex>
 #include <sstream>
+#include <thread>
 #include <vector>
 
 #include "host_communicator.h"
+#include "mesa/base/threads.h"
 #include "nccl_open.h"
 #include "transport.h"
 
@@ -75,7 +81,7 @@ std::unique_ptr<Communicator> open_nccl(const RankInfo& me, Control& control) {
   const std::string needed = "several ranks on GPUs need NCCL";
   std::string id;
   if (me.rank == 0) from_plugin<NcclId>("libmesa_nccl.so", "mesa_nccl_id", needed)(&id);
-  id = control.exchange(id).front();
+  id = control.exchange("the id of NCCL", id).front();
   return std::unique_ptr<Communicator>(from_plugin<OpenNccl>("libmesa_nccl.so", "mesa_open_nccl", needed)(&me, &id, &control));
 }
 
@@ -99,11 +105,50 @@ std::string share(Transport& transport, const std::string& mine) {
   return text;
 }
 
+/// Ends the process if a part of the set-up that nothing watches takes longer than it may: a rank that MPI waits for did not come.
+class Deadline {
+ public:
+  explicit Deadline(double seconds) {
+    const SignalsBlocked blocked;
+    thread_ = std::thread([this, seconds] {
+      std::unique_lock lock(mutex_);
+      if (changed_.wait_for(lock, std::chrono::duration<double>(seconds), [this] { return over_; })) return;
+      std::fprintf(stderr, "error: the ranks do not find each other: MPI has not answered for %.0f seconds\n", seconds);
+      _exit(1);
+    });
+  }
+  ~Deadline() {
+    {
+      const std::lock_guard lock(mutex_);
+      over_ = true;
+    }
+    changed_.notify_all();
+    thread_.join();
+  }
+
+ private:
+  std::mutex mutex_;
+  std::condition_variable changed_;
+  bool over_ = false;
+  std::thread thread_;
+};
+
 }  // namespace
 
 World::World(double timeout) {
   if (!variable("MESA_RANK_TIMEOUT").empty()) timeout = static_cast<double>(number("MESA_RANK_TIMEOUT"));
+  check(timeout >= kLeastRankTimeout, "a rank timeout of ", timeout, " seconds is too short; it must be at least ", kLeastRankTimeout);
+  try {
+    connect(timeout);
+  } catch (...) {
+    static_cast<void>(transport_.release());  // its end would wait for the others
+    throw;
+  }
+}
+
+void World::connect(double timeout) {
   if (started_by_mpi()) {
+    const Deadline deadline(timeout);
     transport_ = open_mpi();
     me_ = transport_->me();
     const std::string tasks = variable("SLURM_NTASKS");
@@ -115,8 +160,12 @@ World::World(double timeout) {
   if (alone()) return;
   choose_gpu(me_);
   if (transport_) {
-    std::unique_ptr<Listener> listener = leads() ? std::make_unique<Listener>() : nullptr;
-    const std::string address = share(*transport_, listener ? listener->address() : "");
+    const std::unique_ptr<Listener> listener = leads() ? std::make_unique<Listener>() : nullptr;
+    std::string address;
+    {
+      const Deadline deadline(timeout);
+      address = share(*transport_, listener ? listener->address() : "");
+    }
     control_ = listener ? std::make_unique<Control>(me_, *listener, timeout) : std::make_unique<Control>(me_, address, timeout);
   } else {
     check(!variable("MASTER_ADDR").empty(), "WORLD_SIZE is ", me_.world, " but MASTER_ADDR, the host of rank 0, is not set");
@@ -126,9 +175,16 @@ World::World(double timeout) {
   }
 }
 
+/// All leave together, and as long as MPI's end takes the wire still watches.
 World::~World() {
+  try {
+    if (control_ && !control_->failed()) control_->exchange("farewells", "");
+  } catch (const RankFailure& e) {
+    if (control_->speaks()) std::fprintf(stderr, "error: %s\n", e.what());
+  }
   communicator_.reset();
-  if (control_ && control_->failed()) static_cast<void>(transport_.release());  // whose end would wait for ranks that are gone
+  if (control_ && control_->failed()) static_cast<void>(transport_.release());  // its end would wait for ranks that are gone
+  transport_.reset();
 }
 
 Communicator& World::communicator(Device device) {

@@ -30,7 +30,7 @@ double time_of_sum(Team& team, const Tensor& x) {
 
 /// Everybody's line, on rank 0.
 void print_ranks(World& world, const std::string& mine) {
-  const std::vector<std::string> all = world.alone() ? std::vector<std::string>{mine} : world.control()->exchange(mine);
+  const std::vector<std::string> all = world.alone() ? std::vector<std::string>{mine} : world.control()->exchange("who is there", mine);
   if (!world.leads()) return;
   for (size_t r = 0; r < all.size(); ++r) std::printf("rank %zu: %s\n", r, all[r].c_str());
 }
@@ -43,15 +43,14 @@ int check_comm(RunConfig config) {
     use_threads(config);
     share_threads(config, world);
     const Device device = choose_device(config.device);
-    config.output.clear();
     const std::string version = version_text(), run = to_yaml(config);
     char hash[32];
     std::snprintf(hash, sizeof hash, "%016llx", static_cast<unsigned long long>(hash_name(run)));
     print_ranks(world, concat("host ", world.me().host, ", local rank ", world.me().local_rank, ", pid ", getpid(), ", ",
                               describe_device(config.device, device), ", ", omp_get_max_threads(), " threads, config ", hash));
     Team team(world, device);
-    team.check_same(version, "version");
-    team.check_same(run, "config");
+    check_same(world, "version", version);
+    check_same(world, "config", run);
     for (const int64_t megabytes : {1, 8, 64}) {
       const Tensor x = Tensor::zeros({megabytes * 1'000'000 / 4}, DType::f32, device);
       const double seconds = time_of_sum(team, x);
@@ -62,10 +61,12 @@ int check_comm(RunConfig config) {
     if (team.leads()) std::printf("all %lld ranks are there and agree\n", static_cast<long long>(team.size()));
     return 0;
   } catch (const RankFailure& e) {
+    if (!world.control()->failed()) world.control()->report(e.what());
     if (world.control()->speaks()) std::fprintf(stderr, "error: %s\n", e.what());
     return kExitRankFailed;
   } catch (const std::exception& e) {
     if (!world.alone()) world.control()->report(concat("failed: ", e.what()));
+    if (!world.leads()) return 1;  // the leader tells it
     throw;
   }
 }

@@ -109,7 +109,7 @@ const Key kKeys[] = {
         "Globs of what TensorBoard shows as histograms: parameters and their gradients after each epoch, sites each `train.health_interval`"),
     KEY(train.health_interval, count(0, 1e12), "Steps between two measurements of how well each site is stored (health.csv); 0 = none"),
     KEY(train.checkpoint_interval, count(0, 1e12), "Steps between checkpoints; 0 = after each epoch only"),
-    KEY(train.rank_timeout, between(2, 86400),
+    KEY(train.rank_timeout, between(8, 86400),
         "Seconds that one of several ranks may stay silent or keep the others waiting before all end"),
     KEY(train.cuda_graph, any(), "Record the passes of a GPU and run them as one: for small models"),
     KEY(train.weights, any(),

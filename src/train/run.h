@@ -23,7 +23,7 @@ class Run {
   void start();
   void take_up(const std::string& checkpoint);
   void move_to_batch(int64_t images_then);
-  void check_alike();
+  void check_alike(World& world);
   void open_folder();
   void introduce();
   int loop();
@@ -45,7 +45,6 @@ class Run {
   void warn(const std::string& text);
   /// The peak of this process and of those that the run was resumed from.
   int64_t peak_bytes() const { return std::max(state_.peak_bytes, Allocator::of(model_.device).use().peak); }
-  int64_t bad_samples() const { return bad_samples_before_ + train_loader_.skipped(); }
   double bytes_per_image() const {
     const int64_t bytes = updater_.activation_bytes() > 0 ? updater_.activation_bytes() : plan_.activation_bytes;
     return static_cast<double>(bytes) / static_cast<double>(config_.train.batch_size);

@@ -34,18 +34,19 @@ Run::Run(RunConfig config, const TrainOptions& options, World& world)
       updates_per_epoch_((train_loader_.batches_per_epoch() + config_.train.accumulation - 1) / config_.train.accumulation),
       schedule_(make_schedule(config_, updates_per_epoch_)),
       updater_(config_, model_, policy_, *optimizer_, ema_.get(), schedule_, transform_, team_) {
+  updater_.count_bad_samples([this] { return train_loader_.skipped(); });
   state_.ranks = config_.ranks;
   config_.model.classes = net_.input().classes;  // from here on fixed: config.yaml and the checkpoints say it
   if (config_.output.empty() && options_.resume == "auto")
     throw UsageError("--resume needs to know the run: give its folder with --output (or `output` in the config)");
-  if (config_.output.empty()) config_.output = team_.shared(default_output(config_.model.name, net_.input()));
+  if (config_.output.empty()) config_.output = team_.shared("the output's name", default_output(config_.model.name, net_.input()));
   // One rank looks and mends what a crash left; the others take up what it found, so that none sees a folder that is being renamed.
-  resume_ = team_.shared(team_.leads() ? find_checkpoint(options_.resume, config_.output) : "");
+  resume_ = team_.shared("the checkpoint to resume", team_.leads() ? find_checkpoint(options_.resume, config_.output) : "");
   if (!resume_.empty())
     take_up(resume_);
   else if (!config_.train.weights.empty())
     start();
-  check_alike();
+  check_alike(world);
   check_histograms(config_, model_.params, plan_);
   if (team_.leads()) open_folder();
 }
@@ -80,18 +81,20 @@ void Run::move_to_batch(int64_t images_then) {
   state_.ranks = config_.ranks;
 }
 
-/// Ranks that do not begin with the same weights at the same place would go on side by side and never meet.
-void Run::check_alike() {
+/// Ranks that do not begin with the same numbers at the same place would go on side by side and never meet.
+void Run::check_alike(World& world) {
   if (team_.alone()) return;
-  RunConfig common = config_;
-  common.output.clear();
-  team_.check_same(version_text() + to_yaml(common), "version or config");
   uint64_t hash = mix64(static_cast<uint64_t>(state_.step));
-  for (const Param& param : model_.params.params()) {
-    const Tensor host = to(param.value, kCpu);
+  const auto take = [&](const Tensor& tensor) {
+    const Tensor host = to(tensor, kCpu);
     hash = mix64(hash ^ hash_name({static_cast<const char*>(host.raw()), static_cast<size_t>(host.bytes())}));
-  }
-  team_.check_same(concat("weights ", hash, " at step ", state_.step), "what they begin with; do all see the same files?");
+  };
+  for (const Param& param : model_.params.params()) take(param.value);
+  for (const ModelBuffer& buffer : model_.params.buffers()) take(buffer.value);
+  for (const auto& [name, moment] : optimizer_->state()) take(moment);
+  if (ema_)
+    for (const auto& [name, average] : ema_->state()) take(average);
+  check_same(world, "what they begin with (do all see the same files?)", concat("weights and state ", hash, " at step ", state_.step));
 }
 
 void Run::open_folder() {

@@ -5,6 +5,9 @@
 
 #include <algorithm>
 #include <cstdlib>
+#include <sstream>
+
+#include "mesa/kernels/elementwise.h"
 
 namespace mesa {
 
@@ -16,6 +19,13 @@ void Team::add_up(std::vector<double>& values) {
   values = to(sums, kCpu).to_vector<double>();
 }
 
+void Team::average(const Tensor& x) {
+  if (alone() || !x.defined()) return;
+  communicator_.all_reduce(x);
+  communicator_.finish();
+  kernels::scale(x, 1.0 / static_cast<double>(size()), x);
+}
+
 std::vector<double> Team::gather(double value) {
   std::vector<double> all(static_cast<size_t>(size()));
   all[static_cast<size_t>(rank())] = value;
@@ -23,33 +33,60 @@ std::vector<double> Team::gather(double value) {
   return all;
 }
 
-std::string Team::shared(const std::string& text) { return alone() ? text : world_.control()->exchange(text).front(); }
+std::string Team::shared(const std::string& what, const std::string& text) {
+  return alone() ? text : world_.control()->exchange(what, text).front();
+}
 
-std::string Team::first_of(const std::string& text) {
+std::string Team::first_of(const std::string& what, const std::string& text) {
   if (alone()) return text;
-  const std::vector<std::string> all = world_.control()->exchange(text);
+  const std::vector<std::string> all = world_.control()->exchange(what, text);
   for (size_t r = 0; r < all.size(); ++r)
     if (!all[r].empty()) return concat("rank ", r, ": ", all[r]);
   return "";
 }
 
-void Team::check_same(const std::string& text, const std::string& what) {
-  if (alone()) return;
-  const std::vector<std::string> all = world_.control()->exchange(text);
-  for (size_t r = 1; r < all.size(); ++r)
-    check(all[r] == all[0], "ranks 0 and ", r, " differ in ", what, ":\n  rank 0: ", all[0], "\n  rank ", r, ": ", all[r]);
+namespace {
+
+/// The lines in which two texts differ, one from each.
+std::string difference(const std::string& a, const std::string& b) {
+  std::istringstream first(a), second(b);
+  std::string x, y;
+  while (true) {
+    const bool more_x = static_cast<bool>(std::getline(first, x)), more_y = static_cast<bool>(std::getline(second, y));
+    if (!more_x && !more_y) return "";
+    if (x != y || more_x != more_y) return concat("'", more_x ? x : "", "' and '", more_y ? y : "", "'");
+  }
 }
 
-void share_threads(const RunConfig& config, World& world) {
-  if (world.alone() || config.train.threads > 0 || std::getenv("OMP_NUM_THREADS") != nullptr) return;
+}  // namespace
+
+void check_same(World& world, const std::string& what, const std::string& text) {
+  if (world.alone()) return;
+  // Hashes first: long texts of many ranks would be a long message.
+  const std::vector<std::string> hashes = world.control()->exchange("hashes of " + what, std::to_string(hash_name(text)));
+  const auto odd = std::find_if(hashes.begin(), hashes.end(), [&](const std::string& hash) { return hash != hashes[0]; });
+  if (odd == hashes.end()) return;
+  const int64_t other = odd - hashes.begin();
+  const bool concerned = world.leads() || world.me().rank == other;
+  const std::vector<std::string> texts = world.control()->exchange(what, concerned ? text : "");
+  const std::string reason =
+      concat("ranks 0 and ", other, " differ in ", what, ": ", difference(texts.front(), texts[static_cast<size_t>(other)]));
+  if (world.leads()) throw Error(reason);
+  throw RankFailure(reason);  // told once is enough
+}
+
+int64_t share_threads(const RunConfig& config, World& world) {
+  if (world.alone()) return 1;
   cpu_set_t set;
   CPU_ZERO(&set);
   sched_getaffinity(0, sizeof set, &set);
   std::string processors = world.me().host + " ";
   for (int i = 0; i < CPU_SETSIZE; ++i) processors += CPU_ISSET(i, &set) ? '1' : '0';
-  const std::vector<std::string> all = world.control()->exchange(processors);
-  const auto sharing = std::count(all.begin(), all.end(), processors);
-  omp_set_num_threads(std::max<int>(1, omp_get_num_procs() / static_cast<int>(sharing)));
+  const std::vector<std::string> all = world.control()->exchange("processors", std::to_string(hash_name(processors)));
+  const int64_t sharing = std::count(all.begin(), all.end(), std::to_string(hash_name(processors)));
+  if (config.train.threads == 0 && std::getenv("OMP_NUM_THREADS") == nullptr)
+    omp_set_num_threads(std::max<int>(1, omp_get_num_procs() / static_cast<int>(sharing)));
+  return sharing;
 }
 
 }  // namespace mesa

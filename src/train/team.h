@@ -20,12 +20,12 @@ class Team {
   void add_up(std::vector<double>& values);
   /// Each rank's value, by rank.
   std::vector<double> gather(double value);
-  /// The leader's text.
-  std::string shared(const std::string& text);
+  /// x becomes the mean over ranks; an undefined one stays.
+  void average(const Tensor& x);
+  /// The leader's text. `what` names the exchange in errors, here and below.
+  std::string shared(const std::string& what, const std::string& text);
   /// The text of the first rank that has any, with its name.
-  std::string first_of(const std::string& text);
-  /// Throws Error if the ranks do not have the same text; `what` says what differs.
-  void check_same(const std::string& text, const std::string& what);
+  std::string first_of(const std::string& what, const std::string& text);
   void at_step(int64_t step) {
     if (!alone()) world_.control()->at_step(step);
   }
@@ -38,7 +38,10 @@ class Team {
   Communicator& communicator_;
 };
 
+/// Throws if the ranks do not have the same text: Error with the first difference on rank 0, RankFailure on the others.
+void check_same(World& world, const std::string& what, const std::string& text);
 /// Compute threads of this rank where nothing says how many: those of its host are shared by the ranks there that may use the same.
-void share_threads(const RunConfig& config, World& world);
+/// Returns the number of those ranks.
+int64_t share_threads(const RunConfig& config, World& world);
 
 }  // namespace mesa

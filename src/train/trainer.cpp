@@ -1,5 +1,7 @@
 #include "mesa/train/trainer.h"
 
+#include <omp.h>
+
 #include <algorithm>
 #include <chrono>
 #include <cmath>
@@ -8,6 +10,7 @@
 #include <filesystem>
 
 #include "mesa/train/signals.h"
+#include "mesa/train/version.h"
 #include "run.h"
 
 namespace mesa {
@@ -39,10 +42,11 @@ int Run::operator()() {
     if (folder_) folder_->warn(concat("error at ", place, ": ", e.what()));
     if (progress_) progress_->finish();
     progress_.reset();
-    const bool kept = team_.leads() && state_.step > start.step && save("last");
+    const bool lost = dynamic_cast<const RankFailure*>(&e) != nullptr;  // perhaps this very rank, for which others go on elsewhere
+    const bool kept = !lost && team_.leads() && state_.step > start.step && save("last");
     const std::string what = concat(e.what(), " (at ", place, kept ? "; the state before it is saved: continue with --resume)" : ")");
     if (dynamic_cast<const OutOfMemory*>(&e)) throw OutOfMemory(what);
-    if (dynamic_cast<const RankFailure*>(&e)) throw RankFailure(what);
+    if (lost) throw RankFailure(what);
     throw Error(what);
   }
 }
@@ -67,20 +71,21 @@ bool Run::train_epoch() {
     const double start = now();
     const TrainingState before = state_;
     if (watch_) watch_->before_update(state_.step + 1);
+    const int64_t count = std::min(config_.train.accumulation, batches - state_.batch);  // fewer at the end of an epoch
+    UpdateResult result;
     try {
-      const int64_t count = std::min(config_.train.accumulation, batches - state_.batch);  // fewer at the end of an epoch
-      const UpdateResult result = updater_(
+      result = updater_(
           count, [this] { return next_batch(); }, [this](const cuda::Mark& after) { look_ahead(after); }, state_);
-      state_.batch += count;
-      signal_ = result.signal;
-      team_.at_step(state_.step);
-      report(result, now() - start);
     } catch (const Error&) {
       state_ = before;
       policy_.roll_back();  // ranges and running statistics have seen the batches of an update that does not count
       model_.params.restore_buffers();
       throw;
     }
+    state_.batch += count;
+    signal_ = result.signal;
+    team_.at_step(state_.step);
+    report(result, now() - start);
     if (state_.bad_in_a_row >= config_.train.max_bad_steps) return false;
     const int64_t every = config_.train.checkpoint_interval;
     if (every > 0 && state_.step % every == 0 && state_.batch < batches) save("last");
@@ -113,7 +118,7 @@ void Run::report(const UpdateResult& result, double seconds) {
   state_.train_seconds += seconds, state_.epoch_seconds += seconds, state_.interval_seconds += seconds;
   state_.interval_wait += wait;
   state_.train_images += result.images;
-  state_.bad_samples = bad_samples();
+  state_.bad_samples = bad_samples_before_ + result.bad_samples;
   if (!memory_written_ && folder_) folder_->write_memory(policy_.sites());
   memory_written_ = true;
   if (watch_) watch_->after_update(result, state_, seconds, wait);
@@ -254,7 +259,7 @@ bool Run::save(const std::string& which) {
 }
 
 int Run::stopped_by_signal() {
-  const bool saved = save("last");
+  const bool saved = team_.shared("whether the checkpoint was saved", save("last") ? "yes" : "no") == "yes";
   write_summary();
   const std::string place = concat("stopped by signal ", signal_, " after step ", state_.step);
   if (!saved) return warn(place + " without a checkpoint of this moment"), 1;
@@ -316,18 +321,25 @@ int train(RunConfig config, const TrainOptions& options) {
   World world(config.train.rank_timeout);
   config.rank = world.me().rank, config.ranks = world.me().world;
   try {
-    choose_device(config.device);
+    check_same(world, "version", version_text());
+    check_same(world, "config", to_yaml(config));
+    const Device device = choose_device(config.device);
+    check_same(world, "device", to_string(device.kind));
     use_threads(config);
-    share_threads(config, world);
+    const int64_t sharing = share_threads(config, world);
+    if (config.data.workers == 0 && sharing > 1)  // what the loader would take for itself, shared
+      config.data.workers = std::clamp<int64_t>(omp_get_num_procs() / (4 * sharing), 1, 16);
     return Run(config, options, world)();
   } catch (const RankFailure& e) {
+    if (!world.alone() && !world.control()->failed()) world.control()->report(e.what());
     if (world.control()->speaks()) std::fprintf(stderr, "error: %s\n", e.what());
     return kExitRankFailed;
-  } catch (const OutOfMemory& e) {
-    if (!world.alone()) world.control()->report(concat("ran out of memory: ", e.what()));
-    throw Error(concat(e.what(), "\n", explain_out_of_memory(config)));
   } catch (const std::exception& e) {
-    if (!world.alone()) world.control()->report(concat("failed: ", e.what()));
+    const bool memory = dynamic_cast<const OutOfMemory*>(&e) != nullptr;
+    const std::string what = memory ? concat(e.what(), "\n", explain_out_of_memory(config)) : e.what();
+    if (!world.alone()) world.control()->report("failed: " + what);
+    if (!world.leads()) return 1;  // the leader tells it, with this rank's name
+    if (memory) throw Error(what);
     throw;
   }
 }

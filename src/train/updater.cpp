@@ -1,5 +1,6 @@
 #include "updater.h"
 
+#include <algorithm>
 #include <bit>
 #include <cmath>
 #include <optional>
@@ -106,25 +107,28 @@ UpdateResult Updater::operator()(int64_t count, const std::function<SentBatch()>
   policy_.commit();
   optimizer_.step(result.lr, clipping_scale(config_.train.clip_norm, result.gradient_norm));
   if (ema_ != nullptr) ema_->update();
+  team_.average(model_.params.buffer_arena());  // running statistics of the whole batch
   return result;
 }
 
 /// Makes loss and images those of all ranks. True if a codec met a NaN or infinity on any of them.
 bool Updater::agree(UpdateResult& result, const std::string& packed) {
-  const double signal = received_signal();
   std::vector<double> sums{result.loss * static_cast<double>(result.images), static_cast<double>(result.images),
-                           static_cast<double>(!packed.empty()), signal, static_cast<double>(signal > 0)};
+                           static_cast<double>(!packed.empty()), static_cast<double>(received_signal() != 0),
+                           static_cast<double>(bad_samples_ ? bad_samples_() : 0)};
   team_.add_up(sums);
   result.loss = sums[0] / sums[1];
   result.images = std::llround(sums[1]);
-  result.signal = sums[4] > 0 ? std::llround(sums[3] / sums[4]) : 0;
+  result.bad_samples = std::llround(sums[4]);
+  if (sums[3] > 0)  // all stop: by the largest of the numbers that arrived
+    for (const double signal : team_.gather(received_signal())) result.signal = std::max<int64_t>(result.signal, std::llround(signal));
   return sums[2] > 0;
 }
 
 /// Of all ranks, the first that finds something in its own part of the batch tells what.
 std::string Updater::name_culprit(const SentBatch& batch, uint64_t micro_step, const std::string& packed) {
   const std::string mine = find_culprit(batch, micro_step, packed);
-  const std::string found = team_.first_of(mine.empty() ? "" : concat(mine, "; ", samples_of(batch.host)));
+  const std::string found = team_.first_of("what is not finite", mine.empty() ? "" : concat(mine, "; ", samples_of(batch.host)));
   return found.empty() ? concat("no exact value: it appears only in what is stored; ", samples_of(batch.host)) : found;
 }
 

@@ -16,8 +16,9 @@ struct UpdateResult {
   int64_t images = 0;
   double gradient_norm = 0;
   double lr = 0;
-  int64_t signal = 0;  ///< that some rank received: all stop after this update
-  std::string bad;     ///< why the update was skipped and where the first NaN or infinity appeared; empty for a good one
+  int64_t bad_samples = 0;  ///< that all ranks have met so far
+  int64_t signal = 0;       ///< that some rank received: all stop after this update
+  std::string bad;          ///< why the update was skipped and where the first NaN or infinity appeared; empty for a good one
 };
 
 class Updater {
@@ -30,6 +31,8 @@ class Updater {
   /// Takes `count` batches, one at a time, for one update, and advances step, micro_step and the counts of bad steps. `meanwhile` is called
   /// once for each batch.
   UpdateResult operator()(int64_t count, const std::function<SentBatch()>& next, const Meanwhile& meanwhile, TrainingState& state);
+  /// Asks this after each update how many damaged pictures this rank's loader has met so far.
+  void count_bad_samples(std::function<int64_t()> count) { bad_samples_ = std::move(count); }
   /// Seconds in which nothing was done but wait for the other ranks' gradients.
   double sync_wait_seconds() const { return sync_ ? sync_->wait_seconds() : 0; }
   /// Kept activations of the last forward pass, by the meter.
@@ -54,6 +57,7 @@ class Updater {
   TransformOptions transform_;
   Objective objective_;
   Team& team_;
+  std::function<int64_t()> bad_samples_;
   std::optional<GradientSync> sync_;
   std::optional<RecordedSteps> recorded_;
   int64_t activation_bytes_ = 0;

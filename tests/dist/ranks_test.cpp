@@ -92,7 +92,7 @@ TEST_CASE("rank: collectives", "[.rank]") {
     check_collectives<int64_t>(comm, DType::i64, count);
   }
   comm.barrier();
-  const std::vector<std::string> texts = world.control()->exchange(concat("text of ", comm.rank(), std::string(5000, 'x')));
+  const std::vector<std::string> texts = world.control()->exchange("texts", concat("text of ", comm.rank(), std::string(5000, 'x')));
   REQUIRE(static_cast<int64_t>(texts.size()) == comm.size());
   for (int64_t r = 0; r < comm.size(); ++r) CHECK(texts[static_cast<size_t>(r)] == concat("text of ", r, std::string(5000, 'x')));
   std::fprintf(stderr, "rank %ld of %ld (local %ld) is done\n", comm.rank(), comm.size(), world.me().local_rank);
@@ -102,7 +102,7 @@ TEST_CASE("rank: waits", "[.rank]") {
   if (!is_a_rank()) return;
   try {
     World world(4);
-    world.control()->exchange("here");
+    world.control()->exchange("greetings", "here");
     world.control()->at_step(12);
     std::fprintf(stderr, "rank %ld stands at step 12\n", world.me().rank);
     const char* role = std::getenv("MESA_TEST_RANK_FAILS");
@@ -188,7 +188,10 @@ TEST_CASE("ranks: those that do not come are named, and a stranger is sent away"
   const ProcessResult result = zero->finish(std::chrono::seconds(40));
   CHECK(result.code == 1);
   CHECK_THAT(result.err, Contains("refused: of 4 ranks these did not come") && Contains("within 10 seconds: 1, 3"));
-  CHECK(two->finish(std::chrono::seconds(40)).code != 0);
+  const ProcessResult joined = two->finish(std::chrono::seconds(20));
+  CHECK_FALSE(joined.timed_out);
+  CHECK(joined.code == kExitRankFailed);
+  CHECK_THAT(joined.err, Contains("these did not come"));
 }
 
 TEST_CASE("ranks: one alone has its collectives for nothing", "[ranks]") {

@@ -18,7 +18,7 @@ class Communicator {
   int64_t rank() const { return me_.rank; }
   int64_t size() const { return me_.world; }
 
-  /// x <- the sum over ranks: f32, f64, bf16 or i64.
+  /// x <- the sum over ranks: f32, f64 or i64, on GPUs also bf16.
   virtual void all_reduce(const Tensor& x) = 0;
   /// part <- this rank's part of the sum of x: x is `size` parts one after the other.
   virtual void reduce_scatter(const Tensor& x, const Tensor& part) = 0;

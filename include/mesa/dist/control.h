@@ -58,8 +58,8 @@ class Control {
   Control(const Control&) = delete;
   Control& operator=(const Control&) = delete;
 
-  /// Everybody's text, by rank. All ranks must call it alike.
-  std::vector<std::string> exchange(const std::string& mine);
+  /// Everybody's text, by rank. All ranks must call it alike: `what` (a few words) says which exchange it is, and is compared.
+  std::vector<std::string> exchange(const std::string& what, const std::string& mine);
   /// Where this rank stands, for reports and to find who is missing. `collective` counts those begun, `waiting` that this rank is in one.
   void at_step(int64_t step);
   void at_collective(int64_t collective, bool waiting);

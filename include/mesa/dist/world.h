@@ -8,6 +8,9 @@ namespace mesa {
 
 class Transport;
 
+/// Pulses go out each second, and half a timeout of silence is a failure.
+inline constexpr double kLeastRankTimeout = 8;
+
 /// One rank alone, unless the process was started as one of several: by mpirun, or by srun with MPI; or by anything that sets RANK,
 /// WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT as torchrun does, which needs no MPI and serves GPUs.
 class World {
@@ -28,6 +31,8 @@ class World {
   Communicator& communicator(Device device);
 
  private:
+  void connect(double timeout);
+
   RankInfo me_;
   std::unique_ptr<Transport> transport_;
   std::unique_ptr<Control> control_;

@@ -32,6 +32,8 @@ class ParamStore {
   /// The buffers' values of now are what restore_buffers() returns to: an update that does not count leaves no trace in them.
   void remember_buffers();
   void restore_buffers();
+  /// All of them, in one; undefined before they are remembered, or if there are none.
+  const Tensor& buffer_arena() const { return buffer_arena_; }
   /// Freezes parameters whose name matches the glob; throws Error if none does.
   void freeze(const std::string& glob);
   /// Takes parameters whose name matches the glob out of weight decay; throws Error if none does.
