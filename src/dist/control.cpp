@@ -7,6 +7,7 @@
 #include <chrono>
 #include <condition_variable>
 #include <cstdio>
+#include <cstdlib>
 #include <cstring>
 #include <deque>
 #include <mutex>
@@ -38,7 +39,8 @@ namespace {
 
 using Clock = std::chrono::steady_clock;
 constexpr auto kPulse = std::chrono::seconds(1);
-constexpr double kGrace = 5;  // seconds for the main thread to leave by itself
+constexpr double kGrace = 5;    // seconds for the main thread to leave by itself
+constexpr double kHurried = 5;  // seconds of silence that a process waits which is to end anyway
 
 double seconds_since(Clock::time_point then) { return std::chrono::duration<double>(Clock::now() - then).count(); }
 
@@ -104,8 +106,12 @@ class Control::Impl {
     std::unique_lock lock(mutex_);
     fail_run(concat(name(me_.rank), " ", reason), me_.rank);
   }
-  /// The leader does, or where it is the one that failed the next rank.
-  bool speaks() const { return leads() || (culprit_ == 0 && me_.rank == 1); }
+  /// The leader does. Where it is the one that failed: the next rank, and one of each other host, whose way to that rank may be cut.
+  bool speaks() const { return leads() || (culprit_ == 0 && (me_.rank == 1 || me_.local_rank == 0)); }
+  void hurry_if(std::function<bool()> asked) {
+    const std::lock_guard lock(mutex_);
+    hurried_ = std::move(asked);
+  }
   bool failed() {
     const std::lock_guard lock(mutex_);
     return !failure_.empty();
@@ -148,6 +154,7 @@ class Control::Impl {
   std::string failure_;
   int64_t culprit_ = -1;
   Clock::time_point failed_at_;
+  std::function<bool()> hurried_;
   bool stop_ = false;
   std::thread thread_;
 };
@@ -288,7 +295,11 @@ void Control::Impl::handle(int64_t rank, const Message& message) {
       break;
     }
     case Kind::text: other.texts.push_back(message.body); break;
-    case Kind::failure: fail_run(message.body, rank); break;
+    case Kind::failure: {
+      const size_t space = message.body.find(' ');
+      fail_run(message.body.substr(space + 1), std::atoll(message.body.c_str()));
+      break;
+    }
     case Kind::goodbye: other.left = true; break;
     case Kind::hello: break;
   }
@@ -301,9 +312,10 @@ void Control::Impl::send_pulses() {
 }
 
 void Control::Impl::look_for_silence() {
+  const double patience = hurried_ && hurried_() ? std::min(kHurried, timeout_ / 2) : timeout_ / 2;
   for (int64_t r = 0; r < me_.world; ++r) {
     const Other& other = others_[static_cast<size_t>(r)];
-    if (!other.peer || other.left || seconds_since(other.heard) <= timeout_ / 2) continue;
+    if (!other.peer || other.left || seconds_since(other.heard) <= patience) continue;
     return fail_run(
         concat(name(r), " has not answered for ", static_cast<int64_t>(seconds_since(other.heard)), " seconds", where(other.place)), r);
   }
@@ -336,7 +348,7 @@ void Control::Impl::fail_run(const std::string& reason, int64_t culprit) {
   culprit_ = culprit;
   failed_at_ = Clock::now();
   for (Other& other : others_)
-    if (other.peer && !other.left) other.peer->send(Kind::failure, reason);
+    if (other.peer && !other.left) other.peer->send(Kind::failure, concat(culprit, " ", reason));
   changed_.notify_all();
 }
 
@@ -371,6 +383,7 @@ Control::Busy::~Busy() {
   control_.impl_->move([](Place& place) { --place.busy; });
 }
 void Control::report(const std::string& reason) { impl_->report(reason); }
+void Control::hurry_if(std::function<bool()> asked) { impl_->hurry_if(std::move(asked)); }
 bool Control::failed() { return impl_->failed(); }
 bool Control::speaks() { return impl_->speaks_now(); }
 void Control::throw_if_failed() { impl_->throw_if_failed(); }

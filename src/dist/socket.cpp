@@ -176,8 +176,7 @@ std::vector<std::string> own_addresses() {
     inet_ntop(AF_INET, &reinterpret_cast<const sockaddr_in*>(one->ifa_addr)->sin_addr, text, sizeof text);
     ((one->ifa_flags & IFF_LOOPBACK) != 0 ? loopback : outside).emplace_back(text);
   }
-  outside.insert(outside.end(), loopback.begin(), loopback.end());
-  return outside;
+  return outside.empty() ? loopback : outside;  // elsewhere a loopback address is another host
 }
 
 }  // namespace mesa::net

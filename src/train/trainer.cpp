@@ -6,6 +6,7 @@
 #include <csignal>
 #include <cstdio>
 #include <filesystem>
+#include <fstream>
 
 #include "mesa/train/signals.h"
 #include "run.h"
@@ -291,16 +292,25 @@ int Run::finish() {
   return 1;
 }
 
+/// Where rank 0 is lost, so may be whoever reads the stderr of this one: mpirun stands beside rank 0.
+static void tell_failure(World& world, const std::string& output, const std::string& what) {
+  if (!world.control()->speaks()) return;
+  std::fprintf(stderr, "error: %s\n", what.c_str());
+  if (!world.leads() && !output.empty())
+    std::ofstream(output + "/errors.txt", std::ios::app) << "rank " << world.me().rank << " (" << world.me().host << "): " << what << '\n';
+}
+
 int train(RunConfig config, const TrainOptions& options) {
   World world(config.train.rank_timeout);
   config.rank = world.me().rank, config.ranks = world.me().world;
+  if (!world.alone()) world.control()->hurry_if([] { return received_signal() != 0; });
   try {
     choose_device(config.device);
     use_threads(config);
     share_threads(config, world);
     return Run(config, options, world)();
   } catch (const RankFailure& e) {
-    if (world.control()->speaks()) std::fprintf(stderr, "error: %s\n", e.what());
+    tell_failure(world, config.output, e.what());
     return kExitRankFailed;
   } catch (const OutOfMemory& e) {
     if (!world.alone()) world.control()->report(concat("ran out of memory: ", e.what()));
