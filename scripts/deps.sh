@@ -6,7 +6,7 @@ usage() {
   cat <<'TEXT'
 Usage: scripts/deps.sh [--test]
 Installs through apt, as root or with sudo, what is missing of the packages that build Mesa.
-  --test   also those of the full test run: clang and its runtime (fuzzing), ccache (faster rebuilds)
+  --test   also those of the full test run: clang and its runtime (fuzzing), ccache (faster rebuilds), iproute2 (tests on two hosts)
 Exit codes: 0 everything is there; 1 an installation failed; 2 wrong usage, or not Debian.
 MESA_SKIP_DEPS=1 skips the check: for other distributions, where you install the counterparts yourself.
 TEXT
@@ -14,7 +14,7 @@ TEXT
 
 packages=(g++ cmake ninja-build libdnnl-dev libyaml-cpp-dev libspdlog-dev libcli11-dev nlohmann-json3-dev
   libjpeg62-turbo-dev libpng-dev zlib1g-dev libopenmpi-dev openmpi-bin catch2 libboost-context-dev)
-test_packages=(clang libclang-rt-dev ccache)
+test_packages=(clang libclang-rt-dev ccache iproute2)
 
 for argument in "$@"; do
   case "$argument" in

@@ -41,6 +41,7 @@ using Clock = std::chrono::steady_clock;
 constexpr auto kPulse = std::chrono::seconds(1);
 constexpr double kGrace = 5;      // seconds for the main thread to leave by itself
 constexpr double kPatience = 10;  // timeouts that a rank may be busy, or late for an exchange while others set themselves up
+constexpr double kHurried = 5;    // seconds of silence that a process waits which is to end anyway
 
 double seconds_since(Clock::time_point then) { return std::chrono::duration<double>(Clock::now() - then).count(); }
 
@@ -111,6 +112,10 @@ class Control::Impl {
     if (leads() || culprit_ != 0) return leads();
     return me_.local_rank == 0 || (me_.local_rank == 1 && me_.host == others_[0].host);
   }
+  void hurry_if(std::function<bool()> asked) {
+    const std::lock_guard lock(mutex_);
+    hurried_ = std::move(asked);
+  }
   bool failed() {
     const std::lock_guard lock(mutex_);
     return !failure_.empty();
@@ -154,6 +159,7 @@ class Control::Impl {
   std::string failure_;
   int64_t culprit_ = -1;
   Clock::time_point failed_at_;
+  std::function<bool()> hurried_;
   bool stop_ = false;
   std::thread thread_;
 };
@@ -319,9 +325,10 @@ void Control::Impl::send_pulses() {
 }
 
 void Control::Impl::look_for_silence() {
+  const double patience = hurried_ && hurried_() ? std::min(kHurried, timeout_ / 2) : timeout_ / 2;
   for (int64_t r = 0; r < me_.world; ++r) {
     const Other& other = others_[static_cast<size_t>(r)];
-    if (!other.peer || other.left || seconds_since(other.heard) <= timeout_ / 2) continue;
+    if (!other.peer || other.left || seconds_since(other.heard) <= patience) continue;
     return fail_run(
         concat(name(r), " has not answered for ", static_cast<int64_t>(seconds_since(other.heard)), " seconds", where(other.place)), r);
   }
@@ -402,6 +409,7 @@ Control::Busy::~Busy() {
   control_.impl_->move([](Place& place) { --place.busy; });
 }
 void Control::report(const std::string& reason) { impl_->report(reason); }
+void Control::hurry_if(std::function<bool()> asked) { impl_->hurry_if(std::move(asked)); }
 bool Control::failed() { return impl_->failed(); }
 bool Control::speaks() { return impl_->speaks_now(); }
 void Control::throw_if_failed() { impl_->throw_if_failed(); }

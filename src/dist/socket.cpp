@@ -185,8 +185,7 @@ std::vector<std::string> own_addresses() {
     inet_ntop(one->ifa_addr->sa_family, bytes, text, sizeof text);
     ((one->ifa_flags & IFF_LOOPBACK) != 0 ? loopback : outside).emplace_back(text);
   }
-  outside.insert(outside.end(), loopback.begin(), loopback.end());
-  return outside;
+  return outside.empty() ? loopback : outside;  // elsewhere a loopback address is another host
 }
 
 }  // namespace mesa::net

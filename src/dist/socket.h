@@ -42,7 +42,7 @@ std::optional<Peer> connect_to(const std::string& address, std::string& why);
 std::optional<Peer> accept_from(int listener, double seconds);
 /// A listening socket and its port. Throws Error.
 std::pair<int, int> listen_at(int port);
-/// The addresses of this host, loopback last.
+/// The addresses of this host; the loopback ones only where it has no others.
 std::vector<std::string> own_addresses();
 
 }  // namespace mesa::net

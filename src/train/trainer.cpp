@@ -8,6 +8,7 @@
 #include <csignal>
 #include <cstdio>
 #include <filesystem>
+#include <fstream>
 
 #include "mesa/train/signals.h"
 #include "mesa/train/version.h"
@@ -317,9 +318,18 @@ int Run::finish() {
   return 1;
 }
 
+/// Where rank 0 is lost, so may be whoever reads the stderr of this one: mpirun stands beside rank 0.
+static void tell_failure(World& world, const std::string& output, const std::string& what) {
+  if (!world.control()->speaks()) return;
+  std::fprintf(stderr, "error: %s\n", what.c_str());
+  if (!world.leads() && !output.empty())
+    std::ofstream(output + "/errors.txt", std::ios::app) << "rank " << world.me().rank << " (" << world.me().host << "): " << what << '\n';
+}
+
 int train(RunConfig config, const TrainOptions& options) {
   World world(config.train.rank_timeout);
   config.rank = world.me().rank, config.ranks = world.me().world;
+  if (!world.alone()) world.control()->hurry_if([] { return received_signal() != 0; });
   try {
     check_same(world, "version", version_text());
     check_same(world, "config", to_yaml(config));
@@ -333,6 +343,7 @@ int train(RunConfig config, const TrainOptions& options) {
   } catch (const RankFailure& e) {
     if (!world.alone() && !world.control()->failed()) world.control()->report(e.what());
     if (world.control()->speaks()) std::fprintf(stderr, "error: %s\n", e.what());
+    tell_failure(world, config.output, e.what());
     return kExitRankFailed;
   } catch (const std::exception& e) {
     const bool memory = dynamic_cast<const OutOfMemory*>(&e) != nullptr;

@@ -49,19 +49,6 @@ struct RankRun : TinyRun {
   }
 };
 
-void check_close(const std::vector<Json>& a, const std::vector<Json>& b, double tolerance) {
-  REQUIRE(a.size() == b.size());
-  for (size_t i = 0; i < a.size(); ++i) {
-    CAPTURE(i);
-    for (const char* key : {"loss", "grad_norm"}) {
-      const double x = a[i].at(key), y = b[i].at(key);
-      CHECK(std::fabs(x - y) <= tolerance * std::fabs(x));
-    }
-    CHECK(a[i].at("lr") == b[i].at("lr"));
-    CHECK(a[i].at("step") == b[i].at("step"));
-  }
-}
-
 /// The processes of a run, found by the folder that they write to.
 std::vector<pid_t> ranks_of(const std::string& output) {
   std::vector<pid_t> found;

@@ -1,6 +1,7 @@
 // A run of a second: the config that the tests of the apps share, and how they read its folder.
 #pragma once
 #include <catch2/catch.hpp>
+#include <cmath>
 #include <filesystem>
 #include <fstream>
 #include <nlohmann/json.hpp>
@@ -69,5 +70,19 @@ class TinyRun {
  private:
   TemporaryFolder folder_;
 };
+
+/// The same steps with the same losses, up to `tolerance` relative.
+inline void check_close(const std::vector<Json>& a, const std::vector<Json>& b, double tolerance) {
+  REQUIRE(a.size() == b.size());
+  for (size_t i = 0; i < a.size(); ++i) {
+    CAPTURE(i);
+    for (const char* key : {"loss", "grad_norm"}) {
+      const double x = a[i].at(key), y = b[i].at(key);
+      CHECK(std::fabs(x - y) <= tolerance * std::fabs(x));
+    }
+    CHECK(a[i].at("lr") == b[i].at("lr"));
+    CHECK(a[i].at("step") == b[i].at("step"));
+  }
+}
 
 }  // namespace mesa::testing

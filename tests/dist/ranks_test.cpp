@@ -101,7 +101,7 @@ TEST_CASE("rank: collectives", "[.rank]") {
 TEST_CASE("rank: waits", "[.rank]") {
   if (!is_a_rank()) return;
   try {
-    World world(4);
+    World world(8);
     world.control()->exchange("greetings", "here");
     world.control()->at_step(12);
     std::fprintf(stderr, "rank %ld stands at step 12\n", world.me().rank);
@@ -110,6 +110,17 @@ TEST_CASE("rank: waits", "[.rank]") {
       std::this_thread::sleep_for(std::chrono::seconds(1));  // until the others stand there, too
       world.control()->report("has had enough");
       std::_Exit(1);
+    }
+    const char* late = std::getenv("MESA_TEST_RANK_LATE");
+    if (late != nullptr) {
+      const bool is_late = std::stol(late) == world.me().rank;
+      if (is_late) {
+        const Control::Busy busy(*world.control());
+        std::this_thread::sleep_for(std::chrono::seconds(13));  // longer than the timeout, and allowed
+        std::fprintf(stderr, "rank %ld was busy\n", world.me().rank);
+      } else {
+        world.control()->at_collective(7, true);
+      }
     }
     for (int i = 0; i < 600; ++i) {
       std::this_thread::sleep_for(std::chrono::milliseconds(50));
@@ -177,6 +188,19 @@ TEST_CASE("ranks: an error of one is the end of all", "[ranks]") {
     const ProcessResult result = ranks[r].finish(std::chrono::seconds(40));
     CHECK(result.code == kExitRankFailed);
     CHECK_THAT(result.err, Contains("seen: rank 1 (") && Contains("has had enough"));
+  }
+}
+
+TEST_CASE("ranks: one may be busy, but not keep the others waiting in a collective for ever", "[ranks]") {
+  setenv("MESA_TEST_RANK_LATE", "1", 1);
+  Ranks ranks(3);
+  unsetenv("MESA_TEST_RANK_LATE");
+  CHECK(ranks[1].wait_for("rank 1 was busy", std::chrono::seconds(40)));
+  for (int r = 0; r < 3; ++r) {
+    const ProcessResult result = ranks[r].finish(std::chrono::seconds(40));
+    CAPTURE(r, result.err);
+    CHECK(result.code == kExitRankFailed);
+    CHECK_THAT(result.err, Contains("seen: rank 1 (") && Contains("has not come to collective 7, in which rank "));
   }
 }
 

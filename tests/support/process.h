@@ -26,6 +26,7 @@ class Process {
   Process(const Process&) = delete;
   Process& operator=(const Process&) = delete;
 
+  pid_t pid() const { return pid_; }
   void send(int signal);
   /// Reads until stderr holds the text or the time is over; false in the second case and when the program ended without it.
   bool wait_for(const std::string& text, std::chrono::milliseconds limit = std::chrono::seconds(60));

@@ -36,7 +36,7 @@ class Listener {
   Listener& operator=(const Listener&) = delete;
   int port() const { return port_; }
   int fd() const { return fd_; }
-  /// "10.0.0.1,127.0.0.1:4711": every address of this host, for ranks on any network that they share.
+  /// "10.0.0.1,192.168.0.1:4711": every address of this host, for ranks on any network that they share.
   std::string address() const;
 
  private:
@@ -77,7 +77,10 @@ class Control {
   /// Tells all ranks that this one ends, and why. The first report counts.
   void report(const std::string& reason);
   bool failed();
-  /// After a failure: whether this is the rank that tells the user. One message is enough.
+  /// From when `asked` (called from another thread) says that this process is to end, silent ranks are given up after a few seconds: a
+  /// launcher that lost a host ends its processes, and they have little time left to say why.
+  void hurry_if(std::function<bool()> asked);
+  /// After a failure: whether this is the rank that tells the user. One message is enough, and one a host where rank 0 is lost.
   bool speaks();
   /// Throws RankFailure if the run has failed.
   void throw_if_failed();
