@@ -21,7 +21,7 @@ GradientSync::GradientSync(Communicator& communicator, std::deque<Param>& params
     const Param& param = params[i];
     if (!param.trainable) continue;
     const int64_t bytes = param.grad.bytes();
-    const bool last_begins = !tail && remaining - bytes <= std::min(kLastBucketBytes, bucket_bytes);
+    const bool last_begins = !tail && remaining <= std::min(kLastBucketBytes, bucket_bytes);
     tail = tail || last_begins;
     if (filled > 0 && (filled + bytes > bucket_bytes || last_begins)) close(last);
     if (filled == 0) {

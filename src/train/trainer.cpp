@@ -342,7 +342,6 @@ int train(RunConfig config, const TrainOptions& options) {
     return Run(config, options, world)();
   } catch (const RankFailure& e) {
     if (!world.alone() && !world.control()->failed()) world.control()->report(e.what());
-    if (world.control()->speaks()) std::fprintf(stderr, "error: %s\n", e.what());
     tell_failure(world, config.output, e.what());
     return kExitRankFailed;
   } catch (const std::exception& e) {

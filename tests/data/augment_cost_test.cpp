@@ -53,14 +53,11 @@ TEST_CASE("the cost of augmentation", "[.][augment-cost]") {
         transform_for_training(image, options, random, out.data());
       });
       std::printf("%3d x %-3d  %-42s %8.1f us\n", size, size, name, time);
-      return time;
     };
-    const double plain = of("crop and flip", recipe(size, "", 0, 0));
+    of("crop and flip", recipe(size, "", 0, 0));
     of("colour jitter 0.4", recipe(size, "", 0.4, 0));
     of("rand-m9-mstd0.5-inc1", recipe(size, "rand-m9-mstd0.5-inc1", 0, 0));
-    const double deit = of("rand-m9-mstd0.5-inc1, erasing 0.25 (DeiT)", recipe(size, "rand-m9-mstd0.5-inc1", 0, 0.25));
-    const double deit3 = of("3a, colour jitter 0.3 (DeiT III)", recipe(size, "3a", 0.3, 0));
-    CHECK(deit < 5 * plain);
-    CHECK(deit3 < 5 * plain);
+    of("rand-m9-mstd0.5-inc1, erasing 0.25 (DeiT)", recipe(size, "rand-m9-mstd0.5-inc1", 0, 0.25));
+    of("3a, colour jitter 0.3 (DeiT III)", recipe(size, "3a", 0.3, 0));
   }
 }

@@ -12,8 +12,8 @@ namespace mesa {
 /// nothing is copied. All ranks must train the same parameters.
 class GradientSync {
  public:
-  /// The last bucket, which nothing hides any more, stays small.
-  static constexpr int64_t kBucketBytes = int64_t{8} << 20, kLastBucketBytes = int64_t{1} << 20;
+  /// The last bucket, which nothing hides any more, stays small: a ViT's embedding, up to the base size.
+  static constexpr int64_t kBucketBytes = int64_t{8} << 20, kLastBucketBytes = int64_t{3} << 20;
 
   /// After the gradients were allocated.
   GradientSync(Communicator& communicator, std::deque<Param>& params, int64_t bucket_bytes = kBucketBytes);
