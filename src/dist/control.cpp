@@ -41,7 +41,8 @@ using Clock = std::chrono::steady_clock;
 constexpr auto kPulse = std::chrono::seconds(1);
 constexpr double kGrace = 5;      // seconds for the main thread to leave by itself
 constexpr double kPatience = 10;  // timeouts that a rank may be busy, or late for an exchange while others set themselves up
-constexpr double kHurried = 5;    // seconds of silence that a process waits which is to end anyway
+constexpr int64_t kNobody = -1;
+constexpr double kHurried = 5;  // seconds of silence that a process waits which is to end anyway
 
 double seconds_since(Clock::time_point then) { return std::chrono::duration<double>(Clock::now() - then).count(); }
 
@@ -105,7 +106,7 @@ class Control::Impl {
   }
   void report(const std::string& reason) {
     std::unique_lock lock(mutex_);
-    fail_run(concat(name(me_.rank), " ", reason), me_.rank);
+    fail_run(concat(name(me_.rank), " ", reason), leads() ? kNobody : me_.rank);  // a leader that reports can still speak
   }
   /// The leader does, or where it is lost the first rank of each host: its side may be cut off from the others.
   bool speaks() const {
@@ -359,7 +360,7 @@ void Control::Impl::look_for_stalls() {
                              static_cast<int64_t>(age_of(first)), " seconds", where(place_of(r))),
                       r);
   fail_run(concat("all ranks are in collective ", collective, " and it does not end: is there a way for MPI or NCCL between all hosts?"),
-           -1);
+           kNobody);
 }
 
 /// The first reason counts, and everybody learns it.

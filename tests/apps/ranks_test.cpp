@@ -151,7 +151,8 @@ TEST_CASE("ranks: one that is killed or stopped ends the run soon, and its check
       const std::string lost_one = mesa::concat("rank ", victim, " (");
       if (signal == SIGSTOP)
         CHECK_THAT(result.err, Contains(lost_one) && Contains("has not answered for") && Contains("last heard of at step"));
-      CHECK(result.err.find("last heard of") == result.err.rfind("last heard of"));  // mpirun may be quicker with a killed one
+      // Once at most: mpirun may be quicker with a killed one. A leader that is let go on for its end says it, too.
+      if (victim != 0) CHECK(result.err.find("last heard of") == result.err.rfind("last heard of"));
       for (int wait = 0; wait < 50 && !ranks_of("run-to-be-lost").empty(); ++wait)
         std::this_thread::sleep_for(std::chrono::milliseconds(100));
       CHECK(ranks_of("run-to-be-lost").empty());
