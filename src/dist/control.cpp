@@ -39,7 +39,8 @@ namespace {
 
 using Clock = std::chrono::steady_clock;
 constexpr auto kPulse = std::chrono::seconds(1);
-constexpr double kGrace = 5;      // seconds for the main thread to leave by itself
+constexpr auto kMove = std::chrono::milliseconds(100);  // a rank that moves tells so, no more often: rank 0 hears and tells all
+constexpr double kGrace = 5;                            // seconds for the main thread to leave by itself
 constexpr double kPatience = 10;  // timeouts that a rank may be busy, or late for an exchange while others set themselves up
 constexpr int64_t kNobody = -1;
 constexpr double kHurried = 5;  // seconds of silence that a process waits which is to end anyway
@@ -278,7 +279,8 @@ void Control::Impl::watch() {
     ::poll(fds.data(), fds.size(), 100);
     const std::lock_guard lock(mutex_);
     for (size_t i = 0; i < fds.size(); ++i) take_in(ranks[i], fds[i].revents != 0);
-    if (Clock::now() - pulsed >= kPulse || !(told_ == place_)) {
+    const auto since = Clock::now() - pulsed;
+    if (since >= kPulse || (since >= kMove && !(told_ == place_))) {
       pulsed = Clock::now(), told_ = place_;
       send_pulses();
     }

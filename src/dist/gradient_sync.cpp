@@ -38,6 +38,12 @@ GradientSync::GradientSync(Communicator& communicator, std::deque<Param>& params
   if (filled > 0) close(last);
 }
 
+std::vector<int64_t> GradientSync::bucket_bytes() const {
+  std::vector<int64_t> bytes;
+  for (const Bucket& bucket : buckets_) bytes.push_back(bucket.stretch.bytes());
+  return bytes;
+}
+
 void GradientSync::begin() {
   for (Bucket& bucket : buckets_) bucket.missing = bucket.params, bucket.left = false;
 }

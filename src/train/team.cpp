@@ -7,6 +7,7 @@
 #include <cstdlib>
 #include <sstream>
 
+#include "mesa/base/random.h"
 #include "mesa/kernels/elementwise.h"
 
 namespace mesa {

@@ -9,8 +9,9 @@ namespace fs = std::filesystem;
 bool has_mpirun() {
   const fs::path plugin = fs::path(MESA_BIN_DIR).parent_path() / "libmesa_mpi.so";
   std::istringstream path(std::getenv("PATH") != nullptr ? std::getenv("PATH") : "");
+  std::error_code none;  // a folder that may not be read
   bool found = false;
-  for (std::string folder; std::getline(path, folder, ':');) found = found || fs::exists(fs::path(folder) / "mpirun");
+  for (std::string folder; std::getline(path, folder, ':');) found = found || fs::exists(fs::path(folder) / "mpirun", none);
   if (found && fs::exists(plugin)) return true;
   WARN("skipped: " << (found ? "this build has no MPI" : "there is no mpirun"));
   return false;

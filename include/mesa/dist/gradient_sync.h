@@ -26,6 +26,8 @@ class GradientSync {
   /// Seconds that finish() has waited so far.
   double wait_seconds() const { return wait_seconds_; }
   int64_t buckets() const { return static_cast<int64_t>(buckets_.size()); }
+  /// Their sizes, in the order in which they become ready.
+  std::vector<int64_t> bucket_bytes() const;
 
  private:
   struct Bucket {

@@ -1,0 +1,73 @@
+// scripts/slurm.sh with stand-ins for srun and scontrol: when a job goes into the queue again.
+#include <signal.h>
+
+#include "apps/tiny_run.h"
+#include "mesa/base/error.h"
+#include "support/paths.h"
+
+using namespace mesa::testing;
+using Catch::Matchers::Contains;
+
+namespace {
+
+struct SlurmRun : TinyRun {
+  SlurmRun() {
+    program("srun", "echo \"$@\" >> srun.txt; while [[ $1 == --* ]]; do shift; done; exec \"$@\"");  // one rank
+    program("scontrol", "echo \"$@\" >> scontrol.txt");
+  }
+  void program(const std::string& name, const std::string& body) const {
+    write(name, "#!/bin/bash\n" + body + "\n");
+    std::filesystem::permissions(path(name), std::filesystem::perms::owner_all);
+  }
+  std::unique_ptr<Process> start(const Args& args, Environment env = {}) const {
+    env.insert({{"PATH", path(".") + ":" + std::getenv("PATH")}, {"SLURM_JOB_ID", "17"}, {"SLURM_JOB_NAME", "small"}});
+    env.insert({"MESA_TRAIN", std::string(MESA_BIN_DIR) + "/mesa-train"});
+    Args all{"bash", source_dir() + "/scripts/slurm.sh"};
+    all.insert(all.end(), args.begin(), args.end());
+    return std::make_unique<Process>("/usr/bin/env", all, env, path("."));
+  }
+  std::string requeued() const { return exists("scontrol.txt") ? read_text(path("scontrol.txt")) : ""; }
+};
+
+}  // namespace
+
+TEST_CASE("slurm: the time limit ends in the queue, and the job resumes from there") {
+  const SlurmRun run;
+  const Args args{"--config", "tiny.yaml", "--set", "train.epochs=100000", "--set", "storage=exact"};
+  const auto first = run.start(args);
+  REQUIRE(first->wait_for("epoch 2/"));
+  first->send(SIGUSR1);
+  const ProcessResult result = first->finish(std::chrono::seconds(30));
+  INFO(result.err << result.out);
+  CHECK(result.code == 75);
+  CHECK(run.requeued() == "requeue 17\n");
+  CHECK_THAT(read_text(run.path("srun.txt")), Contains("--mpi=pmix --cpus-per-task=1 "));
+  const int64_t step = run.json("runs/small-17/checkpoints/last/state.json")["step"];
+  Args more = args;
+  more.insert(more.end(), {"--set", mesa::concat("train.steps=", step + 2)});
+  const ProcessResult second = run.start(more, {{"SLURM_RESTART_COUNT", "1"}})->finish(std::chrono::seconds(60));
+  INFO(second.err);
+  CHECK(second.code == 0);
+  CHECK_THAT(second.err, Contains("resumed from"));
+  CHECK(run.requeued() == "requeue 17\n");
+}
+
+TEST_CASE("slurm: a cancelled job stays cancelled, a lost rank restarts it a few times, and an error never") {
+  const SlurmRun run;
+  run.program("stopped", "exit 75");
+  run.program("lost", "exit 69");
+  run.program("wrong", "exit 2");
+  const auto code = [&](const std::string& train, const std::string& restarts) {
+    Environment env{{"MESA_TRAIN", run.path(train)}, {"SLURM_RESTART_COUNT", restarts}};
+    return run.start({}, env)->finish(std::chrono::seconds(30)).code;
+  };
+  CHECK(code("stopped", "0") == 75);
+  CHECK(code("lost", "3") == 69);
+  CHECK(code("wrong", "0") == 2);
+  CHECK(run.requeued().empty());
+  CHECK(code("lost", "2") == 69);
+  CHECK(run.requeued() == "requeue 17\n");
+  const ProcessResult outside = mesa::testing::run("/usr/bin/env", {"bash", source_dir() + "/scripts/slurm.sh"});
+  CHECK(outside.code == 2);
+  CHECK_THAT(outside.err, Contains("no Slurm job"));
+}
