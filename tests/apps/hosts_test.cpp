@@ -73,7 +73,7 @@ TEST_CASE("hosts: a cut cable ends the ranks on both sides, and each side says w
   run.check_resumes();
 }
 
-TEST_CASE("hosts: where mpirun looks after its connections, a cut cable ends it too", "[ranks]") {
+TEST_CASE("hosts: where mpirun looks after its connections, a cut cable ends it too", "[ranks][slow]") {
   const HostsRun run;
   if (!run.hosts) return;
   // As docs/distributed.md recommends, but faster. The ranks' own patience would last longer.
