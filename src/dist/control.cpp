@@ -12,6 +12,7 @@
 #include <deque>
 #include <mutex>
 #include <optional>
+#include <random>
 #include <sstream>
 #include <thread>
 
@@ -24,7 +25,10 @@ using net::Kind;
 using net::Message;
 using net::Peer;
 
-Listener::Listener(int port) { std::tie(fd_, port_) = net::listen_at(port); }
+Listener::Listener(int port) {
+  std::tie(fd_, port_) = net::listen_at(port);
+  if (port == 0) key_ = std::to_string(std::random_device{}());
+}
 Listener::~Listener() {
   if (fd_ >= 0) ::close(fd_);
 }
@@ -32,7 +36,7 @@ Listener::~Listener() {
 std::string Listener::address() const {
   std::string out;
   for (const std::string& one : net::own_addresses()) out += (out.empty() ? "" : ",") + one;
-  return concat(out, ":", port_);
+  return concat(out, ":", port_, key_.empty() ? "" : "/", key_);
 }
 
 namespace {
@@ -141,6 +145,7 @@ class Control::Impl {
   void throw_now() const {
     if (!failure_.empty()) throw RankFailure(failure_);
   }
+  bool welcomed_by(Peer& peer, double seconds);
   void watch();
   void take_in(int64_t rank, bool readable);
   void handle(int64_t rank, const Message& message);
@@ -183,8 +188,11 @@ void Control::Impl::wait_for_all(const Listener& listener) {
     std::optional<Message> hello;
     while (!hello && ::poll(&wait, 1, 2000) == 1 && peer->receive()) hello = peer->next();
     int64_t rank = 0, world = 0;
-    std::string host;
-    if (!hello || hello->kind != Kind::hello || !(std::istringstream(hello->body) >> rank >> world >> host)) continue;  // a stranger
+    std::string host, key;
+    std::istringstream words(hello ? hello->body : "");
+    if (!hello || hello->kind != Kind::hello || !(words >> rank >> world >> host)) continue;  // a stranger
+    words >> key;
+    if (key != listener.key()) continue;  // of another run
     check(world == me_.world, host, " takes part in a run of ", world, " ranks, and this one has ", me_.world);
     check(rank > 0 && rank < world && !others_[static_cast<size_t>(rank)].peer, "two processes are rank ", rank, " (", host, " and ",
           rank == 0 ? me_.host : others_[static_cast<size_t>(rank)].host, ")");
@@ -199,24 +207,42 @@ void Control::Impl::wait_for_all(const Listener& listener) {
 
 void Control::Impl::join_at(const std::string& address) {
   const auto start = Clock::now();
-  std::string why;
-  std::optional<Peer> peer;
-  while (!(peer = net::connect_to(address, why))) {
-    check(seconds_since(start) <= timeout_, "rank ", me_.rank, " (", me_.host, ") cannot reach rank 0 at ", address, ": ", why);
+  const size_t slash = std::min(address.find('/'), address.size());
+  const std::string places = address.substr(0, slash), key = slash < address.size() ? address.substr(slash + 1) : "";
+  for (std::string why;;) {
+    bool sent_away = false;
+    for (const std::string& place : net::each_address(places)) {
+      auto peer = net::connect_to(place, why);
+      if (!peer) continue;
+      peer->send(Kind::hello, concat(me_.rank, " ", me_.world, " ", me_.host, " ", key));
+      if (welcomed_by(*peer, timeout_ - seconds_since(start))) {
+        others_[0].peer = std::move(peer);
+        return;
+      }
+      sent_away = true;
+      why = concat(place, " does not take it in");
+    }
+    check(!sent_away && seconds_since(start) <= timeout_, "rank ", me_.rank, " (", me_.host, ") cannot reach rank 0 at ", places, ": ",
+          why);
     std::this_thread::sleep_for(std::chrono::milliseconds(200));  // it may not listen yet
   }
-  peer->send(Kind::hello, concat(me_.rank, " ", me_.world, " ", me_.host));
-  pollfd wait{peer->fd(), POLLIN, 0};
-  std::optional<Message> welcome;
-  while (!welcome && seconds_since(start) <= timeout_)
+}
+
+/// False if the other end hangs up, or says nothing for so many seconds.
+bool Control::Impl::welcomed_by(Peer& peer, double seconds) {
+  const auto start = Clock::now();
+  pollfd wait{peer.fd(), POLLIN, 0};
+  while (seconds_since(start) <= seconds)
     if (::poll(&wait, 1, 1000) == 1) {
-      check(peer->receive(), "rank 0 at ", address, " sent rank ", me_.rank, " (", me_.host, ") away");
-      welcome = peer->next();
+      const bool open = peer.receive();
+      if (const auto welcome = peer.next()) {
+        others_[0].host = welcome->body;
+        others_[0].heard = Clock::now();
+        return true;
+      }
+      if (!open) return false;
     }
-  check(welcome.has_value(), "rank 0 at ", address, " does not answer rank ", me_.rank, " (", me_.host, ")");
-  others_[0].host = welcome->body;
-  others_[0].peer = std::move(peer);
-  others_[0].heard = Clock::now();
+  return false;
 }
 
 Control::Impl::~Impl() {

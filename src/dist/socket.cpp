@@ -14,6 +14,7 @@
 #include <cerrno>
 #include <cstring>
 #include <memory>
+#include <sstream>
 #include <utility>
 
 #include "mesa/base/error.h"
@@ -113,24 +114,28 @@ std::optional<Message> Peer::next() {
   return message;
 }
 
+std::vector<std::string> each_address(const std::string& addresses) {
+  const size_t colon = addresses.rfind(':');
+  check(colon != std::string::npos, "'", addresses, "' is not HOST:PORT");
+  std::vector<std::string> each;
+  std::istringstream hosts(addresses.substr(0, colon));
+  for (std::string host; std::getline(hosts, host, ',');) each.push_back(host + addresses.substr(colon));
+  return each;
+}
+
 std::optional<Peer> connect_to(const std::string& address, std::string& why) {
   const size_t colon = address.rfind(':');
-  check(colon != std::string::npos, "'", address, "' is not HOST:PORT");
-  const std::string port = address.substr(colon + 1);
-  std::string hosts = address.substr(0, colon) + ",";
-  for (size_t comma; (comma = hosts.find(',')) != std::string::npos; hosts.erase(0, comma + 1)) {
-    const std::string host = hosts.substr(0, comma);
-    addrinfo hints{}, *found = nullptr;
-    hints.ai_socktype = SOCK_STREAM;
-    if (const int code = getaddrinfo(host.c_str(), port.c_str(), &hints, &found); code != 0) {
-      why = concat(host, ": ", gai_strerror(code));
-      continue;
-    }
-    const std::unique_ptr<addrinfo, void (*)(addrinfo*)> owner(found, freeaddrinfo);
-    for (const addrinfo* one = found; one != nullptr; one = one->ai_next) {
-      if (const int fd = connect_one(*one); fd >= 0) return Peer(fd);
-      why = concat(host, ":", port, ": ", std::strerror(errno));
-    }
+  const std::string host = address.substr(0, colon), port = address.substr(colon + 1);
+  addrinfo hints{}, *found = nullptr;
+  hints.ai_socktype = SOCK_STREAM;
+  if (const int code = getaddrinfo(host.c_str(), port.c_str(), &hints, &found); code != 0) {
+    why = concat(host, ": ", gai_strerror(code));
+    return std::nullopt;
+  }
+  const std::unique_ptr<addrinfo, void (*)(addrinfo*)> owner(found, freeaddrinfo);
+  for (const addrinfo* one = found; one != nullptr; one = one->ai_next) {
+    if (const int fd = connect_one(*one); fd >= 0) return Peer(fd);
+    why = concat(address, ": ", std::strerror(errno));
   }
   return std::nullopt;
 }

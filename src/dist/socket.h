@@ -36,7 +36,9 @@ class Peer {
   std::string input_;
 };
 
-/// A connected peer, or nothing and the reason in `why`; tries each host ("a,b,c:port") for a short while.
+/// "a,b:port" as "a:port" and "b:port".
+std::vector<std::string> each_address(const std::string& addresses);
+/// A connected peer, or nothing and the reason in `why`; tries "host:port" for a short while.
 std::optional<Peer> connect_to(const std::string& address, std::string& why);
 /// The next connection within `seconds`, if one comes.
 std::optional<Peer> accept_from(int listener, double seconds);

@@ -73,7 +73,7 @@ TEST_CASE("hosts: a cut cable ends the ranks on both sides, and each side says w
   run.check_resumes();
 }
 
-TEST_CASE("hosts: where mpirun looks after its connections, a cut cable ends it too", "[ranks]") {
+TEST_CASE("hosts: where mpirun looks after its connections, a cut cable ends it too", "[ranks][slow]") {
   const HostsRun run;
   if (!run.hosts) return;
   // As docs/distributed.md recommends, but faster. The ranks' own patience would last longer.
@@ -81,8 +81,8 @@ TEST_CASE("hosts: where mpirun looks after its connections, a cut cable ends it 
   for (const auto& [name, value] : {std::pair("oob_tcp_keepalive_time", "3"), std::pair("oob_tcp_keepalive_intvl", "1"),
                                     std::pair("oob_tcp_keepalive_probes", "3"), std::pair("odls_base_sigkill_timeout", "4")})
     options.insert(options.end(), {"--mca", name, value});
-  const auto start = std::chrono::steady_clock::now();
   const auto lost = run.lose(options, "60");
+  const auto start = std::chrono::steady_clock::now();
   const ProcessResult result = lost->finish(std::chrono::seconds(40));
   INFO(result.err);
   CHECK_FALSE(result.timed_out);

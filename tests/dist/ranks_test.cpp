@@ -218,6 +218,26 @@ TEST_CASE("ranks: those that do not come are named, and a stranger is sent away"
   CHECK_THAT(joined.err, Contains("these did not come"));
 }
 
+TEST_CASE("ranks: another run's rank 0 refuses who comes with a wrong key") {
+  const Listener listener;
+  const std::string own = listener.address(), port = std::to_string(listener.port());
+  REQUIRE(own.find(":" + port + "/" + listener.key()) != std::string::npos);
+  std::string refused;
+  std::thread joins([&] {
+    try {
+      Control(RankInfo{1, 2, 0, "b"}, "127.0.0.1:" + port + "/0815", 20);
+    } catch (const Error& e) {
+      refused = e.what();
+    }
+  });
+  CHECK_THROWS_WITH(Control(RankInfo{0, 2, 0, "a"}, listener, 2), Contains("did not come to rank 0") && Contains("within 2 seconds: 1"));
+  joins.join();
+  CHECK_THAT(refused, Contains("rank 1 (b) cannot reach rank 0 at 127.0.0.1:" + port + ": 127.0.0.1:" + port + " does not take it in"));
+  std::thread comes([&] { Control(RankInfo{1, 2, 0, "b"}, "127.0.0.9:" + port + "/" + listener.key(), 20); });
+  CHECK_NOTHROW(Control(RankInfo{0, 2, 0, "a"}, listener, 20));
+  comes.join();
+}
+
 TEST_CASE("ranks: one alone has its collectives for nothing", "[ranks]") {
   const auto alone = single_communicator();
   CHECK(alone->size() == 1);

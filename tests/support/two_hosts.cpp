@@ -57,6 +57,12 @@ std::string TwoHosts::start(Host& host, const std::string& name) {
 std::string TwoHosts::set_up() {
   for (int i = 0; i < 2; ++i)
     if (const std::string why = start(hosts_[i], i == 0 ? kFirst : kSecond); !why.empty()) return why;
+  // An address that both have, as hosts with Docker do: there nobody is found but oneself.
+  for (const Host& host : hosts_)
+    if (const std::string why =
+            shell_on(host.pid, "ip link add docker0 type bridge; ip address add 172.17.0.1/16 dev docker0; ip link set docker0 up");
+        !why.empty())
+      return why;
   const std::string cable = concat("ip link add link0 type veth peer name link0 netns ", hosts_[1].pid);
   if (const std::string why = shell_on(hosts_[0].pid, cable); !why.empty()) return why;
   std::ofstream agent(folder_.path() / "agent"), hostfile(folder_.path() / "hosts");

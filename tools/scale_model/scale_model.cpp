@@ -22,7 +22,7 @@ constexpr double kAdamWBytes = 30;          // that AdamW moves for a parameter
 constexpr double kStateBytes = 8;           // two moments in f32
 constexpr double kNvlinkRate = 270e9;       // bytes/s of an all-reduce over the 8 GPUs of a node, counted by its tensor
 constexpr double kRailRate = 45e9;          // bytes/s that a network card of 400 Gb/s carries
-constexpr double kTreeShare = 0.92;         // of the links' rate that NCCL expects of its trees
+constexpr double kTreeShare = 0.7;          // of the links' rate that NCCL expects of its trees at 8 MB
 constexpr double kStartLatency = 4.4e-6, kNvlinkHop = 1.25e-6, kNetworkHop = 8.5e-6;  // s: NCCL's figures for trees in LL128
 constexpr double kTakenShare = 8.0 / 132;  // multiprocessors that a running collective takes from the backward pass
 
@@ -105,24 +105,24 @@ void print_steps(const std::vector<Model>& models, double element_bytes) {
 }
 
 /// The other question: not more images a step, but the same ones sooner.
-void print_fixed(const std::string& name, int64_t bucket_bytes) {
+void print_fixed(const std::string& name, int64_t bucket_bytes, double element_bytes) {
   constexpr int kBatch = 4096;
   std::printf("| GPUs | images a GPU | not hidden, ms | step, ms | efficiency |\n|---|---|---|---|---|\n");
   for (const int gpus : {8, 64, 512, 4096}) {
     const Model model = load(name, static_cast<double>(kBatch) / gpus, bucket_bytes);
-    const Step step = step_of(model, {gpus, 8}, 4);
+    const Step step = step_of(model, {gpus, 8}, element_bytes);
     std::printf("| %d | %.0f | %.2f | %.2f | %.0f %% |\n", gpus, model.images, 1e3 * step.exposed, 1e3 * step.total,
                 100 * alone(model) / step.total);
   }
 }
 
-void print_shards(const std::vector<Model>& models) {
+void print_shards(const std::vector<Model>& models, double element_bytes) {
   std::printf("| model | GPUs | optimizer's state a GPU, MB | with ZeRO-1, MB | step, ms | with ZeRO-1, ms |\n|---|---|---|---|---|---|\n");
   for (const Model& model : models)
     for (const int gpus : {8, 512}) {
       const double state = kStateBytes * static_cast<double>(model.parameters) / 1e6;
       std::printf("| %s | %d | %.0f | %.1f | %.2f | %.2f |\n", model.name.c_str(), gpus, state, state / gpus,
-                  1e3 * step_of(model, {gpus, 8}, 4).total, 1e3 * step_of(model, {gpus, 8}, 4, true).total);
+                  1e3 * step_of(model, {gpus, 8}, element_bytes).total, 1e3 * step_of(model, {gpus, 8}, element_bytes, true).total);
     }
 }
 
@@ -146,11 +146,12 @@ int main(int argc, char** argv) {
       for (const std::string& name : list) models.push_back(load(name, images, bucket_bytes));
       return models;
     };
-    print_steps(load_all(names), bf16 ? 2 : 4);
+    const double element_bytes = bf16 ? 2 : 4;
+    print_steps(load_all(names), element_bytes);
     std::printf("\n");
-    print_fixed(names.front(), bucket_bytes);
+    print_fixed(names.front(), bucket_bytes, element_bytes);
     std::printf("\n");
-    print_shards(load_all(large));
+    print_shards(load_all(large), element_bytes);
   } catch (const std::exception& e) {
     std::fprintf(stderr, "scale-model: %s\n", e.what());
     return 1;

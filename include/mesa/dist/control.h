@@ -36,11 +36,15 @@ class Listener {
   Listener& operator=(const Listener&) = delete;
   int port() const { return port_; }
   int fd() const { return fd_; }
-  /// "10.0.0.1,192.168.0.1:4711": every address of this host, for ranks on any network that they share.
+  /// "10.0.0.1,192.168.0.1:4711/8f14e45f": every address of this host, for ranks on any network that they share, and a key. An address may
+  /// lead elsewhere to another host (each has its own 172.17.0.1), where another run listens: that one refuses the key.
   std::string address() const;
+  /// Empty where the port was given: others know it without having asked.
+  const std::string& key() const { return key_; }
 
  private:
   int fd_ = -1, port_ = 0;
+  std::string key_;
 };
 
 /// A star of TCP connections around rank 0. A thread of its own sends where this rank stands each second and watches the others, so that
@@ -49,8 +53,8 @@ class Listener {
 /// thread does not leave by itself within a few seconds is ended with kExitRankFailed.
 class Control {
  public:
-  /// Waits for all ranks. Rank 0 passes its listener, the others the address of it ("HOST[,HOST..]:PORT"). Throws Error that names the
-  /// ranks that did not come, or the address that did not answer.
+  /// Waits for all ranks. Rank 0 passes its listener, the others the address of it ("HOST[,HOST..]:PORT[/KEY]"). Throws Error that names
+  /// the ranks that did not come, or the address that did not answer.
   Control(const RankInfo& me, const Listener& listener, double timeout);
   Control(const RankInfo& me, const std::string& address, double timeout);
   /// Says goodbye: the others do not take the end of this process for a failure.
