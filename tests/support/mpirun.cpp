@@ -21,6 +21,7 @@ std::vector<std::string> mpirun_args(int ranks) { return {"--oversubscribe", "--
 
 Environment mpirun_environment(Environment env) {
   env.insert({{"OMPI_ALLOW_RUN_AS_ROOT", "1"}, {"OMPI_ALLOW_RUN_AS_ROOT_CONFIRM", "1"}});
+  env.insert({"OMPI_MCA_btl_vader_single_copy_mechanism", "none"});  // containers may forbid to read another process, and it notices late
   const char* sanitizer = std::getenv("ASAN_OPTIONS");
   if (sanitizer != nullptr) env["ASAN_OPTIONS"] = std::string(sanitizer) + ":detect_leaks=0";  // Open MPI leaks at its end
   return env;
