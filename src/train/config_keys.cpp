@@ -111,6 +111,8 @@ const Key kKeys[] = {
     KEY(train.checkpoint_interval, count(0, 1e12), "Steps between checkpoints; 0 = after each epoch only"),
     KEY(train.rank_timeout, between(8, 86400),
         "Seconds that one of several ranks may stay silent or keep the others waiting before all end"),
+    KEY(train.range_sync, any(),
+        "With several ranks: running ranges are the mean over all; else each has its own, and a resumed run has rank 0's"),
     KEY(train.cuda_graph, any(), "Record the passes of a GPU and run them as one: for small models"),
     KEY(train.weights, any(),
         "Begin with the weights of this checkpoint or safetensors file: positions are resized, a head of other classes begins anew"),

@@ -105,6 +105,7 @@ UpdateResult Updater::operator()(int64_t count, const std::function<SentBatch()>
   }
   state.bad_in_a_row = 0;
   policy_.commit();
+  if (config_.train.range_sync) average_ranges();
   optimizer_.step(result.lr, clipping_scale(config_.train.clip_norm, result.gradient_norm));
   if (ema_ != nullptr) ema_->update();
   team_.average(model_.params.buffer_arena());  // running statistics of the whole batch
@@ -123,6 +124,26 @@ bool Updater::agree(UpdateResult& result, const std::string& packed) {
   if (sums[3] > 0)  // all stop: by the largest of the numbers that arrived
     for (const double signal : team_.gather(received_signal())) result.signal = std::max<int64_t>(result.signal, std::llround(signal));
   return sums[2] > 0;
+}
+
+/// Running ranges become the mean over ranks, which all go on with and which a checkpoint holds.
+void Updater::average_ranges() {
+  if (team_.alone()) return;
+  const std::map<std::string, Tensor> ranges = policy_.state();  // handles of what the codecs use
+  int64_t total = 0;
+  for (const auto& [name, range] : ranges) total += range.numel();
+  if (total == 0) return;
+  const Tensor all = Tensor::empty({total}, DType::f32, model_.device);
+  const auto each = [&](const auto& move) {
+    int64_t at = 0;
+    for (const auto& [name, range] : ranges) {
+      move(range.reshape({range.numel()}), all.narrow(0, at, range.numel()));
+      at += range.numel();
+    }
+  };
+  each([](const Tensor& range, const Tensor& part) { transfer(range, part); });
+  team_.average(all);
+  each([](const Tensor& range, const Tensor& part) { transfer(part, range); });
 }
 
 /// Of all ranks, the first that finds something in its own part of the batch tells what.

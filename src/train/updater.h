@@ -43,6 +43,7 @@ class Updater {
   double forward_backward(const SentBatch& batch, uint64_t micro_step, double scale, const Meanwhile& meanwhile, bool last);
   /// Hands it over to the device; the loss is there later.
   Tensor pass(const SentBatch& batch, uint64_t micro_step, const uint64_t* live_step, double scale, const Meanwhile& meanwhile, bool last);
+  void average_ranges();
   bool agree(UpdateResult& result, const std::string& packed);
   std::string name_culprit(const SentBatch& batch, uint64_t micro_step, const std::string& packed);
   /// "" if this rank finds nothing.

@@ -101,6 +101,25 @@ TEST_CASE("ranks: int8 storage, accumulation and a teacher train on two", "[rank
   CHECK(run.json("student/summary.json")["epochs"] == 2);
 }
 
+TEST_CASE("ranks: running ranges are those of all ranks, so that a resumed run goes on bit for bit", "[ranks]") {
+  if (!has_mpirun()) return;
+  const RankRun run;
+  const Args sets = with(kRandom, {"storage=mesa", "model.attention=explicit", "schedule.name=constant"});
+  REQUIRE(run.train_on(2, sets, "straight").code == 0);
+  REQUIRE(run.train_on(2, with(sets, {"train.steps=20"}), "parted").code == 0);
+  const ProcessResult rest = run.train_on(2, sets, "parted", {"--resume"});
+  INFO(rest.err);
+  REQUIRE(rest.code == 0);
+  CHECK(run.metrics("parted") == run.metrics("straight"));
+  CHECK(run.weights("parted") == run.weights("straight"));
+  for (const bool synchronized : {false, true}) {
+    const std::string name = synchronized ? "together" : "apart";
+    REQUIRE(run.train_on(2, with(sets, {mesa::concat("train.range_sync=", synchronized ? "true" : "false")}), name).code == 0);
+  }
+  CHECK(run.weights("together") == run.weights("straight"));
+  CHECK(run.weights("apart") != run.weights("straight"));
+}
+
 TEST_CASE("ranks: a signal stops all after one step, and any number of ranks goes on", "[ranks]") {
   if (!has_mpirun()) return;
   const RankRun run;

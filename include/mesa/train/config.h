@@ -77,6 +77,7 @@ struct TrainConfig {
   bool ema_warmup = false;
   std::vector<std::string> frozen;  ///< globs of parameter names
   double rank_timeout = 60;         ///< seconds
+  bool range_sync = true;
   bool tensorboard = false;
   std::vector<std::string> histograms;  ///< globs of parameter names and sites
   int64_t health_interval = 0;          ///< steps; 0 = off
