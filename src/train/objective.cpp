@@ -62,8 +62,13 @@ Var Objective::imitating(const Var& logits, const Tensor& teacher) const {
 Var Objective::operator()(const Net& net, const Tensor& images, const Targets& targets) const {
   if (!teacher_) return supervised(net(images), targets);
   const std::vector<Var> heads = net.heads(images);
-  const Scope scope("distill");
-  return scale(supervised(heads.front(), targets), 1 - alpha_) + scale(imitating(heads.back(), targets.teacher), alpha_);
+  const auto within = [](const char* name, const auto& loss) {  // sites of their own
+    const Scope scope(name);
+    return loss();
+  };
+  const Var by_labels = within("labels", [&] { return supervised(heads.front(), targets); });
+  const Var by_teacher = within("teacher", [&] { return imitating(heads.back(), targets.teacher); });
+  return scale(by_labels, 1 - alpha_) + scale(by_teacher, alpha_);
 }
 
 }  // namespace mesa
