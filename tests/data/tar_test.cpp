@@ -143,7 +143,6 @@ TEST_CASE("tar: missing, doubled and impossible parts of samples are named", "[d
   CHECK_THAT(index_error({{"a.jpg", picture}, {"a.png", picture}, {"a.cls", text_bytes("1")}}), Contains("a.png is the second picture"));
   CHECK_THAT(index_error({{"a.jpg", picture}, {"a.cls", text_bytes("1")}, {"a.cls", text_bytes("1")}}), Contains("a.cls comes twice"));
   const std::vector<std::string> labels{"", " ", "x", "1x", "1 2", "0x1", "1.0", "99999999999999999999", std::string(40, ' ')};
-  for (const std::string& text : labels)
-    CHECK_THAT(index_error(label(text)), Contains("a.cls does not hold a label"));
+  for (const std::string& text : labels) CHECK_THAT(index_error(label(text)), Contains("a.cls does not hold a label"));
   for (const std::string text : {"-1", "1000000"}) CHECK_THAT(index_error(label(text)), Contains("labels go from 0 to 999999"));
 }
