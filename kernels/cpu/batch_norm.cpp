@@ -1,6 +1,6 @@
 // mean = sum x / n, var = sum (x - mean)^2 / n over the rows of each channel; xhat = (x - mean) / sqrt(var + eps), y = gamma xhat + beta;
 // dgamma = sum dy xhat, dbeta = sum dy, dx = gamma rstd (dy - dbeta / n - xhat dgamma / n).
-#include "mesa/kernels/batch_norm.h"
+#include "mesa/kernels/batch_norm_common.h"
 
 #include <cmath>
 
@@ -60,10 +60,7 @@ Combined combine(const A* partial, int64_t chunks, int64_t size, int64_t rows, i
 void batch_statistics(const Tensor& x, double eps, double momentum, const Tensor& mean, const Tensor& rstd, const Tensor& running_mean,
                       const Tensor& running_var) {
   const int64_t width = width_of(x), rows = x.rows(), size = chunk_rows(width), chunks = (rows + size - 1) / size;
-  check_flat(x, "batch_statistics: x");
-  check(rows > 1, "batch statistics need more than one row a channel, not x ", x.shape());
-  check_parameter(mean, width, "mean"), check_parameter(rstd, width, "rstd");
-  if (running_mean.defined()) check_parameter(running_mean, width, "running_mean"), check_parameter(running_var, width, "running_var");
+  check_batch_statistics(x, mean, rstd, running_mean, running_var);
   dispatch(x.dtype(), x.dtype(), [&](auto tx, auto) {
     using X = decltype(tx);
     using A = Acc<X>;
@@ -102,10 +99,7 @@ void inverse_deviation(const Tensor& var, double eps, const Tensor& rstd) {
 void batch_norm(const Tensor& x, const Tensor& mean, const Tensor& rstd, const Tensor& gamma, const Tensor& beta, const Tensor& y,
                 const Tensor& xhat) {
   const int64_t width = width_of(x);
-  check_alike(x, y, "batch_norm");
-  if (xhat.defined()) check_alike(xhat, y, "batch_norm: xhat");
-  check_parameter(mean, width, "mean"), check_parameter(rstd, width, "rstd");
-  check_parameter(gamma, width, "gamma"), check_parameter(beta, width, "beta");
+  check_batch_norm(x, mean, rstd, gamma, beta, y, xhat);
   dispatch(x.dtype(), y.dtype(), [&](auto tx, auto ty) {
     using X = decltype(tx);
     using Y = decltype(ty);
@@ -133,8 +127,7 @@ void batch_norm(const Tensor& x, const Tensor& mean, const Tensor& rstd, const T
 
 void batch_norm_sums(const Tensor& dy, const Tensor& xhat, const Tensor& dgamma, const Tensor& dbeta) {
   const int64_t width = width_of(dy), rows = dy.rows(), size = kLaneRows, chunks = (rows + size - 1) / size;
-  check_alike(dy, xhat, "batch_norm_sums");
-  check_parameter(dgamma, width, "dgamma"), check_parameter(dbeta, width, "dbeta");
+  check_batch_norm_sums(dy, xhat, dgamma, dbeta);
   dispatch(dy.dtype(), xhat.dtype(), [&](auto tg, auto th) {
     using G = decltype(tg);
     using H = decltype(th);
@@ -163,10 +156,7 @@ void batch_norm_sums(const Tensor& dy, const Tensor& xhat, const Tensor& dgamma,
 void batch_norm_grad(const Tensor& dy, const Tensor& xhat, const Tensor& rstd, const Tensor& gamma, const Tensor& dgamma,
                      const Tensor& dbeta, const Tensor& dx) {
   const int64_t width = width_of(dy), rows = dy.rows();
-  check_alike(dy, xhat, "batch_norm_grad: xhat");
-  check_alike(dy, dx, "batch_norm_grad: dx");
-  check_parameter(rstd, width, "rstd"), check_parameter(gamma, width, "gamma");
-  check_parameter(dgamma, width, "dgamma"), check_parameter(dbeta, width, "dbeta");
+  check_batch_norm_grad(dy, xhat, rstd, gamma, dgamma, dbeta, dx);
   dispatch(dy.dtype(), xhat.dtype(), dx.dtype(), [&](auto tg, auto th, auto tx) {
     using G = decltype(tg);
     using H = decltype(th);

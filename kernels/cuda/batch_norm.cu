@@ -1,7 +1,7 @@
 // mean = sum x / n, var = sum (x - mean)^2 / n over the rows of each channel; xhat = (x - mean) / sqrt(var + eps), y = gamma xhat + beta;
 // dgamma = sum dy xhat, dbeta = sum dy, dx = gamma rstd (dy - dbeta / n - xhat dgamma / n).
 #include "column_sums.h"
-#include "mesa/kernels/batch_norm.h"
+#include "mesa/kernels/batch_norm_common.h"
 #include "norm_row.h"
 #include "pointwise.h"
 
@@ -201,10 +201,7 @@ unsigned column_blocks(int64_t width) { return static_cast<unsigned>(ceil_div(wi
 void batch_statistics(const Tensor& x, double eps, double momentum, const Tensor& mean, const Tensor& rstd, const Tensor& running_mean,
                       const Tensor& running_var) {
   const int64_t width = width_of(x), rows = x.rows();
-  check_flat(x, "batch_statistics: x");
-  check(rows > 1, "batch statistics need more than one row a channel, not x ", x.shape());
-  check_parameter(mean, width, "mean"), check_parameter(rstd, width, "rstd");
-  if (running_mean.defined()) check_parameter(running_mean, width, "running_mean"), check_parameter(running_var, width, "running_var");
+  check_batch_statistics(x, mean, rstd, running_mean, running_var);
   dispatch(x.dtype(), x.dtype(), [&](auto tx, auto) {
     using X = decltype(tx);
     using A = Acc<X>;
@@ -231,10 +228,7 @@ void inverse_deviation(const Tensor& var, double eps, const Tensor& rstd) {
 void batch_norm(const Tensor& x, const Tensor& mean, const Tensor& rstd, const Tensor& gamma, const Tensor& beta, const Tensor& y,
                 const Tensor& xhat) {
   const int64_t width = width_of(x);
-  check_alike(x, y, "batch_norm");
-  if (xhat.defined()) check_alike(xhat, y, "batch_norm: xhat");
-  check_parameter(mean, width, "mean"), check_parameter(rstd, width, "rstd");
-  check_parameter(gamma, width, "gamma"), check_parameter(beta, width, "beta");
+  check_batch_norm(x, mean, rstd, gamma, beta, y, xhat);
   if (x.numel() == 0) return;
   dispatch(x.dtype(), y.dtype(), [&](auto tx, auto ty) {
     using X = decltype(tx);
@@ -257,8 +251,7 @@ void batch_norm(const Tensor& x, const Tensor& mean, const Tensor& rstd, const T
 
 void batch_norm_sums(const Tensor& dy, const Tensor& xhat, const Tensor& dgamma, const Tensor& dbeta) {
   const int64_t width = width_of(dy), rows = dy.rows();
-  check_alike(dy, xhat, "batch_norm_sums");
-  check_parameter(dgamma, width, "dgamma"), check_parameter(dbeta, width, "dbeta");
+  check_batch_norm_sums(dy, xhat, dgamma, dbeta);
   dispatch(dy.dtype(), xhat.dtype(), [&](auto tg, auto th) {
     using G = decltype(tg);
     using H = decltype(th);
@@ -278,10 +271,7 @@ void batch_norm_sums(const Tensor& dy, const Tensor& xhat, const Tensor& dgamma,
 void batch_norm_grad(const Tensor& dy, const Tensor& xhat, const Tensor& rstd, const Tensor& gamma, const Tensor& dgamma,
                      const Tensor& dbeta, const Tensor& dx) {
   const int64_t width = width_of(dy), rows = dy.rows();
-  check_alike(dy, xhat, "batch_norm_grad: xhat");
-  check_alike(dy, dx, "batch_norm_grad: dx");
-  check_parameter(rstd, width, "rstd"), check_parameter(gamma, width, "gamma");
-  check_parameter(dgamma, width, "dgamma"), check_parameter(dbeta, width, "dbeta");
+  check_batch_norm_grad(dy, xhat, rstd, gamma, dgamma, dbeta, dx);
   if (dx.numel() == 0) return;
   dispatch(dy.dtype(), xhat.dtype(), dx.dtype(), [&](auto tg, auto th, auto tx) {
     using G = decltype(tg);

@@ -1,4 +1,7 @@
 // Which model a config names.
+#include <initializer_list>
+
+#include "config_keys.h"
 #include "mesa/kernels/attention.h"
 #include "mesa/train/setup.h"
 
@@ -30,10 +33,12 @@ void set(Field& field, const Wish& wish) {
   if (wish) field = *wish;
 }
 
-/// Refuses a key that is set though this family has no such thing.
-template <class Wish>
-void foreign(const RunConfig& config, const char* key, const Wish& wish, const char* family) {
-  if (wish) config.refuse(key, "is nothing that a ", family, " has, and model.name is ", config.model.name);
+/// Refuses keys that are set though this family has no such thing.
+void foreign(const RunConfig& config, const char* family, std::initializer_list<const char*> keys) {
+  RunConfig c = config;  // the table's accessors are not const
+  for (const char* key : keys)
+    if (!config::write(*config::find_key(key), c).empty())
+      config.refuse(key, "is nothing that a ", family, " has, and model.name is ", config.model.name);
 }
 
 /// Of a ViT and a Swin.
@@ -50,8 +55,8 @@ void change_sizes(const RunConfig& config, Config& net) {
 void change(const RunConfig& config, VitConfig& vit) {
   const ModelConfig& m = config.model;
   change_sizes(config, vit);
-  foreign(config, "model.depths", m.depths, "ViT (which has model.depth)"), foreign(config, "model.window", m.window, "ViT");
-  foreign(config, "model.pad", m.pad, "ViT");
+  foreign(config, "ViT (which has model.depth)", {"model.depths"});
+  foreign(config, "ViT", {"model.window", "model.pad"});
   set(vit.depth, m.depth), set(vit.distilled, m.distilled), set(vit.registers, m.registers);
   set(vit.token_positions, m.token_positions), set(vit.layer_scale, m.layer_scale);
   if (m.pool) vit.class_token = *m.pool == "token";
@@ -60,20 +65,18 @@ void change(const RunConfig& config, VitConfig& vit) {
 void change(const RunConfig& config, SwinConfig& swin) {
   const ModelConfig& m = config.model;
   change_sizes(config, swin);
-  foreign(config, "model.depth", m.depth, "Swin (which has model.depths)"), foreign(config, "model.distilled", m.distilled, "Swin");
-  foreign(config, "model.registers", m.registers, "Swin"), foreign(config, "model.token_positions", m.token_positions, "Swin");
-  foreign(config, "model.layer_scale", m.layer_scale, "Swin");
+  foreign(config, "Swin (which has model.depths)", {"model.depth"});
+  foreign(config, "Swin", {"model.distilled", "model.registers", "model.token_positions", "model.layer_scale"});
   if (m.pool && *m.pool != "mean") config.refuse("model.pool", "a Swin has no class token; it pools the mean");
   set(swin.depths, m.depths), set(swin.window, m.window), set(swin.pad, m.pad);
 }
 
 void change(const RunConfig& config, PvtConfig& pvt) {
   const ModelConfig& m = config.model;
-  foreign(config, "model.depth", m.depth, "PVT (which has model.depths)"), foreign(config, "model.distilled", m.distilled, "PVT");
-  foreign(config, "model.registers", m.registers, "PVT"), foreign(config, "model.token_positions", m.token_positions, "PVT");
-  foreign(config, "model.layer_scale", m.layer_scale, "PVT"), foreign(config, "model.window", m.window, "PVT");
-  foreign(config, "model.pad", m.pad, "PVT"), foreign(config, "model.mlp_ratio", m.mlp_ratio, "PVT");
-  foreign(config, "model.width", m.width, "PVT"), foreign(config, "model.heads", m.heads, "PVT");
+  foreign(config, "PVT (which has model.depths)", {"model.depth"});
+  foreign(config, "PVT",
+          {"model.distilled", "model.registers", "model.token_positions", "model.layer_scale", "model.window", "model.pad",
+           "model.mlp_ratio", "model.width", "model.heads"});
   if (m.pool && *m.pool != "token") config.refuse("model.pool", "a PVT reads its class token");
   if (m.attn_drop_rate > 0) config.refuse("model.attn_drop_rate", "dropout on attention weights is not there for a PVT");
   if (m.attention != "fused") config.refuse("model.attention", m.attention, " is not there for a PVT; use fused");
@@ -85,12 +88,10 @@ void change(const RunConfig& config, PvtConfig& pvt) {
 
 void change(const RunConfig& config, ResNetConfig& resnet) {
   const ModelConfig& m = config.model;
-  foreign(config, "model.depth", m.depth, "ResNet (which has model.depths)"), foreign(config, "model.distilled", m.distilled, "ResNet");
-  foreign(config, "model.registers", m.registers, "ResNet"), foreign(config, "model.token_positions", m.token_positions, "ResNet");
-  foreign(config, "model.layer_scale", m.layer_scale, "ResNet"), foreign(config, "model.window", m.window, "ResNet");
-  foreign(config, "model.pad", m.pad, "ResNet"), foreign(config, "model.mlp_ratio", m.mlp_ratio, "ResNet");
-  foreign(config, "model.heads", m.heads, "ResNet"), foreign(config, "model.patch_size", m.patch_size, "ResNet");
-  foreign(config, "model.qkv_bias", m.qkv_bias, "ResNet");
+  foreign(config, "ResNet (which has model.depths)", {"model.depth"});
+  foreign(config, "ResNet",
+          {"model.distilled", "model.registers", "model.token_positions", "model.layer_scale", "model.window", "model.pad",
+           "model.mlp_ratio", "model.heads", "model.patch_size", "model.qkv_bias"});
   if (m.pool && *m.pool != "mean") config.refuse("model.pool", "a ResNet has no class token; it pools the mean");
   if (m.attn_drop_rate > 0) config.refuse("model.attn_drop_rate", "a ResNet has no attention");
   if (m.attention != "fused") config.refuse("model.attention", m.attention, " is nothing that a ResNet has: it has no attention");
