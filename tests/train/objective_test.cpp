@@ -106,6 +106,10 @@ TEST_CASE("objective: mixed labels and independent classes") {
   const std::vector<double> t = soft_targets(0);
   for (size_t i = 0; i < 16; ++i) want += (std::log1p(std::exp(mean[i])) - t[i] * mean[i]) / 16;
   CHECK(binary.loss(batch) == Approx(want).epsilon(1e-5));
+  Student sharp(config_of({"train.loss=bce", "data.cutmix=1", "train.bce_threshold=0.3"}), batch);
+  want = 0;
+  for (size_t i = 0; i < 16; ++i) want += (std::log1p(std::exp(mean[i])) - (t[i] > 0.3 ? mean[i] : 0)) / 16;
+  CHECK(sharp.loss(batch) == Approx(want).epsilon(1e-5));
 }
 
 TEST_CASE("objective: a teacher's choices, or its probabilities at a temperature") {
