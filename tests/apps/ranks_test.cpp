@@ -120,6 +120,17 @@ TEST_CASE("ranks: running ranges are those of all ranks, so that a resumed run g
   CHECK(run.weights("apart") != run.weights("straight"));
 }
 
+TEST_CASE("ranks: steps that are not finite are skipped by all, and stop all", "[ranks]") {
+  if (!has_mpirun()) return;
+  const RankRun run;
+  const ProcessResult result = run.train_on(2, {"optimizer.lr=1e15", "train.max_bad_steps=3", "train.epochs=9"}, "run");
+  INFO(result.err);
+  CHECK(result.code == 1);
+  CHECK_THAT(result.err, Contains("is skipped") && Contains("first bad value is in rank ") && Contains("3 steps in a row were not finite"));
+  CHECK(result.err.find("3 steps in a row") == result.err.rfind("3 steps in a row"));
+  CHECK_THAT(result.err, !Contains("another rank"));
+}
+
 TEST_CASE("ranks: a signal stops all after one step, and any number of ranks goes on", "[ranks]") {
   if (!has_mpirun()) return;
   const RankRun run;

@@ -179,6 +179,12 @@ TEST_CASE("objective: what does not go together is refused at its key") {
   CHECK_THROWS_WITH(make({"distill.kind=hard", "distill.teacher=" + good, "model.image_size=32"}), Contains("16 x 16") && Contains("32"));
   CHECK_THROWS_WITH(make({"distill.kind=hard", "distill.teacher=" + good, "data.mean=[0, 0, 0]", "data.std=[1, 1, 1]"}),
                     Contains("another data.mean or data.std"));
+  for (const char* one : {"[0, 0.5, 0.5]", "[0.5, 0.5, 0.4]"}) {  // the mean alone, the deviation alone
+    const std::string mean = one[1] == '0' && one[2] == ',' ? one : "[0.5, 0.5, 0.5]", std = mean == one ? "[0.5, 0.5, 0.5]" : one;
+    CHECK_THROWS_WITH(make({"distill.kind=hard", "distill.teacher=" + good, "data.mean=" + mean, "data.std=" + std}),
+                      Contains("another data.mean or data.std"));
+  }
+  CHECK_NOTHROW(make({"distill.kind=hard", "distill.teacher=" + good, "data.mean=[0.5, 0.5, 0.5]", "data.std=[0.5, 0.5, 0.5]"}));
   CHECK_NOTHROW(make({"distill.kind=hard", "distill.teacher=" + good}));
   SavedTeacher broken;
   broken.params.at("blocks.0.mlp.fc1.weight").value.data<float>()[2] = std::nanf("");
