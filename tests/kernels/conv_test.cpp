@@ -103,6 +103,31 @@ TEST_CASE("convolutions and their gradients are the sums they stand for", "[kern
     }
 }
 
+TEST_CASE("a tap that lies outside of the grid everywhere has no gradient, whatever the memory held", "[kernels]") {
+  CHECK_FALSE(ConvGeometry{1, 1, 3, 3, 2, 1}.every_tap_reads());
+  CHECK_FALSE(ConvGeometry{5, 1, 3, 3, 1, 1}.every_tap_reads());
+  CHECK(ConvGeometry{2, 2, 3, 3, 1, 1}.every_tap_reads());
+  for (const DType dtype : {DType::f32, DType::bf16})
+    for (int round = 0; round < 4; ++round) {
+      CAPTURE(to_string(dtype), round);
+      {
+        std::vector<Tensor> dirt;  // blocks that the library's scratch will be made of
+        for (int64_t bytes = 64; bytes <= (1 << 20); bytes *= 2)
+          for (int i = 0; i < 4; ++i) {
+            dirt.push_back(Tensor::empty({bytes / 4}, DType::f32));
+            kernels::fill(dirt.back(), 7);
+          }
+      }
+      const Tensor x = random({1, 1, 3}, dtype, "x"), dy = random({1, 1, 2}, dtype, "dy"), dw = Tensor::empty({2, 3, 3, 3}, DType::f32);
+      kernels::fill(dw, 5);
+      kernels::conv2d_weight_grad(dy, x, dw, false, {1, 1, 3, 3, 2, 1});
+      const Numbers got = dw.to_vector<double>(), vx = x.to_vector<double>(), vy = dy.to_vector<double>();
+      for (int64_t o = 0; o < 2; ++o)
+        for (int64_t i = 0; i < 3; ++i)
+          for (int64_t tap = 0; tap < 9; ++tap) CHECK(got[(o * 3 + i) * 9 + tap] == Approx(tap == 4 ? vy[o] * vx[i] : 0.0).margin(1e-6));
+    }
+}
+
 TEST_CASE("convolutions that cannot be are refused", "[kernels]") {
   const Tensor x = Tensor::zeros({1, 12, 4}, DType::f32), w = Tensor::zeros({2, 4, 3, 3}, DType::f32),
                y = Tensor::zeros({1, 12, 2}, DType::f32);

@@ -17,6 +17,8 @@ struct ConvGeometry {
   int64_t taps() const { return kernel_height * kernel_width; }
   /// True if each result is a product with one token: no window.
   bool is_product() const { return taps() == 1 && stride == 1 && padding == 0 && groups == 1; }
+  /// False if some tap of the kernel lies outside of the grid wherever the window stands: its gradient is 0.
+  bool every_tap_reads() const { return reads(height, kernel_height, out_height()) && reads(width, kernel_width, out_width()); }
   auto operator<=>(const ConvGeometry&) const = default;
   /// Throws Error unless every extent is possible and the result has at least one token.
   void validate() const;
@@ -25,6 +27,17 @@ struct ConvGeometry {
   int64_t extent(int64_t in, int64_t kernel) const {
     const int64_t room = in + 2 * padding - dilation * (kernel - 1) - 1;
     return room < 0 ? 0 : room / stride + 1;
+  }
+  bool reads(int64_t in, int64_t kernel, int64_t out) const {
+    for (int64_t tap = 0; tap < kernel; ++tap) {
+      bool found = false;
+      for (int64_t place = 0; place < out && !found; ++place) {
+        const int64_t at = place * stride - padding + tap * dilation;
+        found = at >= 0 && at < in;
+      }
+      if (!found) return false;
+    }
+    return true;
   }
 };
 
