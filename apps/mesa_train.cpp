@@ -15,6 +15,7 @@ struct Arguments {
   std::vector<std::string> overrides;
   bool dry = false, list = false, check_comm = false, check_data = false;
   double fit = 0;  // bytes
+  int64_t ranks = 1;
   mesa::PackSettings pack;
   mesa::TrainOptions options;
 };
@@ -47,6 +48,7 @@ int run(Arguments& args) {
   if (!args.output.empty()) config.output = args.output;
   if (!args.device.empty()) config.device = args.device;
   if (args.dry) {
+    config.ranks = args.ranks;
     std::fputs(mesa::dry_run(config, static_cast<int64_t>(args.fit)).c_str(), stdout);
     return 0;
   }
@@ -79,6 +81,7 @@ int main(int argc, char** argv) {
       ->check(CLI::Range(1.0, 1e15))
       ->type_name("BYTES")
       ->needs(dry);
+  app.add_option("--ranks", args.ranks, "with --dry-run: plan for one of so many ranks")->check(CLI::Range(int64_t{1}, int64_t{1} << 20))->needs(dry);
   CLI::Option* check = app.add_flag("--check-data", args.check_data, "read and decode every picture once, list the damaged ones and count the classes; train nothing")
       ->excludes(dry);
   CLI::Option* pack = app.add_option("--pack", args.pack.path, "write the data into one file for data.kind: packed; train nothing")

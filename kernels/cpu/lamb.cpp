@@ -40,7 +40,7 @@ void apply(const LambRule<T> rule, const T rate, const Span<T> p, int64_t begin,
 }
 
 template <class T>
-void update_parameter(const LambRule<T> rule, const UpdateSlot& slot, bool trust_clip) {
+Squares take_in_all(const LambRule<T> rule, const UpdateSlot& slot) {
   const Span<T> span(slot);
   const int64_t n = slot.w.numel();
   std::vector<Squares> partial(static_cast<size_t>((n + kNormElements - 1) / kNormElements));
@@ -48,9 +48,14 @@ void update_parameter(const LambRule<T> rule, const UpdateSlot& slot, bool trust
   parallel_chunks(n, kNormElements, 1, [=](int64_t c, int64_t begin, int64_t end) { sums[c] = take_in(rule, span, begin, end); });
   Squares all;
   for (const Squares& part : partial) all.w += part.w, all.u += part.u;
-  const double ratio = slot.weight_decay != 0 ? trust_ratio(all.w, all.u, trust_clip) : 1.0;
+  return all;
+}
+
+template <class T>
+void apply_all(const LambRule<T> rule, const UpdateSlot& slot, double ratio) {
+  const Span<T> span(slot);
   const T rate = static_cast<T>(rule.lr * slot.lr_scale * ratio);
-  parallel_elements(n, [=](int64_t begin, int64_t end) {
+  parallel_elements(slot.w.numel(), [=](int64_t begin, int64_t end) {
     if (span.copy)
       apply<true>(rule, rate, span, begin, end);
     else
@@ -63,9 +68,17 @@ void update_parameter(const LambRule<T> rule, const UpdateSlot& slot, bool trust
 void lamb(const std::vector<UpdateSlot>& slots, LambStep step) {
   check_step(step.step, "lamb");
   check_slots(slots, 2, "lamb");
-  for (const UpdateSlot& slot : slots)
-    dispatch_wide(slot.w.dtype(),
-                  [&](auto tag) { update_parameter(LambRule<decltype(tag)>(step).of(slot.weight_decay), slot, step.trust_clip); });
+  const auto each = [&](const auto& f) {  // f(rule, slot, place in the list)
+    for (size_t i = 0; i < slots.size(); ++i)
+      dispatch_wide(slots[i].w.dtype(), [&](auto tag) { f(LambRule<decltype(tag)>(step).of(slots[i].weight_decay), slots[i], i); });
+  };
+  const Tensor squares = Tensor::empty({static_cast<int64_t>(slots.size()), 2}, DType::f64);
+  auto* sums = reinterpret_cast<Squares*>(squares.data<double>());
+  each([&](const auto& rule, const UpdateSlot& slot, size_t i) { sums[i] = take_in_all(rule, slot); });
+  if (step.add_up) step.add_up(squares);
+  each([&](const auto& rule, const UpdateSlot& slot, size_t i) {
+    apply_all(rule, slot, slot.weight_decay != 0 ? trust_ratio(sums[i].w, sums[i].u, step.trust_clip) : 1.0);
+  });
 }
 
 }  // namespace mesa::kernels::MESA_ISA

@@ -1,5 +1,5 @@
 // m <- b1 m + (1 - b1) g; v <- b2 v + (1 - b2) g^2; u = m / (1 - b1^t) / (sqrt(v) / sqrt(1 - b2^t) + eps) + decay w;
-// w <- w - lr |w| / |u| u. Three kernels: moments and the squares of each chunk, the ratio of each parameter, the weights.
+// w <- w - lr |w| / |u| u. Three kernels: moments and the squares of each chunk, the squares of each parameter, the weights.
 #include "parameters.h"
 
 namespace mesa::kernels::cuda {
@@ -13,7 +13,6 @@ struct Squares {
 /// The chunks of one parameter: a part of its own, never cut.
 struct Chunks {
   int64_t first, chunks;
-  bool adapts;  ///< false: its ratio is 1
   int64_t count = 1;
 
   bool operator==(const Chunks&) const = default;
@@ -55,7 +54,7 @@ __global__ void moments_kernel(const Part<T>* parts, LambRule<T> rule, Squares* 
 }
 
 /// One block for each parameter.
-__global__ void ratio_kernel(const Chunks* parameters, const Squares* partial, bool trust_clip, double* ratio) {
+__global__ void squares_kernel(const Chunks* parameters, const Squares* partial, Squares* all) {
   const Chunks mine = parameters[blockIdx.x];
   double w = 0, u = 0;
   for (int64_t c = threadIdx.x; c < mine.chunks; c += kUpdateThreads) {
@@ -64,7 +63,7 @@ __global__ void ratio_kernel(const Chunks* parameters, const Squares* partial, b
   }
   w = block_reduce(w, Sum{}, 0.0);
   u = block_reduce(u, Sum{}, 0.0);
-  if (threadIdx.x == 0) ratio[blockIdx.x] = mine.adapts ? trust_ratio(w, u, trust_clip) : 1.0;
+  if (threadIdx.x == 0) all[blockIdx.x] = {w, u};
 }
 
 template <class T>
@@ -87,9 +86,11 @@ struct Apply {
 };
 
 template <class T>
-__global__ void apply_kernel(const Part<T>* parts, LambRule<T> rule, const double* ratio) {
+__global__ void apply_kernel(const Part<T>* parts, LambRule<T> rule, bool trust_clip, const Squares* all) {
   const Part<T> part = parts[blockIdx.x];
-  const T rate = static_cast<T>(rule.lr * part.lr_scale * ratio[part.parameter]);
+  const Squares sum = all[part.parameter];
+  const double ratio = part.weight_decay != 0 ? trust_ratio(sum.w, sum.u, trust_clip) : 1.0;
+  const T rate = static_cast<T>(rule.lr * part.lr_scale * ratio);
   for_each_run(part, Apply<T>{rule.of(part.weight_decay), part, rate});
 }
 
@@ -98,21 +99,20 @@ void update_all(const std::vector<Part<T>>& parts, const LambStep& step, Device 
   std::vector<Chunks> parameters;
   int64_t first = 0;
   for (const Part<T>& part : parts) {
-    parameters.push_back({first, ceil_div(part.count, kUpdateChunk), part.weight_decay != 0});
+    parameters.push_back({first, ceil_div(part.count, kUpdateChunk)});
     first += parameters.back().chunks;
   }
   const ChunkTable<Part<T>> table = chunk_table(parts, kUpdateChunk, device);
-  const ChunkTable<Chunks> all = chunk_table(parameters, 1, device);
-  if (table.count == 0) return;
-  const Tensor partial = Tensor::empty(Shape{2 * table.count}, DType::f64, device);
-  const Tensor ratio = Tensor::empty(Shape{all.count}, DType::f64, device);
-  auto* squares = reinterpret_cast<Squares*>(partial.data<double>());
+  const ChunkTable<Chunks> list = chunk_table(parameters, 1, device);
+  const Tensor partial = Tensor::empty({table.count, 2}, DType::f64, device), all = Tensor::empty({list.count, 2}, DType::f64, device);
+  auto* of_chunks = reinterpret_cast<Squares*>(partial.data<double>());
+  auto* of_parameters = reinterpret_cast<Squares*>(all.data<double>());
   const LambRule<T> rule(step);
   const auto blocks = static_cast<unsigned>(table.count);
-  launch("lamb (moments)", &moments_kernel<T>, blocks, kUpdateThreads, 0, table.chunks, rule, squares);
-  launch("lamb (ratios)", &ratio_kernel, static_cast<unsigned>(all.count), kUpdateThreads, 0, all.chunks, squares, step.trust_clip,
-         ratio.data<double>());
-  launch("lamb", &apply_kernel<T>, blocks, kUpdateThreads, 0, table.chunks, rule, ratio.data<double>());
+  if (blocks > 0) launch("lamb (moments)", &moments_kernel<T>, blocks, kUpdateThreads, 0, table.chunks, rule, of_chunks);
+  launch("lamb (squares)", &squares_kernel, static_cast<unsigned>(list.count), kUpdateThreads, 0, list.chunks, of_chunks, of_parameters);
+  if (step.add_up) step.add_up(all);
+  if (blocks > 0) launch("lamb", &apply_kernel<T>, blocks, kUpdateThreads, 0, table.chunks, rule, step.trust_clip, of_parameters);
 }
 
 }  // namespace

@@ -18,7 +18,7 @@ namespace {
 
 class SingleCommunicator : public Communicator {
  public:
-  SingleCommunicator() : Communicator(RankInfo{}) {}
+  explicit SingleCommunicator(const RankInfo& me) : Communicator(me) {}
   void all_reduce(const Tensor&) override {}
   void reduce_scatter(const Tensor& x, const Tensor& part) override { copy_unless_same(x, part); }
   void all_gather(const Tensor& part, const Tensor& x) override { copy_unless_same(part, x); }
@@ -37,7 +37,7 @@ void check_whole(const Tensor& x) {
 
 }  // namespace
 
-std::unique_ptr<Communicator> single_communicator() { return std::make_unique<SingleCommunicator>(); }
+std::unique_ptr<Communicator> single_communicator(const RankInfo& me) { return std::make_unique<SingleCommunicator>(me); }
 
 HostCommunicator::HostCommunicator(Transport& transport, Control* control)
     : Communicator(transport.me()), transport_(transport), control_(control) {

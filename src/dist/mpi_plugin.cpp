@@ -4,6 +4,8 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <cstring>
+#include <vector>
 
 #include "transport.h"
 
@@ -24,9 +26,16 @@ MPI_Datatype type_of(DType dtype) {
   switch (dtype) {
     case DType::f32: return MPI_FLOAT;
     case DType::f64: return MPI_DOUBLE;
+    case DType::bf16: return MPI_UINT16_T;  // added up by add_bf16
     case DType::i64: return MPI_INT64_T;
     default: fail("MPI adds no tensors of ", to_string(dtype), " here");
   }
+}
+
+void add_bf16(void* in, void* to, int* count, MPI_Datatype*) {
+  const auto* x = static_cast<const bf16*>(in);
+  auto* sum = static_cast<bf16*>(to);
+  for (int i = 0; i < *count; ++i) sum[i] = bf16(float(sum[i]) + float(x[i]));
 }
 
 class MpiTransport : public Transport {
@@ -44,9 +53,11 @@ class MpiTransport : public Transport {
     char name[256] = "?";
     gethostname(name, sizeof name - 1);
     me_ = {rank, size, local, name};
+    check_mpi(MPI_Op_create(&add_bf16, 1, &sum_bf16_), "MPI_Op_create");
   }
   /// Only a run that ended well finalizes: MPI would wait for ranks that are gone.
   ~MpiTransport() override {
+    MPI_Op_free(&sum_bf16_);
     MPI_Comm_free(&comm_);
     MPI_Finalize();
   }
@@ -55,15 +66,20 @@ class MpiTransport : public Transport {
   void all_reduce(void* data, int64_t count, DType dtype) override {
     const MPI_Datatype type = type_of(dtype);
     each_part(count, [&](int64_t from, int n, MPI_Request* request) {
-      return MPI_Iallreduce(MPI_IN_PLACE, at(data, from * size_of(dtype)), n, type, MPI_SUM, comm_, request);
+      return MPI_Iallreduce(MPI_IN_PLACE, at(data, from * size_of(dtype)), n, type, sum_of(dtype), comm_, request);
     });
   }
   void reduce_scatter(const void* data, void* part, int64_t count, DType dtype) override {
     check(count <= kMostElements, "a part of ", count, " elements is too large for one MPI call");
+    const int64_t bytes = count * size_of(dtype);
+    const bool in_place = part == static_cast<const char*>(data) + bytes * me_.rank;
+    if (in_place) part_.resize(static_cast<size_t>(bytes));  // MPI's own idea of "in place" is the first part on all ranks
+    void* const to = in_place ? part_.data() : part;
     MPI_Request request;
-    check_mpi(MPI_Ireduce_scatter_block(data, part, static_cast<int>(count), type_of(dtype), MPI_SUM, comm_, &request),
+    check_mpi(MPI_Ireduce_scatter_block(data, to, static_cast<int>(count), type_of(dtype), sum_of(dtype), comm_, &request),
               "MPI_Reduce_scatter");
     wait(request);
+    if (in_place) std::memcpy(part, to, static_cast<size_t>(bytes));
   }
   void all_gather(const void* part, void* data, int64_t bytes) override {
     check(bytes <= kMostElements, "a part of ", bytes, " bytes is too large for one MPI call");
@@ -81,6 +97,7 @@ class MpiTransport : public Transport {
   }
 
  private:
+  MPI_Op sum_of(DType dtype) const { return dtype == DType::bf16 ? sum_bf16_ : MPI_SUM; }
   static void* at(void* data, int64_t bytes) { return static_cast<char*>(data) + bytes; }
 
   template <class Begin>
@@ -107,6 +124,8 @@ class MpiTransport : public Transport {
   }
 
   MPI_Comm comm_ = MPI_COMM_NULL;
+  MPI_Op sum_bf16_ = MPI_OP_NULL;
+  std::vector<char> part_;
   RankInfo me_;
 };
 

@@ -3,6 +3,7 @@
 #include <nccl.h>
 
 #include <thread>
+#include <vector>
 
 #include "mesa/base/cuda.h"
 #include "nccl_open.h"
@@ -44,8 +45,10 @@ class NcclCommunicator : public Communicator {
   ~NcclCommunicator() override {
     if (control_->failed())
       ncclCommAbort(comm_);  // what waits for a rank that is gone never ends by itself
-    else
+    else {
+      for (void* handle : registered_) ncclCommDeregister(comm_, handle);
       ncclCommDestroy(comm_);
+    }
     cudaEventDestroy(asked_);
     cudaEventDestroy(done_);
     cudaStreamDestroy(stream_);
@@ -63,6 +66,15 @@ class NcclCommunicator : public Communicator {
   void broadcast(const Tensor& x, int64_t root) override {
     begin("ncclBroadcast",
           ncclBroadcast(x.raw(), x.raw(), static_cast<size_t>(x.bytes()), ncclUint8, static_cast<int>(root), comm_, ready(x)));
+  }
+
+  void will_use(const Tensor& x) override {
+    void* handle = nullptr;
+    const ncclResult_t code = ncclCommRegister(comm_, x.raw(), static_cast<size_t>(x.bytes()), &handle);
+    check_nccl(code, "ncclCommRegister");
+    if (code == ncclInProgress) poll("ncclCommRegister", [] { return true; });
+    registered_.push_back(handle);
+    kept_.push_back(x);
   }
 
   /// The host waits, too: only so can it leave when another rank is lost. It reads the loss next in any case.
@@ -112,6 +124,8 @@ class NcclCommunicator : public Communicator {
   cudaStream_t stream_ = nullptr;
   cudaEvent_t asked_ = nullptr, done_ = nullptr;
   int64_t begun_ = 0;
+  std::vector<void*> registered_;
+  std::vector<Tensor> kept_;  // what is registered outlives the registration
 };
 
 }  // namespace

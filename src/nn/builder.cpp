@@ -2,6 +2,8 @@
 
 #include <fnmatch.h>
 
+#include <numeric>
+
 #include "mesa/base/scope.h"
 #include "mesa/kernels/elementwise.h"
 
@@ -34,22 +36,37 @@ int64_t ParamStore::count() const {
   return n;
 }
 
-void ParamStore::allocate_gradients() {
-  if (params_.empty()) return;
-  constexpr int64_t kAlign = 16;  // elements: every gradient starts on a cache line
-  int64_t total = 0;
-  for (const Param& param : params_)
-    if (param.trainable) total += (param.value.numel() + kAlign - 1) / kAlign * kAlign;
-  const Tensor& first = params_.front().value;
-  arena_ = Tensor::empty({total}, first.dtype(), first.device(), MemoryKind::gradients);
+int64_t ParamStore::lay_out(int64_t parts, const std::function<void(Param&, int64_t)>& place) {
+  constexpr int64_t kLine = 16, kPack = 4;  // elements: every parameter starts on a cache line, every part on 16 bytes
+  const int64_t unit = std::lcm(kLine, kPack * parts);
   int64_t at = 0;
   for (auto param = params_.rbegin(); param != params_.rend(); ++param) {
-    param->grad = Tensor();
-    param->grad_written = false;
     if (!param->trainable) continue;
-    param->grad = arena_.narrow(0, at, param->value.numel()).reshape(param->value.shape());
-    at += (param->value.numel() + kAlign - 1) / kAlign * kAlign;
+    place(*param, at);
+    at += (param->value.numel() + unit - 1) / unit * unit;
   }
+  return at;
+}
+
+void ParamStore::allocate_gradients(int64_t parts) {
+  if (params_.empty()) return;
+  for (Param& param : params_) param.grad = Tensor(), param.grad_written = false;
+  const Tensor& first = params_.front().value;
+  const Tensor arena = Tensor::empty({lay_out(parts, [](Param&, int64_t) {})}, first.dtype(), first.device(), MemoryKind::gradients);
+  if (parts > 1) clear(arena);  // what lies between gradients is added up, too
+  lay_out(parts, [&](Param& param, int64_t at) { param.grad = arena.narrow(0, at, param.value.numel()).reshape(param.value.shape()); });
+}
+
+void ParamStore::gather_values(int64_t parts) {
+  if (params_.empty()) return;
+  const Tensor& first = params_.front().value;
+  const Tensor arena = Tensor::empty({lay_out(parts, [](Param&, int64_t) {})}, first.dtype(), first.device(), MemoryKind::parameters);
+  clear(arena);
+  lay_out(parts, [&](Param& param, int64_t at) {
+    const Tensor view = arena.narrow(0, at, param.value.numel()).reshape(param.value.shape());
+    kernels::copy(param.value, view);
+    param.value = view;
+  });
 }
 
 void ParamStore::clear_gradients() {

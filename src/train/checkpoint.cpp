@@ -69,6 +69,7 @@ std::map<std::string, Tensor> with_prefix(const SafetensorsFile& file, const std
 void save_checkpoint(const std::string& folder, const RunConfig& config, const std::vector<std::string>& class_names,
                      const ParamStore& params, const Optimizer& optimizer, const StoragePolicy& policy, const TrainingState& state,
                      const Ema* ema) {
+  const std::map<std::string, Tensor> moments = optimizer.state();  // first: other ranks may be giving their parts
   write_folder_atomically(folder, [&](const std::string& at) {
     RunConfig trained_by = config;
     trained_by.output.clear();  // the same training writes the same bytes wherever it goes
@@ -87,7 +88,7 @@ void save_checkpoint(const std::string& folder, const RunConfig& config, const s
       weights.insert(weights.end(), buffers.begin(), buffers.end());
       write_safetensors(at + "/" + kEmaFile, weights, metadata);
     }
-    std::vector<NamedTensor> tensors = prefixed("optimizer/", optimizer.state());
+    std::vector<NamedTensor> tensors = prefixed("optimizer/", moments);
     for (NamedTensor& range : prefixed("storage/", policy.state())) tensors.push_back(std::move(range));
     write_safetensors(at + "/" + kStateTensors, tensors);
     OutputFile file(at + "/" + kStateFile);

@@ -10,7 +10,30 @@
 
 namespace mesa {
 
-std::unique_ptr<Optimizer> make_optimizer(const RunConfig& config, ParamStore& params) {
+std::unique_ptr<GradientSync> share_gradients(const RunConfig& config, ParamStore& params, Communicator& communicator) {
+  const bool several = communicator.size() > 1, sharded = several && config.train.shard == "optimizer";
+  if (sharded) params.gather_values(communicator.size());
+  params.allocate_gradients(sharded ? communicator.size() : 1);
+  if (!several) return nullptr;
+  const DType dtype = config.train.reduce_precision == "bf16" ? DType::bf16 : DType::f32;
+  return std::make_unique<GradientSync>(communicator, params.params(), GradientSyncOptions{kBucketBytes, dtype, sharded});
+}
+
+OptimizerShard shard_of(GradientSync* sync, Communicator& communicator) {
+  if (sync == nullptr || !sync->sharded()) return {};
+  return {sync->own(),
+          [&communicator](const Tensor& x) {
+            communicator.all_reduce(x);
+            communicator.finish();
+          },
+          [sync, &communicator](const std::vector<Tensor>& parts, const OptimizerShard::Each& f) {
+            sync->gather(parts, [&](const Param& param, const Tensor& values) {
+              if (communicator.rank() == 0) f(param, to(values, kCpu));
+            });
+          }};
+}
+
+std::unique_ptr<Optimizer> make_optimizer(const RunConfig& config, ParamStore& params, OptimizerShard shard) {
   const OptimizerConfig o = with_defaults(config.optimizer);
   for (const std::string& glob : o.no_decay) {
     try {
@@ -20,10 +43,10 @@ std::unique_ptr<Optimizer> make_optimizer(const RunConfig& config, ParamStore& p
     }
   }
   set_layer_decay(params.params(), o.layer_decay);
-  if (o.name == "sgd") return std::make_unique<Sgd>(params.params(), SgdConfig{o.weight_decay, *o.momentum, *o.nesterov});
+  if (o.name == "sgd") return std::make_unique<Sgd>(params.params(), SgdConfig{o.weight_decay, *o.momentum, *o.nesterov}, std::move(shard));
   if (o.name == "lamb")
-    return std::make_unique<Lamb>(params.params(), LambConfig{o.weight_decay, *o.beta1, *o.beta2, *o.eps, *o.trust_clip});
-  return std::make_unique<AdamW>(params.params(), AdamWConfig{o.lr, o.weight_decay, *o.beta1, *o.beta2, *o.eps});
+    return std::make_unique<Lamb>(params.params(), LambConfig{o.weight_decay, *o.beta1, *o.beta2, *o.eps, *o.trust_clip}, std::move(shard));
+  return std::make_unique<AdamW>(params.params(), AdamWConfig{o.lr, o.weight_decay, *o.beta1, *o.beta2, *o.eps}, std::move(shard));
 }
 
 std::unique_ptr<Ema> make_ema(const RunConfig& config, ParamStore& params) {

@@ -57,9 +57,10 @@ MetaStep meta_step(const RunConfig& config, const NetConfig& model, StoragePolic
   memory.reset_peak();
   MetaStep out;
   BuiltModel built(config, model, device);
-  built.params.allocate_gradients();
+  const auto communicator = single_communicator({config.rank, config.ranks, 0, ""});
+  const std::unique_ptr<GradientSync> sync = share_gradients(config, built.params, *communicator);
   built.params.remember_buffers();
-  const std::unique_ptr<Optimizer> optimizer = make_optimizer(config, built.params);
+  const std::unique_ptr<Optimizer> optimizer = make_optimizer(config, built.params, shard_of(sync.get(), *communicator));
   const std::unique_ptr<Ema> ema = make_ema(config, built.params);
   const int64_t B = config.train.batch_size;
   const int64_t eval_batch = config.train.eval_batch_size > 0 ? config.train.eval_batch_size : B;

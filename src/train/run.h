@@ -63,6 +63,7 @@ class Run {
   Loader train_loader_, eval_loader_;
   BuiltModel model_;
   StoragePolicy policy_;
+  std::unique_ptr<GradientSync> sync_;  // or null
   std::unique_ptr<Optimizer> optimizer_;
   std::unique_ptr<Ema> ema_;  // or null
   int64_t updates_per_epoch_;

@@ -29,11 +29,12 @@ Run::Run(RunConfig config, const TrainOptions& options, World& world)
       eval_loader_(data_.test, transform_, make_loader_options(config_, false, choose_device(config_.device))),
       model_(config_, net_, choose_device(config_.device)),
       policy_(make_policy(config_.storage)),
-      optimizer_((model_.params.allocate_gradients(), make_optimizer(config_, model_.params))),
+      sync_(share_gradients(config_, model_.params, team_.communicator())),
+      optimizer_(make_optimizer(config_, model_.params, shard_of(sync_.get(), team_.communicator()))),
       ema_(make_ema(config_, model_.params)),
       updates_per_epoch_((train_loader_.batches_per_epoch() + config_.train.accumulation - 1) / config_.train.accumulation),
       schedule_(make_schedule(config_, updates_per_epoch_)),
-      updater_(config_, model_, policy_, *optimizer_, ema_.get(), schedule_, transform_, team_) {
+      updater_(config_, model_, policy_, sync_.get(), *optimizer_, ema_.get(), schedule_, transform_, team_) {
   updater_.count_bad_samples([this] { return train_loader_.skipped(); });
   state_.ranks = config_.ranks;
   config_.model.classes = net_.input().classes;  // from here on fixed: config.yaml and the checkpoints say it
@@ -91,7 +92,8 @@ void Run::check_alike(World& world) {
   };
   for (const Param& param : model_.params.params()) take(param.value);
   for (const ModelBuffer& buffer : model_.params.buffers()) take(buffer.value);
-  for (const auto& [name, moment] : optimizer_->state()) take(moment);
+  if (!optimizer_->sharded())
+    for (const auto& [name, moment] : optimizer_->state()) take(moment);
   if (ema_)
     for (const auto& [name, average] : ema_->state()) take(average);
   check_same(world, "what they begin with (do all see the same files?)", concat("weights and state ", hash, " at step ", state_.step));

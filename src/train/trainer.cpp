@@ -44,7 +44,8 @@ int Run::operator()() {
     if (progress_) progress_->finish();
     progress_.reset();
     const bool lost = dynamic_cast<const RankFailure*>(&e) != nullptr;  // perhaps this very rank, for which others go on elsewhere
-    const bool kept = !lost && team_.leads() && state_.step > start.step && save("last");
+    // A shared optimizer's state cannot be put together any more.
+    const bool kept = !lost && team_.leads() && !optimizer_->sharded() && state_.step > start.step && save("last");
     const std::string what = concat(e.what(), " (at ", place, kept ? "; the state before it is saved: continue with --resume)" : ")");
     if (dynamic_cast<const OutOfMemory*>(&e)) throw OutOfMemory(what);
     if (lost) throw RankFailure(what);
@@ -224,7 +225,8 @@ bool Run::end_epoch() {
   }
   // A run resumed into another folder has no best checkpoint there, whatever the old one reached.
   const double top1 = eval.judged().top1;
-  const bool best = top1 > state_.best_top1 || (folder_ && !std::filesystem::exists(folder_->checkpoint("best")));
+  const bool new_best = top1 > state_.best_top1 || (folder_ && !std::filesystem::exists(folder_->checkpoint("best")));
+  const bool best = team_.shared("whether the weights are the best so far", new_best ? "yes" : "no") == "yes";
   state_.best_top1 = std::max(state_.best_top1, top1);
   const bool best_saved = !best || save("best");
   saved_ = save("last") && best_saved;
@@ -241,9 +243,12 @@ void Run::take_results(const Evaluations& eval) {
 
 /// A failure keeps the previous checkpoint and does not stop training. Neither does a state that nobody could resume replace a good one.
 bool Run::save(const std::string& which) {
-  if (!team_.leads()) return true;
+  const std::string bad = which == kFailed || (!team_.leads() && !optimizer_->sharded()) ? "" : first_bad_parameter(model_.params);
+  if (!team_.leads()) {
+    if (optimizer_->sharded() && bad.empty()) optimizer_->state();  // of which the leader writes what this rank has
+    return true;
+  }
   const auto busy = team_.busy();
-  const std::string bad = which == kFailed ? "" : first_bad_parameter(model_.params);
   if (!bad.empty()) {
     warn(concat("the checkpoint '", which, "' is not replaced: the weights are not finite, first in ", bad));
     return false;
@@ -270,7 +275,10 @@ int Run::stopped_by_signal() {
 
 /// The state goes beside the last good checkpoint, which stays what --resume takes up.
 int Run::stopped_by_bad_steps() {
-  if (!folder_) return 1;
+  if (!folder_) {
+    save(kFailed);
+    return 1;
+  }
   const bool first = !std::filesystem::exists(folder_->checkpoint("last")) && first_bad_parameter(model_.params).empty();
   const std::string which = first ? "last" : kFailed;
   const bool saved = save(which);

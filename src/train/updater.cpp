@@ -10,18 +10,18 @@
 
 namespace mesa {
 
-Updater::Updater(const RunConfig& config, BuiltModel& model, StoragePolicy& policy, Optimizer& optimizer, Ema* ema,
+Updater::Updater(const RunConfig& config, BuiltModel& model, StoragePolicy& policy, GradientSync* sync, Optimizer& optimizer, Ema* ema,
                  const Schedule& schedule, const TransformOptions& transform, Team& team)
     : config_(config),
       model_(model),
       policy_(policy),
+      sync_(sync),
       optimizer_(optimizer),
       ema_(ema),
       schedule_(schedule),
       transform_(transform),
       objective_(config, model.net.input(), model.device),
       team_(team) {
-  if (!team.alone()) sync_.emplace(team.communicator(), model.params.params());
   if (config.train.cuda_graph) recorded_.emplace(config, model, policy);
 }
 
@@ -51,7 +51,7 @@ Tensor Updater::pass(const SentBatch& batch, uint64_t micro_step, const uint64_t
   activation_bytes_ = memory.use().of(MemoryKind::activations) - before;
   meanwhile({});  // before the backward pass is handed over, so that copies begun here run beside it
   std::function<void(Param&)> ready;
-  if (sync_ && last) ready = [&](Param& param) { sync_->ready(param); };
+  if (sync_ != nullptr && last) ready = [&](Param& param) { sync_->ready(param); };
   tape.backward(loss, ready, scale);
   return loss.value();
 }
@@ -85,12 +85,12 @@ UpdateResult Updater::operator()(int64_t count, const std::function<SentBatch()>
     suspect = next();
     suspect_step = static_cast<uint64_t>(state.micro_step++);
     const bool last = i + 1 == count;
-    if (sync_ && last) sync_->begin();
+    if (sync_ != nullptr && last) sync_->begin();
     result.loss += share * forward_backward(*suspect, suspect_step, of_gradient, meanwhile, last);
     result.images += suspect->host.labels.numel();
     if (packed.empty()) packed = policy_.first_nonfinite();
   }
-  if (sync_) sync_->finish();
+  if (sync_ != nullptr) sync_->finish();
   ++state.step;
   const bool somewhere = agree(result, packed);
   result.gradient_norm = std::isfinite(result.loss) ? optimizer_.gradient_norm() : result.loss;
@@ -107,6 +107,7 @@ UpdateResult Updater::operator()(int64_t count, const std::function<SentBatch()>
   policy_.commit();
   if (config_.train.range_sync) average_ranges();
   optimizer_.step(result.lr, clipping_scale(config_.train.clip_norm, result.gradient_norm));
+  if (optimizer_.sharded()) sync_->share_values();
   if (ema_ != nullptr) ema_->update();
   team_.average(model_.params.buffer_arena());  // running statistics of the whole batch
   return result;

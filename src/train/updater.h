@@ -23,9 +23,9 @@ struct UpdateResult {
 
 class Updater {
  public:
-  /// `ema` may be null.
-  Updater(const RunConfig& config, BuiltModel& model, StoragePolicy& policy, Optimizer& optimizer, Ema* ema, const Schedule& schedule,
-          const TransformOptions& transform, Team& team);
+  /// `ema`, and for one rank `sync`, may be null.
+  Updater(const RunConfig& config, BuiltModel& model, StoragePolicy& policy, GradientSync* sync, Optimizer& optimizer, Ema* ema,
+          const Schedule& schedule, const TransformOptions& transform, Team& team);
   /// Called when work has been handed to the device: what it copies may begin after the mark (null: now) and runs beside that work.
   using Meanwhile = std::function<void(const cuda::Mark& after)>;
   /// Takes `count` batches, one at a time, for one update, and advances step, micro_step and the counts of bad steps. `meanwhile` is called
@@ -34,7 +34,7 @@ class Updater {
   /// Asks this after each update how many damaged pictures this rank's loader has met so far.
   void count_bad_samples(std::function<int64_t()> count) { bad_samples_ = std::move(count); }
   /// Seconds in which nothing was done but wait for the other ranks' gradients.
-  double sync_wait_seconds() const { return sync_ ? sync_->wait_seconds() : 0; }
+  double sync_wait_seconds() const { return sync_ != nullptr ? sync_->wait_seconds() : 0; }
   /// Kept activations of the last forward pass, by the meter.
   int64_t activation_bytes() const { return activation_bytes_; }
 
@@ -52,6 +52,7 @@ class Updater {
   const RunConfig& config_;
   BuiltModel& model_;
   StoragePolicy& policy_;
+  GradientSync* sync_;
   Optimizer& optimizer_;
   Ema* ema_;
   Schedule schedule_;
@@ -59,7 +60,6 @@ class Updater {
   Objective objective_;
   Team& team_;
   std::function<int64_t()> bad_samples_;
-  std::optional<GradientSync> sync_;
   std::optional<RecordedSteps> recorded_;
   int64_t activation_bytes_ = 0;
 };

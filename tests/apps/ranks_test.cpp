@@ -101,6 +101,83 @@ TEST_CASE("ranks: int8 storage, accumulation and a teacher train on two", "[rank
   CHECK(run.json("student/summary.json")["epochs"] == 2);
 }
 
+TEST_CASE("ranks: a shared optimizer makes the same steps, and any number of ranks goes on from its checkpoint", "[ranks]") {
+  if (!has_mpirun()) return;
+  const RankRun run;
+  const std::string shared = "train.shard=optimizer";
+  for (const std::string optimizer : {"adamw", "lamb"}) {
+    CAPTURE(optimizer);
+    const Args sets = with(kRandom, {"optimizer.name=" + optimizer, "schedule.name=constant"});
+    const std::string one = optimizer + "-1";
+    REQUIRE(run.train_on(1, with(sets, {shared}), one).code == 0);  // alone: shared with nobody
+    for (const int n : {2, 4}) {
+      const std::string name = mesa::concat(optimizer, "-", n);
+      const ProcessResult result = run.train_on(n, with(sets, {shared}), name);
+      INFO(result.err);
+      REQUIRE(result.code == 0);
+      check_close(run.metrics(one), run.metrics(name), 1e-5);
+    }
+    const std::string parted = optimizer + "-parted", on3 = optimizer + "-on3", whole = optimizer + "-whole";
+    REQUIRE(run.train_on(2, with(sets, {shared, "train.steps=20"}), parted).code == 0);
+    fs::copy(run.path(parted), run.path(whole), fs::copy_options::recursive);
+    REQUIRE(run.train_on(2, with(sets, {shared}), parted, {"--resume"}).code == 0);
+    CHECK(run.metrics(parted) == run.metrics(optimizer + "-2"));
+    CHECK(run.weights(parted) == run.weights(optimizer + "-2"));
+    REQUIRE(run.train_on(4, sets, whole, {"--resume"}).code == 0);  // shared no more
+    check_close(run.metrics(one), run.metrics(whole), 1e-5);
+  }
+}
+
+TEST_CASE("ranks: a shared optimizer takes its part of the memory, as planned", "[ranks]") {
+  if (!has_mpirun()) return;
+  const RankRun run;
+  std::map<std::string, int64_t> peaks;
+  for (const std::string shard : {"none", "optimizer"}) {
+    // Activations enough that the peak is in a step and not where the leader puts the state together.
+    const Args sets{"train.shard=" + shard, "storage=exact", "train.batch_size=24"};
+    REQUIRE(mpirun(4, "mesa-train", run.train_args(sets, shard), {}, run.path(".")).code == 0);
+    peaks[shard] = run.json(shard + "/summary.json")["peak_bytes"];
+    const ProcessResult plan = run.call("mesa-train", run.train_args(sets, "none", {"--dry-run", "--ranks", "4"}));
+    INFO(plan.err);
+    REQUIRE(plan.code == 0);
+    const int64_t predicted = std::stoll(plan.out.substr(plan.out.find("predicted peak") + 14));
+    CHECK(std::abs(predicted - peaks[shard]) < peaks[shard] / 10);
+  }
+  const int64_t parameters = run.json("none/summary.json")["parameters"];
+  const int64_t saved = peaks["none"] - peaks["optimizer"];
+  CHECK(saved > parameters * 8 * 3 / 4 * 8 / 10);  // of two moments in f32, three quarters, less what is rounded up
+}
+
+TEST_CASE("ranks: a shared optimizer survives steps that are not finite and a signal", "[ranks]") {
+  if (!has_mpirun()) return;
+  const RankRun run;
+  const Args shared{"train.shard=optimizer", "train.epochs=400"};
+  const ProcessResult bad = run.train_on(2, with(shared, {"optimizer.lr=1e15", "train.max_bad_steps=3"}), "bad");
+  INFO(bad.err);
+  CHECK(bad.code == 1);
+  CHECK_THAT(bad.err, Contains("3 steps in a row were not finite"));
+  const auto stopped = run.start_on(2, shared, "stopped");
+  REQUIRE(stopped->wait_for("epoch 2/400"));
+  stopped->send(SIGUSR1);
+  const ProcessResult result = stopped->finish();
+  INFO(result.err);
+  CHECK(result.code == 75);
+  CHECK(run.train_on(2, with(shared, {"train.epochs=4"}), "stopped", {"--resume"}).code == 0);
+}
+
+TEST_CASE("ranks: gradients reduced in bf16 train nearly alike", "[ranks]") {
+  if (!has_mpirun()) return;
+  const RankRun run;
+  const Args sets{"storage=exact", "train.epochs=4", "optimizer.name=sgd", "optimizer.lr=0.01"};
+  REQUIRE(run.train_on(2, sets, "fp32").code == 0);
+  for (const std::string shard : {"none", "optimizer"}) {
+    REQUIRE(run.train_on(2, with(sets, {"train.reduce_precision=bf16", "train.shard=" + shard}), "bf16-" + shard).code == 0);
+    check_close(run.metrics("fp32"), run.metrics("bf16-" + shard), 2e-3);
+    CHECK(run.metrics("fp32") != run.metrics("bf16-" + shard));
+  }
+  check_close(run.metrics("bf16-none"), run.metrics("bf16-optimizer"), 1e-4);
+}
+
 TEST_CASE("ranks: running ranges are those of all ranks, so that a resumed run goes on bit for bit", "[ranks]") {
   if (!has_mpirun()) return;
   const RankRun run;

@@ -123,3 +123,32 @@ TEST_CASE("plan: the optimizer's memory is what the meter finds, of every optimi
   const int64_t copies = (optimizer.find("momentum: 0") != std::string::npos ? 0 : optimizer == "name: sgd" ? 1 : 2) + (ema ? 1 : 0);
   CHECK(held() - before == trained * copies);
 }
+
+TEST_CASE("plan: of one of several ranks it knows the shared optimizer's part and the gradients' copies in bf16") {
+  const std::string shard = GENERATE("none", "optimizer"), reduced = GENERATE("fp32", "bf16");
+  const int64_t ranks = GENERATE(2, 5);
+  CAPTURE(shard, reduced, ranks);
+  RunConfig config = parse_config(
+      "model: {name: vit, image_size: 16, patch_size: 4, width: 48, depth: 2, heads: 3, classes: 10}\n"
+      "train: {batch_size: 6, frozen: [blocks.0.norm1.*], shard: " +
+          shard + ", reduce_precision: " + reduced + "}\n",
+      "plan.yaml");
+  config.ranks = ranks, config.rank = 1;
+  const NetConfig net = model_config(config, 10);
+  const Plan plan = plan_run(config, net);
+  const auto held = [](MemoryKind kind) { return Allocator::of(test_device()).use().of(kind); };
+  const int64_t gradients = held(MemoryKind::gradients), state = held(MemoryKind::optimizer), parameters = held(MemoryKind::parameters);
+  BuiltModel model(config, net, test_device());
+  const auto communicator = single_communicator({1, ranks, 0, ""});
+  const auto sync = share_gradients(config, model.params, *communicator);
+  const auto optimizer = make_optimizer(config, model.params, shard_of(sync.get(), *communicator));
+  const auto planned = [&](MemoryKind kind) { return plan.peak.peak_kind[static_cast<int>(kind)]; };
+  CHECK(held(MemoryKind::optimizer) - state == planned(MemoryKind::optimizer));
+  CHECK(held(MemoryKind::gradients) - gradients == planned(MemoryKind::gradients));
+  CHECK(held(MemoryKind::parameters) - parameters == planned(MemoryKind::parameters));
+  int64_t trained = 0;
+  for (const Param& p : model.params.params()) trained += p.trainable ? p.value.bytes() : 0;
+  const int64_t whole = 2 * trained, part = held(MemoryKind::optimizer) - state;
+  CHECK(part >= (shard == "none" ? whole : whole / ranks));
+  CHECK(part <= (shard == "none" ? whole : whole / ranks + whole / 10));  // rounded up for the parts' sake
+}

@@ -53,8 +53,8 @@ Model load(const std::string& name, double images, int64_t bucket_bytes) {
   BuiltModel built(RunConfig{}, config, kMeta);
   built.params.allocate_gradients();
   model.parameters = built.params.count();
-  const auto alone = single_communicator();
-  model.buckets = GradientSync(*alone, built.params.params(), bucket_bytes).bucket_bytes();
+  for (const ArenaRange& bucket : gradient_buckets(built.params.params(), bucket_bytes))
+    model.buckets.push_back(bucket.count() * size_of(DType::f32));
   return model;
 }
 
@@ -130,7 +130,7 @@ void print_shards(const std::vector<Model>& models, double element_bytes) {
 
 int main(int argc, char** argv) {
   CLI::App app("Computes the step time of data-parallel training on many GPUs: the tables of docs/distributed.md.", "scale-model");
-  double images = 128, bucket_mib = static_cast<double>(GradientSync::kBucketBytes >> 20);
+  double images = 128, bucket_mib = static_cast<double>(kBucketBytes >> 20);
   bool bf16 = false;
   std::vector<std::string> names{"deit_small", "deit_base"}, large{"deit_small", "deit_base", "vit_large", "vit_huge"};
   app.add_option("--images", images, "of a GPU in a step")->check(CLI::Range(1.0, 1e5));

@@ -34,6 +34,12 @@ struct Param {
   bool copy_stale_ = true;
 };
 
+/// Elements [begin, end) of the arena in which the gradients of a model lie.
+struct ArenaRange {
+  int64_t begin = 0, end = 0;
+  int64_t count() const { return end - begin; }
+};
+
 /// A tensor and its place on the current tape. Holding a Var keeps its exact value alive; the tape itself never does.
 class Var {
  public:

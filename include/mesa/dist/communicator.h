@@ -18,12 +18,15 @@ class Communicator {
   int64_t rank() const { return me_.rank; }
   int64_t size() const { return me_.world; }
 
-  /// x <- the sum over ranks: f32, f64 or i64, on GPUs also bf16.
+  /// x <- the sum over ranks: f32, f64, bf16 (rounded after each addition) or i64.
   virtual void all_reduce(const Tensor& x) = 0;
-  /// part <- this rank's part of the sum of x: x is `size` parts one after the other.
+  /// part <- this rank's part of the sum of x: x is `size` parts one after the other, and the part may be its own place in x, whose other
+  /// parts then hold anything.
   virtual void reduce_scatter(const Tensor& x, const Tensor& part) = 0;
   /// x <- the parts of all ranks, one after the other. A part may be its own place in x.
   virtual void all_gather(const Tensor& part, const Tensor& x) = 0;
+  /// Memory that will be given to collectives again and again, for as long as this lives: a network card may then read it in place.
+  virtual void will_use(const Tensor&) {}
   /// x <- root's x; any dtype.
   virtual void broadcast(const Tensor& x, int64_t root) = 0;
   /// Returns when everything begun has been done. On a GPU: when work given to its stream from now on will see it.
@@ -35,7 +38,8 @@ class Communicator {
   RankInfo me_;
 };
 
-/// One rank alone: every collective is done already.
-std::unique_ptr<Communicator> single_communicator();
+/// One rank alone: every collective is done already. With another `me` it stands for one of several ranks in a plan, whose tensors have no
+/// memory.
+std::unique_ptr<Communicator> single_communicator(const RankInfo& me = {});
 
 }  // namespace mesa

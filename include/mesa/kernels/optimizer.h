@@ -1,5 +1,7 @@
 // Updates of all parameters of a model, AdamW, SGD and LAMB, and the moving average of their values.
 #pragma once
+#include <functional>
+
 #include "mesa/kernels/kernel.h"
 
 namespace mesa::kernels {
@@ -39,6 +41,9 @@ struct LambStep {
   double lr, beta1, beta2, eps, gradient_scale;
   int64_t step;     ///< as in AdamWStep
   bool trust_clip;  ///< no ratio above 1 (timm's lambc)
+  /// Where slots are pieces of parameters whose other pieces are elsewhere: [slots, 2] f64 <- their sum over all places, which list the
+  /// same parameters, empty slots for those of which they have nothing.
+  std::function<void(const Tensor& squares)> add_up = {};
 };
 
 /// LAMB (You et al., ICLR 2020) as timm's Lamb with always_adapt = false: m, v as in AdamW;

@@ -1,6 +1,7 @@
 // Parameters: one ordered, named store that checkpoint, optimizer, weight-decay groups and broadcast all walk.
 #pragma once
 #include <deque>
+#include <functional>
 #include <vector>
 
 #include "mesa/autograd/var.h"
@@ -25,8 +26,11 @@ class ParamStore {
   /// Throws Error naming the nearest name.
   Param& at(const std::string& name);
   int64_t count() const;  ///< elements of all parameters
-  /// One flat gradient arena, last parameter first: gradients become ready from its front as backward goes on.
-  void allocate_gradients();
+  /// One flat gradient arena, last parameter first: gradients become ready from its front as backward goes on. Any run of neighbours can be
+  /// cut into `parts` equal ones, each on a boundary of 16 bytes.
+  void allocate_gradients(int64_t parts = 1);
+  /// Moves the values of what is trained into one arena, in which each lies where its gradient will lie in theirs.
+  void gather_values(int64_t parts);
   /// The next gradients overwrite.
   void clear_gradients();
   /// The buffers' values of now are what restore_buffers() returns to: an update that does not count leaves no trace in them.
@@ -43,10 +47,11 @@ class ParamStore {
   /// Throws Error if there are none.
   std::vector<Param*> matching(const std::string& glob, const char* consequence);
   void gather_buffers();
+  /// Calls place(parameter, its offset) for all that are trained, in the arena's order; returns the arena's size in elements.
+  int64_t lay_out(int64_t parts, const std::function<void(Param&, int64_t)>& place);
 
   std::deque<Param> params_;
   std::deque<ModelBuffer> buffers_;
-  Tensor arena_;                      // of gradients
   Tensor buffer_arena_, remembered_;  // all buffers as one, so that remembering them is one copy
 };
 

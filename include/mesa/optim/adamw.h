@@ -11,8 +11,8 @@ struct AdamWConfig {
 /// AdamW with decoupled decay (Loshchilov and Hutter, ICLR 2019), torch.optim.AdamW.
 class AdamW : public Optimizer {
  public:
-  AdamW(std::deque<Param>& params, const AdamWConfig& config)
-      : Optimizer(params, config.weight_decay, {"exp_avg", "exp_avg_sq"}), config_(config) {}
+  AdamW(std::deque<Param>& params, const AdamWConfig& config, OptimizerShard shard = {})
+      : Optimizer(params, config.weight_decay, {"exp_avg", "exp_avg_sq"}, std::move(shard)), config_(config) {}
   const char* name() const override { return "adamw"; }
 
  private:

@@ -13,13 +13,14 @@ struct LambConfig {
 /// the run's clipping.
 class Lamb : public Optimizer {
  public:
-  Lamb(std::deque<Param>& params, const LambConfig& config)
-      : Optimizer(params, config.weight_decay, {"exp_avg", "exp_avg_sq"}), config_(config) {}
+  Lamb(std::deque<Param>& params, const LambConfig& config, OptimizerShard shard = {})
+      : Optimizer(params, config.weight_decay, {"exp_avg", "exp_avg_sq"}, std::move(shard)), config_(config) {}
   const char* name() const override { return "lamb"; }
 
  private:
   void update(const std::vector<kernels::UpdateSlot>& slots, double lr, double gradient_scale, int64_t step) override {
-    kernels::lamb(slots, kernels::LambStep{lr, config_.beta1, config_.beta2, config_.eps, gradient_scale, step, config_.trust_clip});
+    kernels::lamb(
+        slots, kernels::LambStep{lr, config_.beta1, config_.beta2, config_.eps, gradient_scale, step, config_.trust_clip, shard().add_up});
   }
   LambConfig config_;
 };

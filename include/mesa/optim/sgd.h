@@ -13,9 +13,9 @@ struct SgdConfig {
 /// Without momentum nothing is remembered.
 class Sgd : public Optimizer {
  public:
-  Sgd(std::deque<Param>& params, const SgdConfig& config)
+  Sgd(std::deque<Param>& params, const SgdConfig& config, OptimizerShard shard = {})
       : Optimizer(params, config.weight_decay,
-                  config.momentum > 0 ? std::vector<std::string>{"momentum_buffer"} : std::vector<std::string>{}),
+                  config.momentum > 0 ? std::vector<std::string>{"momentum_buffer"} : std::vector<std::string>{}, std::move(shard)),
         config_(config) {}
   const char* name() const override { return "sgd"; }
 

@@ -78,6 +78,8 @@ struct TrainConfig {
   std::vector<std::string> frozen;  ///< globs of parameter names
   double rank_timeout = 60;         ///< seconds
   bool range_sync = true;
+  std::string shard = "none";             ///< none | optimizer
+  std::string reduce_precision = "fp32";  ///< fp32 | bf16
   bool tensorboard = false;
   std::vector<std::string> histograms;  ///< globs of parameter names and sites
   int64_t health_interval = 0;          ///< steps; 0 = off

@@ -3,6 +3,7 @@
 #include <memory>
 #include <string>
 
+#include "mesa/dist/gradient_sync.h"
 #include "mesa/nn/builder.h"
 #include "mesa/optim/ema.h"
 #include "mesa/optim/optimizer.h"
@@ -11,9 +12,16 @@
 
 namespace mesa {
 
+/// Allocates gradients in the order in which they leave for other ranks, and where the optimizer is shared puts the values likewise. Null
+/// for one rank. Of a run's first things: what it moves must not have been given away.
+std::unique_ptr<GradientSync> share_gradients(const RunConfig& config, ParamStore& params, Communicator& communicator);
+/// What this rank's optimizer has where train.shard is `optimizer`, else all; its state is put together on rank 0. `sync` and
+/// `communicator` outlive it.
+OptimizerShard shard_of(GradientSync* sync, Communicator& communicator);
+
 /// Writes optimizer.no_decay and optimizer.layer_decay into the parameters and makes the optimizer. Throws UsageError for a glob that no
 /// parameter matches.
-std::unique_ptr<Optimizer> make_optimizer(const RunConfig& config, ParamStore& params);
+std::unique_ptr<Optimizer> make_optimizer(const RunConfig& config, ParamStore& params, OptimizerShard shard = {});
 /// The average of the weights, null where train.ema_decay is 0.
 std::unique_ptr<Ema> make_ema(const RunConfig& config, ParamStore& params);
 /// Images of one update.
