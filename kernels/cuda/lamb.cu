@@ -104,7 +104,8 @@ void update_all(const std::vector<Part<T>>& parts, const LambStep& step, Device 
   }
   const ChunkTable<Part<T>> table = chunk_table(parts, kUpdateChunk, device);
   const ChunkTable<Chunks> list = chunk_table(parameters, 1, device);
-  const Tensor partial = Tensor::empty({table.count, 2}, DType::f64, device), all = Tensor::empty({list.count, 2}, DType::f64, device);
+  const Tensor partial = Tensor::empty(Shape{table.count, 2}, DType::f64, device);
+  const Tensor all = Tensor::empty(Shape{list.count, 2}, DType::f64, device);
   auto* of_chunks = reinterpret_cast<Squares*>(partial.data<double>());
   auto* of_parameters = reinterpret_cast<Squares*>(all.data<double>());
   const LambRule<T> rule(step);
