@@ -148,6 +148,16 @@ TEST_CASE("lora: at rank 8 on qkv less waits for the backward pass than in full 
   CHECK(lora.activations <= full.activations + 4 * 4 * 65 * 8 * 4);
 }
 
+TEST_CASE("lora: with the first factors frozen what they read is not kept either") {
+  const RunConfig config = config_of({"lora.rank=2", "lora.targets=[blocks.*]", "train.frozen=[\"*.lora_A.weight\"]"});
+  int64_t second_factors = 0;
+  for (const SiteRecord& record : plan_run(config, model_config(config, 4)).sites) {
+    CHECK_THAT(record.site.name(), !Contains("lora_A:x"));
+    second_factors += record.site.name().ends_with("lora_B:x");
+  }
+  CHECK(second_factors == 2 * 4);
+}
+
 TEST_CASE("lora: factors merged give the plain model's logits, and what is written says so") {
   INFO(seed_note());
   const TemporaryFolder folder;
