@@ -137,7 +137,10 @@ TEST_CASE("lora: at rank 8 on qkv less waits for the backward pass than in full 
     const int64_t trained = 4 * (4 * 8 * (192 + 576) + 10 * 193);
     CHECK(lora.gradients >= trained);
     CHECK(lora.gradients <= trained + 64 * 10);  // begins of cache lines
-    CHECK(lora.optimizer == 2 * trained);
+    if (std::string(storage) == "mesa")
+      CHECK(lora.optimizer >= 2 * trained);  // on a GPU running ranges count here, too
+    else
+      CHECK(lora.optimizer == 2 * trained);
     CHECK(full.gradients > 15 * lora.gradients);
   }
   // Without rebuilding, linears keep 7 of a block's 16 d elements: x of qkv, fc1 and, four times as wide, of fc2; proj shares attention's
