@@ -9,6 +9,7 @@
 #include "mesa/train/checkpoint.h"
 #include "mesa/train/evaluate.h"
 #include "mesa/train/files.h"
+#include "mesa/train/lora.h"
 
 namespace {
 
@@ -86,7 +87,7 @@ int evaluate_checkpoint(const std::string& path, mesa::WeightsKind weights, cons
 
 int main(int argc, char** argv) {
   CLI::App app("Evaluates a checkpoint: top-1, top-5, loss, images/s.", "mesa-eval");
-  std::string checkpoint, weights = "auto", data, json, device = "auto";
+  std::string checkpoint, weights = "auto", data, json, device = "auto", merge;
   std::vector<std::string> overrides;
   int64_t batch_size = 0;
   app.add_option("checkpoint", checkpoint, "a checkpoint's folder, a run's folder (its best), or a safetensors file of it")->required();
@@ -101,7 +102,15 @@ int main(int argc, char** argv) {
       ->check(CLI::IsMember({"auto", "cpu", "cuda"}))
       ->capture_default_str();
   app.add_option("--json", json, "also write the result to this file");
+  app.add_option("--merge", merge, "evaluate nothing: write the weights with LoRA's factors merged into them to this safetensors file")
+      ->type_name("FILE")
+      ->excludes("--data")
+      ->excludes("--set")
+      ->excludes("--json");
   app.footer("Exit codes: 0 done; 1 failed; 2 wrong usage or config.");
-  return mesa::run_app(app, argc, argv,
-                       [&] { return evaluate_checkpoint(checkpoint, kind_of(weights), data, batch_size, overrides, device, json); });
+  return mesa::run_app(app, argc, argv, [&] {
+    if (merge.empty()) return evaluate_checkpoint(checkpoint, kind_of(weights), data, batch_size, overrides, device, json);
+    std::printf("%s\n", mesa::write_merged(checkpoint, kind_of(weights), merge).c_str());
+    return 0;
+  });
 }

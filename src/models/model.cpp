@@ -39,6 +39,8 @@ std::vector<std::pair<std::string, std::string>> aliases() {
 Net::Net(const Builder& build, const NetConfig& config)
     : net_(std::visit([&](const auto& family) { return make(build, family); }, config.family)) {}
 
+bool is_of_head(const std::string& parameter) { return parameter.starts_with("head") || parameter.starts_with("fc."); }
+
 NetConfig net_config(const std::string& name) {
   std::vector<std::string> names = model_names();
   std::string wanted = name;

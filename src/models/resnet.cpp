@@ -43,12 +43,8 @@ std::optional<kernels::ConvGeometry> shortcut_of(const std::vector<Step>& steps,
 
 /// With the first values of PyTorch's nn.Linear, as timm leaves it.
 Linear make_classifier(const Builder& build, const std::string& name, int64_t in, int64_t out) {
-  const Scope scope(name);
-  const double bound = 1 / std::sqrt(static_cast<double>(in));
-  Linear layer;
-  layer.name = name;
-  layer.weight = &build.param("weight", {out, in}, Init::uniform(bound), true);
-  layer.bias = &build.param("bias", {out}, Init::uniform(bound), false);
+  const Init init = Init::uniform(1 / std::sqrt(static_cast<double>(in)));
+  Linear layer = Linear::make(build, name, in, out, true, {init, init});
   layer.out = build.residual();
   return layer;
 }

@@ -113,6 +113,10 @@ void ParamStore::freeze(const std::string& glob) {
   for (Param* param : matching(glob, "nothing can be frozen by it")) param->trainable = false;
 }
 
+void ParamStore::thaw(const std::string& glob) {
+  for (Param* param : matching(glob, "nothing learns by it")) param->trainable = true;
+}
+
 void ParamStore::spare_decay(const std::string& glob) {
   for (Param* param : matching(glob, "nothing is spared weight decay by it")) param->decay = false;
 }

@@ -6,20 +6,22 @@
 
 namespace mesa {
 
-Linear Linear::make(const Builder& build, const std::string& name, int64_t in, int64_t out, bool bias) {
+Linear Linear::make(const Builder& build, const std::string& name, int64_t in, int64_t out, bool bias, const LinearInit& init) {
   const Scope scope(name);
   Linear layer;
   layer.name = name;
-  layer.weight = &build.param("weight", {out, in}, Init::truncated_normal(0.02), true);
-  if (bias) layer.bias = &build.param("bias", {out}, Init::zeros(), false);
+  layer.weight = &build.param("weight", {out, in}, init.weight, true);
+  if (bias) layer.bias = &build.param("bias", {out}, init.bias, false);
+  layer.lora = build.lora(in, out);
   return layer;
 }
 
 Var Linear::operator()(const Var& x, const Var& residual) const {
   const Scope scope(name);
   check(scale == nullptr || bias != nullptr, "a layer with LayerScale needs a bias");
-  if (scale) return scaled_linear(x, *weight, *bias, *scale, out, residual);
-  return linear(x, *weight, bias ? Var(*bias) : Var(), out, residual);
+  const Var y =
+      scale ? scaled_linear(x, *weight, *bias, *scale, out, residual) : linear(x, *weight, bias ? Var(*bias) : Var(), out, residual);
+  return lora ? add_lora(y, x, *lora->a, *lora->b, lora->factor, lora->dropout, scale ? Var(*scale) : Var()) : y;
 }
 
 LayerNorm LayerNorm::make(const Builder& build, const std::string& name, int64_t width, double eps) {

@@ -10,8 +10,10 @@
 #include "config_keys.h"
 #include "mesa/base/files.h"
 #include "mesa/kernels/elementwise.h"
+#include "mesa/models/model.h"
 #include "mesa/models/resize.h"
 #include "mesa/train/files.h"
+#include "mesa/train/lora.h"
 #include "mesa/train/safetensors.h"
 
 namespace mesa {
@@ -155,9 +157,6 @@ void fill_parameter(Param& param, const Tensor& values) {
 /// PyTorch's count of the batches that a batch norm saw, which matters only without a momentum.
 bool is_batch_count(const std::string& name) { return name.ends_with(".num_batches_tracked"); }
 
-/// Of a classifier, which is made anew for other classes.
-bool is_of_head(const std::string& name) { return name.starts_with("head") || name.starts_with("fc."); }
-
 }  // namespace
 
 /// The first four, and how many more.
@@ -214,11 +213,14 @@ Tensor resized(const Param& param, const Tensor& values) {
 
 std::string start_from_weights(ParamStore& params, const std::string& path) {
   const std::string file = weights_file(path, WeightsKind::automatic);
-  const SafetensorsFile weights = read_safetensors(file);
+  SafetensorsFile weights = read_safetensors(file);
+  const int64_t merged = merge_lora(weights, file);
+  const std::set<std::string> with_factors = adapted_linears(params);
   std::vector<std::string> problems, adapted, fresh, unused;
   std::set<std::string> known;
   for (Param& param : params.params()) {
     known.insert(param.name);
+    if (is_lora_factor(param.name)) continue;  // begins as it was made
     const Tensor* values = weights.find(param.name);
     const bool floating = values != nullptr && is_floating(values->dtype()), head = is_of_head(param.name);
     if (floating && values->shape() == param.value.shape()) {
@@ -227,6 +229,8 @@ std::string start_from_weights(ParamStore& params, const std::string& path) {
       fill_parameter(param, other);
       adapted.push_back(concat(param.name, " ", values->shape(), " to ", param.value.shape()));
     } else if (head && (values == nullptr || floating)) {
+      check(param.trainable || with_factors.count(linear_of(param.name)) == 0, param.name, " is not in ", file,
+            " in this shape and begins anew, but LoRA freezes it: leave it out of lora.targets, and it is trained itself");
       fresh.push_back(param.name);
     } else {
       problems.push_back(values == nullptr ? concat("missing ", param.name, " ", param.value.shape())
@@ -245,6 +249,7 @@ std::string start_from_weights(ParamStore& params, const std::string& path) {
     if (known.count(tensor.name) == 0 && !is_batch_count(tensor.name)) unused.push_back(tensor.name);
   if (!problems.empty()) fail("", file, " belongs to another model: ", first_of(problems));
   std::string text = "started from " + file;
+  if (merged > 0) text += concat("; merged its LoRA into ", merged, " linears");
   if (!adapted.empty()) text += "; resized " + first_of(adapted);
   if (!fresh.empty()) text += "; not in it, so with first values: " + first_of(fresh);
   if (!unused.empty()) text += "; not of this model, so unused: " + first_of(unused);

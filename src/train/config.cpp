@@ -122,6 +122,7 @@ void check_config(const RunConfig& c) {
     c.refuse("train.batch_size", "a batch of ", c.train.batch_size, " is larger than the data set of ", c.data.train_size,
              " (data.train_size)");
   config::check_optimizer(c);
+  if (c.lora.rank > 0 && c.lora.targets.empty()) c.refuse("lora.targets", "is empty, so that lora.rank ", c.lora.rank, " adapts nothing");
   if (!c.train.histograms.empty() && !c.train.tensorboard) c.refuse("train.histograms", "needs train.tensorboard: true");
   if (c.train.health_interval > 0 && c.train.cuda_graph)
     c.refuse("train.health_interval", "cannot look into recorded passes; set train.cuda_graph: false");

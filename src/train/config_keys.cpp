@@ -106,7 +106,8 @@ const Key kKeys[] = {
     KEY(train.steps, count(0, 1e12), "Stop after this many steps in all; 0 = train all epochs"),
     KEY(train.tensorboard, any(), "Write event files for TensorBoard into the run's folder"),
     KEY(train.histograms, any(),
-        "Globs of what TensorBoard shows as histograms: parameters and their gradients after each epoch, sites each `train.health_interval`"),
+        "Globs of what TensorBoard shows as histograms: parameters and their gradients after each epoch, sites each "
+        "`train.health_interval`"),
     KEY(train.health_interval, count(0, 1e12), "Steps between two measurements of how well each site is stored (health.csv); 0 = none"),
     KEY(train.checkpoint_interval, count(0, 1e12), "Steps between checkpoints; 0 = after each epoch only"),
     KEY(train.rank_timeout, between(8, 86400),
@@ -123,6 +124,12 @@ const Key kKeys[] = {
         "Keep a moving average of the weights with this decay, evaluate it too, and judge `best` by it; 0 = off"),
     KEY(train.ema_warmup, any(), "Begin the average with smaller decays: update t has at most 1 - t^(-2/3)"),
     KEY(train.frozen, any(), "Globs of parameter names that are not trained, such as `[blocks.0.*, pos_embed]`"),
+
+    KEY(lora.rank, count(0, 65536), "Rank of LoRA's factors beside each target; all but these and the head is frozen; 0 = off"),
+    KEY(lora.alpha, above(0), "The factors' product counts alpha / rank; empty = `lora.rank`"),
+    KEY(lora.dropout, fraction(), "Dropout on what the factors read"),
+    KEY(lora.targets, any(), "Globs of the linears that get factors, such as `[blocks.*.attn.*, blocks.*.mlp.fc1]`"),
+    KEY(lora.train, any(), "Globs of parameters that learn beside the factors and the head, such as `[\"*.bias\"]`"),
 
     KEY(distill.kind, one_of("none|soft|hard"), "What is learned from a teacher: its probabilities (`soft`) or its choices (`hard`)"),
     KEY(distill.teacher, any(), "Checkpoint or safetensors file of the teacher"),

@@ -1,5 +1,6 @@
 #include <filesystem>
 
+#include "mesa/train/lora.h"
 #include "mesa/train/optimizer_setup.h"
 #include "mesa/train/plan.h"
 #include "mesa/train/trainer.h"
@@ -22,7 +23,8 @@ std::string dry_run(const RunConfig& config, int64_t fit_bytes) {
   const Plan plan = plan_run(config, model);
   BuiltModel built(config, model, kMeta);
   make_optimizer(config, built.params);
-  std::string out = concat(to_yaml(resolved), "\noptimizer         ", describe_optimizer(config, built.params), "\n",
+  const std::string lora = config.lora.rank > 0 ? concat("\nlora              ", describe_lora(config, built.params)) : "";
+  std::string out = concat(to_yaml(resolved), lora, "\noptimizer         ", describe_optimizer(config, built.params), "\n",
                            format_plan(plan, config.train.batch_size));
   if (fit_bytes > 0) out += concat("\nlargest batch within ", format_bytes(fit_bytes), ": ", largest_batch(config, model, fit_bytes), "\n");
   return out;

@@ -16,7 +16,7 @@ namespace {
 
 struct MetaStep {
   std::vector<SiteRecord> sites;
-  int64_t parameters = 0, activation_bytes = 0;
+  int64_t parameters = 0, trained = 0, activation_bytes = 0;
   int64_t reserved = 0;  // what the allocator takes from the system for it, rounded up as it rounds
   MemoryUse peak;
 };
@@ -80,6 +80,7 @@ MetaStep meta_step(const RunConfig& config, const NetConfig& model, StoragePolic
   if (ema) ema->update();
   built.net(meta_images(model.input(), eval_batch, device));
   out.parameters = built.params.count();
+  for (const Param& param : built.params.params()) out.trained += param.trainable ? param.value.numel() : 0;
   out.peak = memory.use();
   out.reserved = out.peak.reserved - before.reserved;
   out.sites = policy.sites();
@@ -88,9 +89,9 @@ MetaStep meta_step(const RunConfig& config, const NetConfig& model, StoragePolic
 
 /// Every rule must match a site of the model as it is or, where parameters are frozen and so keep nothing, of the model that trains all.
 void check_rules(const RunConfig& config, const NetConfig& model, StoragePolicy& policy) {
-  if (config.train.frozen.empty()) return policy.check_rules_matched();
+  if (config.train.frozen.empty() && config.lora.rank == 0) return policy.check_rules_matched();
   RunConfig thawed = config;
-  thawed.train.frozen.clear();
+  thawed.train.frozen.clear(), thawed.lora.train = {"*"};
   StoragePolicy all = make_policy(config.storage);
   meta_step(thawed, model, all);
   all.check_rules_matched();
@@ -116,6 +117,7 @@ Plan plan_run(const RunConfig& config, const NetConfig& model) try {
   check_rules(config, model, policy);
   Plan plan;
   plan.parameters = step.parameters;
+  plan.trained = step.trained;
   plan.sites = step.sites;
   plan.activation_bytes = step.activation_bytes;
   plan.peak = step.peak;
@@ -208,7 +210,8 @@ std::string explain_out_of_memory(const RunConfig& config) try {
 }
 
 std::string format_plan(const Plan& plan, int64_t batch_size, bool all) {
-  std::string out = concat("parameters        ", plan.parameters, "\n");
+  const std::string trained = plan.trained < plan.parameters ? concat(", of which ", plan.trained, " are trained") : "";
+  std::string out = concat("parameters        ", plan.parameters, trained, "\n");
   const double kept = static_cast<double>(plan.activation_bytes), exact = static_cast<double>(plan.exact_activation_bytes);
   char text[256];
   std::snprintf(text, sizeof text,

@@ -5,6 +5,7 @@
 #include <cstdio>
 #include <ctime>
 
+#include "mesa/train/lora.h"
 #include "mesa/train/version.h"
 #include "run.h"
 
@@ -139,6 +140,11 @@ void Run::introduce() {
              format_bytes(plan_.exact_activation_bytes / batch), " in exact storage"));
   say("device: " + describe_device(config_.device, model_.device));
   if (!team_.alone()) say(concat("ranks: ", team_.size(), ", ", batch * team_.size(), " images a batch"));
+  if (config_.lora.rank > 0) {
+    say("LoRA: " + describe_lora(config_, model_.params));
+    if (config_.train.weights.empty() && resume_.empty())
+      warn("lora.rank is set but train.weights is empty, so that what LoRA freezes keeps its random first values");
+  }
   say("optimizer: " + describe_optimizer(config_, model_.params));
   say(concat("data: ", data_.train->size(), " training and ", data_.test->size(), " test images of ", data_.train->classes(),
              " classes; output: ", config_.output));

@@ -6,6 +6,7 @@
 #include "mesa/kernels/elementwise.h"
 #include "mesa/kernels/image.h"
 #include "mesa/kernels/matmul.h"
+#include "mesa/train/lora.h"
 
 namespace mesa {
 
@@ -205,7 +206,7 @@ StorageConfig reference_storage() {
   StorageConfig exact;
   exact.name = "exact";
   exact.rules = {{"*", "exact", {}, ""}};
-  exact.rules.push_back({"@(*.@(qkv|q|kv|sr|fc1|fc2|reduction|conv[23])|head*):x", "rebuild", {}, ""});
+  exact.rules.push_back({"@(*.@(qkv|q|kv|sr|fc1|fc2|reduction|conv[23])|head?(_dist|.fc))?(.lora_A):x", "rebuild", {}, ""});
   return exact;
 }
 
@@ -240,14 +241,10 @@ Prepared prepare(const SentBatch& batch, const TransformOptions& transform) {
 }
 
 BuiltModel::BuiltModel(const RunConfig& config, const NetConfig& model, Device device)
-    : device(device), net(Builder(params, static_cast<uint64_t>(config.seed), compute_dtype(config, device), DType::f32, device), model) {
-  for (const std::string& glob : config.train.frozen) {
-    try {
-      params.freeze(glob);
-    } catch (const Error& e) {
-      config.refuse("train.frozen", e.what());
-    }
-  }
+    : device(device),
+      net(Builder(params, static_cast<uint64_t>(config.seed), compute_dtype(config, device), DType::f32, device, lora_options(config)),
+          model) {
+  choose_trained(config, params);
 }
 
 std::string first_bad_parameter(const ParamStore& params) {

@@ -1,6 +1,6 @@
 #include "mesa/train/teacher.h"
 
-#include "mesa/train/checkpoint.h"
+#include "mesa/train/lora.h"
 #include "mesa/train/safetensors.h"
 
 namespace mesa {
@@ -32,7 +32,8 @@ Teacher::Teacher(const RunConfig& config, const ImageConfig& student, Device dev
   const bool plan = device.kind == DeviceKind::meta;
   try {
     const std::string file = weights_file(config.distill.teacher, WeightsKind::automatic, !plan);
-    const SafetensorsFile weights = read_safetensors(file, plan ? kMeta : kCpu);
+    SafetensorsFile weights = read_safetensors(file, plan ? kMeta : kCpu);
+    merge_lora(weights, file);
     const NetConfig model = teacher_config(config, weights, student);
     const ImageConfig& input = model.input();
     if (input.image_size != student.image_size || input.channels != student.channels || input.classes != student.classes)

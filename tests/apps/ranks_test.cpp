@@ -90,6 +90,18 @@ TEST_CASE("ranks: the same curve on 1, 2 and 4, and bit for bit on as many", "[r
   CHECK(run.weights("again") == run.weights("run2"));
 }
 
+TEST_CASE("ranks: LoRA trains on two as on one", "[ranks]") {
+  if (!has_mpirun()) return;
+  const RankRun run;
+  REQUIRE(run.train({}, "base").code == 0);
+  const Args sets = with(kRandom, {"train.weights=base", "lora.rank=4", "lora.targets=[blocks.*]", "lora.dropout=0.1"});
+  REQUIRE(run.train_on(1, sets, "one").code == 0);
+  const ProcessResult result = run.train_on(2, sets, "two");
+  INFO(result.err);
+  REQUIRE(result.code == 0);
+  check_close(run.metrics("one"), run.metrics("two"), 1e-5);
+}
+
 TEST_CASE("ranks: int8 storage, accumulation and a teacher train on two", "[ranks]") {
   if (!has_mpirun()) return;
   const RankRun run;

@@ -51,6 +51,9 @@ const Args kEverything{"data.mixup=0.8",
                        "data.augment=rand-m9-mstd0.5-inc1",
                        "data.erasing=0.25"};
 
+const Args kLora{"lora.rank=3", "lora.alpha=8", "lora.dropout=0.2", "lora.targets=[\"*.qkv\", blocks.1.*]",
+                 "lora.train=[fc_norm.*, \"*.bias\"]"};
+
 /// The bytes behind the header, whose metadata tell how many loader threads there were.
 std::string weights_of(const TinyRun& tiny, const std::string& run, const std::string& file = "model.safetensors") {
   const std::string text = read_text(tiny.path(run + "/checkpoints/last/" + file));
@@ -68,8 +71,10 @@ TEST_CASE("resume: stopped by signals at random moments") {
   std::mt19937_64 random(seed);
   const TinyRun tiny;
   Args sets = kEverything;
-  const std::string precision = GENERATE("fp32", "bf16");
+  const auto [precision, lora] = GENERATE(table<std::string, bool>({{"fp32", false}, {"bf16", false}, {"fp32", true}}));
+  CAPTURE(precision, lora);
   if (precision == "bf16" && !mesa::kernels::native_bf16()) return;
+  if (lora) sets.insert(sets.end(), kLora.begin(), kLora.end());
   sets.push_back("train.precision=" + precision);
   REQUIRE(tiny.train(sets, "straight").code == 0);
   int stops = 0;
@@ -103,6 +108,9 @@ TEST_CASE("resume: killed after a checkpoint within an epoch") {
   const TinyRun tiny;
   Args sets = kEverything;
   sets.push_back("train.checkpoint_interval=2");
+  const bool lora = GENERATE(false, true);
+  CAPTURE(lora);
+  if (lora) sets.insert(sets.end(), kLora.begin(), kLora.end());
   REQUIRE(tiny.train(sets, "straight").code == 0);
   Process process = tiny.start(sets, "killed");
   REQUIRE(process.wait_for("epoch 2/3 "));

@@ -4,6 +4,7 @@
 
 #include "mesa/base/scope.h"
 #include "mesa/kernels/elementwise.h"
+#include "mesa/nn/lora.h"
 
 namespace mesa::testing {
 namespace {
@@ -102,6 +103,31 @@ void products(std::vector<Case>& t) {
   t.push_back({"matmul transposed", {normal(1, 2, 1, 3), normal(1, 2, 1, 3)}, transposed});
   t.push_back({"matmul transposed", {normal(2, 3, 33, 16), normal(2, 3, 33, 16)}, transposed});
   t.push_back({"matmul by itself", {normal(2, 4, 3)}, [](Vars& v) { return matmul(v[0], v[0], true); }});
+}
+
+/// A frozen linear with LoRA's factors: v = x, w, b, factors a and b, and perhaps LayerScale's gamma or a residual.
+void lora_rows(std::vector<Case>& t) {
+  const auto frozen = [](auto... dims) { return Input{Input::Role::frozen, Input::Fill::normal, {dims...}}; };
+  const auto adapted = [](Vars& v) { return add_lora(linear(v[0], v[1], v[2]), v[0], v[3], v[4], 0.75); };
+  const Input w = frozen(5, 8), b = frozen(5);
+  t.push_back({"lora", {normal(2, 5, 8), w, b, weight(2, 8), weight(5, 2)}, adapted});
+  t.push_back({"lora", {normal(1, 1), frozen(1, 1), frozen(1), weight(1, 1), weight(1, 1)}, adapted});
+  t.push_back({"lora", {normal(4, 33, 48), frozen(65, 48), frozen(65), weight(8, 48), weight(65, 8)}, adapted});
+  t.push_back({"lora of a trained linear", {normal(3, 8), weight(5, 8), weight(5), weight(2, 8), weight(5, 2)}, adapted});
+  t.push_back({"lora with dropout", {normal(2, 5, 8), w, b, weight(2, 8), weight(5, 2)}, [](Vars& v) {
+                 return add_lora(linear(v[0], v[1], v[2]), v[0], v[3], v[4], 2, 0.3);
+               }});
+  t.push_back({"lora onto a residual", {normal(2, 5, 8), w, b, weight(2, 8), weight(5, 2), normal(2, 5, 5)}, [](Vars& v) {
+                 return add_lora(linear(v[0], v[1], v[2], {}, v[5]), v[0], v[3], v[4], 1);
+               }});
+  for (const bool learns : {false, true})
+    t.push_back({learns ? "lora with a trained LayerScale" : "lora with LayerScale",
+                 {normal(2, 5, 8), w, b, weight(2, 8), weight(5, 2), learns ? weight(5) : frozen(5)},
+                 [](Vars& v) { return add_lora(scaled_linear(v[0], v[1], v[2], v[5]), v[0], v[3], v[4], 0.75, 0, v[5]); }});
+  t.push_back({"lora behind a norm", {spread(2, 5, 8), frozen(8), frozen(8), w, b, weight(2, 8), weight(5, 2)}, [](Vars& v) {
+                 const Var n = within("norm", [&] { return layer_norm(v[0], v[1], v[2], 1e-6); });
+                 return within("fc", [&] { return add_lora(linear(n, v[3], v[4]), n, v[5], v[6], 0.5); });
+               }});
 }
 
 void attention_rows(std::vector<Case>& t) {
@@ -340,6 +366,7 @@ const std::vector<Case>& cases() {
     std::vector<Case> t;
     arithmetic(t);
     products(t);
+    lora_rows(t);
     attention_rows(t);
     window_rows(t);
     normalization(t);

@@ -101,9 +101,29 @@ TEST_CASE("plan: the same of every family in every shipped storage") {
   check_plan(config);
 }
 
+TEST_CASE("plan: the same with LoRA on every family, in every shipped storage") {
+  const std::string storage = GENERATE("exact", "int8", "int4", "int2", "mesa", "mesa_swin");
+  const std::string precision = GENERATE("fp32", "bf16");
+  if (precision == "bf16" && !kernels::native_bf16()) return;
+  const auto [model, targets] = GENERATE(table<std::string, std::string>(
+      {{"{name: swin, image_size: 24, patch_size: 2, width: 32, heads: 2, depths: [2, 1], window: 5, pad: true, drop_path: 0.2}",
+        "[\"*\"]"},
+       {"{name: pvt_tiny, image_size: 32, depths: [1, 1, 1, 1], drop_path: 0.2}", "[\"block?.*\", head]"},
+       {"{name: resnet18, image_size: 33, width: 8, depths: [1, 1]}", "[fc]"},
+       {"{name: deit_tiny_distilled_patch16_224, depth: 2}", "[\"*.qkv\", \"*.fc?\"]"},
+       {"{name: deit3_small_patch16_224, depth: 2, drop_rate: 0.1}", "[\"*\"]"}}));
+  CAPTURE(storage, precision, model, targets);
+  RunConfig config = parse_config("model: " + model + "\ntrain: {batch_size: 6, precision: " + precision +
+                                      "}\nlora: {rank: 5, dropout: 0.1, targets: " + targets + ", train: [\"*.bias\"]}\n",
+                                  "plan.yaml");
+  config.storage = load_storage(storage);
+  check_plan(config);
+}
+
 TEST_CASE("plan: the optimizer's memory is what the meter finds, of every optimizer, with an average and what is frozen") {
   const std::string optimizer = GENERATE("name: adamw", "name: sgd", "name: sgd, momentum: 0", "name: lamb");
-  const std::string train = GENERATE("ema_decay: 0", "ema_decay: 0.9", "ema_decay: 0.9, frozen: [blocks.0.*]");
+  const std::string train =
+      GENERATE("ema_decay: 0", "ema_decay: 0.9", "ema_decay: 0.9, frozen: [blocks.0.*]", "ema_decay: 0.9}\nlora: {rank: 4");
   CAPTURE(optimizer, train);
   const RunConfig config = parse_config(
       "model: {name: vit, image_size: 16, patch_size: 4, width: 48, depth: 2, heads: 3, classes: 10}\n"

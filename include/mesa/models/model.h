@@ -52,6 +52,9 @@ class Net {
   std::variant<Vit, Swin, Pvt, ResNet> net_;
 };
 
+/// True of the parameters of a classifier, which is made anew for other classes: "head.weight", "head.fc.bias", "fc.weight".
+bool is_of_head(const std::string& parameter);
+
 /// The configuration that a name stands for (`deit_small_patch16_224`, `swin_tiny_patch4_window7_224`; `vit` is DeiT-Ti to be changed by
 /// parameters, and `swin` Swin-T). Throws Error naming the nearest known name.
 NetConfig net_config(const std::string& name);

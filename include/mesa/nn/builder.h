@@ -2,9 +2,10 @@
 #pragma once
 #include <deque>
 #include <functional>
+#include <optional>
 #include <vector>
 
-#include "mesa/autograd/var.h"
+#include "mesa/nn/lora.h"
 
 namespace mesa {
 
@@ -40,6 +41,11 @@ class ParamStore {
   const Tensor& buffer_arena() const { return buffer_arena_; }
   /// Freezes parameters whose name matches the glob; throws Error if none does.
   void freeze(const std::string& glob);
+  /// Lets parameters whose name matches the glob learn; throws Error if none does.
+  void thaw(const std::string& glob);
+  /// Paths of the linears, in the order they were made.
+  const std::vector<std::string>& linears() const { return linears_; }
+  void add_linear(std::string path) { linears_.push_back(std::move(path)); }
   /// Takes parameters whose name matches the glob out of weight decay; throws Error if none does.
   void spare_decay(const std::string& glob);
 
@@ -52,6 +58,7 @@ class ParamStore {
 
   std::deque<Param> params_;
   std::deque<ModelBuffer> buffers_;
+  std::vector<std::string> linears_;
   Tensor buffer_arena_, remembered_;  // all buffers as one, so that remembering them is one copy
 };
 
@@ -71,10 +78,13 @@ struct Init {
 /// Hands out parameters named by the scope path. Values depend on (seed, name) alone, not on the order.
 class Builder {
  public:
-  Builder(ParamStore& store, uint64_t seed, DType compute = DType::f32, DType master = DType::f32, Device device = kCpu)
-      : store_(store), seed_(seed), compute_(compute), master_(master), device_(device) {}
+  Builder(ParamStore& store, uint64_t seed, DType compute = DType::f32, DType master = DType::f32, Device device = kCpu,
+          LoraOptions lora = {})
+      : store_(store), seed_(seed), compute_(compute), master_(master), device_(device), lora_(std::move(lora)) {}
 
   Param& param(const std::string& name, const Shape& shape, Init init, bool decay) const;
+  /// The factors of the linear [out, in] whose scope this is, if LoRA targets it.
+  std::optional<Lora> lora(int64_t in, int64_t out) const;
   /// Of the master dtype.
   ModelBuffer& buffer(const std::string& name, const Shape& shape, double value) const;
   /// The dtype that matrix products run in (bf16 in mixed precision); f32 masters and residuals stay as they are.
@@ -86,6 +96,7 @@ class Builder {
   uint64_t seed_;
   DType compute_, master_;
   Device device_;
+  LoraOptions lora_;
 };
 
 }  // namespace mesa

@@ -10,14 +10,21 @@
 
 namespace mesa {
 
+/// The first values of a linear.
+struct LinearInit {
+  Init weight = Init::truncated_normal(0.02), bias = Init::zeros();
+};
+
+/// Sites <path>:x, and those of add_lora.
 struct Linear {
   std::string name;
   Param* weight = nullptr;   ///< [out, in]
   Param* bias = nullptr;     ///< [out] or null
   Param* scale = nullptr;    ///< [out] or null: LayerScale, a parameter of the block
   std::optional<DType> out;  ///< result dtype; default the input's
+  std::optional<Lora> lora;  ///< where the builder's LoRA targets this linear
 
-  static Linear make(const Builder& build, const std::string& name, int64_t in, int64_t out, bool bias = true);
+  static Linear make(const Builder& build, const std::string& name, int64_t in, int64_t out, bool bias = true, const LinearInit& init = {});
   /// With a residual: residual + the layer's result, in the residual's dtype.
   Var operator()(const Var& x, const Var& residual = {}) const;
 };

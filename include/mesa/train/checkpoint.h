@@ -67,8 +67,8 @@ void load_weights(ParamStore& params, const std::map<std::string, Tensor>& weigh
 
 /// Weights to begin with, from a checkpoint (its moving average if it has one) or any safetensors file with the model's names. Position
 /// embeddings and tables of biases of another grid are resized (resize_bicubic); heads of another number of classes keep their first
-/// values. Throws Error listing the first parameters that are missing or of another shape: the file belongs to another model. Returns what
-/// was done, for the log.
+/// values; factors of LoRA in the file are merged (merge_lora), those of the model begin anew. Throws Error listing the first parameters
+/// that are missing or of another shape: the file belongs to another model. Returns what was done, for the log.
 std::string start_from_weights(ParamStore& params, const std::string& path);
 
 /// The checkpoint that --resume means, or "" for a fresh start. "auto": the newest of the run's folder `output` that verifies; one that

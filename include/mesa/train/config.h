@@ -87,6 +87,16 @@ struct TrainConfig {
   bool operator==(const TrainConfig&) const = default;
 };
 
+/// Low-rank adaptation: what PEFT's LoraConfig calls r, lora_alpha, lora_dropout, target_modules and modules_to_save.
+struct LoraConfig {
+  int64_t rank = 0;             ///< 0 = off
+  std::optional<double> alpha;  ///< empty = rank
+  double dropout = 0;
+  std::vector<std::string> targets{"*.attn.qkv"};  ///< globs of linears
+  std::vector<std::string> train;                  ///< globs of parameters that learn besides
+  bool operator==(const LoraConfig&) const = default;
+};
+
 /// Learning from a trained model beside the labels.
 struct DistillConfig {
   std::string kind = "none";  ///< none | soft | hard
@@ -138,6 +148,7 @@ struct RunConfig {
   ModelConfig model;
   DataConfig data;
   TrainConfig train;
+  LoraConfig lora;
   DistillConfig distill;
   OptimizerConfig optimizer;
   ScheduleConfig schedule;
@@ -156,7 +167,7 @@ struct RunConfig {
   }
   /// Compares values, not the places where they were set.
   bool operator==(const RunConfig& o) const {
-    return model == o.model && data == o.data && train == o.train && distill == o.distill && optimizer == o.optimizer &&
+    return model == o.model && data == o.data && train == o.train && lora == o.lora && distill == o.distill && optimizer == o.optimizer &&
            schedule == o.schedule && storage == o.storage && seed == o.seed && device == o.device && output == o.output;
   }
 

@@ -6,6 +6,7 @@ namespace mesa {
 
 struct Plan {
   int64_t parameters = 0;
+  int64_t trained = 0;                 ///< of them
   std::vector<SiteRecord> sites;       ///< of one batch
   int64_t activation_bytes = 0;        ///< kept by one batch
   int64_t exact_activation_bytes = 0;  ///< what the policy `exact` would keep of it
