@@ -1,4 +1,5 @@
 // mesa-train: trains a vision transformer from a config.
+#include <csignal>
 #include <filesystem>
 
 #include "app.h"
@@ -37,6 +38,17 @@ void find_config(Arguments& args) {
   if (args.output.empty()) args.output = run;
 }
 
+/// --check-data and --pack. A signal ends them cleanly, with the code that it would have ended them with by itself.
+int use_data(const mesa::RunConfig& config, const Arguments& args) try {
+  std::signal(SIGPIPE, SIG_DFL);  // nobody reads on: `--check-data | head`
+  if (args.check_data) return mesa::check_data(config) ? 0 : 1;
+  std::fputs(mesa::pack_data(config, args.pack).c_str(), stdout);
+  return 0;
+} catch (const mesa::Stopped& e) {
+  std::fprintf(stderr, "mesa-train: %s\n", e.what());
+  return 128 + mesa::received_signal();
+}
+
 int run(Arguments& args) {
   if (args.list) {
     std::fputs(mesa::list_models().c_str(), stdout);
@@ -53,12 +65,8 @@ int run(Arguments& args) {
     return 0;
   }
   if (args.check_comm) return mesa::check_comm(std::move(config));
-  if (args.check_data) return mesa::check_data(config) ? 0 : 1;
-  if (!args.pack.path.empty()) {
-    std::fputs(mesa::pack_data(config, args.pack).c_str(), stdout);
-    return 0;
-  }
-  mesa::handle_signals();  // from the set-up on, a signal ends in a resumable state
+  mesa::handle_signals(config.train.stop_signals);  // from the set-up on, a signal ends in a resumable state
+  if (args.check_data || !args.pack.path.empty()) return use_data(config, args);
   return mesa::train(std::move(config), args.options);
 }
 

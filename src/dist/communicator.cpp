@@ -27,7 +27,7 @@ class SingleCommunicator : public Communicator {
 
  private:
   static void copy_unless_same(const Tensor& from, const Tensor& to) {
-    if (from.raw() != to.raw()) transfer(from.reshape(to.shape()), to);
+    if (!to.is_meta() && from.raw() != to.raw()) transfer(from.reshape(to.shape()), to);
   }
 };
 

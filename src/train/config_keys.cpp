@@ -110,6 +110,9 @@ const Key kKeys[] = {
         "`train.health_interval`"),
     KEY(train.health_interval, count(0, 1e12), "Steps between two measurements of how well each site is stored (health.csv); 0 = none"),
     KEY(train.checkpoint_interval, count(0, 1e12), "Steps between checkpoints; 0 = after each epoch only"),
+    KEY(train.keep, count(0, 1e6), "Older checkpoints that stay beside `last` and `best`, as `checkpoints/step-N`"),
+    KEY(train.stop_signals, one_of("SIGTERM|SIGINT|SIGHUP|SIGUSR1|SIGUSR2|SIGQUIT|SIGALRM|SIGXCPU"),
+        "Signals after which the run finishes its step, saves and exits with 75; all others do what they do to any program"),
     KEY(train.rank_timeout, between(8, 86400),
         "Seconds that one of several ranks may stay silent or keep the others waiting before all end"),
     KEY(train.range_sync, any(),
@@ -326,7 +329,7 @@ std::string type_name(const Key& key) {
   std::string choices = key.allowed.choices;
   if (!choices.empty()) {
     for (size_t at = 0; (at = choices.find('|', at)) != std::string::npos; at += 2) choices.replace(at, 1, ", ");
-    return choices;
+    return (std::holds_alternative<Ref<std::vector<std::string>>>(key.field) ? "list of " : "") + choices;
   }
   RunConfig defaults;
   return std::visit([&](auto field) { return TypeName{}.of(field(defaults)); }, key.field);

@@ -14,6 +14,7 @@
 #include "mesa/data/packed.h"
 #include "mesa/train/files.h"
 #include "mesa/train/setup.h"
+#include "mesa/train/signals.h"
 
 namespace mesa {
 namespace {
@@ -31,6 +32,7 @@ void for_each_sample(const Dataset& data, const Make& make, const Take& take) {
   using Result = decltype(make(int64_t{0}));
   const int64_t threads = omp_get_max_threads(), block = 16 * threads;
   for (int64_t first = 0; first < data.size(); first += block) {
+    stop_if_asked();
     const int64_t count = std::min(block, data.size() - first);
     std::vector<std::optional<Result>> results(count);
     std::vector<std::string> errors(count);

@@ -6,10 +6,12 @@
 #include <zlib.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cerrno>
 #include <cstdio>
 #include <cstring>
 #include <filesystem>
+#include <memory>
 #include <nlohmann/json.hpp>
 #include <vector>
 
@@ -24,13 +26,17 @@ constexpr int kManifestFormat = 1;
 constexpr const char* kManifest = "manifest.json";
 constexpr int64_t kMaxManifestBytes = 1 << 24;
 
-FileFault& fault() {
-  static FileFault hook;
+// Several threads ask; a shared pointer keeps a hook that is taken away while it is asked.
+std::atomic<std::shared_ptr<const FileFault>>& fault() {
+  static std::atomic<std::shared_ptr<const FileFault>> hook;
   return hook;
 }
 
 // 0, or the errno of an injected fault.
-int injected(std::string_view operation, const std::string& path) { return fault() ? fault()(operation, path) : 0; }
+int injected(std::string_view operation, const std::string& path) {
+  const std::shared_ptr<const FileFault> hook = fault().load();
+  return hook ? (*hook)(operation, path) : 0;
+}
 
 [[noreturn]] void io_error(const char* what, const std::string& path, int code) {
   throw Error(concat("cannot ", what, " ", path, ": ", std::strerror(code)));
@@ -173,29 +179,34 @@ void remove_leftover(const std::string& path) {
   if (injected("remove", path) == 0) remove_quietly(path);
 }
 
-void put_in_place(const std::string& temporary, const std::string& aside, const std::string& path) {
+// The folder that was there before goes, or (`former`) goes on under that name: then it gets it first, so that no crash loses either.
+void put_in_place(const std::string& temporary, const std::string& path, const std::string& former) {
   if (!exists(path)) {
     rename_path(temporary, path);
-  } else if (exchange_paths(temporary, path)) {
+    return sync_path(parent_of(path));
+  }
+  if (former.empty() && exchange_paths(temporary, path)) {
     sync_path(parent_of(path));
     return remove_leftover(temporary);  // now the previous folder
-  } else {
-    remove_tree(aside);
-    rename_path(path, aside);
-    try {
-      rename_path(temporary, path);
-    } catch (const Error&) {
-      ::rename(aside.c_str(), path.c_str());
-      throw;
-    }
+  }
+  const std::string aside = former.empty() ? path + ".old" : former;
+  if (former.empty()) remove_tree(aside);
+  rename_path(path, aside);
+  try {
+    rename_path(temporary, path);
+  } catch (const Error&) {
+    ::rename(aside.c_str(), path.c_str());
+    throw;
   }
   sync_path(parent_of(path));
-  remove_leftover(aside);
+  if (former.empty()) remove_leftover(aside);
 }
 
 }  // namespace
 
-void set_file_fault(FileFault hook) { fault() = std::move(hook); }
+void set_file_fault(FileFault hook) {
+  fault() = hook ? std::make_shared<const FileFault>(std::move(hook)) : nullptr;
+}
 
 OutputFile::OutputFile(const std::string& path, Mode mode) : path_(path) {
   int code = injected("open", path);
@@ -217,8 +228,10 @@ OutputFile::~OutputFile() {
 
 void OutputFile::write_out(std::string_view bytes) {
   while (!bytes.empty()) {
-    if (const int code = injected("write", path_)) io_error("write", path_, code);
-    const ssize_t done = ::write(fd_, bytes.data(), std::min<size_t>(bytes.size(), 1 << 30));
+    const int code = injected("write", path_);
+    if (code > 0) io_error("write", path_, code);
+    const size_t most = code == kShortWrite ? (bytes.size() + 1) / 2 : size_t{1} << 30;
+    const ssize_t done = ::write(fd_, bytes.data(), std::min(bytes.size(), most));
     if (done < 0 && errno == EINTR) continue;
     if (done < 0) io_error("write", path_, errno);
     bytes.remove_prefix(static_cast<size_t>(done));
@@ -311,7 +324,8 @@ bool recover_folder(const std::string& given) {
   return is_folder(path);
 }
 
-void write_folder_atomically(const std::string& given, const std::function<void(const std::string&)>& write_files) {
+void write_folder_atomically(const std::string& given, const std::function<void(const std::string&)>& write_files,
+                             const std::string& former) {
   const std::string path = without_slash(given), temporary = path + ".tmp";
   check(!exists(path) || is_folder(path), path, " exists and is not a folder");
   make_folders(parent_of(path));
@@ -320,7 +334,7 @@ void write_folder_atomically(const std::string& given, const std::function<void(
     make_folders(temporary);
     write_files(temporary);
     write_manifest(temporary);
-    put_in_place(temporary, path + ".old", path);
+    put_in_place(temporary, path, former);
   } catch (const fs::filesystem_error& e) {
     remove_quietly(temporary);
     throw Error(concat("cannot write ", path, ": ", e.code().message()));
@@ -328,6 +342,13 @@ void write_folder_atomically(const std::string& given, const std::function<void(
     remove_quietly(temporary);
     throw;
   }
+}
+
+void remove_folder(const std::string& given) {
+  const std::string path = without_slash(given), nameless = path + ".tmp";
+  if (exists(nameless)) remove_tree(nameless);
+  rename_path(path, nameless);
+  remove_tree(nameless);
 }
 
 void verify_folder(const std::string& given) {

@@ -153,7 +153,9 @@ void IntervalLog::append(const IntervalRow& r) {
                        {"activation_bytes_per_image", number(r.activation_bytes_per_image)},
                        {"peak_bytes", r.peak_bytes},
                        {"bad_steps", r.bad_steps},
-                       {"bad_samples", r.bad_samples}};
+                       {"bad_samples", r.bad_samples},
+                       {"checkpoint_step", r.checkpoint_step < 0 ? ordered_json(nullptr) : ordered_json(r.checkpoint_step)},
+                       {"checkpoint_writing", number(r.checkpoint_writing)}};
   if (!r.rank_seconds.empty()) line["sync_wait"] = number(r.sync_wait), line["rank_seconds"] = r.rank_seconds;
   file_.write(line.dump() + "\n");
   file_.flush();

@@ -28,7 +28,7 @@ OptimizerShard shard_of(GradientSync* sync, Communicator& communicator) {
           },
           [sync, &communicator](const std::vector<Tensor>& parts, const OptimizerShard::Each& f) {
             sync->gather(parts, [&](const Param& param, const Tensor& values) {
-              if (communicator.rank() == 0) f(param, to(values, kCpu));
+              if (communicator.rank() == 0) f(param, is_gpu(values.device()) ? to(values, kCpu) : values);
             });
           }};
 }

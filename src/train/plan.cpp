@@ -8,6 +8,7 @@
 #include <optional>
 
 #include "mesa/base/cuda.h"
+#include "mesa/train/checkpoint.h"
 #include "mesa/train/objective.h"
 #include "mesa/train/optimizer_setup.h"
 
@@ -16,7 +17,7 @@ namespace {
 
 struct MetaStep {
   std::vector<SiteRecord> sites;
-  int64_t parameters = 0, trained = 0, activation_bytes = 0;
+  int64_t parameters = 0, trained = 0, activation_bytes = 0, checkpoint_bytes = 0;
   int64_t reserved = 0;  // what the allocator takes from the system for it, rounded up as it rounds
   MemoryUse peak;
 };
@@ -82,6 +83,13 @@ MetaStep meta_step(const RunConfig& config, const NetConfig& model, StoragePolic
   out.parameters = built.params.count();
   for (const Param& param : built.params.params()) out.trained += param.trainable ? param.value.numel() : 0;
   out.peak = memory.use();
+  const CheckpointData copy = snapshot_checkpoint({config, {}, built.params, *optimizer, optimizer->state(), policy, ema.get()}, {});
+  if (device == kMeta) {  // it stays from the first update on; that of a GPU's tensors is on the host
+    out.peak.peak += copy.bytes();
+    out.peak.peak_kind[static_cast<int>(MemoryKind::workspace)] += copy.bytes();
+    out.checkpoint_bytes = copy.bytes();
+    out.peak.reserved += copy.bytes();
+  }
   out.reserved = out.peak.reserved - before.reserved;
   out.sites = policy.sites();
   return out;
@@ -121,6 +129,7 @@ Plan plan_run(const RunConfig& config, const NetConfig& model) try {
   plan.sites = step.sites;
   plan.activation_bytes = step.activation_bytes;
   plan.peak = step.peak;
+  plan.checkpoint_bytes = step.checkpoint_bytes;
   StoragePolicy exact = make_policy(reference_storage());
   plan.exact_activation_bytes = meta_step(config, model, exact).activation_bytes;
   return plan;
@@ -222,7 +231,10 @@ std::string format_plan(const Plan& plan, int64_t batch_size, bool all) {
   out += text;
   MemoryUse at_peak;
   at_peak.live = plan.peak.peak_kind;
-  out += concat("predicted peak    ", plan.peak.peak, " bytes (", format_bytes(plan.peak.peak), "): ", describe(at_peak), "\n\n");
+  out += concat("predicted peak    ", plan.peak.peak, " bytes (", format_bytes(plan.peak.peak), "): ", describe(at_peak), "\n");
+  if (plan.checkpoint_bytes > 0)
+    out += concat("checkpoints       ", format_bytes(plan.checkpoint_bytes), " of the workspace: the copy that is written beside training\n");
+  out += "\n";
   std::snprintf(text, sizeof text, "%-34s %-20s %-10s %12s %12s\n", "site", "shape", "codec", "exact", "kept");
   out += text;
   for (const Line& line : lines_of(plan, all)) {

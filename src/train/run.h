@@ -4,6 +4,7 @@
 #include <optional>
 #include <string>
 
+#include "mesa/train/checkpoint_writer.h"
 #include "mesa/train/evaluate.h"
 #include "mesa/train/optimizer_setup.h"
 #include "mesa/train/trainer.h"
@@ -36,7 +37,14 @@ class Run {
   void tell_of_ranks(IntervalRow& row);
   bool end_epoch();
   void take_results(const Evaluations& eval);
-  bool save(const std::string& which);
+  void save(std::vector<std::string> names);
+  bool save_now(const std::string& which);
+  std::string unfit(const std::vector<std::string>& names) const;
+  void give_state(const std::vector<std::string>& names);
+  bool copy_state(const std::vector<std::string>& names);
+  void wait_for_writer();
+  bool settle();
+  void take(const std::optional<CheckpointWriter::Result>& written);
   int stopped_by_signal();
   int stopped_by_bad_steps();
   int finish();
@@ -73,12 +81,16 @@ class Run {
   std::optional<SentBatch> ahead_;
   int64_t taken_ = 0;  // batches of this epoch
   std::unique_ptr<RunFolder> folder_;
+  std::unique_ptr<CheckpointWriter> writer_;  // the leader's
   std::unique_ptr<RunWatch> watch_;
   std::unique_ptr<Progress> progress_;
   std::string changes_;  // against the checkpoint
   std::string start_;    // what was begun with
   int64_t signal_ = 0;   // that all ranks know of
-  bool finished_before_ = false, saved_ = true, memory_written_ = false;
+  std::vector<std::string> rejected_;  // checkpoints that could not be resumed, and why
+  double interval_writing_ = 0;        // seconds of the interval's steps beside which a checkpoint was written
+  double saved_best_ = -1, judged_ = -1;  // top-1 of what is on the disk as `best`, and of the last evaluation
+  bool finished_before_ = false, saved_ = true, first_update_done_ = false, told_of_waiting_ = false;
   int64_t bad_samples_before_ = 0;
   size_t reported_skips_ = 0, reported_left_out_ = 0;
   double last_wait_ = 0, last_sync_wait_ = 0;

@@ -43,7 +43,11 @@ Run::Run(RunConfig config, const TrainOptions& options, World& world)
     throw UsageError("--resume needs to know the run: give its folder with --output (or `output` in the config)");
   if (config_.output.empty()) config_.output = team_.shared("the output's name", default_output(config_.model.name, net_.input()));
   // One rank looks and mends what a crash left; the others take up what it found, so that none sees a folder that is being renamed.
-  resume_ = team_.shared("the checkpoint to resume", team_.leads() ? find_checkpoint(options_.resume, config_.output) : "");
+  const auto reject = [this](const std::string& why) {
+    std::fprintf(stderr, "warning: %s\n", why.c_str());
+    rejected_.push_back(why);
+  };
+  resume_ = team_.shared("the checkpoint to resume", team_.leads() ? find_checkpoint(options_.resume, config_.output, reject) : "");
   if (!resume_.empty())
     take_up(resume_);
   else if (!config_.train.weights.empty())
@@ -108,6 +112,9 @@ void Run::open_folder() {
     position = LogPosition{state_.epoch + (row_within_epoch ? 1 : 0), state_.step};
   }
   folder_ = std::make_unique<RunFolder>(config_, position, options_.resume == "auto" && resume_.empty());
+  for (const std::string& why : rejected_) folder_->warn(why);
+  writer_ = std::make_unique<CheckpointWriter>(config_.output + "/checkpoints", config_.train.keep, resume_);
+  saved_best_ = state_.best_top1;
   const RunWatch::Parts parts{config_, *folder_, policy_, model_.params, *data_.train, model_.device};
   watch_ = std::make_unique<RunWatch>(parts, position, [this](const std::string& text) { warn(text); });
 }

@@ -4,11 +4,13 @@
 
 #include <csignal>
 #include <ctime>
+#include <map>
 
 namespace mesa {
 namespace {
 
-constexpr int kSignals[] = {SIGTERM, SIGINT, SIGHUP, SIGUSR1, SIGPIPE, SIGXFSZ};
+const std::map<std::string, int> kNumbers{{"SIGTERM", SIGTERM}, {"SIGINT", SIGINT},   {"SIGHUP", SIGHUP},   {"SIGUSR1", SIGUSR1},
+                                          {"SIGUSR2", SIGUSR2}, {"SIGQUIT", SIGQUIT}, {"SIGALRM", SIGALRM}, {"SIGXCPU", SIGXCPU}};
 constexpr double kSameSignal = 0.2;  // seconds
 
 volatile std::sig_atomic_t received = 0;
@@ -31,19 +33,26 @@ void on_signal(int number) {
 
 }  // namespace
 
-void handle_signals() {
-  struct sigaction action {};
-  sigemptyset(&action.sa_mask);
-  action.sa_flags = SA_RESTART;
-  for (const int number : kSignals) {
-    action.sa_handler = number == SIGPIPE || number == SIGXFSZ ? SIG_IGN : on_signal;
-    struct sigaction before {};
+void handle_signals(const std::vector<std::string>& names) {
+  struct sigaction stop {
+  }, ignore{}, before{};
+  sigemptyset(&stop.sa_mask);
+  stop.sa_flags = SA_RESTART;
+  stop.sa_handler = on_signal;
+  ignore.sa_handler = SIG_IGN;
+  for (const int number : {SIGPIPE, SIGXFSZ}) sigaction(number, &ignore, nullptr);
+  for (const std::string& name : names) {
+    const int number = kNumbers.at(name);
     sigaction(number, nullptr, &before);
     const bool nohup = number == SIGHUP && before.sa_handler == SIG_IGN;
-    if (!nohup) sigaction(number, &action, nullptr);
+    if (!nohup) sigaction(number, &stop, nullptr);
   }
 }
 
 int received_signal() { return received; }
+
+void stop_if_asked() {
+  if (received != 0) throw Stopped(concat("stopped by signal ", received_signal()));
+}
 
 }  // namespace mesa

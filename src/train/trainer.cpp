@@ -17,9 +17,6 @@
 namespace mesa {
 namespace {
 
-/// The checkpoint of a run that ended in bad steps; never taken up by itself.
-constexpr const char* kFailed = "failed";
-
 double now() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
 
 }  // namespace
@@ -45,7 +42,7 @@ int Run::operator()() {
     progress_.reset();
     const bool lost = dynamic_cast<const RankFailure*>(&e) != nullptr;  // perhaps this very rank, for which others go on elsewhere
     // A shared optimizer's state cannot be put together any more.
-    const bool kept = !lost && team_.leads() && !optimizer_->sharded() && state_.step > start.step && save("last");
+    const bool kept = !lost && team_.leads() && !optimizer_->sharded() && state_.step > start.step && save_now("last");
     const std::string what = concat(e.what(), " (at ", place, kept ? "; the state before it is saved: continue with --resume)" : ")");
     if (dynamic_cast<const OutOfMemory*>(&e)) throw OutOfMemory(what);
     if (lost) throw RankFailure(what);
@@ -71,6 +68,7 @@ bool Run::train_epoch() {
     if (team_.alone()) signal_ = received_signal();
     if (signal_ != 0) return false;
     const double start = now();
+    const bool writing = writer_ && writer_->writing();
     const TrainingState before = state_;
     if (watch_) watch_->before_update(state_.step + 1);
     const int64_t count = std::min(config_.train.accumulation, batches - state_.batch);  // fewer at the end of an epoch
@@ -87,10 +85,12 @@ bool Run::train_epoch() {
     state_.batch += count;
     signal_ = result.signal;
     team_.at_step(state_.step);
-    report(result, now() - start);
+    const double seconds = now() - start;
+    if (writing) interval_writing_ += seconds;
+    report(result, seconds);
     if (state_.bad_in_a_row >= config_.train.max_bad_steps) return false;
     const int64_t every = config_.train.checkpoint_interval;
-    if (every > 0 && state_.step % every == 0 && state_.batch < batches) save("last");
+    if (every > 0 && state_.step % every == 0 && state_.batch < batches) save({"last"});
   }
   return true;
 }
@@ -121,8 +121,12 @@ void Run::report(const UpdateResult& result, double seconds) {
   state_.interval_wait += wait;
   state_.train_images += result.images;
   state_.bad_samples = bad_samples_before_ + result.bad_samples;
-  if (!memory_written_ && folder_) folder_->write_memory(policy_.sites());
-  memory_written_ = true;
+  if (!first_update_done_) {
+    if (folder_) folder_->write_memory(policy_.sites());
+    team_.leads() ? void(copy_state({})) : give_state({});  // the copy's memory from here on: if there is too little, that shows now
+  }
+  first_update_done_ = true;
+  if (writer_) take(writer_->finished());
   if (watch_) watch_->after_update(result, state_, seconds, wait);
   if (result.bad.empty()) {
     const double sum = result.loss * static_cast<double>(result.images);
@@ -161,6 +165,9 @@ void Run::show(const UpdateResult& result) {
   IntervalRow row{state_.step, state_.epoch + 1,  loss,         result.lr,        result.gradient_norm, rate,
                   wait,        bytes_per_image(), peak_bytes(), state_.bad_steps, state_.bad_samples};
   add_data_shares(row);
+  if (writer_) row.checkpoint_step = writer_->written_step();
+  row.checkpoint_writing = state_.interval_seconds > 0 ? std::min(1.0, interval_writing_ / state_.interval_seconds) : 0;
+  interval_writing_ = 0;
   if (!team_.alone()) tell_of_ranks(row);
   if (folder_) folder_->append(row);
   if (watch_) watch_->on_interval(row);
@@ -223,13 +230,14 @@ bool Run::end_epoch() {
     state_.batch = state_.epoch_images = 0;
     state_.epoch_loss = state_.epoch_seconds = 0;
   }
+  wait_for_writer();  // whether the best so far is on the disk is known then
   // A run resumed into another folder has no best checkpoint there, whatever the old one reached.
   const double top1 = eval.judged().top1;
-  const bool new_best = top1 > state_.best_top1 || (folder_ && !std::filesystem::exists(folder_->checkpoint("best")));
+  const bool new_best = top1 > saved_best_ || (folder_ && !std::filesystem::exists(folder_->checkpoint("best")));
   const bool best = team_.shared("whether the weights are the best so far", new_best ? "yes" : "no") == "yes";
   state_.best_top1 = std::max(state_.best_top1, top1);
-  const bool best_saved = !best || save("best");
-  saved_ = save("last") && best_saved;
+  judged_ = top1;
+  save(best ? std::vector<std::string>{"best", "last"} : std::vector<std::string>{"last"});
   return true;
 }
 
@@ -241,31 +249,8 @@ void Run::take_results(const Evaluations& eval) {
   state_.train_loss = state_.epoch_images > 0 ? state_.epoch_loss / static_cast<double>(state_.epoch_images) : kNotMeasured;
 }
 
-/// A failure keeps the previous checkpoint and does not stop training. Neither does a state that nobody could resume replace a good one.
-bool Run::save(const std::string& which) {
-  const std::string bad = which == kFailed || (!team_.leads() && !optimizer_->sharded()) ? "" : first_bad_parameter(model_.params);
-  if (!team_.leads()) {
-    if (optimizer_->sharded() && bad.empty()) optimizer_->state();  // of which the leader writes what this rank has
-    return true;
-  }
-  const auto busy = team_.busy();
-  if (!bad.empty()) {
-    warn(concat("the checkpoint '", which, "' is not replaced: the weights are not finite, first in ", bad));
-    return false;
-  }
-  state_.peak_bytes = peak_bytes();
-  try {
-    save_checkpoint(folder_->checkpoint(which), config_, data_.train->class_names(), model_.params, *optimizer_, policy_, state_,
-                    ema_.get());
-    return true;
-  } catch (const std::exception& e) {
-    warn(concat("the checkpoint '", which, "' could not be written: ", e.what()));
-    return false;
-  }
-}
-
 int Run::stopped_by_signal() {
-  const bool saved = team_.shared("whether the checkpoint was saved", save("last") ? "yes" : "no") == "yes";
+  const bool saved = team_.shared("whether the checkpoint was saved", save_now("last") ? "yes" : "no") == "yes";
   write_summary();
   const std::string place = concat("stopped by signal ", signal_, " after step ", state_.step);
   if (!saved) return warn(place + " without a checkpoint of this moment"), 1;
@@ -276,12 +261,13 @@ int Run::stopped_by_signal() {
 /// The state goes beside the last good checkpoint, which stays what --resume takes up.
 int Run::stopped_by_bad_steps() {
   if (!folder_) {
-    save(kFailed);
+    save_now("failed");
     return 1;
   }
+  wait_for_writer();
   const bool first = !std::filesystem::exists(folder_->checkpoint("last")) && first_bad_parameter(model_.params).empty();
-  const std::string which = first ? "last" : kFailed;
-  const bool saved = save(which);
+  const std::string which = first ? "last" : "failed";  // never taken up by itself
+  const bool saved = save_now(which);
   write_summary();
   warn(concat(state_.bad_in_a_row, " steps in a row were not finite; the run stops. ",
               saved ? "Its state is in " + folder_->checkpoint(which) + ". " : "",
@@ -313,9 +299,10 @@ RunSummary Run::write_summary() {
 }
 
 int Run::finish() {
+  if (!settle()) saved_ = false;
   const RunSummary summary = write_summary();
   if (!folder_) return 0;
-  if (memory_written_ && !folder_->complete()) folder_->write_memory(policy_.sites());  // a full disk may have refused it
+  if (first_update_done_ && !folder_->complete()) folder_->write_memory(policy_.sites());  // a full disk may have refused it
   if (state_.bad_steps > 0) warn(concat(state_.bad_steps, " steps were skipped because they were not finite"));
   if (state_.bad_samples > 0) warn(concat(state_.bad_samples, " bad samples were replaced"));
   const std::string text = concat("done: ", to_string(summary, state_.best_top1));

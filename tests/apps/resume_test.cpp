@@ -234,3 +234,55 @@ TEST_CASE("signals: during the evaluation the run stops and the resumed one eval
   REQUIRE(tiny.train(sets, "straight").code == 0);
   check_same(tiny, "straight", "stopped");
 }
+
+TEST_CASE("signals: those of train.stop_signals stop the run, others do what they do to any program") {
+  const TinyRun tiny;
+  const auto stopped_by = [&](int signal, const std::string& names, const std::string& output) {
+    Process process = tiny.start({"train.epochs=50000", "train.stop_signals=" + names}, output);
+    REQUIRE(process.wait_for("step 6/6"));
+    process.send(signal);
+    return process.finish(std::chrono::seconds(60)).code;
+  };
+  CHECK(stopped_by(SIGUSR2, "[SIGUSR2, SIGXCPU]", "usr2") == 75);
+  CHECK(stopped_by(SIGXCPU, "[SIGUSR2, SIGXCPU]", "xcpu") == 75);
+  CHECK(stopped_by(SIGTERM, "[SIGUSR2]", "term") == 128 + SIGTERM);
+  CHECK(stopped_by(SIGUSR1, "[]", "none") == 128 + SIGUSR1);
+  CHECK(tiny.train({"train.stop_signals=[SIGUSR2]"}, "usr2", {"--resume"}).code == 0);  // may change, as the number of epochs may
+  const ProcessResult wrong = tiny.train({"train.stop_signals=[SIGTERM, SIGURS1]"});
+  CHECK(wrong.code == 2);
+  CHECK_THAT(wrong.err, Contains("train.stop_signals") && Contains("SIGURS1") && Contains("did you mean 'SIGUSR1'"));
+}
+
+TEST_CASE("signals: in the set-up, before the first step, and while the learning rate warms up") {
+  const TinyRun tiny;
+  const Args sets{"schedule.warmup_epochs=40", "train.epochs=50", "data.train_size=9600"};
+  Process early = tiny.start(sets, "early");
+  REQUIRE(early.wait_for("output: early"));
+  early.send(SIGUSR1);
+  const ProcessResult first = early.finish(std::chrono::seconds(60));
+  INFO(first.err);
+  CHECK(first.code == 75);
+  CHECK(tiny.exists("early/checkpoints/last/manifest.json"));
+  Process warming = tiny.start(sets, "early", {"--resume"});
+  REQUIRE(warming.wait_for("epoch 1/50 "));
+  warming.send(SIGUSR1);
+  CHECK(warming.finish(std::chrono::seconds(60)).code == 75);
+  CHECK(tiny.json("early/checkpoints/last/state.json")["step"].get<int64_t>() > 0);
+}
+
+TEST_CASE("signals: --check-data and --pack end at once and leave nothing behind") {
+  const TinyRun tiny;
+  tiny.write("out.pack", "old");
+  const std::string tool = GENERATE("--check-data", "--pack");
+  Args more{tool};
+  if (tool == "--pack") more.push_back("out.pack");
+  Process process = tiny.start({"data.train_size=200000"}, "run", more);
+  REQUIRE(process.wait_for(tool == "--pack" ? "packing" : "checking"));
+  process.send(SIGINT);
+  const ProcessResult result = process.finish(std::chrono::seconds(60));
+  INFO(result.err);
+  CHECK(result.code == 128 + SIGINT);
+  CHECK_THAT(result.err, Contains("stopped by signal 2"));
+  CHECK(read_text(tiny.path("out.pack")) == "old");
+  CHECK_FALSE(tiny.exists("out.pack.tmp"));
+}

@@ -267,3 +267,59 @@ TEST_CASE("files: one file is replaced in one step") {
     CHECK_FALSE(fs::exists(dir.at("x.tmp")));
   }
 }
+
+TEST_CASE("files: a write that takes a part of what it was given goes on with the rest") {
+  const Folder dir;
+  const std::string text(300'001, 'x');
+  int writes = 0;
+  set_file_fault([&](std::string_view operation, const std::string&) { return operation == "write" && ++writes < 20 ? kShortWrite : 0; });
+  {
+    OutputFile out(dir.at("log"));
+    out.write("a"), out.write(text), out.write("b");
+    out.close();
+  }
+  set_file_fault({});
+  CHECK(read_text(dir.at("log")) == "a" + text + "b");
+  CHECK(writes > 10);
+}
+
+TEST_CASE("files: the folder that is replaced may go on under another name, and one that is removed loses its own first") {
+  const Folder dir;
+  const std::string path = dir.at("last");
+  for (const bool exchange_works : {true, false}) {
+    set_file_fault([&](std::string_view operation, const std::string&) { return operation == "exchange" && !exchange_works ? EINVAL : 0; });
+    const auto write = [&](const std::string& content, const std::string& former) {
+      write_folder_atomically(
+          path,
+          [&](const std::string& folder) {
+            OutputFile out(folder + "/weights");
+            out.write(content + "weights");
+            out.close();
+          },
+          former);
+    };
+    write("one ", dir.at("nobody"));  // nothing to replace
+    CHECK_FALSE(fs::exists(dir.at("nobody")));
+    write("two ", dir.at("first"));
+    CHECK(load(path) == "two ");
+    CHECK(load(dir.at("first")) == "one ");
+    remove_folder(dir.at("first"));
+    CHECK_FALSE(fs::exists(dir.at("first")));
+    for (const std::string& failing : {dir.at("first"), path}) {
+      set_file_fault([&](std::string_view operation, const std::string& at) { return operation == "rename" && at == failing ? EIO : 0; });
+      CHECK_THROWS_WITH(write("three ", dir.at("first")), Contains(failing + ": Input/output error"));
+      set_file_fault({});
+      CHECK(load(path) == "two ");
+      CHECK_FALSE(fs::exists(dir.at("first")));
+      CHECK_FALSE(fs::exists(path + ".tmp"));
+    }
+    fs::remove_all(path);
+  }
+  write_checkpoint(path, "x ");
+  set_file_fault([&](std::string_view operation, const std::string& at) { return operation == "remove" && at.ends_with(".tmp") ? EIO : 0; });
+  CHECK_THROWS_WITH(remove_folder(path), Contains("last.tmp"));
+  set_file_fault({});
+  CHECK_FALSE(fs::exists(path));
+  CHECK_FALSE(recover_folder(path));
+  CHECK_FALSE(fs::exists(path + ".tmp"));
+}

@@ -3,6 +3,7 @@
 
 #include <omp.h>
 
+#include <atomic>
 #include <catch2/catch.hpp>
 #include <cerrno>
 #include <filesystem>
@@ -99,7 +100,7 @@ TEST_CASE("trainer: a disk that is full for a while costs nothing but the old ch
     CHECK(t.run({"train.epochs=3"}, "auto") == 0);  // and there is room again
   }
   SECTION("rows that found no room are written later, none torn") {
-    int failures = 3;
+    std::atomic<int> failures = 3;
     set_file_fault([&](std::string_view operation, const std::string& path) {
       const bool table = path.find("metrics.jsonl") != std::string::npos || path.find("summary.csv") != std::string::npos;
       return operation == "write" && table && path.find(".tmp") == std::string::npos && failures-- > 0 ? ENOSPC : 0;

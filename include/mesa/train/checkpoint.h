@@ -1,5 +1,6 @@
 // What a run needs to go on, in one verified folder: weights under timm's names, and the training state beside them.
 #pragma once
+#include <functional>
 #include <limits>
 
 #include "mesa/nn/builder.h"
@@ -7,15 +8,16 @@
 #include "mesa/optim/optimizer.h"
 #include "mesa/storage/policy.h"
 #include "mesa/train/config.h"
+#include "mesa/train/safetensors.h"
 
 namespace mesa {
 
 /// Where training stands. Everything else (data order, random numbers, learning rate) is a function of these.
 struct TrainingState {
-  int64_t epoch = 0;        ///< epochs finished
-  int64_t batch = 0;        ///< batches of the current epoch already used
-  int64_t step = 0;         ///< updates tried so far: selects the learning rate
-  int64_t micro_step = 0;   ///< forward passes so far: selects the random numbers
+  int64_t epoch = 0;       ///< epochs finished
+  int64_t batch = 0;       ///< batches of the current epoch already used
+  int64_t step = 0;        ///< updates tried so far: selects the learning rate
+  int64_t micro_step = 0;  ///< forward passes so far: selects the random numbers
   int64_t bad_steps = 0, bad_in_a_row = 0;
   int64_t bad_samples = 0;  ///< pictures that were replaced
   double epoch_loss = 0;    ///< sum over the images of the current epoch
@@ -35,9 +37,36 @@ struct TrainingState {
   static constexpr double kNoResult = std::numeric_limits<double>::quiet_NaN();
 };
 
+/// What a checkpoint is made of.
+struct CheckpointParts {
+  const RunConfig& config;
+  const std::vector<std::string>& class_names;
+  const ParamStore& params;
+  const Optimizer& optimizer;
+  const std::map<std::string, Tensor>& moments;  ///< the optimizer's state(), for which ranks that share it must come together
+  const StoragePolicy& policy;
+  const Ema* ema = nullptr;  ///< or none
+};
+
+/// A copy of all that a checkpoint holds, in host memory: training may go on while it is written.
+struct CheckpointData {
+  TrainingState state;
+  std::map<std::string, std::string> metadata;  ///< of the weights' files: the resolved config and the class names
+  std::vector<NamedTensor> weights, buffers, averages;
+  bool averaged = false;             ///< there are averages
+  std::vector<NamedTensor> tensors;  ///< moments and running ranges
+  std::string state_file;            ///< the text of state.json
+  int64_t bytes() const;             ///< of the tensors
+};
+/// Copies; `reuse` gives up its memory to it. Of meta tensors it is a plan of the copy.
+CheckpointData snapshot_checkpoint(const CheckpointParts& parts, const TrainingState& state, CheckpointData reuse = {});
+
 /// Files: model.safetensors (weights; metadata: the resolved config and the class names), ema.safetensors (their moving average, in the
 /// same form, if there is one), state.safetensors (moments, running ranges), state.json, manifest.json. Replaces `folder` in one step;
-/// throws Error and leaves the old one when that fails.
+/// throws Error and leaves the old one when that fails. `former`: as in write_folder_atomically. Computes on one thread and touches
+/// nothing but `data` and files.
+void write_checkpoint(const std::string& folder, const CheckpointData& data, const std::string& former = "");
+/// Both at once.
 void save_checkpoint(const std::string& folder, const RunConfig& config, const std::vector<std::string>& class_names,
                      const ParamStore& params, const Optimizer& optimizer, const StoragePolicy& policy, const TrainingState& state,
                      const Ema* ema = nullptr);
@@ -71,15 +100,16 @@ void load_weights(ParamStore& params, const std::map<std::string, Tensor>& weigh
 /// that are missing or of another shape: the file belongs to another model. Returns what was done, for the log.
 std::string start_from_weights(ParamStore& params, const std::string& path);
 
-/// The checkpoint that --resume means, or "" for a fresh start. "auto": the newest of the run's folder `output` that verifies; one that
-/// does not is named on stderr and passed over. Throws Error if checkpoints are there but none is whole, or if the path is missing.
-std::string find_checkpoint(const std::string& wish, const std::string& output);
+/// The checkpoint that --resume means, or "" for a fresh start. "auto": the newest of the run's folder `output` that verifies: `last`, else
+/// of `best` and the older ones that train.keep left (step-N) that of the latest step; one that does not verify is passed over, and `warn`
+/// is told why. Throws Error if checkpoints are there but none is whole, or if the path is missing.
+std::string find_checkpoint(const std::string& wish, const std::string& output, const std::function<void(const std::string&)>& warn);
 
 /// Restores everything from a verified checkpoint folder. Running ranges are taken up only where the storage rules are still the same; an
 /// average that the checkpoint lacks begins with its weights. Throws UsageError for the state of another optimizer.
 struct LoadedRun {
   TrainingState state;
-  RunConfig config;  ///< by which the checkpoint was trained
+  RunConfig config;             ///< by which the checkpoint was trained
   bool average_begins = false;  ///< it was not in the checkpoint
 };
 LoadedRun load_checkpoint(const std::string& folder, const RunConfig& config, ParamStore& params, Optimizer& optimizer,

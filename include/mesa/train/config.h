@@ -73,6 +73,8 @@ struct TrainConfig {
   int64_t threads = 0;              ///< 0 = OMP_NUM_THREADS, or all cores
   int64_t steps = 0;                ///< 0 = all
   int64_t checkpoint_interval = 0;  ///< steps; 0 = after each epoch only
+  int64_t keep = 0;                 ///< older checkpoints
+  std::vector<std::string> stop_signals{"SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1"};
   double ema_decay = 0;             ///< of the weights' moving average; 0 = none
   bool ema_warmup = false;
   std::vector<std::string> frozen;  ///< globs of parameter names

@@ -39,6 +39,8 @@ struct IntervalRow {
   double sync_wait = 0;                    ///< of several ranks: the leader's share of the time in which it waited for their gradients
   /// Shares of the loader threads' time, 0 to 1; the rest they were idle.
   double data_read = 0, data_decode = 0, data_augment = 0;
+  int64_t checkpoint_step = -1;   ///< of the newest checkpoint that this process has on the disk as `last`; -1: none yet, null in JSON
+  double checkpoint_writing = 0;  ///< share of the steps' time beside which a checkpoint was being written, 0 to 1
 };
 
 /// One row of memory.csv: what one site keeps for the backward pass.

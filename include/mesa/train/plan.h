@@ -10,6 +10,7 @@ struct Plan {
   std::vector<SiteRecord> sites;       ///< of one batch
   int64_t activation_bytes = 0;        ///< kept by one batch
   int64_t exact_activation_bytes = 0;  ///< what the policy `exact` would keep of it
+  int64_t checkpoint_bytes = 0;        ///< on the training device: the copy that is written beside training
   MemoryUse peak;  ///< `peak` and `peak_kind` of a run: steps, evaluation and the loaders' batches; scratch of matrix products not
 };
 

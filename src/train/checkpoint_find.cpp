@@ -1,0 +1,108 @@
+// Which checkpoint is meant: of a run, of a path, the newest that is whole.
+#include <algorithm>
+#include <charconv>
+#include <cstdio>
+#include <filesystem>
+#include <nlohmann/json.hpp>
+
+#include "checkpoint_files.h"
+#include "mesa/base/files.h"
+#include "mesa/train/files.h"
+
+namespace mesa {
+namespace fs = std::filesystem;
+
+static constexpr std::string_view kHistory = "step-";
+
+std::string history_name(int64_t step) {
+  const std::string digits = std::to_string(step);
+  return concat(kHistory, std::string(8 - std::min<size_t>(8, digits.size()), '0'), digits);
+}
+
+std::vector<int64_t> history_of(const std::string& folder) {
+  std::vector<int64_t> steps;
+  std::error_code ignored;
+  for (const auto& entry : fs::directory_iterator(folder, ignored)) {
+    const std::string name = entry.path().filename().string();
+    if (!name.starts_with(kHistory)) continue;
+    int64_t step = 0;
+    std::from_chars(name.data() + kHistory.size(), name.data() + name.size(), step);
+    if (name == history_name(step)) steps.push_back(step);
+  }
+  std::sort(steps.rbegin(), steps.rend());
+  return steps;
+}
+
+void remove_history_leftovers(const std::string& folder) {
+  std::vector<std::string> leftovers;
+  for (const auto& entry : fs::directory_iterator(folder)) {
+    const std::string name = entry.path().filename().string();
+    if (name.starts_with(kHistory) && name.ends_with(".tmp")) leftovers.push_back(entry.path().string());
+  }
+  for (const std::string& path : leftovers) recover_folder(path.substr(0, path.size() - 4));
+}
+
+int64_t step_of(const std::string& checkpoint) {
+  const std::string path = checkpoint + "/" + kStateFile;
+  if (!fs::is_regular_file(path)) return -1;
+  const auto state = nlohmann::json::parse(read_text(path), nullptr, false);
+  return state.is_object() && state.contains("step") && state["step"].is_number_integer() ? state["step"].get<int64_t>() : -1;
+}
+
+std::string resolve_checkpoint(const std::string& path, const std::string& prefer) {
+  check(fs::exists(path), "there is no checkpoint at ", path);
+  if (fs::is_regular_file(path)) return path;
+  const std::string run = path + "/checkpoints/", other = prefer == "best" ? "last" : "best";
+  // ".old": where a folder waits while it is being replaced on file systems that cannot exchange two.
+  for (const std::string& candidate : {path, run + prefer, run + prefer + ".old", run + other, run + other + ".old"})
+    if (fs::is_regular_file(candidate + "/" + kModelFile)) return candidate;
+  for (const int64_t step : history_of(run)) return run + history_name(step);  // the newest
+  fail("", path, " is neither a checkpoint (no ", kModelFile, " in it) nor a run's folder (no checkpoints/last)");
+}
+
+std::string weights_file(const std::string& path, WeightsKind kind, bool verify) {
+  const std::string at = resolve_checkpoint(path, "best");
+  const bool average = fs::exists(at + "/" + kEmaFile);
+  if (kind == WeightsKind::ema)
+    check(average, at,
+          fs::is_directory(at) ? " has no moving average of its weights (train.ema_decay was 0)"
+                               : " is a file, and only a checkpoint's folder leaves a choice among its weights");
+  const bool averaged = kind != WeightsKind::raw && average;
+  const std::string file = fs::is_directory(at) ? at + "/" + (averaged ? kEmaFile : kModelFile) : at;
+  const std::string folder = fs::absolute(file).parent_path().string();
+  if (verify && (fs::is_directory(at) || fs::exists(folder + "/" + kStateFile)))
+    verify_folder(folder);  // a file taken out of its checkpoint stands alone
+  return file;
+}
+
+/// What --resume considers in a run's folder: `last`, then the others from the newest. Mends what a crash left of `last` and `best`.
+static std::vector<std::string> candidates(const std::string& folder) {
+  if (!fs::is_directory(folder)) return {};
+  remove_history_leftovers(folder);
+  std::vector<std::pair<int64_t, std::string>> others;
+  if (recover_folder(folder + "/best")) others.emplace_back(step_of(folder + "/best"), folder + "/best");
+  for (const int64_t step : history_of(folder)) others.emplace_back(step, folder + "/" + history_name(step));
+  std::stable_sort(others.begin(), others.end(), [](const auto& a, const auto& b) { return a.first > b.first; });
+  std::vector<std::string> out;
+  if (recover_folder(folder + "/last")) out.push_back(folder + "/last");
+  for (auto& [step, path] : others) out.push_back(std::move(path));
+  return out;
+}
+
+std::string find_checkpoint(const std::string& wish, const std::string& output, const std::function<void(const std::string&)>& warn) {
+  if (wish.empty()) return "";
+  if (wish != "auto") return resolve_checkpoint(wish, "last");
+  bool rejected = false;
+  for (const std::string& folder : candidates(output + "/checkpoints")) try {
+      verify_folder(folder);
+      if (rejected) warn(concat("going back to ", folder));
+      return folder;
+    } catch (const Error& e) {
+      warn(concat(folder, " cannot be used: ", e.what()));
+      rejected = true;
+    }
+  if (rejected) throw Error(concat("no checkpoint of ", output, " is whole; start again with another --output"));
+  return "";
+}
+
+}  // namespace mesa

@@ -1,0 +1,311 @@
+// Checkpoints written beside training, against disks that fail and processes that die at each operation of a save.
+#include "mesa/train/checkpoint_writer.h"
+
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <catch2/catch.hpp>
+#include <cerrno>
+#include <filesystem>
+#include <set>
+
+#include "mesa/kernels/elementwise.h"
+#include "mesa/optim/adamw.h"
+#include "mesa/train/files.h"
+#include "mesa/train/setup.h"
+#include "support/data_files.h"
+
+using namespace mesa;
+using namespace mesa::testing;
+using Catch::Matchers::Contains;
+namespace fs = std::filesystem;
+
+namespace {
+
+const char* const kConfig = "model: {name: vit, image_size: 16, patch_size: 8, width: 24, depth: 1, heads: 3, classes: 4}\nseed: 5\n";
+
+/// A model whose weights and moments tell which step they belong to.
+struct Model {
+  RunConfig config = parse_config(kConfig, "c.yaml");
+  BuiltModel model{config, model_config(config, 4)};
+  StoragePolicy policy = make_policy(config.storage);
+  AdamW optimizer{(model.params.allocate_gradients(), model.params.params()), {}};
+  std::vector<std::string> classes{"a", "b", "c", "d"};
+
+  std::map<std::string, Tensor> moments = optimizer.state();  // handles of what the optimizer has
+
+  CheckpointParts parts() const { return {config, classes, model.params, optimizer, moments, policy}; }
+  TrainingState at(int64_t step) const {
+    for (const Param& param : model.params.params()) kernels::fill(param.value, static_cast<double>(step));
+    for (const auto& [name, moment] : optimizer.state()) kernels::fill(moment, 0.5 * static_cast<double>(step));
+    TrainingState state;
+    state.step = step;
+    return state;
+  }
+  /// The step of a checkpoint, all of whose numbers must be of it.
+  int64_t load(const std::string& folder) {
+    const int64_t step = load_checkpoint(folder, config, model.params, optimizer, policy).state.step;
+    for (const Param& param : model.params.params())
+      for (const float value : param.value.to_vector<float>()) REQUIRE(value == static_cast<float>(step));
+    for (const auto& [name, moment] : optimizer.state())
+      for (const float value : moment.to_vector<float>()) REQUIRE(value == 0.5F * static_cast<float>(step));
+    return step;
+  }
+};
+
+/// checkpoints/ of a run that has written the steps 1, 2 and 3 and keeps two older ones.
+struct History {
+  TemporaryFolder folder;
+  Model model;
+  std::string run = (folder.path() / "run").string(), at = run + "/checkpoints", ready = (folder.path() / "ready").string();
+  History() {
+    CheckpointWriter writer(at, 2, "");
+    for (int64_t step = 1; step <= 3; ++step)
+      write(writer, step, step == 2 ? std::vector<std::string>{"best", "last"} : std::vector<std::string>{"last"});
+    fs::copy(at, ready, fs::copy_options::recursive);
+  }
+  ~History() { set_file_fault({}); }
+  /// As it was before the next save.
+  void reset() const {
+    fs::remove_all(at);
+    fs::copy(ready, at, fs::copy_options::recursive);
+  }
+  CheckpointWriter::Result write(CheckpointWriter& writer, int64_t step, std::vector<std::string> names = {"best", "last"},
+                                 bool beside = true) const {
+    writer.copy(model.parts(), model.at(step));
+    writer.write(std::move(names), beside);
+    return *writer.wait();
+  }
+  std::set<std::string> names() const {
+    std::set<std::string> out;
+    for (const auto& entry : fs::directory_iterator(at)) out.insert(entry.path().filename().string());
+    return out;
+  }
+  std::string resumed(std::vector<std::string>* rejected = nullptr) const {
+    return find_checkpoint("auto", run, [&](const std::string& why) {
+      if (rejected == nullptr) FAIL_CHECK("rejected: " << why);
+      if (rejected != nullptr) rejected->push_back(why);
+    });
+  }
+};
+
+bool exchange_fails(std::string_view operation) { return operation == "exchange"; }
+
+/// What a power failure may leave: of the files that were written since they were last synced, half.
+struct Unsynced {
+  std::set<std::string> files;
+  void note(std::string_view operation, const std::string& path) {
+    if (operation == "write") files.insert(path);
+    if (operation == "sync") files.erase(path);
+  }
+  void lose() const {
+    for (std::string path : files) {
+      if (const size_t tmp = path.find(".tmp/"); !fs::exists(path) && tmp != std::string::npos) path.erase(tmp, 4);  // renamed since
+      if (fs::exists(path)) fs::resize_file(path, fs::file_size(path) / 2);
+    }
+  }
+};
+
+enum class Death { crash, power_failure };
+
+/// Saves step 4 in a process that dies at the operation number `at`. False if the save had no such operation.
+bool dies(const History& h, CheckpointWriter& writer, int at, Death death, bool exchange_works) {
+  const pid_t child = fork();
+  if (child == 0) {
+    int count = 0;
+    Unsynced unsynced;
+    set_file_fault([&](std::string_view operation, const std::string& path) {
+      if (++count == at) {
+        if (death == Death::power_failure) unsynced.lose();
+        _exit(9);
+      }
+      unsynced.note(operation, path);
+      return exchange_fails(operation) && !exchange_works ? EINVAL : 0;
+    });
+    writer.write({"best", "last"}, at % 2 == 0);  // beside training and not
+    writer.wait();
+    _exit(0);
+  }
+  int status = 0;
+  REQUIRE(waitpid(child, &status, 0) == child);
+  REQUIRE(WIFEXITED(status));
+  static_cast<void>(h);
+  return WEXITSTATUS(status) == 9;
+}
+
+/// After whatever happened to the save of step 4, the run goes on from a whole checkpoint, and leaves no more than it should.
+int64_t check_goes_on(History& h) {
+  const std::string found = h.resumed();
+  const int64_t step = h.model.load(found);
+  CHECK((step == 3 || step == 4));
+  for (const std::string& name : h.names()) {  // what has a name is whole
+    CHECK_NOTHROW(verify_folder(h.at + "/" + name));
+    CHECK_FALSE((name.ends_with(".tmp") || name.ends_with(".old")));
+  }
+  CheckpointWriter writer(h.at, 2, found);
+  CHECK(h.write(writer, 5, {"last"}).error.empty());
+  CHECK(h.model.load(h.resumed()) == 5);
+  const std::set<std::string> names = h.names();
+  CHECK(names.size() <= 4);
+  CHECK(names.count("best") == 1);
+  CHECK(names.count("step-00000003") == 1);
+  return step;
+}
+
+}  // namespace
+
+TEST_CASE("checkpoint writer: a process that dies at any operation of a save leaves checkpoints to resume") {
+  History h;
+  for (const bool exchange_works : {true, false})
+    for (const Death death : {Death::crash, Death::power_failure}) {
+      std::set<int64_t> found;
+      int at = 1;
+      for (;; ++at) {
+        CAPTURE(exchange_works, static_cast<int>(death), at);
+        h.reset();
+        CheckpointWriter writer(h.at, 2, h.at + "/last");
+        writer.copy(h.model.parts(), h.model.at(4));
+        if (!dies(h, writer, at, death, exchange_works)) break;
+        found.insert(check_goes_on(h));
+      }
+      CHECK(at > 40);
+      CHECK(found == std::set<int64_t>{3, 4});
+    }
+}
+
+TEST_CASE("checkpoint writer: a disk that fails at any operation of a save costs nothing") {
+  History h;
+  const int code = GENERATE(ENOSPC, EIO, kShortWrite);
+  for (const bool exchange_works : {true, false}) {
+    int failures = 0, at = 1;
+    for (;; ++at) {
+      CAPTURE(code, exchange_works, at);
+      h.reset();
+      CheckpointWriter writer(h.at, 2, h.at + "/last");
+      int count = 0;
+      bool short_write = false;  // after it the disk is full
+      set_file_fault([&](std::string_view operation, const std::string&) {
+        if (short_write && operation == "write") return short_write = false, ENOSPC;
+        short_write = ++count == at && code == kShortWrite && operation == "write";
+        if (count == at && (code != kShortWrite || short_write)) return code;
+        return exchange_fails(operation) && !exchange_works ? EINVAL : 0;
+      });
+      const CheckpointWriter::Result result = h.write(writer, 4, {"best", "last"}, at % 2 == 0);
+      set_file_fault({});
+      CHECK(result.error.empty() == writer.failed().empty());
+      if (!result.error.empty()) {
+        ++failures;
+        CHECK_THAT(result.error, Contains(h.at) && Contains(code == EIO ? "Input/output error" : "No space left on device"));
+        for (const char* name : {"last", "best"}) CHECK_NOTHROW(verify_folder(h.at + "/" + name));
+        writer.write(writer.failed(), false);  // the copy is still there
+        CHECK(writer.wait()->error.empty());
+        CHECK(writer.failed().empty());
+        CHECK(h.model.load(h.at + "/last") == 4);
+        CHECK(h.model.load(h.at + "/best") == 4);
+      }
+      check_goes_on(h);
+      if (count < at) break;
+    }
+    CHECK(at > 40);
+    CHECK(failures > 8);
+  }
+}
+
+TEST_CASE("checkpoint writer: after each rename the folder around it is synced, and data before") {
+  History h;
+  CheckpointWriter writer(h.at, 2, h.at + "/last");
+  std::vector<std::pair<std::string, std::string>> log;
+  set_file_fault([&](std::string_view operation, const std::string& path) { return log.emplace_back(operation, path), 0; });
+  REQUIRE(h.write(writer, 4).error.empty());
+  set_file_fault({});
+  int renames = 0;
+  std::set<std::string> dirty;
+  for (size_t i = 0; i < log.size(); ++i) {
+    const auto& [operation, path] = log[i];
+    if (operation == "write") dirty.insert(path);
+    if (operation == "sync") dirty.erase(path);
+    if ((operation != "rename" && operation != "exchange") || path.ends_with(".tmp")) continue;
+    ++renames;
+    CHECK(dirty.empty());
+    REQUIRE(i + 1 < log.size());
+    const bool second = path.find("/step-") != std::string::npos;  // `last` takes its name at once
+    CHECK(log[i + 1].first == (second ? "rename" : "sync"));
+    CHECK(log[i + 1].second == (second ? h.at + "/last" : h.at));
+  }
+  CHECK(renames == 3);  // best, last, and the one before it
+}
+
+TEST_CASE("checkpoint writer: the older ones stay as many as asked for, and are resumed when the newer are damaged") {
+  History h;
+  CHECK(h.names() == std::set<std::string>{"best", "last", "step-00000001", "step-00000002"});
+  CheckpointWriter writer(h.at, 2, h.at + "/last");
+  h.write(writer, 4);
+  CHECK(h.names() == std::set<std::string>{"best", "last", "step-00000002", "step-00000003"});
+  CHECK(writer.written_step() == 4);
+  for (const int64_t step : {2, 3}) CHECK(h.model.load(h.at + "/step-0000000" + std::to_string(step)) == step);
+  const auto damage = [&](const std::string& name) { fs::resize_file(h.at + "/" + name + "/model.safetensors", 100); };
+  std::vector<std::string> rejected;
+  damage("last"), damage("step-00000003");
+  CHECK(h.resumed(&rejected) == h.at + "/best");
+  CHECK(rejected.size() == 2);
+  CHECK_THAT(rejected[0], Contains("checkpoints/last cannot be used: ") && Contains("truncated"));
+  damage("best");
+  rejected.clear();
+  CHECK(h.resumed(&rejected) == h.at + "/step-00000002");
+  CHECK(rejected.size() == 4);
+  CHECK_THAT(rejected[1], Contains("checkpoints/best cannot be used: "));  // of step 4
+  CHECK_THAT(rejected[2], Contains("checkpoints/step-00000003 cannot be used: "));
+  CHECK_THAT(rejected[3], Contains("going back to "));
+
+  // A damaged `last` does not become an older checkpoint, nor does one of a future that was left.
+  CheckpointWriter resumed(h.at, 2, h.at + "/step-00000002");
+  h.write(resumed, 3, {"last"});
+  CHECK(h.names() == std::set<std::string>{"best", "last", "step-00000002"});
+  CHECK(h.model.load(h.resumed()) == 3);
+  h.write(resumed, 3, {"last"});  // the same step once more
+  CHECK(h.names() == std::set<std::string>{"best", "last", "step-00000002"});
+  CheckpointWriter none(h.at, 0, h.at + "/last");
+  h.write(none, 6, {"last"});
+  CHECK(h.names() == std::set<std::string>{"best", "last"});
+}
+
+TEST_CASE("checkpoint writer: another process's `last` is kept only if it is whole") {
+  History h;
+  CheckpointWriter writer(h.at, 5, "");  // resumed from elsewhere
+  h.write(writer, 8, {"last"});
+  CHECK(h.names().count("step-00000003") == 1);
+  fs::resize_file(h.at + "/last/state.safetensors", 100);
+  CheckpointWriter other(h.at, 5, "");
+  h.write(other, 9, {"last"});
+  CHECK(h.names().count("step-00000008") == 0);
+}
+
+TEST_CASE("checkpoint writer: the copy is of its moment, holds on to its memory, and is told apart from later states") {
+  History h;
+  CheckpointWriter writer(h.at, 0, "");
+  h.write(writer, 1);
+  const int64_t before = Allocator::of(kCpu).use().system_allocations;
+  std::atomic<bool> go = false;
+  set_file_fault([&](std::string_view, const std::string&) {
+    while (!go) usleep(1000);
+    return 0;
+  });
+  writer.copy(h.model.parts(), h.model.at(7));
+  writer.write({"last"}, true);
+  CHECK(writer.writing());
+  CHECK_FALSE(writer.finished());
+  CHECK(writer.written_step() == 1);
+  TrainingState later = h.model.at(8);  // training goes on
+  go = true;
+  CHECK(writer.wait()->error.empty());
+  set_file_fault({});
+  CHECK_FALSE(writer.busy());
+  CHECK_FALSE(writer.holds(later));
+  later.step = 7;
+  CHECK(writer.holds(later));
+  later.evaluated_step = 7;
+  CHECK_FALSE(writer.holds(later));
+  CHECK(h.model.load(h.at + "/last") == 7);
+  CHECK(writer.bytes() > 0);
+  CHECK(Allocator::of(kCpu).use().system_allocations == before);
+}
