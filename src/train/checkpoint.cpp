@@ -13,6 +13,7 @@
 #include "mesa/models/resize.h"
 #include "mesa/train/files.h"
 #include "mesa/train/safetensors.h"
+#include "weight_names.h"
 
 namespace mesa {
 namespace {
@@ -121,14 +122,16 @@ std::string weights_file(const std::string& path, WeightsKind kind, bool verify)
   return file;
 }
 
-LoadedModel load_model(const std::string& path, WeightsKind kind) {
+LoadedModel load_model(const std::string& path, WeightsKind kind, const RunConfig* given) {
   const std::string file = weights_file(path, kind);
   SafetensorsFile tensors = read_safetensors(file);
   const auto config = tensors.metadata.find("mesa.config"), names = tensors.metadata.find("mesa.class_names");
-  check(config != tensors.metadata.end(), file, " does not say which model it belongs to (no mesa.config in its metadata)");
+  check(given != nullptr || config != tensors.metadata.end(), file,
+        " does not say which model it belongs to (no mesa.config in its metadata)");
   LoadedModel out;
   out.averaged = fs::path(file).filename() == kEmaFile;
-  out.config = parse_config(config->second, file);
+  out.config = given != nullptr ? *given : parse_config(config->second, file);
+  if (given != nullptr) strip_wrappers(tensors);
   if (names != tensors.metadata.end()) {
     const json list = json::parse(names->second, nullptr, false);
     check(list.is_array(), file, ": its class names are damaged");
@@ -151,20 +154,14 @@ void fill_parameter(Param& param, const Tensor& values) {
   param.touch();
 }
 
-/// PyTorch's count of the batches that a batch norm saw, which matters only without a momentum.
-bool is_batch_count(const std::string& name) { return name.ends_with(".num_batches_tracked"); }
-
 /// Of a classifier, which is made anew for other classes.
 bool is_of_head(const std::string& name) { return name.starts_with("head") || name.starts_with("fc."); }
 
 }  // namespace
 
-/// The first four, and how many more.
-static std::string first_of(const std::vector<std::string>& items) {
-  std::string list;
-  for (size_t i = 0; i < items.size() && i < 4; ++i) list += (i ? "; " : "") + items[i];
-  if (items.size() > 4) list += concat("; and ", items.size() - 4, " more");
-  return list;
+[[noreturn]] static void refuse_weights(const std::string& source, const std::vector<std::string>& problems) {
+  const std::string list = list_all(problems);
+  fail("", source, " belongs to another model:", list.starts_with('\n') ? "" : " ", list);
 }
 
 void load_weights(ParamStore& params, const std::map<std::string, Tensor>& weights, const std::string& source) {
@@ -185,8 +182,8 @@ void load_weights(ParamStore& params, const std::map<std::string, Tensor>& weigh
   for (Param& param : params.params()) take(param.name, param.value), param.touch();
   for (ModelBuffer& buffer : params.buffers()) take(buffer.name, buffer.value);
   for (const auto& [name, tensor] : rest)
-    if (!is_batch_count(name)) problems.push_back("unexpected " + name + " " + to_string(tensor.shape()));
-  if (!problems.empty()) fail("", source, " belongs to another model: ", first_of(problems));
+    if (!is_derived(name)) problems.push_back("unexpected " + name + " " + to_string(tensor.shape()));
+  if (!problems.empty()) refuse_weights(source, problems);
 }
 
 namespace {
@@ -213,7 +210,8 @@ Tensor resized(const Param& param, const Tensor& values) {
 
 std::string start_from_weights(ParamStore& params, const std::string& path) {
   const std::string file = weights_file(path, WeightsKind::automatic);
-  const SafetensorsFile weights = read_safetensors(file);
+  SafetensorsFile weights = read_safetensors(file);
+  strip_wrappers(weights);
   std::vector<std::string> problems, adapted, fresh, unused;
   std::set<std::string> known;
   for (Param& param : params.params()) {
@@ -241,12 +239,12 @@ std::string start_from_weights(ParamStore& params, const std::string& path) {
       problems.push_back(concat(values == nullptr ? "missing " : "of another form ", buffer.name, " ", buffer.value.shape()));
   }
   for (const NamedTensor& tensor : weights.tensors)
-    if (known.count(tensor.name) == 0 && !is_batch_count(tensor.name)) unused.push_back(tensor.name);
-  if (!problems.empty()) fail("", file, " belongs to another model: ", first_of(problems));
+    if (known.count(tensor.name) == 0 && !is_derived(tensor.name)) unused.push_back(tensor.name);
+  if (!problems.empty()) refuse_weights(file, problems);
   std::string text = "started from " + file;
-  if (!adapted.empty()) text += "; resized " + first_of(adapted);
-  if (!fresh.empty()) text += "; not in it, so with first values: " + first_of(fresh);
-  if (!unused.empty()) text += "; not of this model, so unused: " + first_of(unused);
+  if (!adapted.empty()) text += "; resized " + list_all(adapted);
+  if (!fresh.empty()) text += "; not in it, so with first values: " + list_all(fresh);
+  if (!unused.empty()) text += "; not of this model, so unused: " + list_all(unused);
   return text;
 }
 

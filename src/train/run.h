@@ -4,6 +4,7 @@
 #include <optional>
 #include <string>
 
+#include "mesa/train/confusion.h"
 #include "mesa/train/evaluate.h"
 #include "mesa/train/optimizer_setup.h"
 #include "mesa/train/trainer.h"
@@ -61,6 +62,7 @@ class Run {
   TransformOptions transform_;
   Plan plan_;
   Loader train_loader_, eval_loader_;
+  Predictions predictions_;
   BuiltModel model_;
   StoragePolicy policy_;
   std::unique_ptr<Optimizer> optimizer_;

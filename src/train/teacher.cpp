@@ -2,6 +2,7 @@
 
 #include "mesa/train/checkpoint.h"
 #include "mesa/train/safetensors.h"
+#include "weight_names.h"
 
 namespace mesa {
 namespace {
@@ -32,7 +33,8 @@ Teacher::Teacher(const RunConfig& config, const ImageConfig& student, Device dev
   const bool plan = device.kind == DeviceKind::meta;
   try {
     const std::string file = weights_file(config.distill.teacher, WeightsKind::automatic, !plan);
-    const SafetensorsFile weights = read_safetensors(file, plan ? kMeta : kCpu);
+    SafetensorsFile weights = read_safetensors(file, plan ? kMeta : kCpu);
+    strip_wrappers(weights);
     const NetConfig model = teacher_config(config, weights, student);
     const ImageConfig& input = model.input();
     if (input.image_size != student.image_size || input.channels != student.channels || input.classes != student.classes)

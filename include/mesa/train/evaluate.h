@@ -23,9 +23,9 @@ using AddUp = std::function<void(std::vector<double>&)>;
 
 using Look = std::function<void(const Batch& batch, const Tensor& logits)>;
 
-/// Runs every batch of the loader's epoch 0 without a tape. `stop` is asked before each batch; `progress` is told images done; `look` is
-/// shown each batch with its logits, f32 [B, K] on the CPU. With `add_up` the loader's batches are one rank's, and the result is that of
-/// all.
+/// Runs every batch of the loader's epoch 0 without a tape; with transform.eval_flip logits are the mean over a picture and its mirror
+/// image. `stop` is asked before each batch; `progress` is told images done; `look` is shown each batch with its logits, f32 [B, K] on the
+/// CPU. With `add_up` the loader's batches are one rank's, and the result is that of all.
 EvalResult evaluate(const BuiltModel& model, Loader& loader, const TransformOptions& transform, const std::function<bool()>& stop = {},
                     const std::function<void(int64_t done)>& progress = {}, const Look& look = {}, const AddUp& add_up = {});
 
@@ -41,6 +41,9 @@ struct Evaluations {
 Evaluations evaluate_all(const BuiltModel& model, Ema* ema, Loader& loader, const TransformOptions& transform,
                          const std::function<bool()>& stop, const Look& look = {}, const AddUp& add_up = {});
 
+/// Whether fewer than `k` of the K logits are better than the label's: higher, or as high and of a lower class. NaN is never among the
+/// best. Throws Error for a label that is no class.
+bool is_among_best(const float* logits, int64_t classes, int64_t label, int64_t k);
 /// How many of the batch's labels are among the `k` highest logits (ties resolved for the lower class, NaN counts as wrong).
 int64_t count_top(const Tensor& logits, const Tensor& labels, int64_t k);
 
