@@ -130,30 +130,42 @@ void check_files(const Arguments& args) {
     if (!file.empty()) mesa::check_can_write(file);
 }
 
-int evaluate_checkpoint(const Arguments& args) {
-  check_files(args);
-  const std::string &path = args.checkpoint, &data = args.data, &device = args.device;
-  mesa::LoadedModel loaded = load(args);
-  mesa::RunConfig& config = loaded.config;
-  if (!data.empty() && (config.data.kind == "shapes" || config.data.kind == "random"))
-    throw mesa::UsageError(mesa::concat("--data: the run's data are generated (data.kind: ", config.data.kind, "), they have no folder"));
-  if (!data.empty()) config.data.path = data;
-  if (args.batch_size > 0) config.train.eval_batch_size = args.batch_size;
-  if (args.flip) config.data.eval_flip = true;
-  // The weights do not say where to compute: what only a GPU or another CPU has is replaced by its equal.
-  config.device = device;
-  config.train.force_precision = true;
-  if (config.model.attention == "cudnn") config.model.attention = "fused";
-  mesa::use_threads(config);
+void tell(const Arguments& args, bool averaged, bool flip, const mesa::EvalResult& result, const mesa::RealResult* real,
+          const mesa::Confusion& confusion) {
+  std::printf("top-1 %.2f %%, top-5 %.2f %%, loss %.4f, %lld images, %.1f images/s%s%s\n", result.top1, result.top5, result.loss,
+              static_cast<long long>(result.images), result.images_per_second(), averaged ? ", averaged weights" : "",
+              flip ? ", with mirror images" : "");
+  nlohmann::json out{{"checkpoint", args.checkpoint}, {"weights", averaged ? "ema" : "raw"},
+                     {"top1", result.top1},           {"top5", result.top5},
+                     {"loss", result.loss},           {"images", result.images},
+                     {"left_out", result.left_out},   {"images_per_second", result.images_per_second()},
+                     {"flip", flip}};
+  if (real) {
+    std::printf("ReaL top-1 %.2f %%, top-5 %.2f %%, %lld images, %lld without labels\n", real->top1, real->top5,
+                static_cast<long long>(real->images), static_cast<long long>(real->unlabelled));
+    out["real"] = {{"top1", real->top1}, {"top5", real->top5}, {"images", real->images}, {"unlabelled", real->unlabelled}};
+  }
+  tell_of_classes(args, confusion, out);
+  if (!args.json.empty())
+    mesa::write_file_atomically(args.json, out.dump(2, ' ', false, nlohmann::json::error_handler_t::replace) + "\n");
+}
+
+/// Everything that was asked for, by the leader; the others give their parts.
+int evaluate(const Arguments& args, mesa::LoadedModel& loaded, bool leads, const mesa::AddUp& add_up) {
+  const mesa::RunConfig& config = loaded.config;
   const int64_t classes = loaded.class_names.empty() ? classes_of_head(loaded.weights) : static_cast<int64_t>(loaded.class_names.size());
   const mesa::NetConfig net = mesa::model_config(config, classes);
   const mesa::TransformOptions transform = mesa::make_transform(config, net.input());
-  mesa::BuiltModel model(config, net, mesa::choose_device(device));
-  mesa::load_weights(model.params, loaded.weights, path);
+  mesa::BuiltModel model(config, net, mesa::choose_device(args.device));
+  mesa::load_weights(model.params, loaded.weights, args.checkpoint);
   if (const std::string bad = mesa::first_bad_parameter(model.params); !bad.empty())
-    throw mesa::Error(mesa::concat(path, ": the weights are not finite, first in ", bad));
+    throw mesa::Error(mesa::concat(args.checkpoint, ": the weights are not finite, first in ", bad));
   const auto test = mesa::make_datasets(config, net.input(), false).test;
-  if (!loaded.class_names.empty()) check_classes(loaded.class_names, test->class_names(), path);
+  if (!loaded.class_names.empty())
+    check_classes(loaded.class_names, test->class_names(), args.checkpoint);
+  else if (leads && test->classes() < net.input().classes)
+    std::fprintf(stderr, "warning: the data have %lld classes and the model %lld: label 0 is taken for the model's class 0, and so on\n",
+                 static_cast<long long>(test->classes()), static_cast<long long>(net.input().classes));
   mesa::Loader loader(test, transform, mesa::make_loader_options(config, false, model.device));
   const int64_t total = test->size();
   std::optional<mesa::RealLabels> real;
@@ -163,26 +175,33 @@ int evaluate_checkpoint(const Arguments& args) {
     predictions.take(batch, logits);
     if (real) real->take(batch, logits);
   };
-  const mesa::EvalResult result = mesa::evaluate(model, loader, transform, {}, [&](int64_t done) { show(done, total); }, look);
+  const auto progress = [&](int64_t done) {
+    if (leads) show(std::min(done * config.ranks, total), total);
+  };
+  const mesa::EvalResult result = mesa::evaluate(model, loader, transform, {}, progress, look, add_up);
+  const mesa::Confusion confusion = predictions.finish(add_up);
+  mesa::RealResult reassessed;
+  if (real) reassessed = real->finish(add_up);
   for (const std::string& sample : loader.skipped_samples()) std::fprintf(stderr, "warning: a bad sample is left out: %s\n", sample.c_str());
-  std::printf("top-1 %.2f %%, top-5 %.2f %%, loss %.4f, %lld images, %.1f images/s%s%s\n", result.top1, result.top5, result.loss,
-              static_cast<long long>(result.images), result.images_per_second(), loaded.averaged ? ", averaged weights" : "",
-              transform.eval_flip ? ", with mirror images" : "");
-  nlohmann::json out{{"checkpoint", path},          {"weights", loaded.averaged ? "ema" : "raw"},
-                     {"top1", result.top1},         {"top5", result.top5},
-                     {"loss", result.loss},         {"images", result.images},
-                     {"left_out", result.left_out}, {"images_per_second", result.images_per_second()},
-                     {"flip", transform.eval_flip}};
-  if (real) {
-    const mesa::RealResult r = real->finish();
-    std::printf("ReaL top-1 %.2f %%, top-5 %.2f %%, %lld images, %lld without labels\n", r.top1, r.top5, static_cast<long long>(r.images),
-                static_cast<long long>(r.unlabelled));
-    out["real"] = {{"top1", r.top1}, {"top5", r.top5}, {"images", r.images}, {"unlabelled", r.unlabelled}};
-  }
-  tell_of_classes(args, predictions.finish(), out);
-  if (!args.json.empty())
-    mesa::write_file_atomically(args.json, out.dump(2, ' ', false, nlohmann::json::error_handler_t::replace) + "\n");
+  if (leads) tell(args, loaded.averaged, transform.eval_flip, result, real ? &reassessed : nullptr, confusion);
   return 0;
+}
+
+int evaluate_checkpoint(const Arguments& args) {
+  check_files(args);
+  mesa::LoadedModel loaded = load(args);
+  mesa::RunConfig& config = loaded.config;
+  if (!args.data.empty() && (config.data.kind == "shapes" || config.data.kind == "random"))
+    throw mesa::UsageError(mesa::concat("--data: the run's data are generated (data.kind: ", config.data.kind, "), they have no folder"));
+  if (!args.data.empty()) config.data.path = args.data;
+  if (args.batch_size > 0) config.train.eval_batch_size = args.batch_size;
+  if (args.flip) config.data.eval_flip = true;
+  // The weights do not say where to compute: what only a GPU or another CPU has is replaced by its equal.
+  config.device = args.device;
+  config.train.force_precision = true;
+  if (config.model.attention == "cudnn") config.model.attention = "fused";
+  return mesa::evaluate_on_ranks(config,
+                                 [&](bool leads, const mesa::AddUp& add_up) { return evaluate(args, loaded, leads, add_up); });
 }
 
 }  // namespace

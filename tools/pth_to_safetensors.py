@@ -31,6 +31,7 @@ STORAGES = {
 WEIGHT_KEYS = ("model", "state_dict", "module", "net")
 EMA_KEYS = ("model_ema", "state_dict_ema", "ema")
 PREFIXES = ("module.", "_orig_mod.")
+ZIP_ERRORS = (zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError, OverflowError, ValueError, struct.error)
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 # What a file may make of views that repeat their storage, over its own size: a few bytes must not become a full disk.
 MOST_EXPANSION, MOST_EXTRA_BYTES = 4, 256 << 20
@@ -287,7 +288,10 @@ def load_zip(path, inert):
             raise Refused(f"the archive has no '{name}'")
         if info.compress_type != zipfile.ZIP_STORED:
             raise Refused(f"'{name}' is compressed, which torch.save never does")
-        return archive.read(info)
+        try:
+            return archive.read(info)
+        except ZIP_ERRORS as e:
+            raise Refused(f"'{name}' in the zip archive is truncated or damaged ({e})")
 
     if folder + "byteorder" in members and read("byteorder").strip() != b"little":
         raise Refused("its values are big-endian")
@@ -350,7 +354,7 @@ def load(path, inert):
     if head[:4] == b"PK\x03\x04":
         try:
             return load_zip(path, inert)
-        except (zipfile.BadZipFile, EOFError, NotImplementedError, struct.error) as e:
+        except ZIP_ERRORS as e:
             raise Refused(f"the zip archive is truncated or damaged ({e})")
     if head[257:262] == b"ustar":
         raise Refused("this is the tar format of PyTorch before 0.2; load and save it with a newer PyTorch")

@@ -127,7 +127,7 @@ LoadedModel load_model(const std::string& path, WeightsKind kind, const RunConfi
   SafetensorsFile tensors = read_safetensors(file);
   const auto config = tensors.metadata.find("mesa.config"), names = tensors.metadata.find("mesa.class_names");
   check(given != nullptr || config != tensors.metadata.end(), file,
-        " does not say which model it belongs to (no mesa.config in its metadata)");
+        " does not say which model it belongs to (no mesa.config in its metadata); --config names a config that does");
   LoadedModel out;
   out.averaged = fs::path(file).filename() == kEmaFile;
   out.config = given != nullptr ? *given : parse_config(config->second, file);
