@@ -27,10 +27,11 @@ bool are_numbers(const std::vector<std::string>& names) {
 void check_classes(const std::vector<std::string>& trained, const std::vector<std::string>& data, const std::string& checkpoint) {
   if (trained.size() == data.size() && (are_numbers(trained) || are_numbers(data))) return;
   for (size_t i = 0; i < std::max(trained.size(), data.size()); ++i) {
-    const std::string then = i < trained.size() ? "'" + trained[i] + "'" : "missing", now = i < data.size() ? "'" + data[i] + "'" : "missing";
+    const std::string then = i < trained.size() ? "'" + trained[i] + "'" : "missing",
+                      now = i < data.size() ? "'" + data[i] + "'" : "missing";
     if (then == now) continue;
-    throw mesa::Error(mesa::concat(checkpoint, ": the classes of these data are not those of its training: class ", i, " was ", then,
-                                   " and is ", now));
+    throw mesa::Error(
+        mesa::concat(checkpoint, ": the classes of these data are not those of its training: class ", i, " was ", then, " and is ", now));
   }
 }
 
@@ -135,10 +136,14 @@ void tell(const Arguments& args, bool averaged, bool flip, const mesa::EvalResul
   std::printf("top-1 %.2f %%, top-5 %.2f %%, loss %.4f, %lld images, %.1f images/s%s%s\n", result.top1, result.top5, result.loss,
               static_cast<long long>(result.images), result.images_per_second(), averaged ? ", averaged weights" : "",
               flip ? ", with mirror images" : "");
-  nlohmann::json out{{"checkpoint", args.checkpoint}, {"weights", averaged ? "ema" : "raw"},
-                     {"top1", result.top1},           {"top5", result.top5},
-                     {"loss", result.loss},           {"images", result.images},
-                     {"left_out", result.left_out},   {"images_per_second", result.images_per_second()},
+  nlohmann::json out{{"checkpoint", args.checkpoint},
+                     {"weights", averaged ? "ema" : "raw"},
+                     {"top1", result.top1},
+                     {"top5", result.top5},
+                     {"loss", result.loss},
+                     {"images", result.images},
+                     {"left_out", result.left_out},
+                     {"images_per_second", result.images_per_second()},
                      {"flip", flip}};
   if (real) {
     std::printf("ReaL top-1 %.2f %%, top-5 %.2f %%, %lld images, %lld without labels\n", real->top1, real->top5,
@@ -146,8 +151,7 @@ void tell(const Arguments& args, bool averaged, bool flip, const mesa::EvalResul
     out["real"] = {{"top1", real->top1}, {"top5", real->top5}, {"images", real->images}, {"unlabelled", real->unlabelled}};
   }
   tell_of_classes(args, confusion, out);
-  if (!args.json.empty())
-    mesa::write_file_atomically(args.json, out.dump(2, ' ', false, nlohmann::json::error_handler_t::replace) + "\n");
+  if (!args.json.empty()) mesa::write_file_atomically(args.json, out.dump(2, ' ', false, nlohmann::json::error_handler_t::replace) + "\n");
 }
 
 /// Everything that was asked for, by the leader; the others give their parts.
@@ -182,7 +186,8 @@ int evaluate(const Arguments& args, mesa::LoadedModel& loaded, bool leads, const
   const mesa::Confusion confusion = predictions.finish(add_up);
   mesa::RealResult reassessed;
   if (real) reassessed = real->finish(add_up);
-  for (const std::string& sample : loader.skipped_samples()) std::fprintf(stderr, "warning: a bad sample is left out: %s\n", sample.c_str());
+  for (const std::string& sample : loader.skipped_samples())
+    std::fprintf(stderr, "warning: a bad sample is left out: %s\n", sample.c_str());
   if (leads) tell(args, loaded.averaged, transform.eval_flip, result, real ? &reassessed : nullptr, confusion);
   return 0;
 }
@@ -200,8 +205,7 @@ int evaluate_checkpoint(const Arguments& args) {
   config.device = args.device;
   config.train.force_precision = true;
   if (config.model.attention == "cudnn") config.model.attention = "fused";
-  return mesa::evaluate_on_ranks(config,
-                                 [&](bool leads, const mesa::AddUp& add_up) { return evaluate(args, loaded, leads, add_up); });
+  return mesa::evaluate_on_ranks(config, [&](bool leads, const mesa::AddUp& add_up) { return evaluate(args, loaded, leads, add_up); });
 }
 
 }  // namespace
@@ -218,7 +222,10 @@ int main(int argc, char** argv) {
       ->capture_default_str();
   app.add_option("--data", args.data, "folder of the data (default: where the run had it); training files need not be there");
   app.add_option("--batch-size", args.batch_size, "images a batch")->check(CLI::Range(int64_t{1}, int64_t{1'000'000}));
-  app.add_option("--set", args.overrides, "override one key of the run's config (repeatable)")->type_name("KEY=VALUE")->expected(1)->take_all();
+  app.add_option("--set", args.overrides, "override one key of the run's config (repeatable)")
+      ->type_name("KEY=VALUE")
+      ->expected(1)
+      ->take_all();
   app.add_option("--device", args.device, "auto, cpu or cuda: where to compute, wherever it was trained")
       ->check(CLI::IsMember({"auto", "cpu", "cuda"}))
       ->capture_default_str();
@@ -226,8 +233,9 @@ int main(int argc, char** argv) {
   app.add_option("--real", args.real, "also by reassessed labels (ReaL): real.json of ImageNet, or a map from names of pictures to lists")
       ->type_name("FILE.json");
   std::string per_class;
-  const CLI::Option* per_class_option =
-      app.add_option("--per-class", per_class, "a table of the classes, on the terminal or in this file")->expected(0, 1)->type_name("[FILE.csv]");
+  const CLI::Option* per_class_option = app.add_option("--per-class", per_class, "a table of the classes, on the terminal or in this file")
+                                            ->expected(0, 1)
+                                            ->type_name("[FILE.csv]");
   app.add_option("--confusion", args.confusion, "which classes are taken for which, as a picture, or as a table (.csv)")
       ->type_name("FILE.png");
   app.add_option("--json", args.json, "also write the results to this file");

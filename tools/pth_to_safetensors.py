@@ -469,7 +469,7 @@ def main():
     parser.add_argument("--inert", action="append", default=[], metavar="MODULE.NAME",
                         help="read past this name with an empty stand-in; still nothing is run (repeatable)")
     args = parser.parse_args()
-    if os.path.exists(args.output) and os.path.samefile(args.input, args.output):
+    if os.path.exists(args.input) and os.path.exists(args.output) and os.path.samefile(args.input, args.output):
         parser.error("input and output are the same file")
     try:
         convert(args)

@@ -32,7 +32,7 @@ const Args kPictures{"data.kind=image_folder", "data.path=data",     "data.train
 TEST_CASE("mesa-eval: classes and confusion on the terminal, in files and in JSON say the same as the totals") {
   const TinyRun tiny;
   REQUIRE(tiny.train({"data.test_size=53"}).code == 0);
-  const ProcessResult result = tiny.eval({"run", "--json", "o.json", "--per-class=c.csv", "--confusion", "c.png", "--batch-size", "7"});
+  const ProcessResult result = tiny.eval({"run/checkpoints/last", "--json", "o.json", "--per-class=c.csv", "--confusion", "c.png", "--batch-size", "7"});
   INFO(result.err);
   REQUIRE(result.code == 0);
   const Json out = tiny.json("o.json");
@@ -65,7 +65,7 @@ TEST_CASE("mesa-eval: classes and confusion on the terminal, in files and in JSO
   CHECK(mesa::parse_csv(read_text(tiny.path("run/classes.csv"))) == rows);
   CHECK_THAT(read_text(tiny.path("run/report.html")), Contains("Classes of the test set"));
 
-  const ProcessResult terminal = tiny.eval({"run", "--per-class", "--confusion", "c.csv"});
+  const ProcessResult terminal = tiny.eval({"run/checkpoints/last", "--per-class", "--confusion", "c.csv"});
   CHECK(terminal.code == 0);
   CHECK_THAT(terminal.out, Contains("precision  class, most often taken for") && Contains("crescent"));
   CHECK(mesa::parse_csv(read_text(tiny.path("c.csv"))).size() == out["confusion"].size() + 1);

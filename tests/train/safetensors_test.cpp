@@ -153,7 +153,7 @@ TEST_CASE("safetensors: malformed files are refused") {
       {file_of("{" + entry("t", "F32", "[1]", "[-4,0]") + "}", four), "whole numbers"},
       {file_of("{" + entry("t", "F32", "[1]", "[0,4,8]") + "}", four), "must be [begin, end]"},
       {file_of("{" + entry("t", "F32", "1", "[0,4]") + "}", four), "shape must be a list"},
-      {file_of("{" + entry("t", "F16", "[2]", "[0,4]") + "}", four), "has the element type F16"},
+      {file_of("{" + entry("t", "F8_E4M3", "[2]", "[0,4]") + "}", four), "has the element type F8_E4M3"},
       {file_of("{" + entry("t", "F32", "[1,1,1,1,1,1,1]", "[0,4]") + "}", four), "has 7 axes"},
       {file_of(R"({"t":{"dtype":1,"shape":[1],"data_offsets":[0,4]}})", four), "dtype must be text"},
       {file_of(R"({"t":{"shape":[1],"data_offsets":[0,4]}})", four), "has no dtype"},
