@@ -12,7 +12,7 @@
 namespace {
 
 struct Arguments {
-  std::string config, output, device;
+  std::string config, output, device, weights;
   std::vector<std::string> overrides;
   bool dry = false, list = false, check_comm = false, check_data = false;
   double fit = 0;  // bytes
@@ -59,6 +59,7 @@ int run(Arguments& args) {
   if (config.where("storage") == "default") config.storage = mesa::load_storage("exact");  // the shipped policy, not just its name
   if (!args.output.empty()) config.output = args.output;
   if (!args.device.empty()) config.device = args.device;
+  if (!args.weights.empty()) config.train.weights = args.weights, config.places["train.weights"] = "--weights " + args.weights;
   if (args.dry) {
     config.ranks = args.ranks;
     std::fputs(mesa::dry_run(config, static_cast<int64_t>(args.fit)).c_str(), stdout);
@@ -83,6 +84,7 @@ int main(int argc, char** argv) {
   CLI::Option* resume_option =
       app.add_option("--resume", resume, "continue: 'auto' (the default value) takes the newest whole checkpoint of --output")
           ->expected(0, 1)->type_name("[auto|CHECKPOINT]");
+  app.add_option("--weights", args.weights, "begin with the weights of this checkpoint or safetensors file (train.weights)");
   app.add_option("--device", args.device, "auto, cpu or cuda")->check(CLI::IsMember({"auto", "cpu", "cuda"}));
   CLI::Option* dry = app.add_flag("--dry-run", args.dry, "print the resolved config, the plan of kept activations and the predicted peak memory; train nothing");
   app.add_option("--fit", args.fit, "with --dry-run: also the largest train.batch_size that fits so many bytes, the allocator's rounding included")

@@ -34,7 +34,9 @@ void TransformOptions::validate() const {
   probability("blur", blur);
   probability("erasing", erasing.probability);
   check(erasing.max_count >= 1, "erasing must take at least one rectangle, max_count is ", erasing.max_count);
-  check(color_jitter >= 0 && std::isfinite(color_jitter), "color_jitter must not be negative, it is ", color_jitter);
+  for (const double x : {color_jitter.brightness, color_jitter.contrast, color_jitter.saturation})
+    check(x >= 0 && std::isfinite(x), "color_jitter must not be negative, it is ", x);
+  check(color_jitter.hue >= 0 && color_jitter.hue <= 0.5, "color_jitter's hue must lie in 0..0.5, it is ", color_jitter.hue);
   check(crop_pct > 0 && crop_pct <= 1, "crop_pct must lie in (0, 1], it is ", crop_pct);
   check(static_cast<int64_t>(mean.size()) == channels && static_cast<int64_t>(std.size()) == channels,
         "mean and std need one value for each of ", channels, " channels, they have ", mean.size(), " and ", std.size());
@@ -94,15 +96,17 @@ void shift(const TransformOptions& options, int64_t dy, int64_t dx, uint8_t* pix
                   count * options.channels);
 }
 
-/// Brightness, contrast and saturation in random order, each by a random factor.
-void jitter_colors(const TransformOptions& options, RandomStream& random, const Pixels& p) {
-  int order[] = {0, 1, 2};
-  for (int i = 2; i > 0; --i) std::swap(order[i], order[random.below(static_cast<uint64_t>(i) + 1)]);
-  for (int which : order) {
-    const auto factor = static_cast<float>(random.uniform(std::max(0.0, 1 - options.color_jitter), 1 + options.color_jitter));
-    if (which == 0) pixels::brightness(p, factor);
-    if (which == 1) pixels::contrast(p, factor);
-    if (which == 2) pixels::color(p, factor);
+/// Brightness, contrast, saturation and, where it is on, hue in random order, each by a random amount.
+void jitter_colors(const ColorJitter& jitter, RandomStream& random, const Pixels& p) {
+  int order[] = {0, 1, 2, 3};
+  const int count = jitter.hue > 0 ? 4 : 3;  // without hue the random numbers are those of three
+  for (int i = count - 1; i > 0; --i) std::swap(order[i], order[random.below(static_cast<uint64_t>(i) + 1)]);
+  const auto factor = [&](double x) { return static_cast<float>(random.uniform(std::max(0.0, 1 - x), 1 + x)); };
+  for (int i = 0; i < count; ++i) {
+    if (order[i] == 0) pixels::brightness(p, factor(jitter.brightness));
+    if (order[i] == 1) pixels::contrast(p, factor(jitter.contrast));
+    if (order[i] == 2) pixels::color(p, factor(jitter.saturation));
+    if (order[i] == 3) pixels::hue(p, random.uniform(-jitter.hue, jitter.hue));
   }
 }
 
@@ -188,7 +192,7 @@ void transform_for_training(const Image& image, const TransformOptions& options,
   if (happens(options.flip)) pixels::mirror(p);
   if (happens(options.vflip)) pixels::flip_vertically(p);
   apply_augment(options.augment, {options.interpolation, options.random_interpolation, color_of(options.mean)}, random, p);
-  if (options.color_jitter > 0 && options.augment.color_jitter) jitter_colors(options, random, p);
+  if (options.color_jitter.on() && options.augment.color_jitter) jitter_colors(options.color_jitter, random, p);
   if (happens(options.grayscale)) pixels::grayscale(p);
   if (happens(options.blur)) pixels::gaussian_blur(p, random.uniform(0.1, 2));
   erase(p, options.erasing, options.mean, options.std, random);

@@ -11,6 +11,7 @@
 #include "mesa/base/files.h"
 #include "mesa/kernels/elementwise.h"
 #include "mesa/train/safetensors.h"
+#include "weight_names.h"
 
 namespace mesa {
 namespace {
@@ -27,14 +28,16 @@ std::map<std::string, Tensor> with_prefix(const SafetensorsFile& file, const std
 
 }  // namespace
 
-LoadedModel load_model(const std::string& path, WeightsKind kind) {
+LoadedModel load_model(const std::string& path, WeightsKind kind, const RunConfig* given) {
   const std::string file = weights_file(path, kind);
   SafetensorsFile tensors = read_safetensors(file);
   const auto config = tensors.metadata.find("mesa.config"), names = tensors.metadata.find("mesa.class_names");
-  check(config != tensors.metadata.end(), file, " does not say which model it belongs to (no mesa.config in its metadata)");
+  check(given != nullptr || config != tensors.metadata.end(), file,
+        " does not say which model it belongs to (no mesa.config in its metadata); --config names a config that does");
   LoadedModel out;
   out.averaged = fs::path(file).filename() == kEmaFile;
-  out.config = parse_config(config->second, file);
+  out.config = given != nullptr ? *given : parse_config(config->second, file);
+  if (given != nullptr) strip_wrappers(tensors);
   if (names != tensors.metadata.end()) {
     const json list = json::parse(names->second, nullptr, false);
     check(list.is_array(), file, ": its class names are damaged");

@@ -101,6 +101,13 @@ void check_augment(const RunConfig& c) try { parse_augment(c.data.augment, "data
   throw UsageError(concat(c.where("data.augment"), ": ", e.what()));
 }
 
+void check_jitter(const RunConfig& c) {
+  const std::vector<double>& jitter = c.data.color_jitter;
+  if (jitter.size() != 1 && jitter.size() != 3 && jitter.size() != 4)
+    c.refuse("data.color_jitter", "needs a number, [brightness, contrast, saturation], or these and the hue, not ", jitter.size(), " values");
+  if (jitter.size() == 4 && jitter[3] > 0.5) c.refuse("data.color_jitter", "a hue is turned by at most 0.5, not ", jitter[3]);
+}
+
 }  // namespace
 
 void check_config(const RunConfig& c) {
@@ -112,6 +119,7 @@ void check_config(const RunConfig& c) {
   if (m.image_size && m.patch_size && *m.image_size % *m.patch_size != 0)
     c.refuse("model.image_size", "an image of ", *m.image_size, " pixels cannot be cut into patches of ", *m.patch_size);
   check_augment(c);
+  check_jitter(c);
   check_pair(c, "data.crop_scale", c.data.crop_scale);
   check_pair(c, "data.crop_ratio", c.data.crop_ratio);
   if (c.data.mean.size() != c.data.std.size())

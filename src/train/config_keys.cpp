@@ -71,7 +71,9 @@ const Key kKeys[] = {
     KEY(data.vflip, probability(), "Probability of a vertical flip"),
     KEY(data.augment, any(),
         "Random operations: empty, `rand-...` (RandAugment, such as `rand-m9-mstd0.5-inc1`), or `3a` (3-Augment); see augmentation.md"),
-    KEY(data.color_jitter, probability(), "Strength of brightness, contrast and saturation jitter; beside `augment: rand-...` none"),
+    KEY(data.color_jitter, (Allowed{0, 1, false, false, "", 0, true}),
+        "Strength of brightness, contrast and saturation jitter, or all three, or with hue (at most 0.5): `[0.4, 0.4, 0.4, 0.1]`; beside "
+        "`augment: rand-...` none"),
     KEY(data.grayscale, probability(), "Probability of a gray image"),
     KEY(data.blur, probability(), "Probability of a Gaussian blur"),
     KEY(data.erasing, probability(), "Probability of random erasing"),
@@ -80,6 +82,7 @@ const Key kKeys[] = {
     KEY(data.interpolation, one_of("bilinear|bicubic|random"),
         "Filter of every resize and of geometric operations; `random`: drawn each time in training, bicubic in evaluation"),
     KEY(data.crop_pct, (Allowed{0, 1, true, false, "", 0}), "Share of the resized image that the evaluation's centre crop keeps"),
+    KEY(data.eval_flip, any(), "Evaluate each image and its mirror image, too: logits are the mean of both"),
     KEY(data.mixup, at_least(0), "Mixup: alpha of Beta(alpha, alpha), from which the share of a sample in its mixture comes; 0 = none"),
     KEY(data.cutmix, at_least(0), "CutMix: the same for the share of the area; where both are on, one is drawn"),
     KEY(data.mix_prob, probability(), "Probability of mixing at all"),
@@ -245,6 +248,7 @@ struct Reader {
 
   template <class F>
   auto list(F&& read) const {
+    if (key.allowed.single && value.is(Value::Kind::scalar)) return std::vector<decltype(read(value))>{read(value)};
     if (!value.is(Value::Kind::list)) wrong(value, value.describe(), " where a list is needed, such as [a, b]");
     if (key.allowed.length != 0 && value.items.size() != key.allowed.length)
       wrong(value, "needs ", key.allowed.length, " values, not ", value.items.size());
@@ -322,7 +326,9 @@ void assign(const Key& key, const Value& value, RunConfig& config) {
 }
 
 std::string write(const Key& key, RunConfig& config) {
-  return std::visit([&](auto field) { return Writer{}.of(field(config)); }, key.field);
+  const std::string text = std::visit([&](auto field) { return Writer{}.of(field(config)); }, key.field);
+  const bool alone = key.allowed.single && text.find(',') == std::string::npos;
+  return alone ? text.substr(1, text.size() - 2) : text;
 }
 
 std::string type_name(const Key& key) {
@@ -332,7 +338,8 @@ std::string type_name(const Key& key) {
     return (std::holds_alternative<Ref<std::vector<std::string>>>(key.field) ? "list of " : "") + choices;
   }
   RunConfig defaults;
-  return std::visit([&](auto field) { return TypeName{}.of(field(defaults)); }, key.field);
+  const std::string type = std::visit([&](auto field) { return TypeName{}.of(field(defaults)); }, key.field);
+  return key.allowed.single ? type.substr(8, type.size() - 9) + " or " + type : type;  // "list of numbers"
 }
 
 std::string quote(const std::string& text) {

@@ -22,6 +22,7 @@ struct Allowed {
   bool low_open = false, high_open = false;
   const char* choices = "";
   size_t length = 0;
+  bool single = false;  ///< of a list: a value alone stands for a list of it
 };
 
 struct Key {

@@ -4,20 +4,23 @@
 #include <chrono>
 #include <cmath>
 
+#include "mesa/data/pixels.h"
+
 namespace mesa {
+
+bool is_among_best(const float* logits, int64_t classes, int64_t label, int64_t k) {
+  check(label >= 0 && label < classes, "a picture has label ", label, " but the model has ", classes, " classes");
+  const float own = logits[label];
+  int64_t better = own == own ? 0 : k;
+  for (int64_t c = 0; c < classes; ++c) better += logits[c] > own || (c < label && logits[c] == own);
+  return better < k;
+}
 
 int64_t count_top(const Tensor& logits, const Tensor& labels, int64_t k) {
   const int64_t classes = logits.dim(1);
-  const float* rows = logits.data<float>();
   int64_t hits = 0;
-  for (int64_t b = 0; b < logits.dim(0); ++b) {
-    const float* row = rows + b * classes;
-    const int64_t label = labels.data<int64_t>()[b];
-    check(label >= 0 && label < classes, "a picture has label ", label, " but the model has ", classes, " classes");
-    int64_t better = row[label] == row[label] ? 0 : k;
-    for (int64_t c = 0; c < classes; ++c) better += row[c] > row[label] || (c < label && row[c] == row[label]);
-    hits += better < k;
-  }
+  for (int64_t b = 0; b < logits.dim(0); ++b)
+    hits += is_among_best(logits.data<float>() + b * classes, classes, labels.data<int64_t>()[b], k);
   return hits;
 }
 
@@ -39,6 +42,26 @@ Batch without_replacements(const Batch& batch) {
   return out;
 }
 
+/// The batch with left and right exchanged.
+Batch mirrored(const Batch& batch) {
+  Batch out{Tensor::empty(batch.images.shape(), DType::u8), batch.labels, {}, batch.epoch, batch.index, batch.sample_indices, {}};
+  const Shape& shape = batch.images.shape();
+  std::copy_n(batch.images.data<uint8_t>(), batch.images.numel(), out.images.data<uint8_t>());
+  for (int64_t b = 0; b < shape[0]; ++b)
+    pixels::mirror({out.images.data<uint8_t>() + b * shape[1] * shape[2] * shape[3], shape[1], shape[2], shape[3]});
+  return out;
+}
+
+/// f32 [B, K] on the CPU.
+Tensor logits_of(const BuiltModel& model, const SentBatch& batch, const TransformOptions& transform) {
+  const Tensor logits = to(model.net(prepare(batch, transform).images).value(), kCpu);
+  if (!transform.eval_flip) return logits;
+  const SentBatch mirror = send(mirrored(batch.host), model.net.input().classes, model.device);
+  const Tensor other = to(model.net(prepare(mirror, transform).images).value(), kCpu), mean = Tensor::empty(logits.shape(), DType::f32);
+  for (int64_t i = 0; i < mean.numel(); ++i) mean.data<float>()[i] = 0.5f * (logits.data<float>()[i] + other.data<float>()[i]);
+  return mean;
+}
+
 }  // namespace
 
 EvalResult evaluate(const BuiltModel& model, Loader& loader, const TransformOptions& transform, const std::function<bool()>& stop,
@@ -58,7 +81,7 @@ EvalResult evaluate(const BuiltModel& model, Loader& loader, const TransformOpti
     if (!batch->replaced.empty()) batch = without_replacements(*batch);
     if (batch->labels.numel() == 0) continue;
     const SentBatch sent = send(std::move(*batch), model.net.input().classes, model.device);
-    const Tensor logits = to(model.net(prepare(sent, transform).images).value(), kCpu), labels = sent.host.labels;
+    const Tensor logits = logits_of(model, sent, transform), labels = sent.host.labels;
     const int64_t n = labels.numel();
     loss += static_cast<double>(*cross_entropy(logits, labels).value().data<float>()) * static_cast<double>(n);
     top1 += static_cast<double>(count_top(logits, labels, 1));

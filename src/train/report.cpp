@@ -127,7 +127,7 @@ std::string charts_html(const std::vector<Chart>& charts) {
 std::string one_run(const RunRecord& run, const std::vector<Chart>& charts) {
   return "<header><h1>" + escape(run.name) + "</h1></header>\n" + facts(run) + list("Not everything could be read", run.notes) +
          list("Warnings of the run", run.warnings) + charts_html(charts) + epoch_table(run) + memory_section(run) + health_section(run) +
-         pictures_section(run) + environment(run);
+         classes_section(run) + pictures_section(run) + environment(run);
 }
 
 std::map<std::string, std::string> values_of(RunConfig config) {

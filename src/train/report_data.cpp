@@ -94,6 +94,8 @@ class Reader {
     attempt("samples.json", [&](const std::string& path) { run_.samples = read_pictures(path); });
     attempt("mistakes.json", [&](const std::string& path) { run_.mistakes = read_pictures(path); });
     attempt(
+        "confusion.json", [&](const std::string& path) { run_.confusion = read_confusion(path); }, true);
+    attempt(
         "health.csv", [&](const std::string& path) { health(Table(read_text(path, kMostSmallBytes))); }, true);
     attempt("log.txt", [&](const std::string& path) { warnings(path); });
     return std::move(run_);

@@ -51,6 +51,8 @@ th{color:var(--soft);font-weight:600}
 .pictures li{background:var(--card);border-radius:6px;padding:.4rem;font-size:.78rem;text-align:center}
 .pictures img{width:80px;height:80px;object-fit:contain;image-rendering:pixelated;display:block;margin:0 auto .25rem}
 .wrong{color:var(--odd)}
+.classes{display:flex;flex-wrap:wrap;gap:1rem 2rem;align-items:flex-start}.classes>*{min-width:0;max-width:100%}
+.classes img{max-width:100%;height:auto;background:#fff;border-radius:6px}
 details{margin:.6rem 0}summary{cursor:pointer}pre{background:var(--card);border-radius:6px;padding:.7rem;overflow-x:auto;font-size:.8rem}
 .env{display:grid;grid-template-columns:max-content minmax(0,1fr);gap:.15rem 1rem;font-size:.88rem}.env dt{color:var(--soft)}.env dd{margin:0}
 .notes{background:var(--card);border-left:4px solid var(--c1);border-radius:4px;padding:.5rem .8rem;margin:.8rem 0}.notes ul{margin:.2rem 0;padding-left:1.2rem}

@@ -1,4 +1,4 @@
-// The parts of a report: which charts there are, memory by site, health, pictures.
+// The parts of a report: which charts there are, memory by site, health, classes, pictures.
 #pragma once
 #include <span>
 
@@ -12,6 +12,7 @@ std::vector<Chart> charts_of(std::span<const RunRecord> runs);
 std::string memory_section(const RunRecord& run);
 std::string memory_comparison(std::span<const RunRecord> runs);
 std::string health_section(const RunRecord& run);
+std::string classes_section(const RunRecord& run);
 std::string pictures_section(const RunRecord& run);
 
 }  // namespace mesa::report

@@ -5,6 +5,7 @@
 #include <string>
 
 #include "mesa/train/checkpoint_writer.h"
+#include "mesa/train/confusion.h"
 #include "mesa/train/evaluate.h"
 #include "mesa/train/optimizer_setup.h"
 #include "mesa/train/trainer.h"
@@ -69,6 +70,7 @@ class Run {
   TransformOptions transform_;
   Plan plan_;
   Loader train_loader_, eval_loader_;
+  Predictions predictions_;
   BuiltModel model_;
   StoragePolicy policy_;
   std::unique_ptr<GradientSync> sync_;  // or null

@@ -28,6 +28,7 @@ Run::Run(RunConfig config, const TrainOptions& options, World& world)
       plan_(plan_run(config_, net_)),
       train_loader_(data_.train, transform_, make_loader_options(config_, true, choose_device(config_.device))),
       eval_loader_(data_.test, transform_, make_loader_options(config_, false, choose_device(config_.device))),
+      predictions_(data_.test->size(), net_.input().classes, data_.test->class_names()),
       model_(config_, net_, choose_device(config_.device)),
       policy_(make_policy(config_.storage)),
       sync_(share_gradients(config_, model_.params, team_.communicator())),

@@ -35,7 +35,7 @@ RunWatch::RunWatch(const Parts& parts, const std::optional<LogPosition>& positio
       mistakes_(parts.data.class_names()),
       health_until_(resumed_at_) {
   if (!resumed_at_)  // of a run that is replaced
-    for (const char* file : {"health.csv", "samples.json", "mistakes.json"}) {
+    for (const char* file : {"health.csv", "samples.json", "mistakes.json", "classes.csv", "confusion.json"}) {
       std::error_code ignored;
       std::filesystem::remove(parts.folder.path() + "/" + file, ignored);
     }
@@ -155,8 +155,13 @@ void RunWatch::on_interval(const IntervalRow& r) {
   });
 }
 
-void RunWatch::after_epoch(const EpochRow& r) {
+void RunWatch::after_epoch(const EpochRow& r, const Confusion& confusion) {
   watch_ranges();
+  const auto write = [&](const std::string& name, const std::string& text) {
+    attempt(name, [&] { write_file_atomically(parts_.folder.path() + "/" + name, text); });
+  };
+  write("classes.csv", classes_csv(confusion));
+  write("confusion.json", confusion_json(confusion, r.epoch));
   attempt("mistakes.json", [&] { write_pictures(parts_.folder.path() + "/mistakes.json", mistakes_.finish(r.epoch, r.step)); });
   if (events_)
     attempt("the event file", [&] {

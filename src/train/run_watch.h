@@ -5,6 +5,7 @@
 #include <optional>
 #include <set>
 
+#include "mesa/train/confusion.h"
 #include "mesa/train/health.h"
 #include "mesa/train/pictures.h"
 #include "run_folder.h"
@@ -38,7 +39,7 @@ class RunWatch {
   /// A batch of the evaluation, logits f32 [B, K] on the CPU.
   void on_evaluated(const Batch& batch, const Tensor& logits) { mistakes_.take(batch, logits); }
   /// After an evaluation. Also writes the sites' saturation since the last epoch, and begins to count anew.
-  void after_epoch(const EpochRow& row);
+  void after_epoch(const EpochRow& row, const Confusion& confusion);
   void write_report();
 
  private:

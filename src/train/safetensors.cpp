@@ -23,22 +23,58 @@ static_assert(std::endian::native == std::endian::little, "tensor data are copie
 constexpr uint64_t kMaxHeaderBytes = 100'000'000;  // the format's own limit
 constexpr int kMaxJsonDepth = 3;                   // {name: {shape: [..]}}
 
+/// IEEE 754 binary16 as the f32 of the same value.
+float from_half(uint16_t bits) {
+  const uint32_t sign = static_cast<uint32_t>(bits & 0x8000) << 16, exponent = bits >> 10 & 31, mantissa = bits & 0x3ff;
+  if (exponent == 31) return std::bit_cast<float>(sign | 0x7f800000u | mantissa << 13);
+  if (exponent > 0) return std::bit_cast<float>(sign | (exponent + 112) << 23 | mantissa << 13);
+  const float small = static_cast<float>(mantissa) * 0x1p-24f;  // subnormal, or zero
+  return sign != 0 ? -small : small;
+}
+
+/// From the values of a file, `bytes` of them, to those of a tensor.
+using Widen = void (*)(const char* from, size_t bytes, void* to);
+template <class From, class To>
+To widened(From x) {
+  return static_cast<To>(x);
+}
+template <class From, class To, To (*convert)(From) = widened<From, To>>
+void widen(const char* from, size_t bytes, void* to) {
+  for (size_t i = 0; i < bytes / sizeof(From); ++i) {
+    From x;
+    std::memcpy(&x, from + i * sizeof(From), sizeof(From));
+    static_cast<To*>(to)[i] = convert(x);
+  }
+}
+
 struct TypeName {
   const char* name;
   DType dtype;
+  int64_t stored = 0;     ///< bytes of a value, where the engine has no such type
+  Widen widen = nullptr;  ///< and how it becomes `dtype`, without loss
 };
-constexpr std::array kTypes{TypeName{"F32", DType::f32}, TypeName{"BF16", DType::bf16}, TypeName{"F64", DType::f64},
-                            TypeName{"U8", DType::u8},   TypeName{"I32", DType::i32},   TypeName{"I64", DType::i64}};
+constexpr std::array kTypes{TypeName{"F32", DType::f32},
+                            TypeName{"BF16", DType::bf16},
+                            TypeName{"F64", DType::f64},
+                            TypeName{"U8", DType::u8},
+                            TypeName{"I32", DType::i32},
+                            TypeName{"I64", DType::i64},
+                            TypeName{"F16", DType::f32, 2, widen<uint16_t, float, from_half>},
+                            TypeName{"BOOL", DType::u8, 1, widen<uint8_t, uint8_t>},
+                            TypeName{"I8", DType::i32, 1, widen<int8_t, int32_t>},
+                            TypeName{"I16", DType::i32, 2, widen<int16_t, int32_t>},
+                            TypeName{"U16", DType::i32, 2, widen<uint16_t, int32_t>},
+                            TypeName{"U32", DType::i64, 4, widen<uint32_t, int64_t>}};
 
 const char* type_name(DType dtype) {
   for (const auto& type : kTypes)
-    if (type.dtype == dtype) return type.name;
+    if (type.dtype == dtype && type.widen == nullptr) return type.name;
   fail("safetensors cannot hold ", to_string(dtype));
 }
 
 struct Entry {
   std::string name;
-  DType dtype;
+  const TypeName* type;
   Shape shape;
   uint64_t begin, end;
 };
@@ -88,13 +124,16 @@ Entry parse_entry(const std::string& name, const nlohmann::json& info, const std
   if (!offsets.is_array() || offsets.size() != 2) refuse(file, "tensor '", name, "': data_offsets must be [begin, end]");
 
   const auto text = info["dtype"].get<std::string>();
-  const auto* type = std::find_if(kTypes.begin(), kTypes.end(), [&](const TypeName& t) { return text == t.name; });
+  const TypeName* type = std::find_if(kTypes.begin(), kTypes.end(), [&](const TypeName& t) { return text == t.name; });
   if (type == kTypes.end())
-    refuse(file, "tensor '", name, "' has the element type ", text, "; F32, BF16, F64, U8, I32 and I64 can be read");
+    refuse(file, "tensor '", name, "' has the element type ", text,
+           "; F32, F16, BF16, F64, BOOL, U8, I8, U16, I16, U32, I32 and I64 can be read");
   if (shape.size() > Shape::kMaxRank)
     refuse(file, "tensor '", name, "' has ", shape.size(), " axes; at most ", Shape::kMaxRank, " can be read");
 
   int64_t dims[Shape::kMaxRank] = {};
+  // In memory a value takes as many bytes as in the file, or more: what must not overflow is that size.
+  const int64_t stored = type->widen != nullptr ? type->stored : size_of(type->dtype);
   int64_t bytes = size_of(type->dtype);
   bool too_large = false, empty = false;
   for (size_t i = 0; i < shape.size(); ++i) {
@@ -106,8 +145,8 @@ Entry parse_entry(const std::string& name, const nlohmann::json& info, const std
     too_large = too_large || (extent != 0 && __builtin_mul_overflow(bytes, dims[i], &bytes));
   }
   if (too_large) refuse(file, "tensor '", name, "': the size of its shape overflows");
-  if (empty) bytes = 0;
-  Entry entry{name, type->dtype, Shape(dims, static_cast<int>(shape.size())), whole_number(offsets[0], file, name, "data_offsets"),
+  bytes = empty ? 0 : bytes / size_of(type->dtype) * stored;
+  Entry entry{name, type, Shape(dims, static_cast<int>(shape.size())), whole_number(offsets[0], file, name, "data_offsets"),
               whole_number(offsets[1], file, name, "data_offsets")};
   if (entry.end < entry.begin) refuse(file, "tensor '", name, "': its data end before they begin");
   if (entry.end - entry.begin != static_cast<uint64_t>(bytes))
@@ -164,8 +203,14 @@ SafetensorsFile load(uint64_t file_bytes, const std::string& file, const ReadAt&
   SafetensorsFile out;
   out.metadata = std::move(header.metadata);
   for (Entry& entry : header.entries) {
-    Tensor tensor = Tensor::empty(entry.shape, entry.dtype, device, MemoryKind::parameters);
-    if (device == kCpu && entry.end > entry.begin) read(8 + header_bytes + entry.begin, tensor.raw(), entry.end - entry.begin);
+    Tensor tensor = Tensor::empty(entry.shape, entry.type->dtype, device, MemoryKind::parameters);
+    const uint64_t at = 8 + header_bytes + entry.begin, bytes = entry.end - entry.begin;
+    if (device == kCpu && bytes > 0 && entry.type->widen == nullptr) read(at, tensor.raw(), bytes);
+    if (device == kCpu && bytes > 0 && entry.type->widen != nullptr) {
+      std::string narrow(bytes, '\0');
+      read(at, narrow.data(), bytes);
+      entry.type->widen(narrow.data(), bytes, tensor.raw());
+    }
     out.tensors.push_back({std::move(entry.name), std::move(tensor)});
   }
   return out;
@@ -246,9 +291,12 @@ void write_safetensors(const std::string& path, std::span<const NamedTensor> ten
 }
 
 SafetensorsFile parse_safetensors(std::string_view bytes, const std::string& name) {
-  return load(bytes.size(), name, [&](uint64_t offset, void* into, uint64_t count) {
-    if (count > 0) std::memcpy(into, bytes.data() + offset, count);
-  }, kCpu);
+  return load(
+      bytes.size(), name,
+      [&](uint64_t offset, void* into, uint64_t count) {
+        if (count > 0) std::memcpy(into, bytes.data() + offset, count);
+      },
+      kCpu);
 }
 
 SafetensorsFile read_safetensors(const std::string& path, Device device) {
@@ -258,18 +306,21 @@ SafetensorsFile read_safetensors(const std::string& path, Device device) {
   struct stat status {};
   if (::fstat(fd, &status) != 0) refuse(path, "cannot be read: ", std::strerror(errno));
   if (!S_ISREG(status.st_mode)) refuse(path, "is not a file");
-  return load(static_cast<uint64_t>(status.st_size), path, [&](uint64_t offset, void* into, uint64_t count) {
-    auto* to = static_cast<char*>(into);
-    while (count > 0) {  // one call moves at most 2 GB
-      const ssize_t got = ::pread(fd, to, std::min<uint64_t>(count, 1 << 30), static_cast<off_t>(offset));
-      if (got < 0 && errno == EINTR) continue;
-      if (got < 0) refuse(path, "cannot be read: ", std::strerror(errno));
-      if (got == 0) refuse(path, "became shorter while it was read");
-      to += got;
-      offset += static_cast<uint64_t>(got);
-      count -= static_cast<uint64_t>(got);
-    }
-  }, device);
+  return load(
+      static_cast<uint64_t>(status.st_size), path,
+      [&](uint64_t offset, void* into, uint64_t count) {
+        auto* to = static_cast<char*>(into);
+        while (count > 0) {  // one call moves at most 2 GB
+          const ssize_t got = ::pread(fd, to, std::min<uint64_t>(count, 1 << 30), static_cast<off_t>(offset));
+          if (got < 0 && errno == EINTR) continue;
+          if (got < 0) refuse(path, "cannot be read: ", std::strerror(errno));
+          if (got == 0) refuse(path, "became shorter while it was read");
+          to += got;
+          offset += static_cast<uint64_t>(got);
+          count -= static_cast<uint64_t>(got);
+        }
+      },
+      device);
 }
 
 }  // namespace mesa

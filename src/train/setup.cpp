@@ -138,7 +138,8 @@ TransformOptions make_transform(const RunConfig& config, const ImageConfig& mode
   t.flip = d.flip;
   t.vflip = d.vflip;
   t.augment = parse_augment(d.augment, "data.augment");
-  t.color_jitter = d.color_jitter;
+  const std::vector<double>& jitter = d.color_jitter;
+  t.color_jitter = jitter.size() < 3 ? ColorJitter(jitter.at(0)) : ColorJitter(jitter[0], jitter[1], jitter[2], jitter.size() > 3 ? jitter[3] : 0);
   t.grayscale = d.grayscale;
   t.blur = d.blur;
   t.erasing.probability = d.erasing;
@@ -147,6 +148,7 @@ TransformOptions make_transform(const RunConfig& config, const ImageConfig& mode
   t.random_interpolation = d.interpolation == "random";
   if (!t.random_interpolation) t.interpolation = parse_interpolation(d.interpolation, "data.interpolation");
   t.crop_pct = d.crop_pct;
+  t.eval_flip = d.eval_flip;
   default_normalization(d.kind, t.mean, t.std);
   fit_channels(t.mean, t.channels);
   fit_channels(t.std, t.channels);

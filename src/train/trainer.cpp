@@ -186,17 +186,19 @@ void Run::tell_of_ranks(IntervalRow& row) {
 /// Evaluates, logs and saves. False if a signal interrupts the evaluation, which is then done again after the resume.
 bool Run::end_epoch() {
   const auto look = [this](const Batch& batch, const Tensor& logits) {
+    predictions_.take(batch, logits);
     if (watch_) watch_->on_evaluated(batch, logits);
   };
+  const auto add_up = [this](std::vector<double>& values) { team_.add_up(values); };
   const Evaluations eval = evaluate_all(
-      model_, ema_.get(), eval_loader_, transform_, [] { return received_signal() != 0; }, look,
-      [this](std::vector<double>& values) { team_.add_up(values); });
+      model_, ema_.get(), eval_loader_, transform_, [] { return received_signal() != 0; }, look, add_up);
   if (!eval.complete()) {
     signal_ = received_signal() != 0 ? received_signal() : SIGTERM;  // or another rank's
     return false;
   }
   for (; reported_left_out_ < eval_loader_.skipped_samples().size(); ++reported_left_out_)
     warn("a bad test sample is left out: " + eval_loader_.skipped_samples()[reported_left_out_]);
+  const Confusion confusion = predictions_.finish(add_up);
   take_results(eval);
   const double rate = state_.epoch_seconds > 0 ? static_cast<double>(state_.epoch_images) / state_.epoch_seconds : 0;
   const double lr = schedule_.at(std::max<int64_t>(state_.step - 1, 0));
@@ -216,7 +218,7 @@ bool Run::end_epoch() {
                      state_.eval_top1_ema,
                      state_.eval_top5_ema};
   if (folder_) folder_->append(row);
-  if (watch_) watch_->after_epoch(row);
+  if (watch_) watch_->after_epoch(row, confusion);
   char text[200];
   std::snprintf(text, sizeof text, ": train loss %.4f, eval loss %.4f, top-1 %.2f %%, top-5 %.2f %%, %.1f images/s", state_.train_loss,
                 eval.raw.loss, eval.raw.top1, eval.raw.top5, rate);

@@ -9,6 +9,7 @@
 #include "mesa/train/checkpoint.h"
 #include "mesa/train/lora.h"
 #include "mesa/train/safetensors.h"
+#include "weight_names.h"
 
 namespace mesa {
 namespace {
@@ -24,17 +25,11 @@ void fill_parameter(Param& param, const Tensor& values) {
   param.touch();
 }
 
-/// PyTorch's count of the batches that a batch norm saw, which matters only without a momentum.
-bool is_batch_count(const std::string& name) { return name.ends_with(".num_batches_tracked"); }
-
 }  // namespace
 
-/// The first four, and how many more.
-static std::string first_of(const std::vector<std::string>& items) {
-  std::string list;
-  for (size_t i = 0; i < items.size() && i < 4; ++i) list += (i ? "; " : "") + items[i];
-  if (items.size() > 4) list += concat("; and ", items.size() - 4, " more");
-  return list;
+[[noreturn]] static void refuse_weights(const std::string& source, const std::vector<std::string>& problems) {
+  const std::string list = list_all(problems);
+  fail("", source, " belongs to another model:", list.starts_with('\n') ? "" : " ", list);
 }
 
 void load_weights(ParamStore& params, const std::map<std::string, Tensor>& weights, const std::string& source) {
@@ -55,8 +50,8 @@ void load_weights(ParamStore& params, const std::map<std::string, Tensor>& weigh
   for (Param& param : params.params()) take(param.name, param.value), param.touch();
   for (ModelBuffer& buffer : params.buffers()) take(buffer.name, buffer.value);
   for (const auto& [name, tensor] : rest)
-    if (!is_batch_count(name)) problems.push_back("unexpected " + name + " " + to_string(tensor.shape()));
-  if (!problems.empty()) fail("", source, " belongs to another model: ", first_of(problems));
+    if (!is_derived(name)) problems.push_back("unexpected " + name + " " + to_string(tensor.shape()));
+  if (!problems.empty()) refuse_weights(source, problems);
 }
 
 namespace {
@@ -84,6 +79,7 @@ Tensor resized(const Param& param, const Tensor& values) {
 std::string start_from_weights(ParamStore& params, const std::string& path) {
   const std::string file = weights_file(path, WeightsKind::automatic);
   SafetensorsFile weights = read_safetensors(file);
+  strip_wrappers(weights);
   const int64_t merged = merge_lora(weights, file);
   const std::set<std::string> with_factors = adapted_linears(params);
   std::vector<std::string> problems, adapted, fresh, unused;
@@ -116,13 +112,13 @@ std::string start_from_weights(ParamStore& params, const std::string& path) {
       problems.push_back(concat(values == nullptr ? "missing " : "of another form ", buffer.name, " ", buffer.value.shape()));
   }
   for (const NamedTensor& tensor : weights.tensors)
-    if (known.count(tensor.name) == 0 && !is_batch_count(tensor.name)) unused.push_back(tensor.name);
-  if (!problems.empty()) fail("", file, " belongs to another model: ", first_of(problems));
+    if (known.count(tensor.name) == 0 && !is_derived(tensor.name)) unused.push_back(tensor.name);
+  if (!problems.empty()) refuse_weights(file, problems);
   std::string text = "started from " + file;
   if (merged > 0) text += concat("; merged its LoRA into ", merged, " linears");
-  if (!adapted.empty()) text += "; resized " + first_of(adapted);
-  if (!fresh.empty()) text += "; not in it, so with first values: " + first_of(fresh);
-  if (!unused.empty()) text += "; not of this model, so unused: " + first_of(unused);
+  if (!adapted.empty()) text += "; resized " + list_all(adapted);
+  if (!fresh.empty()) text += "; not in it, so with first values: " + list_all(fresh);
+  if (!unused.empty()) text += "; not of this model, so unused: " + list_all(unused);
   return text;
 }
 

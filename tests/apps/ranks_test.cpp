@@ -102,6 +102,38 @@ TEST_CASE("ranks: LoRA trains on two as on one", "[ranks]") {
   check_close(run.metrics("one"), run.metrics("two"), 1e-5);
 }
 
+TEST_CASE("ranks: classes are counted exactly, whichever rank evaluates which pictures", "[ranks]") {
+  if (!has_mpirun()) return;
+  const RankRun run;
+  const Args sets{"data.test_size=61", "train.epochs=1", "optimizer.lr=1e-12", "train.eval_batch_size=5", "storage=exact"};
+  REQUIRE(run.train_on(1, sets, "one").code == 0);
+  REQUIRE(run.train_on(3, sets, "three").code == 0);
+  const Json counts = run.json("one/confusion.json");
+  int64_t images = 0;
+  for (const Json& cell : counts["cells"]) images += cell[2].get<int64_t>();
+  CHECK(images == 61);
+  CHECK(run.json("three/confusion.json") == counts);
+  CHECK(read_text(run.path("three/classes.csv")) == read_text(run.path("one/classes.csv")));
+
+  Json results[2];
+  for (const int n : {1, 3}) {
+    const Args args{"one", "--json", "o.json", "--per-class=c.csv", "--confusion", "c.png", "--batch-size", "4"};
+    const ProcessResult result = mpirun(n, "mesa-eval", args, {}, run.path("."));
+    INFO(result.err);
+    REQUIRE(result.code == 0);
+    CHECK(result.out.find("top-1 ") == result.out.rfind("top-1 "));  // the leader alone speaks
+    results[n / 3] = run.json("o.json");
+    results[n / 3].erase("images_per_second");
+  }
+  CHECK(results[1]["loss"].get<double>() == Approx(results[0]["loss"].get<double>()));
+  for (Json& result : results) result.erase("loss");
+  CHECK(results[0] == results[1]);
+  CHECK(results[0]["confusion"] == counts["cells"]);
+  const ProcessResult missing = mpirun(3, "mesa-eval", {"one", "--real", "nowhere.json"}, {}, run.path("."));
+  CHECK(missing.code != 0);
+  CHECK_THAT(missing.err, Contains("nowhere.json"));
+}
+
 TEST_CASE("ranks: int8 storage, accumulation and a teacher train on two", "[ranks]") {
   if (!has_mpirun()) return;
   const RankRun run;

@@ -104,6 +104,20 @@ TEST_CASE("each operation gives Pillow's bytes", "[data][augment]") {
   CHECK(std::accumulate(compared.begin(), compared.end(), 0, [](int n, auto& op) { return n + op.second; }) == 108);
 }
 
+TEST_CASE("a turned hue gives torchvision's bytes", "[data][augment]") {
+  int compared = 0;
+  for (const NamedTensor& expected : golden().tensors) {
+    const std::vector<std::string> name = split(expected.name);
+    if (name[0] != "hue") continue;
+    INFO(expected.name);
+    Image image = picture(name[1]);
+    pixels::hue(view(image), std::stod(name[2]));
+    CHECK(image.pixels == expected.tensor.to_vector<uint8_t>());
+    ++compared;
+  }
+  CHECK(compared == 10);
+}
+
 TEST_CASE("operations stay inside the picture and what cannot be blurred is refused", "[data][augment]") {
   for (int64_t channels : {1, 3})
     for (const auto& size : {std::pair{1, 1}, {1, 5}, {4, 1}, {2, 2}}) {

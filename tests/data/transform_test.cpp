@@ -171,6 +171,37 @@ TEST_CASE("colour jitter leaves gray gray and a factor of one alone", "[data]") 
   CHECK(train(gray, options, 0) == gray.pixels);
 }
 
+TEST_CASE("colour jitter turns each of its four by its own strength", "[data]") {
+  TransformOptions options = plain(8, 3);
+  const Image image = test_image(8, 8, 3);
+  options.color_jitter = {0, 0, 0, 0.5};
+  Image turned = image;
+  pixels::hue({turned.pixels.data(), 8, 8, 3}, 0);
+  std::set<Bytes> different;
+  for (int64_t i = 0; i < 300; ++i) {
+    const Bytes out = train(image, options, i);
+    for (size_t p = 0; p < out.size(); p += 3)  // brightness, the V of HSV, stays
+      REQUIRE(*std::max_element(out.begin() + p, out.begin() + p + 3) == *std::max_element(&image.pixels[p], &image.pixels[p] + 3));
+    different.insert(out);
+  }
+  CHECK(different.size() > 150);
+  options.color_jitter = {0, 0, 0, 1e-6};  // less than a step of the hue
+  CHECK(train(image, options, 0) == turned.pixels);
+  options.color_jitter = {0.5, 0, 0, 0};
+  const Image flat{8, 8, 3, Bytes(192, 100)};
+  int dark = 0, bright = 0;
+  for (int64_t i = 0; i < 100; ++i) {
+    const Bytes out = train(flat, options, i);
+    dark += out[0] < 75, bright += out[0] > 125;
+  }
+  CHECK(dark > 10);
+  CHECK(bright > 10);
+  options.color_jitter = {0, 0.9, 0.9, 0};  // neither contrast nor saturation changes a flat gray
+  CHECK(train(flat, options, 3) == flat.pixels);
+  options.color_jitter = {0, 0, 0, 0.6};
+  CHECK_THAT(error_of([&] { options.validate(); }), Catch::Contains("hue must lie in 0..0.5"));
+}
+
 TEST_CASE("a simple crop is a square of the resized picture inside its reflection, at every offset", "[data][augment]") {
   const SafetensorsFile golden = read_safetensors(source_dir() + "/tests/golden/augment.safetensors");
   const Tensor &rgb = *golden.find("picture/rgb"), &padded = *golden.find("simple");  // 20 x 24; the shorter side at 12, and 4 around it

@@ -4,13 +4,15 @@
 Needs timm 0.9.16, Pillow (written with 13.0), torchvision, numpy and safetensors; the tests read the file only. Run in this folder:
     python3 augment.py
 picture/<name> are the inputs. op/<name>/<operation of timm>/<argument>[/<filter>] is the picture after the operation; what comes in from
-outside has the colour FILL. levels/<operation> holds the argument for each of `magnitudes`, without and with a minus sign. simple is the
+outside has the colour FILL. hue/<name>/<turn> is torchvision's adjust_hue; the picture `colors` holds a third of the 16^3 mixtures of
+multiples of 17. levels/<operation> holds the argument for each of `magnitudes`, without and with a minus sign. simple is the
 picture `rgb` with its shorter side at 12 and 4 pixels of reflection around it.
 """
 import random
 
 import numpy as np
 import torchvision.transforms as transforms
+import torchvision.transforms.functional as functional
 from PIL import Image
 from safetensors.numpy import save_file
 from timm.data import auto_augment
@@ -81,6 +83,15 @@ for name in ("rgb", "gray"):
 for operation, argument in (("Sharpness", 1.9), ("GaussianBlur", 2.0), ("GaussianBlur", 9.0), ("Contrast", 0.4)):
     case("thin", operation, argument)
 case("thin", "Rotate", 21.0, "bicubic")
+
+colors = np.array([(r, g, b) for r in range(0, 256, 17) for g in range(0, 256, 17) for b in range(0, 256, 17)], np.uint8)[1::3]
+pictures["colors"] = np.ascontiguousarray(colors[: 35 * 39].reshape(35, 39, 3))
+out["picture/colors"] = pictures["colors"]
+for name, turns in (("rgb", (-0.5, -0.1, 0.0, 0.003, 0.1, 0.37, 0.5)), ("gray", (0.2,)), ("flat", (-0.3,)), ("colors", (0.1,))):
+    pixels = pictures[name]
+    image = Image.fromarray(pixels if pixels.shape[2] == 3 else pixels[..., 0])
+    for turn in turns:
+        out[f"hue/{name}/{turn!r}"] = np.array(functional.adjust_hue(image, turn)).reshape(pixels.shape)
 
 magnitudes = [0, 0.7, 2.5, 5, 8.49, 9, 10, 14.2]
 out["magnitudes"] = np.array(magnitudes)

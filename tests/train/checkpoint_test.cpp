@@ -304,12 +304,12 @@ TEST_CASE("weights: a Swin of another window resizes its tables") {
   Built small("model: {name: swin, " + sizes + "2}\n"), large("model: {name: swin, " + sizes + "4}\nseed: 9\n");
   small.write(path);
   CHECK_THAT(start_from_weights(large.model.params, path),
-             Contains("resized layers.0.blocks.0.attn.relative_position_bias_table [9, 2] to [49, 2]"));
+             Contains("resized layers.0.blocks.[0-1].attn.relative_position_bias_table [9, 2] to [49, 2]"));
   CHECK(large.at("layers.0.blocks.1.attn.relative_position_bias_table").to_vector<double>() ==
         resize_bicubic(small.at("layers.0.blocks.1.attn.relative_position_bias_table"), 3, 3, 7, 7).to_vector<double>());
 }
 
-TEST_CASE("weights: a file of another family is refused with the first parameters that differ") {
+TEST_CASE("weights: a file of another family is refused with all parameters that differ") {
   const TemporaryFolder folder;
   const std::string path = (folder.path() / "vit.safetensors").string();
   Built vit("model: {name: vit, image_size: 16, patch_size: 8, width: 24, depth: 1, heads: 3}\n");
@@ -317,10 +317,12 @@ TEST_CASE("weights: a file of another family is refused with the first parameter
   Built swin("model: {name: swin, image_size: 16, patch_size: 2, width: 8, heads: 2, depths: [2], window: 4}\n");
   CHECK_THROWS_WITH(
       start_from_weights(swin.model.params, path),
-      Contains("vit.safetensors belongs to another model: patch_embed.proj.weight is [24, 3, 8, 8] but the model has [8, 3, 2, 2]") &&
-          Contains("missing patch_embed.norm.weight [8]") && Contains("more"));
-  Built deeper("model: {name: vit, image_size: 16, patch_size: 8, width: 24, depth: 2, heads: 3}\n");
-  CHECK_THROWS_WITH(start_from_weights(deeper.model.params, path), Contains("missing blocks.1.norm1.weight [24]"));
+      Contains("vit.safetensors belongs to another model:\n  patch_embed.proj.weight is [24, 3, 8, 8] but the model has [8, 3, 2, 2]\n") &&
+          Contains("\n  missing patch_embed.norm.weight [8]\n") && Contains("\n  missing layers.0.blocks.[0-1].attn.qkv.weight [24, 8]\n") &&
+          Contains("\n  norm.bias is [24] but the model has [8]"));
+  Built deeper("model: {name: vit, image_size: 16, patch_size: 8, width: 24, depth: 4, heads: 3}\n");
+  CHECK_THROWS_WITH(start_from_weights(deeper.model.params, path), Contains("missing blocks.[1-3].norm1.weight [24]") &&
+                                                                       Contains("missing blocks.[1-3].mlp.fc2.bias [24]") && !Contains("more"));
   CHECK_THROWS_WITH(start_from_weights(deeper.model.params, path + "x"), Contains("there is no checkpoint at"));
   // Positions that are no square grid cannot be resized.
   Built wide("model: {name: vit, image_size: 24, patch_size: 8, width: 24, depth: 1, heads: 3, token_positions: false}\n");
@@ -358,4 +360,69 @@ TEST_CASE("weights: of a ResNet running statistics come along, PyTorch's counts 
   std::erase_if(tensors, [](const NamedTensor& t) { return t.name == "bn1.running_var"; });
   write_safetensors(path, tensors, {});
   CHECK_THROWS_WITH(start_from_weights(other.model.params, path), Contains("missing bn1.running_var [8]"));
+}
+
+TEST_CASE("weights: every name that is missing or unexpected is told, blocks together") {
+  const TemporaryFolder folder;
+  const std::string path = (folder.path() / "vit.safetensors").string(), sizes = "image_size: 16, patch_size: 8, width: 24, heads: 3, ";
+  Built from("model: {name: vit, " + sizes + "depth: 3}\n");
+  std::map<std::string, Tensor> weights;
+  std::vector<NamedTensor> tensors;
+  for (const Param& p : from.model.params.params()) tensors.push_back({p.name, p.value});
+  for (const int block : {0, 1, 2, 5, 7, 8}) tensors.push_back({concat("blocks.", block, ".extra"), Tensor::zeros({2}, DType::f32)});
+  for (const char* name : {"a", "b.weight", "c.weight", "attn_mask", "blocks.0.attn.relative_position_index", "bn.num_batches_tracked"})
+    tensors.push_back({name, Tensor::zeros({1}, DType::f32)});
+  std::erase_if(tensors, [](const NamedTensor& t) { return t.name == "cls_token"; });
+  for (const NamedTensor& t : tensors) weights[t.name] = t.tensor;
+  CHECK_THROWS_WITH(load_weights(from.model.params, weights, "w"),
+                    Contains("w belongs to another model:\n  missing cls_token [1, 1, 24]\n  unexpected a [1]\n  unexpected b.weight [1]\n  "
+                             "unexpected blocks.[0-2,5,7-8].extra [2]\n  unexpected c.weight [1]"));
+  std::erase_if(tensors, [](const NamedTensor& t) { return t.name.ends_with("c.weight") || t.name == "a"; });
+  tensors.push_back({"cls_token", Tensor::zeros({1, 1, 24}, DType::f32)});
+  write_safetensors(path, tensors);
+  const std::string text = start_from_weights(from.model.params, path);
+  CHECK_THAT(text, Contains("; not of this model, so unused: b.weight; blocks.[0-2,5,7-8].extra"));
+  CHECK_THAT(text, !Contains("attn_mask") && !Contains("relative_position_index") && !Contains("num_batches"));
+}
+
+TEST_CASE("weights: prefixes of wrappers go where every name has them") {
+  const TemporaryFolder folder;
+  const std::string path = (folder.path() / "vit.safetensors").string();
+  const std::string text = "model: {name: vit, image_size: 16, patch_size: 8, width: 24, depth: 1, heads: 3}\n";
+  Built from(text);
+  const auto write = [&](const std::string& prefix, const std::vector<NamedTensor>& more = {}) {
+    std::vector<NamedTensor> tensors = more;
+    for (const Param& p : from.model.params.params()) tensors.push_back({prefix + p.name, p.value});
+    write_safetensors(path, tensors);
+  };
+  for (const std::string prefix : {"model.", "module.", "_orig_mod.", "module._orig_mod.", "module.model."}) {
+    INFO(prefix);
+    Built to(text + "seed: 5\n");
+    write(prefix);
+    CHECK_THAT(start_from_weights(to.model.params, path), !Contains("unused") && !Contains("first values"));
+    CHECK(to.at("blocks.0.mlp.fc1.weight").to_vector<double>() == from.at("blocks.0.mlp.fc1.weight").to_vector<double>());
+  }
+  Built to(text + "seed: 5\n");
+  write("model.", {{"loss.weight", Tensor::zeros({1}, DType::f32)}});
+  CHECK_THROWS_WITH(start_from_weights(to.model.params, path), Contains("missing cls_token"));
+}
+
+TEST_CASE("weights: a distilled DeiT takes both heads, or begins both anew for other classes") {
+  const TemporaryFolder folder;
+  const std::string path = (folder.path() / "deit.safetensors").string();
+  const std::string text = "model: {name: vit, image_size: 16, patch_size: 8, width: 24, depth: 1, heads: 3, distilled: true}\nseed: ";
+  Built from(text + "1\n"), same(text + "2\n"), other(text + "3\n", 7);
+  from.write(path);
+  CHECK(start_from_weights(same.model.params, path) == "started from " + path);
+  for (const char* name : {"head.weight", "head_dist.weight", "dist_token", "pos_embed"})
+    CHECK(same.at(name).to_vector<double>() == from.at(name).to_vector<double>());
+  const Numbers head = other.at("head_dist.weight").to_vector<double>();
+  CHECK_THAT(start_from_weights(other.model.params, path),
+             Contains("with first values: head.weight; head.bias; head_dist.weight; head_dist.bias"));
+  CHECK(other.at("head_dist.weight").to_vector<double>() == head);
+  CHECK(other.at("dist_token").to_vector<double>() == from.at("dist_token").to_vector<double>());
+  Built larger("model: {name: vit, image_size: 24, patch_size: 8, width: 24, depth: 1, heads: 3, distilled: true}\n");
+  CHECK_THAT(start_from_weights(larger.model.params, path), Contains("resized pos_embed [1, 6, 24] to [1, 11, 24]"));
+  Built undistilled("model: {name: vit, image_size: 16, patch_size: 8, width: 24, depth: 1, heads: 3}\n");
+  CHECK_THROWS_WITH(start_from_weights(undistilled.model.params, path), Contains("pos_embed is [1, 6, 24] but the model has [1, 5, 24]"));
 }

@@ -7,6 +7,7 @@
 #include <sstream>
 
 #include "mesa/base/files.h"
+#include "mesa/train/setup.h"
 #include "support/paths.h"
 
 using namespace mesa;
@@ -67,6 +68,19 @@ TEST_CASE("config: values, defaults and their places") {
   CHECK_THROWS_WITH(c.refuse("model.width", "no kernel for ", 96), "a.yaml:3: model.width: no kernel for 96");
 }
 
+TEST_CASE("config: colour jitter is a number, or three or four") {
+  const RunConfig one = parse_config("data: {color_jitter: 0.4}\n", "a.yaml"),
+                  four = parse_config("data: {color_jitter: [0.4, 0.3, 0.2, 0.1]}\n", "a.yaml");
+  CHECK(one.data.color_jitter == std::vector<double>{0.4});
+  CHECK_THAT(to_yaml(one), Contains("  color_jitter: 0.4\n"));
+  CHECK_THAT(to_yaml(four), Contains("  color_jitter: [0.4, 0.3, 0.2, 0.1]\n"));
+  CHECK(parse_config(to_yaml(four), "b.yaml") == four);
+  CHECK(parse_config("data: {color_jitter: [0.4]}\n", "a.yaml") == one);
+  CHECK(make_transform(one, {}).color_jitter == ColorJitter(0.4, 0.4, 0.4, 0));
+  CHECK(make_transform(four, {}).color_jitter == ColorJitter(0.4, 0.3, 0.2, 0.1));
+  CHECK(make_transform(parse_config("data: {color_jitter: [0.4, 0.3, 0.2]}\n", "a.yaml"), {}).color_jitter == ColorJitter(0.4, 0.3, 0.2, 0));
+}
+
 TEST_CASE("config: each kind of mistake is refused with its place") {
   struct Row {
     const char *yaml, *message;
@@ -104,6 +118,10 @@ TEST_CASE("config: each kind of mistake is refused with its place") {
       {"model:\n  channels: 3\ndata:\n  mean: [0.5]\n  std: [1]\n", "run.yaml:4: data.mean: 1 means for images of 3 channels"},
       {"data:\n  crop_scale: [0.1, 0.2, 0.3]\n", "run.yaml:2: data.crop_scale: needs 2 values, not 3"},
       {"data:\n  crop_scale: [0.5, 0.2]\n", "run.yaml:2: data.crop_scale: needs [smallest, largest]"},
+      {"data:\n  color_jitter: [0.1, 0.2]\n",
+       "run.yaml:2: data.color_jitter: needs a number, [brightness, contrast, saturation], or these and the hue, not 2 values"},
+      {"data:\n  color_jitter: [0.1, 0.2, 0.3, 0.6]\n", "run.yaml:2: data.color_jitter: a hue is turned by at most 0.5, not 0.6"},
+      {"data:\n  color_jitter: 1.5\n", "run.yaml:2: data.color_jitter: must be at least 0 and at most 1"},
       {"data:\n  augment: rand-m9-x1\n", "run.yaml:2: data.augment: 'rand-m9-x1': unknown part 'x1'; parts are m, mstd"},
       {"data:\n  augment: autoaugment\n", "run.yaml:2: data.augment: must be empty, 3a or rand-..., such as rand-m9-mstd0.5-inc1"},
       {"data:\n  erasing_mode: noise\n", "run.yaml:2: data.erasing_mode: 'noise' is not one of const, rand, pixel"},

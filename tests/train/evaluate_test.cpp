@@ -4,6 +4,8 @@
 #include <catch2/catch.hpp>
 #include <cmath>
 
+#include "mesa/data/pixels.h"
+
 using namespace mesa;
 
 namespace {
@@ -26,6 +28,54 @@ TEST_CASE("evaluate: top-k with ties, NaN and labels out of range") {
   CHECK(count_top(logits_of({NAN, NAN, NAN}), label(0), 1) == 0);
   CHECK_THROWS_AS(count_top(equal, label(3), 1), Error);
   CHECK_THROWS_AS(count_top(equal, label(-1), 1), Error);
+}
+
+TEST_CASE("evaluate: with mirror images logits are the mean over both, and a mirrored set gives the same") {
+  const std::string text =
+      "model: {name: vit, image_size: 16, patch_size: 8, width: 24, depth: 1, heads: 3, classes: 10}\n"
+      "data: {kind: shapes, train_size: 32, test_size: 12, workers: 1, eval_flip: true}\ntrain: {batch_size: 5}\n";
+  const RunConfig config = parse_config(text, "e.yaml");
+  const NetConfig net = model_config(config, 10);
+  BuiltModel model(config, net);
+  TransformOptions transform = make_transform(config, net.input());
+  REQUIRE(transform.eval_flip);
+  const DatasetPair data = make_datasets(config, net.input());
+
+  /// The test set with left and right exchanged.
+  class Mirrored : public Dataset {
+   public:
+    explicit Mirrored(std::shared_ptr<const Dataset> of) : of_(std::move(of)) {}
+    int64_t size() const override { return of_->size(); }
+    int64_t classes() const override { return of_->classes(); }
+    const std::vector<std::string>& class_names() const override { return of_->class_names(); }
+    Sample get(int64_t index) const override {
+      Sample sample = of_->get(index);
+      pixels::mirror({sample.image.pixels.data(), sample.image.height, sample.image.width, sample.image.channels});
+      return sample;
+    }
+    std::string describe(int64_t index) const override { return of_->describe(index); }
+
+   private:
+    std::shared_ptr<const Dataset> of_;
+  };
+  const auto logits = [&](const std::shared_ptr<const Dataset>& set, bool flip) {
+    transform.eval_flip = flip;
+    std::vector<double> all;
+    Loader loader(set, transform, LoaderOptions::evaluation(5));
+    evaluate(model, loader, transform, {}, {}, [&](const Batch&, const Tensor& x) {
+      const auto values = x.to_vector<double>();
+      all.insert(all.end(), values.begin(), values.end());
+    });
+    return all;
+  };
+  const auto mirrored = std::make_shared<Mirrored>(data.test);
+  const auto once = logits(data.test, false), other = logits(mirrored, false), both = logits(data.test, true), swapped = logits(mirrored, true);
+  REQUIRE(both.size() == 120);
+  CHECK(once != other);
+  for (size_t i = 0; i < both.size(); ++i) {
+    CHECK(both[i] == Approx((once[i] + other[i]) / 2).margin(1e-6));
+    CHECK(both[i] == swapped[i]);
+  }
 }
 
 TEST_CASE("evaluate: the result does not depend on the batch size, and a stop is told") {

@@ -341,3 +341,22 @@ TEST_CASE("report: of 100,000 steps every spike and gap is there in under 3 MB")
   CHECK_THAT(all_text(elements), Contains("1000 not finite") && Contains("highest 98.75 at step 54321"));
   CHECK_THAT(html, Contains("<path class=\"odd\"") && Contains("<path class=\"line c0 band\"") && Contains("the mean of the steps"));
 }
+
+TEST_CASE("report: classes that are confused have a picture and tables, and their names can do nothing") {
+  const RunFiles files;
+  write_run(files, "", 2);
+  CHECK_THAT(html_of({files.path()}), !Contains("Classes of the test set"));
+  Confusion c(3, {"<script>alert(1)</script>", "dog", "wolf"});
+  c.add({0, 0, 7}), c.add({1, 1, 4}), c.add({1, 2, 6}), c.add({2, 2, 1}), c.add({2, 1, 3}), c.add({2, 0, 1});
+  files.write("confusion.json", confusion_json(c, 2));
+  const std::string html = html_of({files.path()});
+  const auto elements = walk_html(html);
+  const std::string text = all_text(elements);
+  CHECK_THAT(text, Contains("Classes of the test set") && Contains("dog\nwolf\n6\n") && Contains("wolf\ndog\n3\n"));
+  CHECK_THAT(html, !Contains("<script>alert") && Contains("&#60;script&#62;alert"));
+  CHECK(std::count_if(elements.begin(), elements.end(), [](const Element& e) {
+          return e.name == "img" && e.attributes.at("alt").starts_with("Confusion of 3 classes");
+        }) == 1);
+  files.write("confusion.json", "{}");
+  CHECK_THAT(html_of({files.path()}), Contains("confusion.json: ") && !Contains("Classes of the test set"));
+}

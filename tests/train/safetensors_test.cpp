@@ -153,7 +153,7 @@ TEST_CASE("safetensors: malformed files are refused") {
       {file_of("{" + entry("t", "F32", "[1]", "[-4,0]") + "}", four), "whole numbers"},
       {file_of("{" + entry("t", "F32", "[1]", "[0,4,8]") + "}", four), "must be [begin, end]"},
       {file_of("{" + entry("t", "F32", "1", "[0,4]") + "}", four), "shape must be a list"},
-      {file_of("{" + entry("t", "F16", "[2]", "[0,4]") + "}", four), "has the element type F16"},
+      {file_of("{" + entry("t", "F8_E4M3", "[2]", "[0,4]") + "}", four), "has the element type F8_E4M3"},
       {file_of("{" + entry("t", "F32", "[1,1,1,1,1,1,1]", "[0,4]") + "}", four), "has 7 axes"},
       {file_of(R"({"t":{"dtype":1,"shape":[1],"data_offsets":[0,4]}})", four), "dtype must be text"},
       {file_of(R"({"t":{"shape":[1],"data_offsets":[0,4]}})", four), "has no dtype"},
@@ -179,4 +179,40 @@ TEST_CASE("safetensors: truncation and flipped header bits never crash") {
     damaged[bit / 8] = static_cast<char>(damaged[bit / 8] ^ (1 << bit % 8));
     error_of(damaged);  // may still be a legal file (checksums are the manifest's work), but must end in a result or a mesa::Error
   }
+}
+
+TEST_CASE("safetensors: element types that the engine lacks become wider ones of the same value") {
+  const auto read = [](const std::string& dtype, const std::string& shape, const std::string& bytes) {
+    const SafetensorsFile file =
+        parse_safetensors(file_of("{" + entry("x", dtype, shape, "[0," + std::to_string(bytes.size()) + "]") + "}", bytes), "w");
+    return file.tensors.at(0).tensor;
+  };
+  const auto half = [&](uint16_t bits) {
+    const Tensor x = read("F16", "[]", {static_cast<char>(bits & 255), static_cast<char>(bits >> 8)});
+    CHECK(x.dtype() == DType::f32);
+    return *x.data<float>();
+  };
+  CHECK(half(0x3c00) == 1);
+  CHECK(half(0xc500) == -5);
+  CHECK(half(0x3555) == 0.333251953125f);
+  CHECK(half(0x7bff) == 65504);
+  CHECK(half(0x0400) == 0x1p-14f);  // the smallest normal one
+  CHECK(half(0x03ff) == 1023 * 0x1p-24f);
+  CHECK(half(0x8001) == -0x1p-24f);
+  CHECK(half(0x0000) == 0);
+  CHECK_FALSE(std::signbit(half(0x0000)));
+  CHECK(std::signbit(half(0x8000)));
+  CHECK(half(0x7c00) == INFINITY);
+  CHECK(half(0xfc00) == -INFINITY);
+  CHECK(std::isnan(half(0x7e01)));
+  CHECK(read("F16", "[2,0]", "").shape() == Shape{2, 0});
+
+  const std::string two("\xff\x80\x01\x00", 4);
+  CHECK(read("BOOL", "[3]", std::string("\x01\x00\x01", 3)).to_vector<uint8_t>() == std::vector<uint8_t>{1, 0, 1});
+  CHECK(read("I8", "[4]", two).to_vector<int32_t>() == std::vector<int32_t>{-1, -128, 1, 0});
+  CHECK(read("I16", "[2]", two).to_vector<int32_t>() == std::vector<int32_t>{-32513, 1});
+  CHECK(read("U16", "[2]", two).to_vector<int32_t>() == std::vector<int32_t>{33023, 1});
+  CHECK(read("U32", "[1]", "\xff\xff\xff\xff").to_vector<int64_t>() == std::vector<int64_t>{4294967295});
+  CHECK_THAT(error_of(file_of("{" + entry("x", "F16", "[2]", "[0,8]") + "}", "12345678")), Contains("type F16 needs 4 bytes but has 8"));
+  CHECK_THAT(error_of(file_of("{" + entry("x", "F16", "[4611686018427387904]", "[0,8]") + "}", "12345678")), Contains("overflows"));
 }

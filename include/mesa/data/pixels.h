@@ -47,6 +47,10 @@ void contrast(const Pixels& p, float factor);    ///< from the mean of the luma
 void color(const Pixels& p, float factor);       ///< from the luma; gray stays as it is
 void sharpness(const Pixels& p, float factor);   ///< from ImageFilter.SMOOTH (3 x 3; the outermost pixels stay)
 
+/// torchvision's adjust_hue of a Pillow image: trunc(255 turn) is added, modulo 256, to the hue of convert("HSV"), whose three values are
+/// bytes. `turn` in -0.5..0.5 is a share of a whole turn. HSV in bytes loses some colours, also where the turn is 0; gray stays.
+void hue(const Pixels& p, double turn);
+
 /// convert("L"), repeated over the channels.
 void grayscale(const Pixels& p);
 

@@ -20,6 +20,19 @@ enum class Crop : uint8_t { none, pad, resized, simple };
 /// "none", "pad", "resized" or "simple"; anything else throws Error naming `key`.
 Crop parse_crop(const std::string& text, const std::string& key);
 
+/// How far colours are moved: factors in [max(0, 1 - x), 1 + x], and a hue turned by up to this share of a whole turn, at most 1/2
+/// (torchvision's ColorJitter).
+struct ColorJitter {
+  double brightness = 0, contrast = 0, saturation = 0, hue = 0;
+  ColorJitter() = default;
+  /// timm's one number: the hue stays.
+  ColorJitter(double strength) : ColorJitter(strength, strength, strength, 0) {}
+  ColorJitter(double brightness, double contrast, double saturation, double hue)
+      : brightness(brightness), contrast(contrast), saturation(saturation), hue(hue) {}
+  bool on() const { return brightness > 0 || contrast > 0 || saturation > 0 || hue > 0; }
+  bool operator==(const ColorJitter&) const = default;
+};
+
 struct TransformOptions {
   int64_t image_size = 32;  ///< pixels of the square output
   int64_t channels = 3;     ///< of the output: 1 (gray) or 3
@@ -30,13 +43,14 @@ struct TransformOptions {
   double flip = 0.5;                              ///< probability of a mirror image in training
   double vflip = 0;                               ///< probability of an upside-down one
   AugmentPolicy augment;                          ///< RandAugment or 3-Augment
-  double color_jitter = 0;  ///< brightness, contrast, saturation by factors in [max(0, 1 - j), 1 + j], unless `augment` replaces it
-  double grayscale = 0;     ///< probability
-  double blur = 0;          ///< probability of a Gaussian blur of a standard deviation in 0.1..2 pixels
+  ColorJitter color_jitter;                       ///< unless `augment` replaces it
+  double grayscale = 0;                           ///< probability
+  double blur = 0;                                ///< probability of a Gaussian blur of a standard deviation in 0.1..2 pixels
   Erasing erasing;
   Interpolation interpolation = Interpolation::bicubic;
   bool random_interpolation = false;  ///< in training bilinear or bicubic, drawn for each resize and each operation
   double crop_pct = 1.0;              ///< evaluation: the shorter side becomes floor(image_size / crop_pct), then the centre is cut out
+  bool eval_flip = false;             ///< evaluation: logits are the mean over the picture and its mirror image
   /// Of the pixels as they stand in [0, 1], one value a channel. Kept here with the rest of the preprocessing; a kernel applies them.
   std::vector<float> mean{0.5f, 0.5f, 0.5f}, std{0.5f, 0.5f, 0.5f};
 

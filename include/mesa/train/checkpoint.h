@@ -83,7 +83,8 @@ struct LoadedModel {
 };
 /// `path`: a checkpoint's folder, a run's folder (its best, else its last checkpoint), or a file of it, which says itself what it is.
 /// Verifies checksums. Throws Error where the wanted weights are not there.
-LoadedModel load_model(const std::string& path, WeightsKind kind = WeightsKind::automatic);
+/// `config` (or null) describes the model and the preprocessing of a safetensors file that does not say them itself, such as timm's.
+LoadedModel load_model(const std::string& path, WeightsKind kind = WeightsKind::automatic, const RunConfig* config = nullptr);
 /// The checkpoint folder that `path` stands for; `prefer` is "best" or "last" when it is a run's folder. Throws Error if there is none.
 /// Only reads: the run that owns the folder may be writing beside it.
 std::string resolve_checkpoint(const std::string& path, const std::string& prefer);
@@ -91,13 +92,14 @@ std::string resolve_checkpoint(const std::string& path, const std::string& prefe
 /// The safetensors file that `path` (as for load_model) stands for. `verify`: check the sums of the checkpoint that it belongs to.
 std::string weights_file(const std::string& path, WeightsKind kind = WeightsKind::automatic, bool verify = true);
 
-/// Copies weights into the parameters. Throws Error listing what is missing, unexpected or of another shape (the first few).
+/// Copies weights into the parameters. Throws Error listing all that is missing, unexpected or of another shape.
 void load_weights(ParamStore& params, const std::map<std::string, Tensor>& weights, const std::string& source);
 
 /// Weights to begin with, from a checkpoint (its moving average if it has one) or any safetensors file with the model's names. Position
 /// embeddings and tables of biases of another grid are resized (resize_bicubic); heads of another number of classes keep their first
-/// values; factors of LoRA in the file are merged (merge_lora), those of the model begin anew. Throws Error listing the first parameters
-/// that are missing or of another shape: the file belongs to another model. Returns what was done, for the log.
+/// values; factors of LoRA in the file are merged (merge_lora), those of the model begin anew. Throws Error listing all parameters that are
+/// missing or of another shape: the file belongs to another model. Returns what was done, for the log: all that was resized, begins anew or
+/// is unused.
 std::string start_from_weights(ParamStore& params, const std::string& path);
 
 /// The checkpoint that --resume means, or "" for a fresh start. "auto": the newest of the run's folder `output` that verifies: `last`, else

@@ -42,12 +42,13 @@ struct DataConfig {
   std::vector<double> crop_ratio{0.75, 4.0 / 3};
   double flip = 0, vflip = 0;  ///< probabilities
   std::string augment;         ///< empty | rand-... | 3a
-  double color_jitter = 0;
+  std::vector<double> color_jitter{0};  ///< strength, or [brightness, contrast, saturation] and hue
   double grayscale = 0, blur = 0, erasing = 0;  ///< probabilities
   std::string erasing_mode = "pixel";           ///< const | rand | pixel
   int64_t erasing_count = 1;                    ///< rectangles
   std::string interpolation = "bicubic";        ///< bilinear | bicubic | random
   double crop_pct = 1;
+  bool eval_flip = false;
   double mixup = 0, cutmix = 0;  ///< alpha; 0 = none
   double mix_prob = 1, mix_switch_prob = 0.5;
   std::string mix_mode = "batch";  ///< batch | pair | elem

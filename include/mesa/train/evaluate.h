@@ -23,11 +23,16 @@ using AddUp = std::function<void(std::vector<double>&)>;
 
 using Look = std::function<void(const Batch& batch, const Tensor& logits)>;
 
-/// Runs every batch of the loader's epoch 0 without a tape. `stop` is asked before each batch; `progress` is told images done; `look` is
-/// shown each batch with its logits, f32 [B, K] on the CPU. With `add_up` the loader's batches are one rank's, and the result is that of
-/// all.
+/// Runs every batch of the loader's epoch 0 without a tape; with transform.eval_flip logits are the mean over a picture and its mirror
+/// image. `stop` is asked before each batch; `progress` is told images done; `look` is shown each batch with its logits, f32 [B, K] on the
+/// CPU. With `add_up` the loader's batches are one rank's, and the result is that of all.
 EvalResult evaluate(const BuiltModel& model, Loader& loader, const TransformOptions& transform, const std::function<bool()>& stop = {},
                     const std::function<void(int64_t done)>& progress = {}, const Look& look = {}, const AddUp& add_up = {});
+
+/// Runs `body` in each of the processes that were started together (see World), after setting the config's rank and ranks; they must have
+/// the same config. The first leads: it alone prints and writes. `add_up` adds over all of them. Returns what `body` returns, or the exit
+/// code of a rank that fails or loses another; one rank alone passes exceptions on, and so does the leader.
+int evaluate_on_ranks(RunConfig& config, const std::function<int(bool leads, const AddUp& add_up)>& body);
 
 /// What an evaluation of the weights found, and of their moving average where there is one.
 struct Evaluations {
@@ -41,6 +46,9 @@ struct Evaluations {
 Evaluations evaluate_all(const BuiltModel& model, Ema* ema, Loader& loader, const TransformOptions& transform,
                          const std::function<bool()>& stop, const Look& look = {}, const AddUp& add_up = {});
 
+/// Whether fewer than `k` of the K logits are better than the label's: higher, or as high and of a lower class. NaN is never among the
+/// best. Throws Error for a label that is no class.
+bool is_among_best(const float* logits, int64_t classes, int64_t label, int64_t k);
 /// How many of the batch's labels are among the `k` highest logits (ties resolved for the lower class, NaN counts as wrong).
 int64_t count_top(const Tensor& logits, const Tensor& labels, int64_t k);
 

@@ -4,6 +4,7 @@
 #include <string>
 #include <vector>
 
+#include "mesa/train/confusion.h"
 #include "mesa/train/metrics.h"
 #include "mesa/train/pictures.h"
 
@@ -21,6 +22,7 @@ struct RunRecord {
   std::vector<std::pair<std::string, std::string>> environment;
   std::string config;  ///< YAML
   PictureList samples, mistakes;
+  Confusion confusion;  ///< of the test set, after the last epoch
   std::vector<std::string> warnings;  ///< the last ones of log.txt
   std::vector<std::string> notes;
 };

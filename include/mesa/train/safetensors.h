@@ -31,7 +31,8 @@ void write_safetensors(const std::string& path, std::span<const NamedTensor> ten
 std::string format_safetensors(std::span<const NamedTensor> tensors, const std::map<std::string, std::string>& metadata = {});
 
 /// Reads and validates a file as strictly as the format asks: header length and UTF-8 JSON, no duplicate names, sizes without overflow,
-/// offsets that tile the data exactly. Throws mesa::Error "<path>: ..." that names the tensor; element types F32, BF16, F64, U8, I32, I64.
+/// offsets that tile the data exactly. Throws mesa::Error "<path>: ..." that names the tensor. Element types F32, BF16, F64, U8, I32 and I64
+/// stay as they are; F16 becomes f32, BOOL u8, I8, I16 and U16 i32, U32 i64: the same values.
 /// On the meta device nothing but the header is read.
 SafetensorsFile read_safetensors(const std::string& path, Device device = kCpu);
 /// The same from memory; `name` stands for the path in errors.

@@ -1,0 +1,85 @@
+#include "weight_names.h"
+
+#include <algorithm>
+#include <charconv>
+#include <cstdint>
+#include <map>
+
+#include "mesa/base/error.h"
+
+namespace mesa {
+namespace {
+
+constexpr size_t kInOneLine = 4;
+
+/// An item around the number that may differ: "missing blocks." 3 ".norm1.weight [192]"; number is -1 where there is none.
+struct Parts {
+  std::string before, after;
+  int64_t number = -1;
+};
+
+Parts split(const std::string& item) {
+  for (size_t end = item.rfind('.'); end != std::string::npos && end > 0; end = item.rfind('.', end - 1)) {
+    const size_t begin = item.find_last_of(". ", end - 1) + 1;  // 0 where there is none
+    int64_t number = 0;
+    const auto [stop, code] = std::from_chars(item.data() + begin, item.data() + end, number);
+    if (end > begin && code == std::errc{} && stop == item.data() + end && number >= 0)
+      return {item.substr(0, begin), item.substr(end), number};
+  }
+  return {item, "", -1};
+}
+
+/// "3", "[0-2,5]"
+std::string ranges(std::vector<int64_t> numbers) {
+  std::sort(numbers.begin(), numbers.end());
+  if (numbers.size() == 1) return std::to_string(numbers[0]);
+  std::string out;
+  for (size_t i = 0; i < numbers.size();) {
+    size_t last = i;
+    while (last + 1 < numbers.size() && numbers[last + 1] == numbers[last] + 1) ++last;
+    out += concat(out.empty() ? "" : ",", numbers[i]);
+    if (last > i) out += concat("-", numbers[last]);
+    i = last + 1;
+  }
+  return concat("[", out, "]");
+}
+
+}  // namespace
+
+void strip_wrappers(SafetensorsFile& file) {
+  const auto strip = [&](const std::string& prefix) {
+    const auto begins = [&](const NamedTensor& t) { return t.name.size() > prefix.size() && t.name.starts_with(prefix); };
+    if (file.tensors.empty() || !std::all_of(file.tensors.begin(), file.tensors.end(), begins)) return false;
+    for (NamedTensor& tensor : file.tensors) tensor.name.erase(0, prefix.size());
+    return true;
+  };
+  while (strip("module.") || strip("_orig_mod.") || strip("model.")) continue;
+}
+
+bool is_derived(const std::string& name) {
+  const std::string last = name.substr(name.rfind('.') + 1);
+  return last == "num_batches_tracked" || last == "relative_position_index" || last == "attn_mask";
+}
+
+std::string list_all(const std::vector<std::string>& items) {
+  struct Line {
+    Parts parts;
+    std::vector<int64_t> numbers;
+  };
+  std::vector<Line> lines;
+  std::map<std::pair<std::string, std::string>, size_t> where;
+  for (const std::string& item : items) {
+    Parts parts = split(item);
+    const auto [found, is_new] = where.emplace(std::pair(parts.before, parts.after), lines.size());
+    if (is_new) lines.push_back({parts, {}});
+    lines[found->second].numbers.push_back(parts.number);
+  }
+  std::string out;
+  for (const Line& line : lines) {
+    const std::string number = line.parts.number < 0 ? "" : ranges(line.numbers);
+    out += concat(lines.size() > kInOneLine ? "\n  " : out.empty() ? "" : "; ", line.parts.before, number, line.parts.after);
+  }
+  return out;
+}
+
+}  // namespace mesa
