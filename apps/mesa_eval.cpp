@@ -89,18 +89,19 @@ int main(int argc, char** argv) {
   std::string checkpoint, weights = "auto", data, json, device = "auto";
   std::vector<std::string> overrides;
   int64_t batch_size = 0;
-  app.add_option("checkpoint", checkpoint, "a checkpoint's folder, a run's folder (its best), or a safetensors file of it")->required();
+  app.add_option("checkpoint", checkpoint, "a checkpoint's folder, a run's folder (its best), or a safetensors file of it")
+      ->required()->type_name("CHECKPOINT");
   app.add_option("--weights", weights,
                  "auto, ema or raw: of a folder, the moving average of the weights (auto: if it has one), or the weights")
       ->check(CLI::IsMember({"auto", "ema", "raw"}))
       ->capture_default_str();
-  app.add_option("--data", data, "folder of the data (default: where the run had it); training files need not be there");
+  app.add_option("--data", data, "folder of the data (default: where the run had it); training files need not be there")->type_name("PATH");
   app.add_option("--batch-size", batch_size, "images a batch")->check(CLI::Range(int64_t{1}, int64_t{1'000'000}));
   app.add_option("--set", overrides, "override one key of the run's config (repeatable)")->type_name("KEY=VALUE")->expected(1)->take_all();
   app.add_option("--device", device, "auto, cpu or cuda: where to compute, wherever it was trained")
       ->check(CLI::IsMember({"auto", "cpu", "cuda"}))
       ->capture_default_str();
-  app.add_option("--json", json, "also write the result to this file");
+  app.add_option("--json", json, "also write the result to this file")->type_name("FILE");
   app.footer("Exit codes: 0 done; 1 failed; 2 wrong usage or config.");
   return mesa::run_app(app, argc, argv,
                        [&] { return evaluate_checkpoint(checkpoint, kind_of(weights), data, batch_size, overrides, device, json); });
