@@ -8,6 +8,7 @@
 #include <functional>
 #include <string>
 
+#include "describe.h"
 #include "mesa/base/error.h"
 #include "mesa/train/version.h"
 
@@ -23,6 +24,11 @@ inline void open_standard_streams() {
 inline int run_app(CLI::App& app, int argc, char** argv, const std::function<int()>& body) {
   open_standard_streams();
   app.set_version_flag("--version", version_text());
+  const auto show = [&](const std::string& form) {
+    std::fputs(describe(app, form).c_str(), stdout);
+    throw CLI::Success();
+  };
+  app.add_option_function<std::string>("--describe", show, "for the build")->check(CLI::IsMember(description_forms()))->group("");
   try {
     app.parse(argc, argv);
     return body();

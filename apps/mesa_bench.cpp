@@ -36,15 +36,15 @@ constexpr const char* kFooter =
     "Exit codes: 0 done, 1 failed, 2 wrong usage or config.";
 
 void add_options(CLI::App& app, Arguments& args) {
-  app.add_option("--config", args.config, "Config file, or the name of a shipped one")->required()->type_name("FILE");
+  app.add_option("--config", args.config, "Config file, or the name of a shipped one")->required()->type_name("CONFIG");
   app.add_option("--storage", args.storage, "Storage policies, separated by commas: shipped ones, or paths (default: the config's)")
       ->delimiter(',')
-      ->type_name("NAME,...");
+      ->type_name("POLICY,...");
   app.add_option("--steps", args.steps, "Measured steps of each policy")->capture_default_str()->type_name("N");
   app.add_option("--warmup", args.warmup, "Steps of each policy before them")->capture_default_str()->type_name("N");
   app.add_option("--json", args.json, "Write every number, also by site, to this file")->type_name("FILE");
   app.add_option("--set", args.overrides, "Override values of the config")->type_name("KEY=VALUE");
-  app.add_option("--device", args.device, "auto, cpu or cuda (default: the config's)")->type_name("DEVICE");
+  app.add_option("--device", args.device, "auto, cpu or cuda (default: the config's)")->check(CLI::IsMember({"auto", "cpu", "cuda"}));
   app.add_option("--threads", args.threads, "OpenMP threads, 0 for all cores (default: the config's)")->type_name("N");
   app.add_flag("--kernels", args.kernels, "Time every kernel of a step alone instead: GB/s beside a measured copy, TFLOP/s of products");
   app.add_flag("--phases", args.phases, "Print first what each policy keeps at each site");

@@ -214,14 +214,16 @@ int evaluate_checkpoint(const Arguments& args) {
 int main(int argc, char** argv) {
   CLI::App app("Evaluates a checkpoint: top-1, top-5, loss, images/s.", "mesa-eval");
   Arguments args;
-  app.add_option("checkpoint", args.checkpoint, "a checkpoint's folder, a run's folder (its best), or a safetensors file")->required();
+  app.add_option("checkpoint", args.checkpoint, "a checkpoint's folder, a run's folder (its best), or a safetensors file")
+      ->required()->type_name("CHECKPOINT");
   app.add_option("--config", args.config,
-                 "config of the model and its preprocessing, for a safetensors file that does not say them itself (timm's, DeiT's)");
+                 "config of the model and its preprocessing, for a safetensors file that does not say them itself (timm's, DeiT's)")
+      ->type_name("FILE");
   app.add_option("--weights", args.weights,
                  "auto, ema or raw: of a folder, the moving average of the weights (auto: if it has one), or the weights")
       ->check(CLI::IsMember({"auto", "ema", "raw"}))
       ->capture_default_str();
-  app.add_option("--data", args.data, "folder of the data (default: where the run had it); training files need not be there");
+  app.add_option("--data", args.data, "folder of the data (default: where the run had it); training files need not be there")->type_name("PATH");
   app.add_option("--batch-size", args.batch_size, "images a batch")->check(CLI::Range(int64_t{1}, int64_t{1'000'000}));
   app.add_option("--set", args.overrides, "override one key of the run's config (repeatable)")
       ->type_name("KEY=VALUE")
@@ -239,7 +241,7 @@ int main(int argc, char** argv) {
                                             ->type_name("[FILE.csv]");
   app.add_option("--confusion", args.confusion, "which classes are taken for which, as a picture, or as a table (.csv)")
       ->type_name("FILE.png");
-  app.add_option("--json", args.json, "also write the results to this file");
+  app.add_option("--json", args.json, "also write the results to this file")->type_name("FILE");
   std::string merge;
   CLI::Option* merge_option =
       app.add_option("--merge", merge, "evaluate nothing: write the weights with LoRA's factors merged into them to this safetensors file")

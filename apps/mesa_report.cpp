@@ -10,7 +10,12 @@ int main(int argc, char** argv) {
   app.add_option("run", runs, "folders of runs")->required()->type_name("RUN ...");
   app.add_option("-o,--output", output, "the file (default: report.html in the run's folder; for several runs in the current one)")
       ->type_name("FILE");
-  app.footer("Exit codes: 0 done; 1 failed; 2 wrong usage.");
+  app.footer(
+      "Examples:\n"
+      "  mesa-report runs/cifar\n"
+      "  mesa-report runs/exact runs/int8 runs/int4 -o storage.html\n"
+      "\n"
+      "Exit codes: 0 done; 1 failed; 2 wrong usage.");
   return mesa::run_app(app, argc, argv, [&] {
     std::printf("%s\n", mesa::write_report(runs, output).c_str());
     return 0;

@@ -77,10 +77,11 @@ int main(int argc, char** argv) {
   CLI::App app("Trains a vision transformer while keeping compressed activations.", "mesa-train");
   Arguments args;
   std::string resume;
-  app.add_option("--config", args.config, "config file, or the name of a shipped one (deit_s.yaml); with --resume the run's own is the default");
+  app.add_option("--config", args.config, "config file, or the name of a shipped one (deit_s.yaml); with --resume the run's own is the default")
+      ->type_name("CONFIG");
   app.add_option("--set", args.overrides, "override one key of the config, e.g. train.epochs=3 (repeatable)")
       ->type_name("KEY=VALUE")->expected(1)->take_all();
-  app.add_option("--output", args.output, "folder of the run (default: runs/<date>-<model>)");
+  app.add_option("--output", args.output, "folder of the run (default: runs/<date>-<model>)")->type_name("FOLDER");
   CLI::Option* resume_option =
       app.add_option("--resume", resume, "continue: 'auto' (the default value) takes the newest whole checkpoint of --output")
           ->expected(0, 1)->type_name("[auto|CHECKPOINT]");
@@ -102,7 +103,14 @@ int main(int argc, char** argv) {
   app.add_flag("--list-models", args.list, "print the models that model.name may name, with their sizes and what they keep; train nothing");
   app.add_flag("--check-comm", args.check_comm, "print who the ranks of this run are and how fast they add up, refuse those that differ; train nothing");
   app.add_flag("--quiet", args.options.quiet, "no progress, only warnings and the summary");
-  app.footer("Exit codes: 0 done; 1 failed; 2 wrong usage or config; 69 another rank failed; 75 stopped by a signal and resumable.");
+  app.footer(
+      "Examples:\n"
+      "  mesa-train --config quickstart.yaml --output runs/first\n"
+      "  mesa-train --config deit_s.yaml --set data.path=/imagenet --set storage=int4 --dry-run\n"
+      "  mesa-train --resume --output runs/first\n"
+      "  mpirun -n 2 mesa-train --config deit_s.yaml --set data.path=/imagenet --output runs/ranks\n"
+      "\n"
+      "Exit codes: 0 done; 1 failed; 2 wrong usage or config; 69 another rank failed; 75 stopped by a signal and resumable.");
   return mesa::run_app(app, argc, argv, [&] {
     if (resume_option->count() > 0) args.options.resume = resume.empty() ? "auto" : resume;
     return run(args);

@@ -6,7 +6,8 @@ usage() {
   cat <<'TEXT'
 Usage: scripts/deps.sh [--test]
 Installs through apt, as root or with sudo, what is missing of the packages that build Mesa.
-  --test   also those of the full test run: clang and its runtime (fuzzing), ccache (faster rebuilds), iproute2 (tests on two hosts)
+  --test   also those of the full test run: clang and its runtime (fuzzing), ccache (faster rebuilds), iproute2 (tests on two hosts),
+           dpkg-dev and file (packages), man-db, mandoc, fish and zsh (what they make of manuals and completions)
 Exit codes: 0 everything is there; 1 an installation failed; 2 wrong usage, or not Debian.
 MESA_SKIP_DEPS=1 skips the check: for other distributions, where you install the counterparts yourself.
 TEXT
@@ -14,7 +15,7 @@ TEXT
 
 packages=(g++ cmake ninja-build libdnnl-dev libyaml-cpp-dev libspdlog-dev libcli11-dev nlohmann-json3-dev
   libjpeg62-turbo-dev libpng-dev zlib1g-dev libopenmpi-dev openmpi-bin catch2 libboost-context-dev)
-test_packages=(clang libclang-rt-dev ccache iproute2)
+test_packages=(clang libclang-rt-dev ccache iproute2 dpkg-dev file man-db mandoc fish zsh)
 
 for argument in "$@"; do
   case "$argument" in

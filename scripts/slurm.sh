@@ -18,7 +18,7 @@ For example:  sbatch --nodes=4 scripts/slurm.sh --config deit_s.yaml --set data.
 Each task is a rank; srun starts them. 300 seconds before the time limit (--signal=B:USR1@300) the run saves and exits with 75, and the
 job is put into the queue again, where it resumes. After the loss of a rank it is, too, three times at most.
 Environment:
-  MESA_TRAIN      the program (default: build/bin/mesa-train of the folder where sbatch was called)
+  MESA_TRAIN      the program (default: build/bin/mesa-train of the folder where sbatch was called; without one, the installed mesa-train)
   MESA_OUTPUT     folder of the run, seen by all nodes (default: runs/<job name>-<job id>, which stay the same in the queue)
   MESA_MPI        srun's plugin (default: pmix; srun --mpi=list tells)
   MESA_RESTARTS   how often a lost rank may restart the job (default: 3)
@@ -33,10 +33,12 @@ if [[ -z ${SLURM_JOB_ID:-} ]]; then
 fi
 
 output=${MESA_OUTPUT:-runs/${SLURM_JOB_NAME:-mesa}-$SLURM_JOB_ID}
+program=build/bin/mesa-train
+[[ -x $program ]] || program=mesa-train
 limit=0 step=""
 trap 'limit=1; [[ -z $step ]] || kill -USR1 "$step"' USR1  # srun passes it on to the ranks
 srun --mpi="${MESA_MPI:-pmix}" --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" \
-  "${MESA_TRAIN:-build/bin/mesa-train}" --output "$output" --resume auto "$@" &
+  "${MESA_TRAIN:-$program}" --output "$output" --resume auto "$@" &
 step=$!
 code=0
 wait "$step" || code=$?

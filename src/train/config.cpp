@@ -173,10 +173,10 @@ std::string to_yaml(const RunConfig& config) {
 std::vector<ConfigKey> config_keys() {
   RunConfig defaults;
   std::vector<ConfigKey> out;
-  for (const Key& key : config::keys()) out.push_back({key.name, config::type_name(key), config::write(key, defaults), key.doc});
+  for (const Key& key : config::keys()) out.push_back({key.name, config::type_name(key), config::write(key, defaults), key.doc, config::choices(key)});
   out.push_back({"storage", "name, path or list of rules", "exact",
-                 "How activations wait for the backward pass: a file of configs/storage, or rules"});
-  out.push_back({"base", "file or list of files", "", "Configs to start from, relative to this file; keys given here replace theirs"});
+                 "How activations wait for the backward pass: a file of configs/storage, or rules", {}});
+  out.push_back({"base", "file or list of files", "", "Configs to start from, relative to this file; keys given here replace theirs", {}});
   return out;
 }
 

@@ -1,6 +1,7 @@
 // Finding config files and following `base:`.
-#include <unistd.h>
+#include <dlfcn.h>
 
+#include <algorithm>
 #include <cerrno>
 #include <cstdio>
 #include <cstdlib>
@@ -13,11 +14,21 @@
 namespace mesa {
 namespace fs = std::filesystem;
 
+namespace {
+
+/// Of the library, or of the program where it is linked into that.
+fs::path own_file() {
+  Dl_info self;
+  return dladdr(reinterpret_cast<const void*>(&config_roots), &self) != 0 ? fs::path(self.dli_fname) : fs::path();
+}
+
+}  // namespace
+
 std::vector<std::string> config_roots() {
   std::vector<std::string> roots;
   const auto add = [&](const std::string& root) {
     std::error_code ignored;
-    if (!root.empty() && fs::is_directory(root, ignored)) roots.push_back(root);
+    if (!root.empty() && fs::is_directory(root, ignored) && std::find(roots.begin(), roots.end(), root) == roots.end()) roots.push_back(root);
   };
   if (const char* env = std::getenv("MESA_CONFIG_DIR")) {
     const std::string list = env;
@@ -27,12 +38,12 @@ std::vector<std::string> config_roots() {
       from = colon + 1;
     }
   }
-  char exe[4096];
-  const ssize_t length = readlink("/proc/self/exe", exe, sizeof exe);
-  if (length > 0) add((fs::path(std::string(exe, length)).parent_path().parent_path() / "share/mesa/configs").string());
-#ifdef MESA_SOURCE_CONFIG_DIR
-  add(MESA_SOURCE_CONFIG_DIR);
-#endif
+  // <prefix>/bin/mesa-train, <prefix>/lib/libmesa.so or <prefix>/lib/<machine>/libmesa.so: the prefix may be moved. A program of somebody
+  // else's finds the configs through the library.
+  std::error_code ignored;
+  add((fs::read_symlink("/proc/self/exe", ignored).parent_path().parent_path() / "share/mesa/configs").string());
+  fs::path folder = fs::weakly_canonical(own_file(), ignored).parent_path();
+  for (int up = 0; up < 3 && !folder.empty(); ++up, folder = folder.parent_path()) add((folder / "share/mesa/configs").string());
   return roots;
 }
 

@@ -1,5 +1,6 @@
 #include "config_keys.h"
 
+#include <algorithm>
 #include <array>
 #include <charconv>
 #include <cmath>
@@ -234,16 +235,10 @@ struct Reader {
     if (v.is(Value::Kind::null)) wrong(v, "has no value; text is needed");
     if (!v.is(Value::Kind::scalar)) wrong(v, v.describe(), " where text is needed");
     if (*key.allowed.choices == 0) return v.text;
-    std::vector<std::string> choices;
-    std::istringstream in(key.allowed.choices);
-    for (std::string choice; std::getline(in, choice, '|');) {
-      if (choice == v.text) return v.text;
-      choices.push_back(choice);
-    }
-    std::string list;
-    for (const auto& choice : choices) list += (list.empty() ? "" : ", ") + choice;
-    const std::string near = choices.size() > 1 ? nearest(v.text, choices) : "";
-    wrong(v, v.describe(), " is not one of ", list, near.empty() ? "" : "; did you mean '" + near + "'?");
+    const std::vector<std::string> allowed = choices(key);
+    if (std::find(allowed.begin(), allowed.end(), v.text) != allowed.end()) return v.text;
+    const std::string near = allowed.size() > 1 ? nearest(v.text, allowed) : "";
+    wrong(v, v.describe(), " is not one of ", type_name(key), near.empty() ? "" : "; did you mean '" + near + "'?");
   }
 
   template <class F>
@@ -331,11 +326,19 @@ std::string write(const Key& key, RunConfig& config) {
   return alone ? text.substr(1, text.size() - 2) : text;
 }
 
+std::vector<std::string> choices(const Key& key) {
+  if (std::holds_alternative<Ref<bool>>(key.field) || std::holds_alternative<Ref<std::optional<bool>>>(key.field)) return {"true", "false"};
+  std::vector<std::string> out;
+  std::istringstream in(key.allowed.choices);
+  for (std::string choice; std::getline(in, choice, '|');) out.push_back(choice);
+  return out;
+}
+
 std::string type_name(const Key& key) {
-  std::string choices = key.allowed.choices;
-  if (!choices.empty()) {
-    for (size_t at = 0; (at = choices.find('|', at)) != std::string::npos; at += 2) choices.replace(at, 1, ", ");
-    return (std::holds_alternative<Ref<std::vector<std::string>>>(key.field) ? "list of " : "") + choices;
+  if (*key.allowed.choices != 0) {
+    std::string list;
+    for (const std::string& choice : choices(key)) list += (list.empty() ? "" : ", ") + choice;
+    return (std::holds_alternative<Ref<std::vector<std::string>>>(key.field) ? "list of " : "") + list;
   }
   RunConfig defaults;
   const std::string type = std::visit([&](auto field) { return TypeName{}.of(field(defaults)); }, key.field);

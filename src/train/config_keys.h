@@ -40,6 +40,8 @@ void assign(const Key& key, const Value& value, RunConfig& config);
 /// The field as YAML, or "" if it is optional and unset.
 std::string write(const Key& key, RunConfig& config);
 std::string type_name(const Key& key);
+/// The values of a key that has a fixed set of them; true and false are such a set.
+std::vector<std::string> choices(const Key& key);
 /// A scalar in YAML: plain where that is safe, else in double quotes.
 std::string quote(const std::string& text);
 

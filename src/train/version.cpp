@@ -27,4 +27,7 @@ std::string version_text() {
                 "\nmatmul    ", kernels::matmul_backend(), "\ncuda      ", cuda_text());
 }
 
+std::string version_number() { return MESA_VERSION; }
+std::string version_date() { return MESA_DATE; }
+
 }  // namespace mesa

@@ -46,7 +46,7 @@ class Dataset {
 
 struct DataOptions {
   std::string kind = "shapes";  ///< one of dataset_kinds()
-  std::string path;             ///< the folder of the files, or the packed file; unused by shapes
+  std::string path{};           ///< the folder of the files, or the packed file; unused by shapes
   /// How many pictures to train and test on; 0 takes all (shapes: 10,000 and 2,000). They split a set that comes in one piece.
   int64_t train_size = 0, test_size = 0;
   bool train = true;       ///< false: only the test half is opened; the training files need not be there

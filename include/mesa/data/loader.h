@@ -32,7 +32,7 @@ struct LoaderOptions {
   int64_t repeats = 1;
   OnBadSample on_bad_sample = OnBadSample::error;
   bool pinned = false;  ///< batches in memory that a GPU reads directly
-  MixOptions mix;       ///< of training batches, which must then be even
+  MixOptions mix{};     ///< of training batches, which must then be even
   /// A global batch has batch_size * world_size pictures; rank r takes the r-th batch_size of it. Without drop_last the last one may be
   /// smaller on some ranks, or empty.
   int64_t rank = 0, world_size = 1;

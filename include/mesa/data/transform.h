@@ -42,11 +42,11 @@ struct TransformOptions {
   std::array<double, 2> ratio{3.0 / 4, 4.0 / 3};  ///< width / height, log-uniform, for Crop::resized
   double flip = 0.5;                              ///< probability of a mirror image in training
   double vflip = 0;                               ///< probability of an upside-down one
-  AugmentPolicy augment;                          ///< RandAugment or 3-Augment
-  ColorJitter color_jitter;                       ///< unless `augment` replaces it
+  AugmentPolicy augment{};                        ///< RandAugment or 3-Augment
+  ColorJitter color_jitter{};                     ///< unless `augment` replaces it
   double grayscale = 0;                           ///< probability
   double blur = 0;                                ///< probability of a Gaussian blur of a standard deviation in 0.1..2 pixels
-  Erasing erasing;
+  Erasing erasing{};
   Interpolation interpolation = Interpolation::bicubic;
   bool random_interpolation = false;  ///< in training bilinear or bicubic, drawn for each resize and each operation
   double crop_pct = 1.0;              ///< evaluation: the shorter side becomes floor(image_size / crop_pct), then the centre is cut out

@@ -196,12 +196,14 @@ void check_config(const RunConfig& config);
 /// One key of the format, for documents and completion.
 struct ConfigKey {
   std::string name, type, default_value, doc;
+  std::vector<std::string> choices;  ///< all values there are, where these have names
 };
 std::vector<ConfigKey> config_keys();
 /// The table of all keys in Markdown, one section for each top-level key.
 std::string config_reference();
 
-/// Folders that hold shipped configs: MESA_CONFIG_DIR (colon-separated), <executable>/../share/mesa/configs, the source tree's.
+/// Folders that hold shipped configs: those of MESA_CONFIG_DIR (colon-separated), and share/mesa/configs of the tree that the program or this
+/// library lies in.
 std::vector<std::string> config_roots();
 
 }  // namespace mesa
