@@ -65,19 +65,28 @@ void apply_all(const LambRule<T> rule, const UpdateSlot& slot, double ratio) {
 
 }  // namespace
 
-void lamb(const std::vector<UpdateSlot>& slots, LambStep step) {
+namespace {
+
+/// f(rule, slot, its squares) for each slot.
+template <class F>
+void each_slot(const std::vector<UpdateSlot>& slots, const LambStep& step, const Tensor& squares, const F& f) {
   check_step(step.step, "lamb");
   check_slots(slots, 2, "lamb");
-  const auto each = [&](const auto& f) {  // f(rule, slot, place in the list)
-    for (size_t i = 0; i < slots.size(); ++i)
-      dispatch_wide(slots[i].w.dtype(), [&](auto tag) { f(LambRule<decltype(tag)>(step).of(slots[i].weight_decay), slots[i], i); });
-  };
-  const Tensor squares = Tensor::empty({static_cast<int64_t>(slots.size()), 2}, DType::f64);
+  check_squares(slots, squares);
   auto* sums = reinterpret_cast<Squares*>(squares.data<double>());
-  each([&](const auto& rule, const UpdateSlot& slot, size_t i) { sums[i] = take_in_all(rule, slot); });
-  if (step.add_up) step.add_up(squares);
-  each([&](const auto& rule, const UpdateSlot& slot, size_t i) {
-    apply_all(rule, slot, slot.weight_decay != 0 ? trust_ratio(sums[i].w, sums[i].u, step.trust_clip) : 1.0);
+  for (size_t i = 0; i < slots.size(); ++i)
+    dispatch_wide(slots[i].w.dtype(), [&](auto tag) { f(LambRule<decltype(tag)>(step).of(slots[i].weight_decay), slots[i], sums[i]); });
+}
+
+}  // namespace
+
+void lamb_moments(const std::vector<UpdateSlot>& slots, LambStep step, const Tensor& squares) {
+  each_slot(slots, step, squares, [](const auto& rule, const UpdateSlot& slot, Squares& sum) { sum = take_in_all(rule, slot); });
+}
+
+void lamb(const std::vector<UpdateSlot>& slots, LambStep step, const Tensor& squares) {
+  each_slot(slots, step, squares, [&](const auto& rule, const UpdateSlot& slot, const Squares& sum) {
+    apply_all(rule, slot, slot.weight_decay != 0 ? trust_ratio(sum.w, sum.u, step.trust_clip) : 1.0);
   });
 }
 

@@ -13,6 +13,7 @@ struct Squares {
 /// The chunks of one parameter: a part of its own, never cut.
 struct Chunks {
   int64_t first, chunks;
+  int64_t parameter;  ///< its place in the list
   int64_t count = 1;
 
   bool operator==(const Chunks&) const = default;
@@ -63,7 +64,7 @@ __global__ void squares_kernel(const Chunks* parameters, const Squares* partial,
   }
   w = block_reduce(w, Sum{}, 0.0);
   u = block_reduce(u, Sum{}, 0.0);
-  if (threadIdx.x == 0) all[blockIdx.x] = {w, u};
+  if (threadIdx.x == 0) all[mine.parameter] = {w, u};
 }
 
 template <class T>
@@ -94,34 +95,51 @@ __global__ void apply_kernel(const Part<T>* parts, LambRule<T> rule, bool trust_
   for_each_run(part, Apply<T>{rule.of(part.weight_decay), part, rate});
 }
 
+/// The sums of squares of a slot, by its place in the list.
+Squares* squares_of(const Tensor& squares) { return reinterpret_cast<Squares*>(squares.data<double>()); }
+
 template <class T>
-void update_all(const std::vector<Part<T>>& parts, const LambStep& step, Device device) {
+void moments_of_all(const std::vector<Part<T>>& parts, const LambStep& step, const Tensor& squares) {
   std::vector<Chunks> parameters;
   int64_t first = 0;
   for (const Part<T>& part : parts) {
-    parameters.push_back({first, ceil_div(part.count, kUpdateChunk)});
+    parameters.push_back({first, ceil_div(part.count, kUpdateChunk), part.parameter});
     first += parameters.back().chunks;
   }
-  const ChunkTable<Part<T>> table = chunk_table(parts, kUpdateChunk, device);
-  const ChunkTable<Chunks> list = chunk_table(parameters, 1, device);
-  const Tensor partial = Tensor::empty(Shape{table.count, 2}, DType::f64, device);
-  const Tensor all = Tensor::empty(Shape{list.count, 2}, DType::f64, device);
-  auto* of_chunks = reinterpret_cast<Squares*>(partial.data<double>());
-  auto* of_parameters = reinterpret_cast<Squares*>(all.data<double>());
-  const LambRule<T> rule(step);
-  const auto blocks = static_cast<unsigned>(table.count);
-  if (blocks > 0) launch("lamb (moments)", &moments_kernel<T>, blocks, kUpdateThreads, 0, table.chunks, rule, of_chunks);
-  launch("lamb (squares)", &squares_kernel, static_cast<unsigned>(list.count), kUpdateThreads, 0, list.chunks, of_chunks, of_parameters);
-  if (step.add_up) step.add_up(all);
-  if (blocks > 0) launch("lamb", &apply_kernel<T>, blocks, kUpdateThreads, 0, table.chunks, rule, step.trust_clip, of_parameters);
+  const ChunkTable<Part<T>> table = chunk_table(parts, kUpdateChunk, squares.device());
+  const ChunkTable<Chunks> list = chunk_table(parameters, 1, squares.device());
+  const Tensor partial = Tensor::empty(Shape{table.count, 2}, DType::f64, squares.device());
+  if (table.count > 0)
+    launch("lamb (moments)", &moments_kernel<T>, static_cast<unsigned>(table.count), kUpdateThreads, 0, table.chunks, LambRule<T>(step),
+           squares_of(partial));
+  launch("lamb (squares)", &squares_kernel, static_cast<unsigned>(list.count), kUpdateThreads, 0, list.chunks, squares_of(partial),
+         squares_of(squares));
+}
+
+template <class T>
+void apply_to_all(const std::vector<Part<T>>& parts, const LambStep& step, const Tensor& squares) {
+  const ChunkTable<Part<T>> table = chunk_table(parts, kUpdateChunk, squares.device());
+  if (table.count > 0)
+    launch("lamb", &apply_kernel<T>, static_cast<unsigned>(table.count), kUpdateThreads, 0, table.chunks, LambRule<T>(step),
+           step.trust_clip, squares_of(squares));
+}
+
+void check_all(const std::vector<UpdateSlot>& slots, const LambStep& step, const Tensor& squares) {
+  check_step(step.step, "lamb");
+  check_slots(slots, 2, "lamb");
+  check_squares(slots, squares);
 }
 
 }  // namespace
 
-void lamb(const std::vector<UpdateSlot>& slots, LambStep step) {
-  check_step(step.step, "lamb");
-  check_slots(slots, 2, "lamb");
-  for_each_dtype(slots, [&](const auto& parts) { update_all(parts, step, slots.front().w.device()); });
+void lamb_moments(const std::vector<UpdateSlot>& slots, LambStep step, const Tensor& squares) {
+  check_all(slots, step, squares);
+  for_each_dtype(slots, [&](const auto& parts) { moments_of_all(parts, step, squares); });
+}
+
+void lamb(const std::vector<UpdateSlot>& slots, LambStep step, const Tensor& squares) {
+  check_all(slots, step, squares);
+  for_each_dtype(slots, [&](const auto& parts) { apply_to_all(parts, step, squares); });
 }
 
 }  // namespace mesa::kernels::cuda

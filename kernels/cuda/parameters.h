@@ -46,12 +46,12 @@ template <class F>
 void for_each_dtype(const std::vector<UpdateSlot>& slots, const F& f) {
   std::vector<Part<float>> singles;
   std::vector<Part<double>> doubles;
-  for (const UpdateSlot& slot : slots)
-    dispatch_wide(slot.w.dtype(), [&](auto tag) {
+  for (size_t i = 0; i < slots.size(); ++i)
+    dispatch_wide(slots[i].w.dtype(), [&](auto tag) {
       if constexpr (std::is_same_v<decltype(tag), float>)
-        singles.push_back(part_of<float>(slot, static_cast<int64_t>(singles.size())));
+        singles.push_back(part_of<float>(slots[i], static_cast<int64_t>(i)));
       else
-        doubles.push_back(part_of<double>(slot, static_cast<int64_t>(doubles.size())));
+        doubles.push_back(part_of<double>(slots[i], static_cast<int64_t>(i)));
     });
   if (!singles.empty()) f(singles);
   if (!doubles.empty()) f(doubles);

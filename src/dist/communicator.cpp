@@ -9,7 +9,7 @@
 namespace mesa {
 
 void Communicator::barrier() {
-  const Tensor one = Tensor::from<int64_t>({1}, {1});
+  const Tensor one = to(Tensor::from<int64_t>({1}, {1}), device());
   all_reduce(one);
   finish();
 }

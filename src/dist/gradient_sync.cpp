@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <chrono>
+#include <exception>
 
 #include "mesa/kernels/elementwise.h"
 
@@ -23,13 +24,14 @@ std::vector<ArenaRange> gradient_buckets(const std::deque<Param>& params, int64_
   std::vector<ArenaRange> buckets;
   bool tail = false;
   const int64_t unit = parts > 1 ? 4 * parts : 1;  // a part begins on 16 bytes
+  const int64_t least = std::min(kLeastBucketBytes, bucket_bytes / 2);
   for (size_t i = 0; i < gradients.size(); ++i) {
     const Tensor& grad = *gradients[i];
     check(grad.buffer() == gradients[0]->buffer() && (i == 0 || grad.offset() > gradients[i - 1]->offset()),
           "gradients do not lie in one arena");
     const bool last_begins = !tail && remaining <= std::min(kLastBucketBytes, bucket_bytes);
     tail = tail || last_begins;
-    if (filled == 0 || filled + grad.bytes() > bucket_bytes || last_begins) {
+    if (filled == 0 || (filled >= least && filled + grad.bytes() > bucket_bytes) || last_begins) {
       buckets.push_back({grad.offset(), 0});
       filled = 0;
     }
@@ -139,16 +141,25 @@ void GradientSync::share_values() {
 }
 
 void GradientSync::gather(const std::vector<Tensor>& parts, const std::function<void(const Param&, const Tensor&)>& f) {
+  int64_t longest = 0;
+  for (const Bucket& bucket : buckets_) longest = std::max(longest, bucket.range.count());
+  const Tensor room = buckets_.empty() ? Tensor() : Tensor::empty({longest}, parts.front().dtype(), parts.front().device());
+  std::exception_ptr error;
   for (size_t i = 0; i < buckets_.size(); ++i) {
     const Bucket& bucket = buckets_[i];
-    const Tensor whole = Tensor::empty({bucket.range.count()}, parts[i].dtype(), parts[i].device());
+    const Tensor whole = room.narrow(0, 0, bucket.range.count());
     communicator_.all_gather(parts[i], whole);
     communicator_.finish();
-    for (const Param* param : bucket.params) {
-      const Tensor& grad = param->grad;
-      f(*param, whole.narrow(0, grad.offset() - bucket.range.begin, grad.numel()).reshape(grad.shape()));
-    }
+    if (!error) try {
+        for (const Param* param : bucket.params) {
+          const Tensor& grad = param->grad;
+          f(*param, whole.narrow(0, grad.offset() - bucket.range.begin, grad.numel()).reshape(grad.shape()));
+        }
+      } catch (...) {  // such as too little memory on this rank: the others must not be left waiting
+        error = std::current_exception();
+      }
   }
+  if (error) std::rethrow_exception(error);
 }
 
 }  // namespace mesa

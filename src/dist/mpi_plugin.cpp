@@ -82,12 +82,14 @@ class MpiTransport : public Transport {
     if (in_place) std::memcpy(part, to, static_cast<size_t>(bytes));
   }
   void all_gather(const void* part, void* data, int64_t bytes) override {
-    check(bytes <= kMostElements, "a part of ", bytes, " bytes is too large for one MPI call");
+    const int64_t width = bytes % 4 == 0 ? 4 : 1, count = bytes / width;
+    check(count <= kMostElements, "a part of ", bytes, " bytes is too large for one MPI call");
+    const MPI_Datatype type = width == 4 ? MPI_UINT32_T : MPI_BYTE;
     const bool in_place = part == at(data, bytes * me_.rank);
     MPI_Request request;
-    check_mpi(MPI_Iallgather(in_place ? MPI_IN_PLACE : part, static_cast<int>(bytes), MPI_BYTE, data, static_cast<int>(bytes), MPI_BYTE,
-                             comm_, &request),
-              "MPI_Allgather");
+    check_mpi(
+        MPI_Iallgather(in_place ? MPI_IN_PLACE : part, static_cast<int>(count), type, data, static_cast<int>(count), type, comm_, &request),
+        "MPI_Allgather");
     wait(request);
   }
   void broadcast(void* data, int64_t bytes, int64_t root) override {

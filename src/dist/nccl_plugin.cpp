@@ -2,6 +2,7 @@
 #include <cuda_runtime_api.h>
 #include <nccl.h>
 
+#include <cstdio>
 #include <thread>
 #include <vector>
 
@@ -68,10 +69,17 @@ class NcclCommunicator : public Communicator {
           ncclBroadcast(x.raw(), x.raw(), static_cast<size_t>(x.bytes()), ncclUint8, static_cast<int>(root), comm_, ready(x)));
   }
 
+  Device device() const override { return kCuda; }
+
+  /// Makes transfers faster at best, so a refusal is no error.
   void will_use(const Tensor& x) override {
     void* handle = nullptr;
     const ncclResult_t code = ncclCommRegister(comm_, x.raw(), static_cast<size_t>(x.bytes()), &handle);
-    check_nccl(code, "ncclCommRegister");
+    if (code != ncclSuccess && code != ncclInProgress) {
+      std::fprintf(stderr, "warning: rank %lld: ncclCommRegister: %s; gradients are sent from memory that is not registered\n",
+                   static_cast<long long>(rank()), ncclGetErrorString(code));
+      return;
+    }
     if (code == ncclInProgress) poll("ncclCommRegister", [] { return true; });
     registered_.push_back(handle);
     kept_.push_back(x);

@@ -9,6 +9,7 @@
 #include "checkpoint_files.h"
 #include "config_keys.h"
 #include "mesa/base/files.h"
+#include "mesa/base/random.h"
 #include "mesa/kernels/elementwise.h"
 #include "mesa/train/safetensors.h"
 #include "weight_names.h"
@@ -54,7 +55,15 @@ int64_t count_of(const json& state, const char* name, const std::string& folder)
   return state[name].get<int64_t>();
 }
 
-void load_optimizer(const json& state, const SafetensorsFile& tensors, const RunConfig& config, const std::string& folder,
+uint64_t hash_of(const std::map<std::string, Tensor>& tensors) {
+  uint64_t hash = 0;
+  for (const auto& [name, tensor] : tensors)
+    hash = mix64(hash ^ hash_name({static_cast<const char*>(tensor.raw()), static_cast<size_t>(tensor.bytes())}));
+  return hash;
+}
+
+/// Returns a hash of the whole state, of which a shared optimizer takes a part.
+uint64_t load_optimizer(const json& state, const SafetensorsFile& tensors, const RunConfig& config, const std::string& folder,
                     Optimizer& optimizer) {
   const std::string was = !state.contains("optimizer")     ? "adamw"  // once the only one
                           : state["optimizer"].is_string() ? state["optimizer"].get<std::string>()
@@ -63,9 +72,10 @@ void load_optimizer(const json& state, const SafetensorsFile& tensors, const Run
     config.refuse("optimizer.name", folder, " was trained by ", was, ", whose state ", optimizer.name(), " cannot go on with; resume with ",
                   was, ", or begin a new run with its weights (train.weights: ", folder, ")");
   const std::map<std::string, Tensor> moments = with_prefix(tensors, "optimizer/");
-  if (moments.empty() && !optimizer.state().empty())
+  if (moments.empty() && optimizer.remembers())
     config.refuse("optimizer.momentum", folder, " was trained without momentum and has nothing to go on with; resume with 0");
   optimizer.load_state(moments, count_of(state, "optimizer_steps", folder));
+  return mix64(hash_of(moments) ^ static_cast<uint64_t>(optimizer.steps()));
 }
 
 /// False if the checkpoint has none.
@@ -100,7 +110,7 @@ LoadedRun load_checkpoint(const std::string& folder, const RunConfig& config, Pa
     if (state.contains(name)) read(name, value);
   });
   const SafetensorsFile tensors = read_safetensors(folder + "/" + kStateTensors);
-  load_optimizer(state, tensors, config, folder, optimizer);
+  out.optimizer_hash = load_optimizer(state, tensors, config, folder, optimizer);
   if (ema != nullptr) out.average_begins = !load_average(state, folder, *ema);
   std::map<std::string, Tensor> ranges;  // owned by the policy from here on, under its own kind of memory
   for (const auto& [name, tensor] : with_prefix(tensors, "storage/")) {

@@ -196,7 +196,12 @@ class Bench {
     const double elements = static_cast<double>(w.numel()), copied = copy.defined() ? 2 : 0;
     add("adamw", elements * (28 + copied), 0, [=] { kernels::adamw(slots, kernels::AdamWStep{1e-4, 0.9, 0.999, 1e-8, 1, 5}); });
     add("sgd", elements * (20 + copied), 0, [=] { kernels::sgd(slots, kernels::SgdStep{1e-4, 0.9, false, 1}); });
-    add("lamb", elements * (40 + copied), 0, [=] { kernels::lamb(slots, kernels::LambStep{1e-4, 0.9, 0.999, 1e-6, 1, 5, false}); });
+    const Tensor squares_of_slot = room({1, 2}, DType::f64);
+    add("lamb", elements * (40 + copied), 0, [=] {
+      const kernels::LambStep step{1e-4, 0.9, 0.999, 1e-6, 1, 5, false};
+      kernels::lamb_moments(slots, step, squares_of_slot);
+      kernels::lamb(slots, step, squares_of_slot);
+    });
     add("moving_average", elements * 12, 0, [=] { kernels::moving_average(averages, 0.999); });
     const std::vector<Tensor> gradients{g};
     const Tensor squares = room({1}, DType::f64);

@@ -28,7 +28,11 @@ OptimizerShard shard_of(GradientSync* sync, Communicator& communicator) {
           },
           [sync, &communicator](const std::vector<Tensor>& parts, const OptimizerShard::Each& f) {
             sync->gather(parts, [&](const Param& param, const Tensor& values) {
-              if (communicator.rank() == 0) f(param, is_gpu(values.device()) ? to(values, kCpu) : values);
+              if (communicator.rank() != 0) return;
+              const bool on_gpu = is_gpu(values.device());
+              const Tensor copy = on_gpu ? to(values, kCpu) : empty_like(values);
+              if (!on_gpu) transfer(values, copy);
+              f(param, copy);
             });
           }};
 }

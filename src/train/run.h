@@ -40,8 +40,6 @@ class Run {
   void take_results(const Evaluations& eval);
   void save(std::vector<std::string> names);
   bool save_now(const std::string& which);
-  std::string unfit(const std::vector<std::string>& names) const;
-  void give_state(const std::vector<std::string>& names);
   bool copy_state(const std::vector<std::string>& names);
   void wait_for_writer();
   bool settle();
@@ -80,6 +78,7 @@ class Run {
   Schedule schedule_;
   Updater updater_;
   TrainingState state_;
+  uint64_t optimizer_hash_ = 0;  // of what was resumed
   std::optional<SentBatch> ahead_;
   int64_t taken_ = 0;  // batches of this epoch
   std::unique_ptr<RunFolder> folder_;

@@ -10,47 +10,44 @@ namespace mesa {
 /// Begins to write the present state as each of `names`. What is due while the one before is still being written waits for it, so that the
 /// checkpoints are those that the config asks for, on every machine and on all ranks.
 void Run::save(std::vector<std::string> names) {
-  if (!team_.leads()) return give_state(names);
-  const auto busy = team_.busy();
   wait_for_writer();
   saved_ = copy_state(names);
-  if (saved_) writer_->write(std::move(names), true);
+  if (saved_ && writer_) writer_->write(std::move(names), true);
 }
 
 /// Returns when the present state is on the disk, or false.
 bool Run::save_now(const std::string& which) {
-  const auto busy = team_.leads() ? team_.busy() : nullptr;
   wait_for_writer();
   bool held = which == "last" && writer_ && writer_->holds(state_);
   if (optimizer_->sharded()) held = team_.shared("whether the checkpoint is there already", held ? "yes" : "no") == "yes";
   if (held) return true;
-  if (!team_.leads()) return give_state({which}), true;
   if (!copy_state({which})) return false;
+  if (!writer_) return true;
+  const auto busy = team_.busy();
   writer_->write({which}, false);
   return settle();
 }
 
-/// Why the state is not worth saving, or "": one that nobody could resume must not replace a good one. The same on all ranks.
-std::string Run::unfit(const std::vector<std::string>& names) const {
-  const bool of_failure = names == std::vector<std::string>{"failed"};
-  return of_failure || names.empty() ? "" : first_bad_parameter(model_.params);
-}
-
-/// What the leader's copy needs of this rank: its part of a shared optimizer's state.
-void Run::give_state(const std::vector<std::string>& names) {
-  if (optimizer_->sharded() && unfit(names).empty()) optimizer_->state();
-}
-
+/// On the leader, copies the state; the others give what they have of a shared optimizer's. False if there is no state worth saving: one
+/// that nobody could resume must not replace a good one.
 bool Run::copy_state(const std::vector<std::string>& names) {
-  if (const std::string bad = unfit(names); !bad.empty()) {
-    warn(concat("the checkpoint is not replaced: the weights are not finite, first in ", bad));
+  if (!writer_ && !optimizer_->sharded()) return true;
+  const bool of_failure = names == std::vector<std::string>{"failed"};
+  std::string bad = of_failure || names.empty() ? "" : first_bad_parameter(model_.params);
+  if (optimizer_->sharded()) bad = team_.first_of("which parameter is not finite", bad);  // what follows is for all or for none
+  if (!bad.empty()) {
+    if (writer_) warn(concat("the checkpoint is not replaced: the weights are not finite, first in ", bad));
     return false;
   }
-  const std::map<std::string, Tensor> moments = optimizer_->state();  // before anything can fail on this rank alone
   try {
+    const std::map<std::string, Tensor> moments = optimizer_->state();
+    if (!writer_) return true;
+    const auto busy = team_.busy();
     state_.peak_bytes = peak_bytes();
     writer_->copy({config_, data_.train->class_names(), model_.params, *optimizer_, moments, policy_, ema_.get()}, state_);
     return true;
+  } catch (const RankFailure&) {
+    throw;
   } catch (const std::exception& e) {
     if (names.empty()) throw;
     warn(concat("the checkpoint of step ", state_.step, " could not be written: ", e.what()));

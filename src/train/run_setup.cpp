@@ -72,6 +72,7 @@ void Run::take_up(const std::string& checkpoint) {
   changes_ = describe_changes(loaded, config_);
   if (loaded.average_begins) start_ = "the checkpoint has no moving average of the weights; it begins with the present ones";
   state_ = loaded.state;
+  optimizer_hash_ = loaded.optimizer_hash;
   move_to_batch(loaded.config.train.batch_size * loaded.state.ranks);
   bad_samples_before_ = state_.bad_samples;
   finished_before_ = done();
@@ -91,15 +92,13 @@ void Run::move_to_batch(int64_t images_then) {
 /// Ranks that do not begin with the same numbers at the same place would go on side by side and never meet.
 void Run::check_alike(World& world) {
   if (team_.alone()) return;
-  uint64_t hash = mix64(static_cast<uint64_t>(state_.step));
+  uint64_t hash = mix64(static_cast<uint64_t>(state_.step) ^ optimizer_hash_);
   const auto take = [&](const Tensor& tensor) {
     const Tensor host = to(tensor, kCpu);
     hash = mix64(hash ^ hash_name({static_cast<const char*>(host.raw()), static_cast<size_t>(host.bytes())}));
   };
   for (const Param& param : model_.params.params()) take(param.value);
   for (const ModelBuffer& buffer : model_.params.buffers()) take(buffer.value);
-  if (!optimizer_->sharded())
-    for (const auto& [name, moment] : optimizer_->state()) take(moment);
   if (ema_)
     for (const auto& [name, average] : ema_->state()) take(average);
   check_same(world, "what they begin with (do all see the same files?)", concat("weights and state ", hash, " at step ", state_.step));

@@ -177,12 +177,14 @@ void RunWatch::after_epoch(const EpochRow& r, const Confusion& confusion) {
   if (report_seconds_ <= kReportShare * r.seconds) write_report();
 }
 
-/// Values and, of what is trained, the gradients of the last update, before clipping.
+/// Values and, of what is trained, the gradients of the last update, before clipping. Where ranks share the optimizer, none has the sums of
+/// all gradients.
 void RunWatch::write_histograms(int64_t step) {
+  const bool have_gradients = parts_.config.ranks == 1 || parts_.config.train.shard == "none";
   for (const Param& p : parts_.params.params()) {
     if (!matches_any(parts_.config.train.histograms, p.name)) continue;
     events_->histogram(step, "weight/" + p.name, histogram_of(p.value));
-    if (p.trainable && p.grad_written) events_->histogram(step, "gradient/" + p.name, histogram_of(p.grad));
+    if (have_gradients && p.trainable && p.grad_written) events_->histogram(step, "gradient/" + p.name, histogram_of(p.grad));
   }
 }
 

@@ -41,6 +41,7 @@ int Run::operator()() {
     if (progress_) progress_->finish();
     progress_.reset();
     const bool lost = dynamic_cast<const RankFailure*>(&e) != nullptr;  // perhaps this very rank, for which others go on elsewhere
+    wait_for_writer();  // what is being written becomes whole
     // A shared optimizer's state cannot be put together any more.
     const bool kept = !lost && team_.leads() && !optimizer_->sharded() && state_.step > start.step && save_now("last");
     const std::string what = concat(e.what(), " (at ", place, kept ? "; the state before it is saved: continue with --resume)" : ")");
@@ -123,7 +124,7 @@ void Run::report(const UpdateResult& result, double seconds) {
   state_.bad_samples = bad_samples_before_ + result.bad_samples;
   if (!first_update_done_) {
     if (folder_) folder_->write_memory(policy_.sites());
-    team_.leads() ? void(copy_state({})) : give_state({});  // the copy's memory from here on: if there is too little, that shows now
+    copy_state({});  // the copy's memory from here on: if there is too little of it, that shows now
   }
   first_update_done_ = true;
   if (writer_) take(writer_->finished());

@@ -161,7 +161,7 @@ TEST_CASE("ranks: a shared optimizer makes the same steps, and any number of ran
       REQUIRE(result.code == 0);
       check_close(run.metrics(one), run.metrics(name), 1e-5);
     }
-    const std::string parted = optimizer + "-parted", on3 = optimizer + "-on3", whole = optimizer + "-whole";
+    const std::string parted = optimizer + "-parted", whole = optimizer + "-whole";
     REQUIRE(run.train_on(2, with(sets, {shared, "train.steps=20"}), parted).code == 0);
     fs::copy(run.path(parted), run.path(whole), fs::copy_options::recursive);
     REQUIRE(run.train_on(2, with(sets, {shared}), parted, {"--resume"}).code == 0);
@@ -170,6 +170,47 @@ TEST_CASE("ranks: a shared optimizer makes the same steps, and any number of ran
     REQUIRE(run.train_on(4, sets, whole, {"--resume"}).code == 0);  // shared no more
     check_close(run.metrics(one), run.metrics(whole), 1e-5);
   }
+}
+
+TEST_CASE("ranks: what four share 1, 2 and 3 go on with, and what nobody shared four do", "[ranks]") {
+  if (!has_mpirun()) return;
+  const RankRun run;
+  const std::string shared = "train.shard=optimizer";
+  const Args sets = with(kRandom, {"schedule.name=constant", "train.accumulation=2", "train.frozen=[blocks.0.norm1.*]"});
+  REQUIRE(run.train_on(1, sets, "straight").code == 0);
+  REQUIRE(run.train_on(4, with(sets, {shared, "train.steps=13", "train.checkpoint_interval=4", "train.keep=2"}), "four").code == 0);
+  for (const int n : {1, 2}) {
+    const std::string name = mesa::concat("on", n);
+    fs::copy(run.path("four"), run.path(name), fs::copy_options::recursive);
+    const ProcessResult rest = run.train_on(n, with(sets, {shared}), name, {"--resume"});
+    INFO(rest.err);
+    REQUIRE(rest.code == 0);
+    check_close(run.metrics("straight"), run.metrics(name), 1e-5);
+  }
+  fs::copy(run.path("four"), run.path("on3"), fs::copy_options::recursive);  // another global batch: not the same curve
+  const Args on_three = with(sets, {shared, "train.batch_size=6"});
+  CHECK(mpirun(3, "mesa-train", run.train_args(on_three, "on3", {"--resume"}), {}, run.path(".")).code == 0);
+  REQUIRE(run.train_on(1, with(sets, {"train.steps=13"}), "whole").code == 0);
+  REQUIRE(run.train_on(4, with(sets, {shared}), "whole", {"--resume"}).code == 0);
+  check_close(run.metrics("straight"), run.metrics("whole"), 1e-5);
+}
+
+TEST_CASE("ranks: a shared optimizer keeps the copies in bf16 fresh, and goes on where nothing can be written", "[ranks]") {
+  if (!has_mpirun()) return;
+  const RankRun run;
+  const Args mixed{"train.precision=bf16", "train.force_precision=true", "storage=exact",
+                   "train.epochs=3",       "train.accumulation=2",       "train.reduce_precision=bf16"};
+  for (const std::string shard : {"none", "optimizer"}) REQUIRE(run.train_on(2, with(mixed, {"train.shard=" + shard}), shard).code == 0);
+  check_close(run.metrics("none"), run.metrics("optimizer"), 5e-3);
+
+  const Args sets{"train.shard=optimizer", "storage=exact", "train.epochs=3", "train.checkpoint_interval=2"};
+  fs::create_directories(run.path("full"));
+  std::ofstream(run.path("full/checkpoints")) << "a file where a folder is needed";
+  const ProcessResult result = run.train_on(2, sets, "full");
+  INFO(result.err);
+  CHECK(result.code == 1);
+  CHECK_THAT(result.err, Contains("could not be written") && Contains("done: "));
+  CHECK(run.json("full/summary.json")["epochs"] == 3);
 }
 
 TEST_CASE("ranks: a shared optimizer takes its part of the memory, as planned", "[ranks]") {
@@ -200,6 +241,8 @@ TEST_CASE("ranks: a shared optimizer survives steps that are not finite and a si
   INFO(bad.err);
   CHECK(bad.code == 1);
   CHECK_THAT(bad.err, Contains("3 steps in a row were not finite"));
+  CHECK_NOTHROW(
+      mesa::verify_folder(run.path(fs::exists(run.path("bad/checkpoints/failed")) ? "bad/checkpoints/failed" : "bad/checkpoints/last")));
   const auto stopped = run.start_on(2, shared, "stopped");
   REQUIRE(stopped->wait_for("epoch 2/400"));
   stopped->send(SIGUSR1);

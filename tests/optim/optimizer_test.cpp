@@ -194,6 +194,12 @@ class TwoRanks {
 
   std::vector<std::vector<ArenaRange>> ranges_{{{0, 24}, {48, 72}}, {{24, 48}, {72, 96}}};
   std::barrier<> meet_{2};
+
+ public:
+  /// Where one of them has failed: the other is not kept waiting.
+  void leave() { meet_.arrive_and_drop(); }
+
+ private:
   Numbers given_[2];
   std::vector<Tensor> parts_[2];
 };
@@ -246,9 +252,20 @@ TEST_CASE("optimizers: shared by two ranks each makes the steps of one, with hal
       }
       states[rank] = own->state();
     };
-    std::thread other(work, 1);
-    work(0);
+    std::exception_ptr failed[2];
+    const auto guarded = [&](size_t rank) {
+      try {
+        work(rank);
+      } catch (...) {
+        failed[rank] = std::current_exception();
+        ranks.leave();
+      }
+    };
+    std::thread other(guarded, 1);
+    guarded(0);
     other.join();
+    for (const std::exception_ptr& error : failed)
+      if (error) std::rethrow_exception(error);
     const bool exact = name.substr(0, 4) != "lamb";  // whose norms are added up in another order
     for (size_t rank = 0; rank < 2; ++rank) {
       REQUIRE(states[rank].size() == state.size());

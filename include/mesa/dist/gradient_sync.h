@@ -9,8 +9,9 @@
 
 namespace mesa {
 
-/// The last bucket, which nothing hides any more, stays small: a ViT's embedding, up to the base size.
-inline constexpr int64_t kBucketBytes = int64_t{8} << 20, kLastBucketBytes = int64_t{3} << 20;
+/// A bucket has about so many bytes, more where one parameter has, and not so few that it costs a collective for nothing. The last bucket,
+/// which nothing hides any more, stays small: a ViT's embedding, up to the base size.
+inline constexpr int64_t kBucketBytes = int64_t{8} << 20, kLeastBucketBytes = int64_t{4} << 20, kLastBucketBytes = int64_t{3} << 20;
 
 /// Buckets are stretches of the arena in which gradients lie in the order in which they become ready. Gradients must have been allocated
 /// for a number of parts that `parts` divides; so much does the length of each bucket, too.
@@ -45,7 +46,8 @@ class GradientSync {
 
   /// Of a sharded one, after each rank has changed the values of its parts: all get the values of all.
   void share_values();
-  /// Puts parts, one of each bucket, of all ranks together, bucket by bucket: f(parameter, tensor of its shape) for all parameters.
+  /// Puts parts, one of each bucket, of all ranks together, bucket by bucket: f(parameter, tensor of its shape, for the call only) for all
+  /// parameters. What f throws comes out after the last bucket, so that ranks stay together.
   void gather(const std::vector<Tensor>& parts, const std::function<void(const Param&, const Tensor&)>& f);
 
  private:

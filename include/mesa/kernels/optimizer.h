@@ -1,7 +1,5 @@
 // Updates of all parameters of a model, AdamW, SGD and LAMB, and the moving average of their values.
 #pragma once
-#include <functional>
-
 #include "mesa/kernels/kernel.h"
 
 namespace mesa::kernels {
@@ -41,15 +39,15 @@ struct LambStep {
   double lr, beta1, beta2, eps, gradient_scale;
   int64_t step;     ///< as in AdamWStep
   bool trust_clip;  ///< no ratio above 1 (timm's lambc)
-  /// Where slots are pieces of parameters whose other pieces are elsewhere: [slots, 2] f64 <- their sum over all places, which list the
-  /// same parameters, empty slots for those of which they have nothing.
-  std::function<void(const Tensor& squares)> add_up = {};
 };
 
 /// LAMB (You et al., ICLR 2020) as timm's Lamb with always_adapt = false: m, v as in AdamW;
 /// u = m / (1-beta1^t) / (sqrt(v) / sqrt(1-beta2^t) + eps) + decay w; w <- w - lr r u with the trust ratio r = |w| / |u|, norms of the
-/// whole parameter in double, in a fixed order; r = 1 where a norm is 0 or decay is.
-MESA_KERNEL(lamb, const std::vector<UpdateSlot>& slots, LambStep step);
+/// whole parameter in double, in a fixed order; r = 1 where a norm is 0 or decay is. Two passes, between which `squares` [slots, 2] f64 may
+/// be added up where slots are pieces of parameters: the first updates m and v and leaves the sums of w^2 and u^2 of each slot there, the
+/// second updates w by them. Slots may be empty.
+MESA_KERNEL(lamb_moments, const std::vector<UpdateSlot>& slots, LambStep step, const Tensor& squares);
+MESA_KERNEL(lamb, const std::vector<UpdateSlot>& slots, LambStep step, const Tensor& squares);
 
 /// f32 or f64, contiguous, of one size.
 struct AverageSlot {

@@ -141,6 +141,12 @@ inline void check_slots(const std::vector<UpdateSlot>& slots, int moments, const
   }
 }
 
+inline void check_squares(const std::vector<UpdateSlot>& slots, const Tensor& squares) {
+  check(squares.defined() && squares.dtype() == DType::f64 && squares.is_contiguous() &&
+            squares.shape() == Shape({static_cast<int64_t>(slots.size()), 2}),
+        "lamb: two sums of squares in f64 for each of ", slots.size(), " parameters");
+}
+
 inline void check_step(int64_t step, const char* kernel) { check(step >= 1, kernel, ": steps are counted from 1"); }
 
 /// Averages as updates of them by the values.

@@ -19,8 +19,12 @@ class Lamb : public Optimizer {
 
  private:
   void update(const std::vector<kernels::UpdateSlot>& slots, double lr, double gradient_scale, int64_t step) override {
-    kernels::lamb(
-        slots, kernels::LambStep{lr, config_.beta1, config_.beta2, config_.eps, gradient_scale, step, config_.trust_clip, shard().add_up});
+    if (slots.empty()) return;
+    const kernels::LambStep now{lr, config_.beta1, config_.beta2, config_.eps, gradient_scale, step, config_.trust_clip};
+    const Tensor squares = Tensor::empty({static_cast<int64_t>(slots.size()), 2}, DType::f64, slots.front().w.device());
+    kernels::lamb_moments(slots, now, squares);
+    if (shard().add_up) shard().add_up(squares);
+    kernels::lamb(slots, now, squares);
   }
   LambConfig config_;
 };

@@ -38,6 +38,8 @@ class Optimizer {
 
   /// True if other ranks have the rest of the state.
   bool sharded() const { return !shard_.ranges.empty(); }
+  /// False if there is nothing to remember from step to step.
+  bool remembers() const { return !moments_.empty(); }
   /// Moments by "<parameter>/<moment>", such as "head.bias/exp_avg": for the checkpoint. All shards must ask together.
   std::map<std::string, Tensor> state() const;
   /// Takes up the whole state or, of a shard, its part of it. Throws Error naming the first tensor that is missing or has another shape.

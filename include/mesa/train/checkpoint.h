@@ -113,6 +113,7 @@ struct LoadedRun {
   TrainingState state;
   RunConfig config;             ///< by which the checkpoint was trained
   bool average_begins = false;  ///< it was not in the checkpoint
+  uint64_t optimizer_hash = 0;  ///< of its whole state
 };
 LoadedRun load_checkpoint(const std::string& folder, const RunConfig& config, ParamStore& params, Optimizer& optimizer,
                           StoragePolicy& policy, Ema* ema = nullptr);
