@@ -14,9 +14,9 @@
 #include "mesa/train/checkpoint.h"
 #include "mesa/train/files.h"
 #include "mesa/train/plan.h"
+#include "mesa/train/setup.h"
 #include "mesa/train/trainer.h"
 #include "support/data_files.h"
-#include "support/device.h"
 
 using namespace mesa;
 using namespace mesa::testing;
@@ -97,7 +97,7 @@ TEST_CASE("run: steps go on while a checkpoint is written, and what is written i
 }
 
 TEST_CASE("run: what the plan says of the copy is what the meter finds from the second step on") {
-  if (test_device() != kCpu) return;  // a GPU's copy is on the host
+  if (is_gpu(choose_device("auto"))) return;  // whose copy is on the host
   const SavedRun t;
   for (const char* average : {"train.ema_decay=0", "train.ema_decay=0.9"}) {
     const RunConfig config = t.config({average, "train.steps=3"}, average);
