@@ -145,7 +145,7 @@ TEST_CASE("ranks: int8 storage, accumulation and a teacher train on two", "[rank
   CHECK(run.json("student/summary.json")["epochs"] == 2);
 }
 
-TEST_CASE("ranks: a shared optimizer makes the same steps, and any number of ranks goes on from its checkpoint", "[ranks]") {
+TEST_CASE("ranks: a shared optimizer makes the same steps, and any number of ranks goes on from its checkpoint", "[ranks][slow]") {
   if (!has_mpirun()) return;
   const RankRun run;
   const std::string shared = "train.shard=optimizer";
@@ -172,7 +172,7 @@ TEST_CASE("ranks: a shared optimizer makes the same steps, and any number of ran
   }
 }
 
-TEST_CASE("ranks: what four share 1, 2 and 3 go on with, and what nobody shared four do", "[ranks]") {
+TEST_CASE("ranks: what four share 1, 2 and 3 go on with, and what nobody shared four do", "[ranks][slow]") {
   if (!has_mpirun()) return;
   const RankRun run;
   const std::string shared = "train.shard=optimizer";
