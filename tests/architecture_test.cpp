@@ -138,3 +138,16 @@ TEST_CASE("architecture: files stay readable") {
         if (source.lines[i].find(word) != std::string::npos) FAIL_CHECK("line " << i + 1 << " says " << word);
   }
 }
+
+TEST_CASE("architecture: names of test cases are such that ctest runs them") {
+  int seen = 0;
+  for (const Source& source : sources())
+    for (const std::string& line : source.lines)
+      if (line.starts_with("TEST_CASE(\"")) {
+        ++seen;
+        INFO(source.path.string());
+        CHECK_THAT(line.substr(0, line.find("\", ")),
+                   !Catch::Matchers::Contains(";"));  // CMake would make two names of it, which match nothing
+      }
+  CHECK(seen > 300);
+}

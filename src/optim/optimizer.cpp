@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <exception>
 
 #include "mesa/kernels/elementwise.h"
 
@@ -81,8 +82,13 @@ void Optimizer::step(double lr, double gradient_scale) {
 
 std::map<std::string, Tensor> Optimizer::state() const {
   std::map<std::string, Tensor> out;
-  for (size_t i = 0; i < parts_.size(); ++i)
-    shard_.gather(parts_[i], [&](const Param& param, const Tensor& values) { out[param.name + "/" + moments_[i]] = values; });
+  std::exception_ptr error;
+  for (size_t i = 0; i < parts_.size(); ++i) try {
+      shard_.gather(parts_[i], [&](const Param& param, const Tensor& values) { out[param.name + "/" + moments_[i]] = values; });
+    } catch (...) {  // the other ranks go on to the next moment, and so must this one
+      if (!error) error = std::current_exception();
+    }
+  if (error) std::rethrow_exception(error);
   if (sharded()) return out;
   for (const Slot& slot : slots_)
     for (size_t i = 0; i < moments_.size(); ++i) out[slot.param->name + "/" + moments_[i]] = slot.moments[i];

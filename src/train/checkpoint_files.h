@@ -37,5 +37,7 @@ std::vector<int64_t> history_of(const std::string& folder);
 void remove_history_leftovers(const std::string& folder);
 /// The step that a checkpoint's state was taken at, as its state.json says it unverified; -1 if it does not.
 int64_t step_of(const std::string& checkpoint);
+/// A number of its state.json likewise.
+double number_of(const std::string& checkpoint, const char* field, double otherwise);
 
 }  // namespace mesa

@@ -33,20 +33,31 @@ std::vector<int64_t> history_of(const std::string& folder) {
   return steps;
 }
 
+/// What cannot be removed, such as another user's file, keeps nobody from what is whole. False if there is no such folder.
+static bool recover_if_possible(const std::string& folder) {
+  try {
+    return recover_folder(folder);
+  } catch (const Error&) {
+    return fs::is_directory(folder);
+  }
+}
+
 void remove_history_leftovers(const std::string& folder) {
   std::vector<std::string> leftovers;
   for (const auto& entry : fs::directory_iterator(folder)) {
     const std::string name = entry.path().filename().string();
     if (name.starts_with(kHistory) && name.ends_with(".tmp")) leftovers.push_back(entry.path().string());
   }
-  for (const std::string& path : leftovers) recover_folder(path.substr(0, path.size() - 4));
+  for (const std::string& path : leftovers) recover_if_possible(path.substr(0, path.size() - 4));
 }
 
-int64_t step_of(const std::string& checkpoint) {
-  const std::string path = checkpoint + "/" + kStateFile;
-  if (!fs::is_regular_file(path)) return -1;
-  const auto state = nlohmann::json::parse(read_text(path), nullptr, false);
-  return state.is_object() && state.contains("step") && state["step"].is_number_integer() ? state["step"].get<int64_t>() : -1;
+int64_t step_of(const std::string& checkpoint) { return static_cast<int64_t>(number_of(checkpoint, "step", -1)); }
+
+double number_of(const std::string& checkpoint, const char* field, double otherwise) try {
+  const auto state = nlohmann::json::parse(read_text(checkpoint + "/" + kStateFile), nullptr, false);
+  return state.is_object() && state.contains(field) && state[field].is_number() ? state[field].get<double>() : otherwise;
+} catch (const Error&) {  // not there, or cannot be read
+  return otherwise;
 }
 
 std::string resolve_checkpoint(const std::string& path, const std::string& prefer) {
@@ -54,7 +65,11 @@ std::string resolve_checkpoint(const std::string& path, const std::string& prefe
   if (fs::is_regular_file(path)) return path;
   const std::string run = path + "/checkpoints/", other = prefer == "best" ? "last" : "best";
   // ".old": where a folder waits while it is being replaced on file systems that cannot exchange two.
-  for (const std::string& candidate : {path, run + prefer, run + prefer + ".old", run + other, run + other + ".old"})
+  std::vector<std::string> candidates{path, run + prefer, run + prefer + ".old"};
+  if (const std::vector<int64_t> older = history_of(run); prefer == "last" && !older.empty())
+    candidates.push_back(run + history_name(older.front()));  // what a crash between two renames leaves
+  candidates.insert(candidates.end(), {run + other, run + other + ".old"});
+  for (const std::string& candidate : candidates)
     if (fs::is_regular_file(candidate + "/" + kModelFile)) return candidate;
   for (const int64_t step : history_of(run)) return run + history_name(step);  // the newest
   fail("", path, " is neither a checkpoint (no ", kModelFile, " in it) nor a run's folder (no checkpoints/last)");
@@ -80,11 +95,11 @@ static std::vector<std::string> candidates(const std::string& folder) {
   if (!fs::is_directory(folder)) return {};
   remove_history_leftovers(folder);
   std::vector<std::pair<int64_t, std::string>> others;
-  if (recover_folder(folder + "/best")) others.emplace_back(step_of(folder + "/best"), folder + "/best");
+  if (recover_if_possible(folder + "/best")) others.emplace_back(step_of(folder + "/best"), folder + "/best");
   for (const int64_t step : history_of(folder)) others.emplace_back(step, folder + "/" + history_name(step));
   std::stable_sort(others.begin(), others.end(), [](const auto& a, const auto& b) { return a.first > b.first; });
   std::vector<std::string> out;
-  if (recover_folder(folder + "/last")) out.push_back(folder + "/last");
+  if (recover_if_possible(folder + "/last")) out.push_back(folder + "/last");
   for (auto& [step, path] : others) out.push_back(std::move(path));
   return out;
 }

@@ -18,7 +18,7 @@ namespace fs = std::filesystem;
 
 CheckpointWriter::CheckpointWriter(std::string folder, int64_t keep, const std::string& resumed) : folder_(std::move(folder)), keep_(keep) {
   std::error_code ignored;
-  if (!resumed.empty() && fs::equivalent(resumed, folder_ + "/last", ignored)) whole_last_ = step_of(resumed);
+  if (!resumed.empty() && fs::equivalent(resumed, folder_ + "/last", ignored)) written_step_ = whole_last_ = step_of(resumed);
 }
 
 CheckpointWriter::~CheckpointWriter() {
@@ -33,7 +33,7 @@ void CheckpointWriter::copy(const CheckpointParts& parts, const TrainingState& s
 
 void CheckpointWriter::write(std::vector<std::string> names, bool beside) {
   assert(!running_);
-  result_ = {data_.state.step, std::move(names), 0, ""};
+  result_ = {data_.state.step, std::move(names), 0, "", ""};
   not_written_.clear();
   running_ = true;
   done_ = false;
@@ -68,7 +68,11 @@ void CheckpointWriter::write_one(const std::string& name) {
   whole_last_ = -1;
   write_checkpoint(folder_ + "/last", data_, former);
   whole_last_ = step;
-  prune(step);
+  try {
+    prune(step);
+  } catch (const std::exception& e) {  // what was written is whole all the same
+    result_.leftover = e.what();
+  }
 }
 
 /// Removes all older checkpoints but the newest, now that a newer one is whole. Those of later steps belong to a future that this run left

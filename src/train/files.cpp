@@ -62,6 +62,12 @@ void sync_path(const std::string& path) {
   sync_descriptor(file.fd, path);
 }
 
+/// Without an error: what is synced later fails where this disk does.
+void sync_quietly(const std::string& path) {
+  const Descriptor file{::open(path.c_str(), O_RDONLY | O_CLOEXEC)};
+  if (file.fd >= 0) ::fsync(file.fd);
+}
+
 std::string parent_of(const std::string& path) {
   const std::string parent = fs::path(path).parent_path().string();
   return parent.empty() ? "." : parent;
@@ -186,7 +192,7 @@ void put_in_place(const std::string& temporary, const std::string& path, const s
     return sync_path(parent_of(path));
   }
   if (former.empty() && exchange_paths(temporary, path)) {
-    sync_path(parent_of(path));
+    sync_path(parent_of(path));         // where this fails the previous folder stays until the next write: which is on the disk, nobody knows
     return remove_leftover(temporary);  // now the previous folder
   }
   const std::string aside = former.empty() ? path + ".old" : former;
@@ -268,7 +274,11 @@ void OutputFile::close() {
 void make_folders(const std::string& path) {
   std::error_code error;
   if (const int code = injected("mkdir", path)) io_error("make the folder", path, code);
+  std::string made = without_slash(path);
+  std::vector<std::string> parents;  // of what is not there yet: a new name must reach the disk, too
+  for (; !exists(made) && !made.empty(); made = parent_of(made)) parents.push_back(parent_of(made));
   fs::create_directories(path, error);
+  for (const std::string& parent : parents) sync_quietly(parent);
   if (error) io_error("make the folder", path, error.value());
   check(is_folder(path), path, " exists and is not a folder");
 }
@@ -334,7 +344,6 @@ void write_folder_atomically(const std::string& given, const std::function<void(
     make_folders(temporary);
     write_files(temporary);
     write_manifest(temporary);
-    put_in_place(temporary, path, former);
   } catch (const fs::filesystem_error& e) {
     remove_quietly(temporary);
     throw Error(concat("cannot write ", path, ": ", e.code().message()));
@@ -342,6 +351,7 @@ void write_folder_atomically(const std::string& given, const std::function<void(
     remove_quietly(temporary);
     throw;
   }
+  put_in_place(temporary, path, former);
 }
 
 void remove_folder(const std::string& given) {

@@ -42,6 +42,7 @@ class Run {
   bool save_now(const std::string& which);
   bool copy_state(const std::vector<std::string>& names);
   void wait_for_writer();
+  void retry();
   bool settle();
   void take(const std::optional<CheckpointWriter::Result>& written);
   int stopped_by_signal();

@@ -7,6 +7,8 @@
 #include <cstdio>
 #include <filesystem>
 
+#include "checkpoint_files.h"
+
 namespace mesa {
 
 std::string to_string(const RunSummary& s, double best_top1) {
@@ -26,7 +28,8 @@ std::string to_string(const RunSummary& s, double best_top1) {
 }
 
 RunFolder::RunFolder(const RunConfig& config, const std::optional<LogPosition>& position, bool replace) : path_(config.output) {
-  const bool used = std::filesystem::exists(checkpoint("last")) || std::filesystem::exists(path_ + "/summary.csv");
+  bool used = std::filesystem::exists(path_ + "/summary.csv") || !history_of(path_ + "/checkpoints").empty();
+  for (const char* name : {"last", "best"}) used = used || std::filesystem::exists(checkpoint(name));
   if (used && !position && !replace)
     throw Error(concat(path_, " holds a run already; continue it with --resume, or choose another folder with --output"));
   make_folders(path_ + "/checkpoints");

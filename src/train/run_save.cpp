@@ -11,6 +11,7 @@ namespace mesa {
 /// checkpoints are those that the config asks for, on every machine and on all ranks.
 void Run::save(std::vector<std::string> names) {
   wait_for_writer();
+  retry();
   saved_ = copy_state(names);
   if (saved_ && writer_) writer_->write(std::move(names), true);
 }
@@ -20,7 +21,8 @@ bool Run::save_now(const std::string& which) {
   wait_for_writer();
   bool held = which == "last" && writer_ && writer_->holds(state_);
   if (optimizer_->sharded()) held = team_.shared("whether the checkpoint is there already", held ? "yes" : "no") == "yes";
-  if (held) return true;
+  if (held) return settle();
+  retry();
   if (!copy_state({which})) return false;
   if (!writer_) return true;
   const auto busy = team_.busy();
@@ -68,6 +70,14 @@ void Run::wait_for_writer() {
   say(concat("training waited ", text, " seconds for a checkpoint to be written; with a longer train.checkpoint_interval it need not"));
 }
 
+/// What could not be written is tried once more before the next copy takes its place.
+void Run::retry() {
+  if (!writer_ || writer_->failed().empty()) return;
+  const auto busy = team_.busy();
+  writer_->write(writer_->failed(), false);
+  take(writer_->wait());
+}
+
 /// Waits for what is being written and tries a few times more what could not be. True if all is on the disk.
 bool Run::settle() {
   if (!writer_) return true;
@@ -90,6 +100,7 @@ void Run::take(const std::optional<CheckpointWriter::Result>& written) {
     const auto& failed = writer_->failed();
     if (name == "best" && std::find(failed.begin(), failed.end(), name) == failed.end()) saved_best_ = judged_;
   }
+  if (!written->leftover.empty()) warn(concat("an older checkpoint stays: ", written->leftover));
   if (!written->error.empty())
     return warn(concat("the checkpoint of step ", written->step, " could not be written: ", written->error,
                        "; the one before it stays, and it is tried again"));

@@ -7,6 +7,7 @@
 
 #include "mesa/train/lora.h"
 #include "mesa/train/version.h"
+#include "checkpoint_files.h"
 #include "run.h"
 
 namespace mesa {
@@ -114,7 +115,7 @@ void Run::open_folder() {
   folder_ = std::make_unique<RunFolder>(config_, position, options_.resume == "auto" && resume_.empty());
   for (const std::string& why : rejected_) folder_->warn(why);
   writer_ = std::make_unique<CheckpointWriter>(config_.output + "/checkpoints", config_.train.keep, resume_);
-  saved_best_ = state_.best_top1;
+  saved_best_ = number_of(folder_->checkpoint("best"), "best_top1", -1);
   const RunWatch::Parts parts{config_, *folder_, policy_, model_.params, *data_.train, model_.device};
   watch_ = std::make_unique<RunWatch>(parts, position, [this](const std::string& text) { warn(text); });
 }

@@ -41,7 +41,7 @@ int Run::operator()() {
     if (progress_) progress_->finish();
     progress_.reset();
     const bool lost = dynamic_cast<const RankFailure*>(&e) != nullptr;  // perhaps this very rank, for which others go on elsewhere
-    wait_for_writer();  // what is being written becomes whole
+    settle();  // what is being written becomes whole
     // A shared optimizer's state cannot be put together any more.
     const bool kept = !lost && team_.leads() && !optimizer_->sharded() && state_.step > start.step && save_now("last");
     const std::string what = concat(e.what(), " (at ", place, kept ? "; the state before it is saved: continue with --resume)" : ")");
@@ -77,7 +77,7 @@ bool Run::train_epoch() {
     try {
       result = updater_(
           count, [this] { return next_batch(); }, [this](const cuda::Mark& after) { look_ahead(after); }, state_);
-    } catch (const Error&) {
+    } catch (...) {  // also of too little memory
       state_ = before;
       policy_.roll_back();  // ranges and running statistics have seen the batches of an update that does not count
       model_.params.restore_buffers();

@@ -204,9 +204,10 @@ TEST_CASE("ranks: a shared optimizer keeps the copies in bf16 fresh, and goes on
   check_close(run.metrics("none"), run.metrics("optimizer"), 5e-3);
 
   const Args sets{"train.shard=optimizer", "storage=exact", "train.epochs=3", "train.checkpoint_interval=2"};
-  fs::create_directories(run.path("full"));
-  std::ofstream(run.path("full/checkpoints")) << "a file where a folder is needed";
-  const ProcessResult result = run.train_on(2, sets, "full");
+  REQUIRE(run.train_on(2, with(sets, {"train.steps=3"}), "full").code == 0);
+  fs::remove_all(run.path("full/checkpoints/best"));
+  std::ofstream(run.path("full/checkpoints/best")) << "a file where a folder is needed";
+  const ProcessResult result = run.train_on(2, sets, "full", {"--resume"});
   INFO(result.err);
   CHECK(result.code == 1);
   CHECK_THAT(result.err, Contains("could not be written") && Contains("done: "));

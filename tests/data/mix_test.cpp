@@ -70,7 +70,7 @@ TEST_CASE("mixing: probabilities of any, and of the two kinds", "[data]") {
   CHECK(near(cuts, 0.6 * 0.25));
 }
 
-TEST_CASE("mixing: one draw a batch, a pair or a sample; none from the last epochs on", "[data]") {
+TEST_CASE("mixing: one draw a batch, a pair or a sample, and none from the last epochs on", "[data]") {
   INFO(seed_note());
   MixOptions options{0.8, 0};  // the shares of boxes are fractions of so many pixels, and may coincide
   const auto distinct = [](const std::vector<Mixing>& all) {

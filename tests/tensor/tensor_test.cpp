@@ -77,7 +77,7 @@ TEST_CASE("tensor: what cannot be is refused") {
   CHECK_THROWS_AS((Shape{1, 1, 1, 1, 1, 1, 1}), Error);
 }
 
-TEST_CASE("bf16: rounds to nearest, ties to even; NaN stays NaN and infinity infinity") {
+TEST_CASE("bf16: rounds to nearest, ties to even, and NaN stays NaN and infinity infinity") {
   CHECK(float(bf16(1.0f)) == 1.0f);
   CHECK(float(bf16(1.0f + 0x1p-8f)) == 1.0f);                // halfway: to the even side
   CHECK(float(bf16(1.0f + 3 * 0x1p-8f)) == 1.0f + 0x1p-6f);  // halfway: up to even

@@ -296,7 +296,7 @@ TEST_CASE("config: names are looked up in the roots") {
     unsetenv("MESA_CONFIG_DIR");
 }
 
-TEST_CASE("config: what an optimizer's keys are where they are not given; null takes one back") {
+TEST_CASE("config: what an optimizer's keys are where they are not given, and null takes one back") {
   const auto of = [](const std::vector<std::string>& sets) { return parse_config("optimizer: {beta2: 0.95}\n", "o.yaml", sets).optimizer; };
   CHECK(with_defaults(of({})).beta1 == 0.9);
   CHECK(with_defaults(of({})).beta2 == 0.95);

@@ -70,6 +70,7 @@ class GradientSync {
   GradientSyncOptions options_;
   std::vector<Bucket> buckets_;    // in the order in which they become ready
   std::vector<size_t> bucket_of_;  // by place in `params_`
+  Tensor room_;                    // of a bucket that is put together
   double wait_seconds_ = 0;
 };
 

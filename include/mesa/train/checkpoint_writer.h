@@ -18,7 +18,8 @@ class CheckpointWriter {
     int64_t step = 0;
     std::vector<std::string> names;  ///< the folders that were to be written
     double seconds = 0;
-    std::string error;  ///< "" if all of them were
+    std::string error;     ///< "" if all of them were
+    std::string leftover;  ///< why an older one could not be removed, or ""
   };
 
   /// `folder`: checkpoints/ of the run, where `keep` older ones stay beside `last` and `best`. `resumed`: the checkpoint that the run goes
