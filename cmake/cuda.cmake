@@ -47,8 +47,8 @@ target_include_directories(mesa_cuda PRIVATE include kernels/cuda/native)
 target_include_directories(mesa_cuda SYSTEM PRIVATE ${CUDAToolkit_INCLUDE_DIRS})
 target_compile_definitions(mesa_cuda PRIVATE MESA_ISA=cuda)
 target_compile_options(mesa_cuda PRIVATE
-  "$<$<COMPILE_LANGUAGE:CUDA>:-Werror=all-warnings;-Xcompiler=-Wall,-Wextra,-Werror>"
-  "$<$<COMPILE_LANGUAGE:CXX>:-Wall;-Wextra;-Werror>")
+  "$<$<COMPILE_LANGUAGE:CUDA>:-Werror=all-warnings;-Xcompiler=-Wall,-Wextra,-Werror;-Xcompiler=${no_build_paths}>"
+  "$<$<COMPILE_LANGUAGE:CXX>:-Wall;-Wextra;-Werror;${no_build_paths}>")
 set(cuda_objects $<TARGET_OBJECTS:mesa_cuda>)
 set(cuda_libraries CUDA::cudart_static CUDA::cublasLt)
 if(CUDNN_LIBRARY)
