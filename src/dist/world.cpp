@@ -58,7 +58,7 @@ Function* from_plugin(const char* plugin, const char* name, const std::string& n
   Dl_info self;
   check(dladdr(reinterpret_cast<const void*>(&single_communicator), &self) != 0, "the library does not find itself");
   const std::string path = (std::filesystem::absolute(self.dli_fname).parent_path() / plugin).string();
-  check(std::filesystem::exists(path), needed, ", which this build of Mesa has not (no ", path, ")");
+  check(std::filesystem::exists(path), needed, ", which this build of Mesa has not (no ", path, "; of Debian's packages mesa-mpi and mesa-nccl bring them)");
   void* library = dlopen(path.c_str(), RTLD_NOW | RTLD_GLOBAL);  // global: MPI's own plugins look for its symbols there
   check(library != nullptr, needed, ", which cannot be loaded: ", dlerror());
   auto* function = reinterpret_cast<Function*>(dlsym(library, name));
