@@ -71,7 +71,7 @@ mesa::LoadedModel load(const Arguments& args) {
 
 /// Of a file that does not name its classes; 0 if it has no head.
 int64_t classes_of_head(const std::map<std::string, mesa::Tensor>& weights) {
-  for (const char* name : {"head.bias", "fc.bias"})
+  for (const char* name : {"head.bias", "head.fc.bias", "fc.bias"})
     if (const auto found = weights.find(name); found != weights.end() && found->second.rank() == 1) return found->second.dim(0);
   return 0;
 }
@@ -218,7 +218,7 @@ int main(int argc, char** argv) {
       ->required()->type_name("CHECKPOINT");
   app.add_option("--config", args.config,
                  "config of the model and its preprocessing, for a safetensors file that does not say them itself (timm's, DeiT's)")
-      ->type_name("FILE");
+      ->type_name("CONFIG");
   app.add_option("--weights", args.weights,
                  "auto, ema or raw: of a folder, the moving average of the weights (auto: if it has one), or the weights")
       ->check(CLI::IsMember({"auto", "ema", "raw"}))
@@ -234,13 +234,13 @@ int main(int argc, char** argv) {
       ->capture_default_str();
   app.add_flag("--flip", args.flip, "evaluate each picture and its mirror image, and take the mean of their logits");
   app.add_option("--real", args.real, "also by reassessed labels (ReaL): real.json of ImageNet, or a map from names of pictures to lists")
-      ->type_name("FILE.json");
+      ->type_name("FILE");
   std::string per_class;
   const CLI::Option* per_class_option = app.add_option("--per-class", per_class, "a table of the classes, on the terminal or in this file")
                                             ->expected(0, 1)
-                                            ->type_name("[FILE.csv]");
+                                            ->type_name("[FILE]");
   app.add_option("--confusion", args.confusion, "which classes are taken for which, as a picture, or as a table (.csv)")
-      ->type_name("FILE.png");
+      ->type_name("FILE");
   app.add_option("--json", args.json, "also write the results to this file")->type_name("FILE");
   std::string merge;
   CLI::Option* merge_option =
@@ -248,7 +248,7 @@ int main(int argc, char** argv) {
           ->type_name("FILE");
   for (const char* other : {"--config", "--data", "--set", "--json", "--flip", "--real", "--per-class", "--confusion"})
     merge_option->excludes(other);
-  app.footer("Exit codes: 0 done; 1 failed; 2 wrong usage or config.");
+  app.footer("Exit codes: 0 done; 1 failed; 2 wrong usage or config; 69 another rank failed.");
   return mesa::run_app(app, argc, argv, [&] {
     if (!merge.empty()) {
       std::printf("%s\n", mesa::write_merged(args.checkpoint, kind_of(args.weights), merge).c_str());

@@ -10,7 +10,7 @@ Usage: scripts/test.sh [--quick]
   --quick   Release build and its tests only: no sanitizers, no fuzzing
 Environment:
   MESA_BUILD_ROOT     where build/, build-asan/ and build-fuzz/ go (default: the repository)
-  MESA_FUZZ_SECONDS   time for each fuzzer (default 10)
+  MESA_FUZZ_SECONDS   time for each fuzzer (default 20)
   MESA_SHARED_DATA    folder with real data sets and hostile files (default: ../shared/data); tests that need them warn where it is absent
 TEXT
 }
@@ -91,7 +91,7 @@ if ((!quick)); then
   run_ctest --test-dir "$root/build-asan" -LE isa
 
   stage "fuzzing: configure and build"
-  cmake -S tests/fuzz -B "$root/build-fuzz" -G Ninja -DCMAKE_CXX_COMPILER=clang++ -DMESA_FUZZ_SECONDS="${MESA_FUZZ_SECONDS:-10}" \
+  cmake -S tests/fuzz -B "$root/build-fuzz" -G Ninja -DCMAKE_CXX_COMPILER=clang++ -DMESA_FUZZ_SECONDS="${MESA_FUZZ_SECONDS:-20}" \
     -DMESA_SHARED_DATA="${MESA_SHARED_DATA:-}"
   cmake --build "$root/build-fuzz" -j "$jobs"
 

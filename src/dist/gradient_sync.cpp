@@ -69,10 +69,6 @@ GradientSync::GradientSync(Communicator& communicator, std::deque<Param>& params
     buckets_[bucket_of_[i]].params.push_back(&params[i]);
   }
   announce(*any);
-  if (!sharded()) return;
-  int64_t longest = 0;
-  for (const Bucket& bucket : buckets_) longest = std::max(longest, bucket.range.count());
-  room_ = Tensor::empty({longest}, any->value.dtype(), any->value.device());
 }
 
 void GradientSync::announce(const Param& any) {
@@ -148,7 +144,7 @@ void GradientSync::gather(const std::vector<Tensor>& parts, const std::function<
   std::exception_ptr error;
   for (size_t i = 0; i < buckets_.size(); ++i) {
     const Bucket& bucket = buckets_[i];
-    const Tensor whole = room_.narrow(0, 0, bucket.range.count());
+    const Tensor& whole = bucket.gradients;  // which nobody needs between two updates
     communicator_.all_gather(parts[i], whole);
     communicator_.finish();
     if (!error) try {

@@ -113,7 +113,10 @@ std::string start_from_weights(ParamStore& params, const std::string& path) {
   }
   for (const NamedTensor& tensor : weights.tensors)
     if (known.count(tensor.name) == 0 && !is_derived(tensor.name)) unused.push_back(tensor.name);
-  if (!problems.empty()) refuse_weights(file, problems);
+  if (!problems.empty()) {
+    for (const std::string& name : unused) problems.push_back("unexpected " + name);
+    refuse_weights(file, problems);
+  }
   std::string text = "started from " + file;
   if (merged > 0) text += concat("; merged its LoRA into ", merged, " linears");
   if (!adapted.empty()) text += "; resized " + list_all(adapted);

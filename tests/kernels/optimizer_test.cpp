@@ -202,7 +202,7 @@ TEST_CASE("optimizers refuse tensors that do not fit and a step 0", "[kernels]")
   CHECK_THROWS_WITH(kernels::sgd(updates({w, g, m, {}, {}, 0, 1}), kernels::SgdStep{1, 0.9, false, 1}), Contains("sgd: the gradient"));
   CHECK_THROWS_WITH(kernels::sgd(updates({w, w, {}, {}, {}, 0, 1}), kernels::SgdStep{1, 0.9, false, 1}), Contains("sgd: the first moment"));
   CHECK_NOTHROW(kernels::sgd(updates({w, w, {}, {}, {}, 0, 1}), kernels::SgdStep{1, 0, false, 1}));
-  const Tensor squares = Tensor::empty({1, 2}, DType::f64, test_device());
+  const Tensor squares = Tensor::empty({1, 2}, DType::f64, w.device());
   CHECK_THROWS_WITH(kernels::lamb(updates({w, w, m, {}, {}, 0, 1}), kernels::LambStep{1, 0.9, 0.9, 1, 1, 1, false}, squares),
                     Contains("lamb: the second moment"));
   CHECK_THROWS_WITH(kernels::lamb_moments(updates({w, w, m, m, {}, 0, 1}), kernels::LambStep{1, 0.9, 0.9, 1, 1, 1, false}, w),

@@ -319,7 +319,7 @@ TEST_CASE("weights: a file of another family is refused with all parameters that
       start_from_weights(swin.model.params, path),
       Contains("vit.safetensors belongs to another model:\n  patch_embed.proj.weight is [24, 3, 8, 8] but the model has [8, 3, 2, 2]\n") &&
           Contains("\n  missing patch_embed.norm.weight [8]\n") && Contains("\n  missing layers.0.blocks.[0-1].attn.qkv.weight [24, 8]\n") &&
-          Contains("\n  norm.bias is [24] but the model has [8]"));
+          Contains("\n  norm.bias is [24] but the model has [8]") && Contains("\n  unexpected cls_token"));
   Built deeper("model: {name: vit, image_size: 16, patch_size: 8, width: 24, depth: 4, heads: 3}\n");
   CHECK_THROWS_WITH(start_from_weights(deeper.model.params, path), Contains("missing blocks.[1-3].norm1.weight [24]") &&
                                                                        Contains("missing blocks.[1-3].mlp.fc2.bias [24]") && !Contains("more"));

@@ -46,8 +46,9 @@ class GradientSync {
 
   /// Of a sharded one, after each rank has changed the values of its parts: all get the values of all.
   void share_values();
-  /// Puts parts, one of each bucket, of all ranks together, bucket by bucket: f(parameter, tensor of its shape, for the call only) for all
-  /// parameters. What f throws comes out after the last bucket, so that ranks stay together.
+  /// Between two updates: the gradients' memory is what it works in. Puts parts, one of each bucket, of all ranks together, bucket by
+  /// bucket: f(parameter, tensor of its shape, for the call only) for all parameters. What f throws comes out after the last bucket, so
+  /// that ranks stay together.
   void gather(const std::vector<Tensor>& parts, const std::function<void(const Param&, const Tensor&)>& f);
 
  private:
@@ -70,7 +71,6 @@ class GradientSync {
   GradientSyncOptions options_;
   std::vector<Bucket> buckets_;    // in the order in which they become ready
   std::vector<size_t> bucket_of_;  // by place in `params_`
-  Tensor room_;                    // of a bucket that is put together
   double wait_seconds_ = 0;
 };
 
