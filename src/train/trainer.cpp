@@ -233,7 +233,8 @@ bool Run::end_epoch() {
     state_.batch = state_.epoch_images = 0;
     state_.epoch_loss = state_.epoch_seconds = 0;
   }
-  wait_for_writer();  // whether the best so far is on the disk is known then
+  wait_for_writer();
+  retry();  // whether the best so far is on the disk is known then
   // A run resumed into another folder has no best checkpoint there, whatever the old one reached.
   const double top1 = eval.judged().top1;
   const bool new_best = top1 > saved_best_ || (folder_ && !std::filesystem::exists(folder_->checkpoint("best")));
