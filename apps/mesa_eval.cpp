@@ -65,7 +65,10 @@ mesa::LoadedModel load(const Arguments& args) {
     return mesa::load_model(args.checkpoint, kind, &config);
   }
   mesa::LoadedModel loaded = mesa::load_model(args.checkpoint, kind);
-  if (!args.overrides.empty()) loaded.config = mesa::parse_config(mesa::to_yaml(loaded.config), args.checkpoint, args.overrides);
+  if (args.overrides.empty()) return loaded;
+  mesa::RunConfig changed = mesa::parse_config(mesa::to_yaml(loaded.config), args.checkpoint, args.overrides);
+  mesa::check_same_factor(loaded.config, changed);
+  loaded.config = std::move(changed);
   return loaded;
 }
 
@@ -246,11 +249,11 @@ int main(int argc, char** argv) {
   CLI::Option* merge_option =
       app.add_option("--merge", merge, "evaluate nothing: write the weights with LoRA's factors merged into them to this safetensors file")
           ->type_name("FILE");
-  for (const char* other : {"--config", "--data", "--set", "--json", "--flip", "--real", "--per-class", "--confusion"})
+  for (const char* other : {"--config", "--data", "--set", "--json", "--flip", "--real", "--per-class", "--confusion", "--batch-size"})
     merge_option->excludes(other);
   app.footer("Exit codes: 0 done; 1 failed; 2 wrong usage or config; 69 another rank failed.");
   return mesa::run_app(app, argc, argv, [&] {
-    if (!merge.empty()) {
+    if (merge_option->count() > 0) {
       std::printf("%s\n", mesa::write_merged(args.checkpoint, kind_of(args.weights), merge).c_str());
       return 0;
     }

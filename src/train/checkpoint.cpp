@@ -11,6 +11,7 @@
 #include "mesa/base/files.h"
 #include "mesa/base/random.h"
 #include "mesa/kernels/elementwise.h"
+#include "mesa/train/lora.h"
 #include "mesa/train/safetensors.h"
 #include "weight_names.h"
 
@@ -130,7 +131,9 @@ bool lies_in(const std::string& path, const std::string& folder) {
 
 std::string describe_changes(const LoadedRun& loaded, const RunConfig& config) {
   std::string names;
+  check_same_factor(loaded.config, config);
   for (const auto& [key, was] : changed_keys(loaded.config, config)) {
+    if (key == "lora.alpha") continue;  // another way to say the same factor
     const bool batch =
         key == "train.batch_size" && loaded.state.ranks == config.ranks;  // else another number of ranks has parts of its own
     const bool order = batch || key == "seed" || key == "data.kind" || key == "data.train_size";

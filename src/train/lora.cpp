@@ -1,8 +1,7 @@
 #include "mesa/train/lora.h"
 
-#include <fnmatch.h>
-
 #include <algorithm>
+#include <filesystem>
 
 #include "mesa/kernels/elementwise.h"
 #include "mesa/kernels/matmul.h"
@@ -55,6 +54,14 @@ LoraOptions lora_options(const RunConfig& config) {
   return {c.rank, c.alpha.value_or(static_cast<double>(c.rank)), c.dropout, c.targets};
 }
 
+void check_same_factor(const RunConfig& then, const RunConfig& now) {
+  if (then.lora.rank == 0 || then.lora.rank != now.lora.rank) return;  // another rank does not fit anyway
+  const LoraOptions was = lora_options(then), is = lora_options(now);
+  if (was.factor() != is.factor())
+    now.refuse("lora.alpha", "the weights were trained with alpha ", was.alpha, ", which is part of what they mean; it cannot become ",
+               is.alpha);
+}
+
 void choose_trained(const RunConfig& config, ParamStore& params) {
   if (config.lora.rank > 0) {
     check_targets(config, params);
@@ -64,6 +71,9 @@ void choose_trained(const RunConfig& config, ParamStore& params) {
     each_glob(config, "lora.train", config.lora.train, [&](const std::string& glob) { params.thaw(glob); });
   }
   each_glob(config, "train.frozen", config.train.frozen, [&](const std::string& glob) { params.freeze(glob); });
+  for (const std::string& path : adapted_linears(params))
+    if (params.at(path + ".lora_A.weight").trainable && !params.at(path + ".lora_B.weight").trainable)
+      config.refuse("train.frozen", path, ".lora_B.weight begins as zeros: frozen, it keeps lora_A from learning anything");
 }
 
 std::string describe_lora(const RunConfig& config, const ParamStore& params) {
@@ -122,13 +132,19 @@ int64_t merge_lora(SafetensorsFile& weights, const std::string& source) {
 }
 
 std::string write_merged(const std::string& checkpoint, WeightsKind kind, const std::string& file) {
-  check_can_write(file);
   const std::string from = weights_file(checkpoint, kind);
+  const std::filesystem::path folder = std::filesystem::absolute(file).parent_path();
+  check(!std::filesystem::exists(folder / "manifest.json"), file, " lies in a checkpoint, which it would damage; choose another folder");
+  std::error_code ignored;
+  check(!std::filesystem::equivalent(file, from, ignored), file, " is what would be merged; choose another name");
+  check_can_write(file);
   SafetensorsFile weights = read_safetensors(from);
   const int64_t linears = merge_lora(weights, from);
   check(linears > 0, from, " has no factors of LoRA (lora.rank was 0): there is nothing to merge");
   RunConfig plain = config_of(weights, from);
   plain.lora = {};
+  plain.train.frozen.clear(), plain.train.histograms.clear();  // globs that factors may have been all to match
+  plain.optimizer.no_decay.clear();
   weights.metadata["mesa.config"] = to_yaml(plain);
   write_file_atomically(file, format_safetensors(weights.tensors, weights.metadata));
   return concat("merged LoRA's factors into ", linears, " linears of ", from, ": ", file);

@@ -97,6 +97,7 @@ std::string start_from_weights(ParamStore& params, const std::string& path) {
     } else if (head && (values == nullptr || floating)) {
       check(param.trainable || with_factors.count(linear_of(param.name)) == 0, param.name, " is not in ", file,
             " in this shape and begins anew, but LoRA freezes it: leave it out of lora.targets, and it is trained itself");
+      check(param.trainable, param.name, " is not in ", file, " in this shape and begins anew, but train.frozen keeps it from learning");
       fresh.push_back(param.name);
     } else {
       problems.push_back(values == nullptr ? concat("missing ", param.name, " ", param.value.shape())

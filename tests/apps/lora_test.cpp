@@ -7,8 +7,14 @@ using Catch::Matchers::Contains;
 TEST_CASE("apps: LoRA from another run's weights, evaluated as it is, merged, and begun with again") {
   const TinyRun tiny;
   REQUIRE(tiny.train({}, "base").code == 0);
-  const Args lora{"train.weights=base",      "lora.rank=4",         "lora.alpha=8",
-                  "lora.targets=[blocks.*]", "train.ema_decay=0.5", "optimizer.lr=1e-2"};
+  const Args lora{"train.weights=base",
+                  "lora.rank=4",
+                  "lora.alpha=8",
+                  "lora.targets=[blocks.*]",
+                  "train.ema_decay=0.5",
+                  "optimizer.lr=1e-2",
+                  "train.frozen=[\"*.lora_A.weight\"]",
+                  "optimizer.no_decay=[\"*.lora_*\"]"};
   const ProcessResult run = tiny.train(lora, "lora");
   INFO(run.err);
   REQUIRE(run.code == 0);
@@ -35,6 +41,21 @@ TEST_CASE("apps: LoRA from another run's weights, evaluated as it is, merged, an
   INFO(again.err);
   CHECK(again.code == 0);
   CHECK_THAT(again.err, Contains("started from merged.safetensors") && !Contains("lora"));
+  const ProcessResult inside = tiny.eval({"lora", "--merge", "lora/checkpoints/best/model.safetensors"});
+  CHECK(inside.code == 1);
+  CHECK_THAT(inside.err, Contains("lies in a checkpoint"));
+  CHECK(tiny.eval({"lora"}).code == 0);
+  const ProcessResult louder = tiny.eval({"lora", "--set", "lora.alpha=80"});
+  CHECK(louder.code == 2);
+  CHECK_THAT(louder.err, Contains("lora.alpha") && Contains("trained with alpha 8"));
+  Args other = lora;
+  other.insert(other.end(), {"lora.alpha=80", "train.epochs=3"});
+  const ProcessResult resumed = tiny.train(other, "lora", {"--resume"});
+  CHECK(resumed.code == 2);
+  CHECK_THAT(resumed.err, Contains("lora.alpha") && Contains("trained with alpha 8"));
+  const ProcessResult idle = tiny.train({"train.weights=base", "lora.rank=4", "train.frozen=[\"*.lora_B.weight\"]"}, "idle");
+  CHECK(idle.code == 2);
+  CHECK_THAT(idle.err, Contains("keeps lora_A from learning"));
   const ProcessResult none = tiny.eval({"base", "--merge", "none.safetensors"});
   CHECK(none.code == 1);
   CHECK_THAT(none.err, Contains("nothing to merge"));
