@@ -10,16 +10,20 @@ newer is enough; neither PyTorch nor NumPy is needed.
     mesa-train --config deit_ti.yaml --weights deit_tiny.safetensors
 
 The weights are looked for under the usual keys (model, state_dict; with --ema model_ema, state_dict_ema; or --key), else the file itself is
-the table of weights. Prefixes of wrappers (module., _orig_mod.) go. Tensors keep their element types; views of shared or strided storages
+the table of weights. Prefixes of wrappers (module., _orig_mod., model.) go
+where all names have them. Tensors keep their element types; views of shared or strided storages
 become tensors of their own. Exit codes: 0 done; 1 the file was refused or cannot be read; 2 wrong usage.
 """
 import argparse
 import io
+import itertools
 import json
 import os
 import pickle
+import re
 import struct
 import sys
+import tempfile
 import zipfile
 
 # Name of PyTorch's storage class: safetensors' element type, and bytes of a value.
@@ -30,15 +34,30 @@ STORAGES = {
 }
 WEIGHT_KEYS = ("model", "state_dict", "module", "net")
 EMA_KEYS = ("model_ema", "state_dict_ema", "ema")
-PREFIXES = ("module.", "_orig_mod.")
+PREFIXES = ("module.", "_orig_mod.", "model.")
 ZIP_ERRORS = (zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError, OverflowError, ValueError, struct.error)
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 # What a file may make of views that repeat their storage, over its own size: a few bytes must not become a full disk.
 MOST_EXPANSION, MOST_EXTRA_BYTES = 4, 256 << 20
+MOST_AXES, MOST_PAIRS = 8, 1 << 20  # of a tensor; given to all the tables that a pickle makes of lists
 
 
 class Refused(Exception):
     """The file cannot be converted; the text says why."""
+
+
+def shown(value):
+    """A name or message that the file may have chosen, fit for a terminal: quoted, nothing but printable ASCII, not too long."""
+    if type(value) is int and value.bit_length() > 64:
+        return "a long number"
+    text = ascii(value if type(value) in (str, int, bool, float, type(None)) else str(value))
+    return text if len(text) <= 200 else text[:200] + "..."
+
+
+def check_keys(keys):
+    """Tables of weights have names for keys. Other keys are refused: to hash tuples that hold tuples can take for ever."""
+    if not all(type(key) in (str, int, bool, float, type(None)) for key in keys):
+        raise Refused("a table with keys that are neither text nor numbers")
 
 
 class Frozen(type):
@@ -52,6 +71,20 @@ class Table(dict, metaclass=Frozen):
     """Stands for collections.OrderedDict; what else the pickle would attach to one (state_dict's _metadata) is dropped."""
 
     __slots__ = ()
+    pairs_left = [MOST_PAIRS]  # the same list may be given again and again: each byte of a pickle would copy all of it
+
+    def __init__(self, pairs=()):
+        pairs = pairs.items() if isinstance(pairs, dict) else pairs
+        if not (isinstance(pairs, (list, tuple)) or type(pairs) is type({}.items())):
+            raise Refused("a table of something else than pairs")
+        self.pairs_left[0] -= len(pairs)
+        if self.pairs_left[0] < 0:
+            raise Refused(f"its tables are made of more than {MOST_PAIRS} pairs")
+        for pair in pairs:
+            if not (isinstance(pair, (list, tuple)) and len(pair) == 2):
+                raise Refused("a table of something else than pairs")
+            check_keys(pair[:1])
+            self[pair[0]] = pair[1]
 
     def __setstate__(self, state):
         pass
@@ -106,7 +139,13 @@ class Storage(metaclass=Frozen):
 
 
 def is_count(x):
-    return type(x) is int and x >= 0
+    return type(x) is int and 0 <= x < 1 << 63
+
+
+def as_axes(shape):
+    if not (isinstance(shape, (list, tuple)) and len(shape) <= MOST_AXES and all(map(is_count, shape))):
+        raise Refused(f"a tensor whose shape or strides are not up to {MOST_AXES} counts")
+    return tuple(shape)
 
 
 class Tensor(metaclass=Frozen):
@@ -117,8 +156,8 @@ class Tensor(metaclass=Frozen):
     def __init__(self, storage, offset, shape, stride):
         if not isinstance(storage, Storage):
             raise Refused("a tensor without a storage")
-        shape, stride = tuple(shape), tuple(stride)
-        if not (is_count(offset) and all(map(is_count, shape + stride)) and len(shape) == len(stride)):
+        shape, stride = as_axes(shape), as_axes(stride)
+        if not (is_count(offset) and len(shape) == len(stride)):
             raise Refused("a tensor whose shape, strides or offset are no counts")
         self.storage, self.offset, self.shape, self.stride = storage, offset, shape, stride
         last = offset + sum((n - 1) * s for n, s in zip(shape, stride))
@@ -138,24 +177,44 @@ class Tensor(metaclass=Frozen):
         return self.numel() * self.storage.type.size
 
     def data(self):
-        """The values in row-major order."""
-        source, size = memoryview(self.storage.read()), self.storage.type.size
+        """The values in row-major order; takes the memory of the storage and of the result."""
         if self.numel() == 0:
             return b""
-        # Trailing axes that lie one behind the other are copied as one piece.
-        axes = [(n, s) for n, s in zip(self.shape, self.stride) if n != 1]
-        run = 1
-        while axes and axes[-1][1] == run:
-            run *= axes.pop()[0]
-
-        def starts(axis, at):
-            if axis == len(axes):
-                yield at
+        size = self.storage.type.size
+        source = memoryview(self.storage.read())
+        if len(source) < self.storage.numel * size:
+            raise Refused("the values of a tensor are truncated")
+        source = source[:self.storage.numel * size].cast({1: "B", 2: "H", 4: "I", 8: "Q"}[size])
+        axes = self.merged_axes()
+        if not axes or (len(axes) == 1 and axes[0][1] == 1):
+            return source[self.offset:self.offset + self.numel()].cast("B")
+        result = bytearray(self.bytes())
+        target = memoryview(result).cast(source.format)
+        # The longest axis is copied at once, and a loop runs over the others.
+        axes.sort()
+        n, step, to_step = axes.pop()
+        for starts in itertools.product(*([(i * s, i * t) for i in range(m)] for m, s, t in axes)):
+            at = self.offset + sum(start[0] for start in starts)
+            to = sum(start[1] for start in starts)
+            if step == 0:
+                values = memoryview(source[at:at + 1].tobytes() * n).cast(source.format)
             else:
-                for i in range(axes[axis][0]):
-                    yield from starts(axis + 1, at + i * axes[axis][1])
+                values = source[at:at + (n - 1) * step + 1:step]
+            target[to:to + (n - 1) * to_step + 1:to_step] = values
+        return result
 
-        return b"".join(source[start * size:(start + run) * size] for start in starts(0, self.offset))
+    def merged_axes(self):
+        """(length, stride, stride in row-major order) of each axis longer than 1; axes that can be walked as one are one."""
+        axes, row_major = [], 1
+        for n, s in zip(reversed(self.shape), reversed(self.stride)):
+            if n == 1:
+                continue
+            if axes and s == axes[-1][0] * axes[-1][1]:
+                axes[-1] = (axes[-1][0] * n, *axes[-1][1:])
+            else:
+                axes.append((n, s, row_major))
+            row_major *= n
+        return axes
 
 
 def rebuild_tensor(storage, offset, shape, stride, *_):
@@ -189,12 +248,12 @@ KNOWN = {
     "torch._utils._rebuild_tensor_v2": Call(rebuild_tensor),
     "torch._utils._rebuild_parameter": Call(rebuild_parameter),
     "torch._utils._rebuild_parameter_with_state": Call(rebuild_parameter),
-    "torch.Size": Call(lambda *shape: tuple(shape[0]) if shape else ()),
+    "torch.Size": Call(lambda shape=(): as_axes(shape)),
     **{f"torch.{name}": StorageType(*kind) for name, kind in STORAGES.items()},
     # Of these a stand-in is made, which holds nothing.
     **{name: Inert for name in (
         "argparse.Namespace", "yacs.config.CfgNode", "torch.device", "_codecs.encode", "numpy.dtype", "numpy.core.multiarray.scalar",
-        "numpy._core.multiarray.scalar", "pathlib.PosixPath",
+        "numpy._core.multiarray.scalar", "pathlib.PosixPath", "pathlib._local.PosixPath", "collections.Counter", "__builtin__.set", "builtins.set",
         *(f"torch.{name}" for name in ("float32", "float16", "bfloat16", "float64", "int64", "int32", "int16", "int8", "uint8", "bool")))},
 }
 
@@ -210,8 +269,9 @@ class Unpickler(pickle._Unpickler):
         if full in self.inert:
             return Inert
         if full not in KNOWN:
-            raise Refused(f"the pickle asks for '{full}', which no table of weights needs; nothing of it was run. If it only stands "
-                          f"beside the weights, '--inert {full}' reads the file with an empty stand-in for it")
+            hint = (f". If it only stands beside the weights, '--inert {full}' reads the file with an empty stand-in for it"
+                    if re.fullmatch(r"[A-Za-z_][\w.]{,199}", full, re.ASCII) else "")
+            raise Refused(f"the pickle asks for {shown(full)}, which no table of weights needs; nothing of it was run{hint}")
         return KNOWN[full]
 
     def persistent_load(self, pid):
@@ -223,35 +283,34 @@ class Unpickler(pickle._Unpickler):
             raise Refused("a storage without a name or a size")
         return self.storage_of(pid[1], pid[2], pid[4])
 
-    # Tables of weights have names for keys. Other keys are refused: to hash tuples that hold tuples can take for ever.
     dispatch = dict(pickle._Unpickler.dispatch)
 
-    def check_keys(self, keys):
-        if not all(type(key) in (str, int, bool, float, type(None)) for key in keys):
-            raise Refused("a table with keys that are neither text nor numbers")
+    def load_bytearray8(self):  # would take as much memory as it says, whatever the file holds
+        raise Refused("the pickle holds a bytearray, which no table of weights needs")
+    dispatch[pickle.BYTEARRAY8[0]] = load_bytearray8
 
     def load_setitem(self):
-        self.check_keys(self.stack[-2:-1])
+        check_keys(self.stack[-2:-1])
         super().load_setitem()
     dispatch[pickle.SETITEM[0]] = load_setitem
 
     def load_setitems(self):
-        self.check_keys(self.stack[0::2])
+        check_keys(self.stack[0::2])
         super().load_setitems()
     dispatch[pickle.SETITEMS[0]] = load_setitems
 
     def load_dict(self):
-        self.check_keys(self.stack[0::2])
+        check_keys(self.stack[0::2])
         super().load_dict()
     dispatch[pickle.DICT[0]] = load_dict
 
     def load_set(self):
-        self.check_keys(self.stack)
+        check_keys(self.stack)
         super().load_frozenset()
     dispatch[pickle.FROZENSET[0]] = load_set
 
     def load_additems(self):
-        self.check_keys(self.stack)
+        check_keys(self.stack)
         super().load_additems()
     dispatch[pickle.ADDITEMS[0]] = load_additems
 
@@ -262,13 +321,13 @@ def unpickle(file, inert, storage_of):
     except Refused:
         raise
     except (EOFError, pickle.UnpicklingError) as e:
-        raise Refused(f"the file is truncated or damaged ({e or 'its pickle ends too early'})")
+        raise Refused(f"the file is truncated or damaged ({shown(e) if str(e) else 'its pickle ends too early'})")
     except RecursionError:
         raise Refused("the pickle is nested too deep")
     except MemoryError:
         raise Refused("there is not enough memory for what the pickle asks for")
     except Exception as e:  # whatever an odd pickle does to the machine that reads it
-        raise Refused(f"the pickle is damaged ({type(e).__name__}: {e})")
+        raise Refused(f"the pickle is damaged ({type(e).__name__}: {shown(e)})")
 
 
 def load_zip(path, inert):
@@ -285,13 +344,13 @@ def load_zip(path, inert):
     def read(name):
         info = members.get(folder + name)
         if info is None:
-            raise Refused(f"the archive has no '{name}'")
+            raise Refused(f"the archive has no {shown(name)}")
         if info.compress_type != zipfile.ZIP_STORED:
-            raise Refused(f"'{name}' is compressed, which torch.save never does")
+            raise Refused(f"{shown(name)} is compressed, which torch.save never does")
         try:
             return archive.read(info)
         except ZIP_ERRORS as e:
-            raise Refused(f"'{name}' in the zip archive is truncated or damaged ({e})")
+            raise Refused(f"{shown(name)} in the zip archive is truncated or damaged ({shown(e)})")
 
     if folder + "byteorder" in members and read("byteorder").strip() != b"little":
         raise Refused("its values are big-endian")
@@ -301,7 +360,7 @@ def load_zip(path, inert):
     def storage_of(kind, key, numel):
         info = members.get(f"{folder}data/{key}")
         if info is None or info.file_size < numel * kind.size:
-            raise Refused(f"storage '{key}' should have {numel * kind.size} bytes and has {info.file_size if info else 'none'}")
+            raise Refused(f"storage {shown(key)} should have {numel * kind.size} bytes and has {info.file_size if info else 'none'}")
         return storages.setdefault((key, kind.dtype, numel), Storage(kind, numel, lambda: read(f"data/{key}")))
 
     return unpickle(io.BytesIO(read("data.pkl")), inert, storage_of)
@@ -326,7 +385,7 @@ def load_legacy(path, inert):
 
     def storage_of(kind, key, numel):
         if kinds.setdefault(key, kind) is not kind or sizes.setdefault(key, numel) != numel:
-            raise Refused(f"storage '{key}' has two types or sizes")
+            raise Refused(f"storage {shown(key)} has two types or sizes")
 
         def read():
             file.seek(places[key])
@@ -340,11 +399,12 @@ def load_legacy(path, inert):
     for key in keys:
         count = file.read(8)
         if len(count) != 8 or struct.unpack("<q", count)[0] != sizes[key]:
-            raise Refused(f"storage '{key}' is truncated or of another size")
+            raise Refused(f"storage {shown(key)} is truncated or of another size")
         places[key] = file.tell()
-        file.seek(sizes[key] * kinds[key].size, os.SEEK_CUR)
-        if file.tell() > end:
-            raise Refused(f"the file is truncated: storage '{key}' ends at byte {file.tell()} of {end}")
+        after = places[key] + sizes[key] * kinds[key].size
+        if after > end:
+            raise Refused(f"the file is truncated: storage {shown(key)} ends at byte {after} of {end}")
+        file.seek(after)
     return result
 
 
@@ -355,7 +415,7 @@ def load(path, inert):
         try:
             return load_zip(path, inert)
         except ZIP_ERRORS as e:
-            raise Refused(f"the zip archive is truncated or damaged ({e})")
+            raise Refused(f"the zip archive is truncated or damaged ({shown(e)})")
     if head[257:262] == b"ustar":
         raise Refused("this is the tar format of PyTorch before 0.2; load and save it with a newer PyTorch")
     if head[:1] == b"\x80":
@@ -376,7 +436,7 @@ def find_weights(loaded, key, ema):
     """The table of weights in what was loaded, and the path of keys that leads to it."""
     if not isinstance(loaded, dict):
         raise Refused("it holds no table of weights")
-    known = ", ".join(f"'{k}'" for k in loaded if isinstance(loaded[k], dict)) or "none"
+    known = ", ".join(shown(k) for k in loaded if isinstance(loaded[k], dict)) or "none"
     if key:
         part = loaded
         for name in key.split("/"):
@@ -410,6 +470,15 @@ def strip_prefixes(names):
         taken += prefix
 
 
+def usual_mode(path):
+    """Who may read and write what is written: as before, or as with any new file (a temporary one is for its owner alone)."""
+    if os.path.exists(path):
+        return os.stat(path).st_mode & 0o777
+    mask = os.umask(0)
+    os.umask(mask)
+    return 0o666 & ~mask
+
+
 def write(path, tensors):
     """safetensors: the length of a JSON header, the header, and the values, those of large elements first, so that all are aligned."""
     order = sorted(tensors, key=lambda name: (-tensors[name].storage.type.size, name))
@@ -421,14 +490,16 @@ def write(path, tensors):
         offset += size
     text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    partial = f"{path}.partial"
+    path = os.path.realpath(path)  # a link stays one
+    handle, partial = tempfile.mkstemp(prefix=os.path.basename(path)[:100] + ".", suffix=".partial", dir=os.path.dirname(path))
     try:
-        with open(partial, "wb") as file:
+        with open(handle, "wb") as file:
+            os.chmod(partial, usual_mode(path))
             file.write(struct.pack("<Q", len(text)) + text)
             for name in order:
                 data = tensors[name].data()
                 if len(data) != tensors[name].bytes():
-                    raise Refused(f"the values of '{name}' are truncated")
+                    raise Refused(f"the values of {shown(name)} are truncated")
                 file.write(data)
             file.flush()
             os.fsync(file.fileno())
@@ -440,10 +511,21 @@ def write(path, tensors):
     return offset
 
 
+def check_names(names):
+    for name in names:
+        try:
+            name.encode()
+        except UnicodeEncodeError:
+            raise Refused(f"the name of a tensor is no Unicode text: {shown(name)}")
+
+
 def convert(args):
+    if os.path.exists(args.output) and not os.path.isfile(args.output):
+        raise OSError(f"{args.output} is no regular file, and nothing else is replaced")
     weights, where = find_weights(load(args.input, set(args.inert)), args.key, args.ema)
-    odd = [str(name)[:80] for name, value in weights.items() if not (isinstance(value, Tensor) and isinstance(name, str))]
+    odd = [shown(name) for name, value in weights.items() if not (isinstance(value, Tensor) and isinstance(name, str))]
     tensors = {name: value for name, value in weights.items() if isinstance(value, Tensor) and isinstance(name, str)}
+    check_names(tensors)
     cut = strip_prefixes(list(tensors))
     tensors = {name[cut:]: value for name, value in tensors.items()}
     if "__metadata__" in tensors:
@@ -471,10 +553,13 @@ def main():
     args = parser.parse_args()
     if os.path.exists(args.input) and os.path.exists(args.output) and os.path.samefile(args.input, args.output):
         parser.error("input and output are the same file")
+    sys.stdout.reconfigure(errors="backslashreplace")  # paths may have letters that the terminal has not
     try:
         convert(args)
     except Refused as e:
         sys.exit(f"pth_to_safetensors: {args.input}: {e}")
+    except MemoryError:
+        sys.exit(f"pth_to_safetensors: {args.input}: there is not enough memory for its largest tensor")
     except OSError as e:
         sys.exit(f"pth_to_safetensors: {e}")
 

@@ -40,7 +40,7 @@ struct Converter {
     CHECK(result.code == 1);
     CHECK_THAT(result.err, Contains("pth_to_safetensors: ") && !Contains("Traceback"));
     CHECK_FALSE(fs::exists(path("out.safetensors")));
-    CHECK_FALSE(fs::exists(path("out.safetensors.partial")));
+    for (const auto& entry : fs::directory_iterator(folder.path())) CHECK(entry.path().extension() != ".partial");
     return result.err;
   }
 };
@@ -56,6 +56,26 @@ void check_equal(const SafetensorsFile& found, const SafetensorsFile& expected, 
     if (times == 1 && t.tensor.bytes() > 0) CHECK(std::memcmp(tensor->raw(), t.tensor.raw(), t.tensor.bytes()) == 0);
   }
 }
+
+using namespace std::string_literals;
+
+/// Magic number, version, system, the object, the list of storages and what follows it.
+std::string legacy(const std::string& object, const std::string& storages = "\x80\x02].") {
+  const std::string magic = "\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19\x2e"s;
+  return magic + "\x80\x02M\xe9\x03.\x80\x02}."s + object + storages;
+}
+
+std::string unicode(const std::string& s) { return "X"s + char(s.size()) + "\0\0\0"s + s; }  // BINUNICODE
+const std::string kTwoTo62 = "\x8a\x08\0\0\0\0\0\0\0\x40"s;                               // LONG1
+
+/// A tensor of storage "0" of floats; its parts are pickles of their own.
+std::string tensor(const std::string& numel, const std::string& shape, const std::string& stride) {
+  return "ctorch._utils\n_rebuild_tensor_v2\n(("s + unicode("storage") + "ctorch\nFloatStorage\n" + unicode("0") + unicode("cpu") + numel +
+         "tQK\0"s + shape + stride + "tR";
+}
+
+const std::string kOneKey = "\x80\x02]"s + unicode("0") + "a.";
+const std::string kOneValue = kOneKey + "\1\0\0\0\0\0\0\0\0\0\x80\x3f"s;  // its length, 1.0f
 
 }  // namespace
 
@@ -110,11 +130,6 @@ TEST_CASE("converter: a pickle that asks for code is refused with the name it as
 
 TEST_CASE("converter: hostile pickles by hand") {
   if (!has_python()) return;
-  using namespace std::string_literals;
-  const auto legacy = [](const std::string& object) {  // magic number, version, system, the object, no storages
-    const std::string magic = "\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19\x2e"s;
-    return magic + "\x80\x02M\xe9\x03.\x80\x02}."s + object + "\x80\x02]."s;
-  };
   const Converter convert;
   const auto refusal = [&](const std::string& bytes) {
     convert.folder.write("bad.pth", {bytes.begin(), bytes.end()});
@@ -140,6 +155,64 @@ TEST_CASE("converter: hostile pickles by hand") {
   std::string laughs = "\x80\x02})";
   for (int i = 0; i < 60; ++i) laughs += "2\x86";  // DUP, TUPLE2
   CHECK_THAT(refusal(legacy(laughs + "Ns.")), Contains("keys that are neither text nor numbers"));
+  CHECK_THAT(refusal(legacy("\x80\x02"
+                            "ccollections\nOrderedDict\n]" +
+                            laughs.substr(3) +
+                            "N\x86"
+                            "a\x85R.")),
+             Contains("keys that are neither text nor numbers"));
+  // Few bytes that would take all memory.
+  CHECK_THAT(refusal(legacy("\x80\x05}\x96\0\0\0\0\x10\0\0\0."s)), Contains("bytearray"));
+  std::string pairs = "\x80\x02](", items = "\x80\x02](";
+  for (int i = 0; i < 20000; ++i) pairs += "K\1N\x86", items += "K\1";
+  pairs += "eq\0"s, items += "eq\0"s;
+  for (int i = 0; i < 100; ++i) pairs += "ccollections\nOrderedDict\nh\0\x85R"s, items += "ctorch\nSize\nh\0\x85R"s;
+  CHECK_THAT(refusal(legacy(pairs + ".")), Contains("more than 1048576 pairs"));
+  CHECK_THAT(refusal(legacy(items + ".")), Contains("up to 8 counts"));
+  // Numbers that are too large to seek by, or to print.
+  const std::string table = "\x80\x02}" + unicode("w");
+  CHECK_THAT(refusal(legacy(table + tensor(kTwoTo62, "K\1\x85", "K\1\x85") + "s.", kOneKey + kTwoTo62.substr(2))), Contains("truncated"));
+  const std::string huge = "\x8b\xd0\x07\0\0"s + std::string(1999, '\0') + "\1\x85";
+  CHECK_THAT(refusal(legacy(table + tensor("K\1", huge, "K\0\x85"s) + "s.", kOneValue)), Contains("up to 8 counts"));
+  CHECK_THAT(refusal(legacy(table + tensor("K\1", kTwoTo62 + "\x85", "K\0\x85"s) + "s.", kOneValue)), Contains("repeat a few values"));
+  // Names that are no text, or do something to a terminal or a shell.
+  CHECK_THAT(refusal(legacy("\x80\x02}" + unicode("\xed\xa0\x80") + tensor("K\1", ")", ")") + "s.", kOneValue)), Contains("'\\ud800'"));
+  CHECK_THAT(refusal(legacy("\x80\x02"
+                            "ca\nb; echo PWNED #\x1b[31m\n.")),
+             Contains("#\\x1b[31m'") && !Contains("\x1b") && !Contains("--inert"));
+}
+
+TEST_CASE("converter: what lies beside the weights is passed over, and model. goes") {
+  if (!has_python()) return;
+  const Converter convert;
+  const std::string object = "\x80\x02}" + unicode("model.w") + tensor("K\1", "K\3\x85", "K\0\x85"s) + "s" + unicode("\xed\xa0\x80\x1b") + "Ns" +
+                             unicode("a") + "c__builtin__\nset\n]K\1a\x85Rs" + unicode("b") + "ccollections\nCounter\n}K\1K\2s\x85Rs" +
+                             unicode("c") + "cpathlib._local\nPosixPath\n" + unicode("/") + "\x85Rs.";
+  const std::string bytes = legacy(object, kOneValue);
+  convert.folder.write("good.pth", {bytes.begin(), bytes.end()});
+  const ProcessResult result = convert(convert.path("good.pth"));
+  INFO(result.err);
+  REQUIRE(result.code == 0);
+  CHECK_THAT(result.out, Contains("'\\ud800\\x1b', 'a', 'b', 'c'"));
+  const SafetensorsFile file = convert.result();
+  REQUIRE(file.tensors.size() == 1);
+  REQUIRE(file.find("w") != nullptr);
+  CHECK(file.find("w")->to_vector<double>() == std::vector<double>{1, 1, 1});
+}
+
+TEST_CASE("converter: an output that is a link stays one, and no folder or pipe is replaced") {
+  if (!has_python()) return;
+  const Converter convert;
+  fs::create_symlink("target.safetensors", convert.path("out.safetensors"));
+  REQUIRE(convert(fixture("zip.pth")).code == 0);
+  CHECK(fs::is_symlink(convert.path("out.safetensors")));
+  CHECK(read_safetensors(convert.path("target.safetensors")).tensors.size() == 12);
+  fs::remove(convert.path("out.safetensors"));
+  fs::create_symlink("/dev/null", convert.path("out.safetensors"));
+  const ProcessResult result = convert(fixture("zip.pth"));
+  CHECK(result.code == 1);
+  CHECK_THAT(result.err, Contains("no regular file") && !Contains("Traceback"));
+  CHECK(fs::is_character_file("/dev/null"));
 }
 
 TEST_CASE("converter: truncated and odd files are refused with a reason") {
