@@ -41,7 +41,7 @@ if(cuda_objects)
 endif()
 set(CPACK_DEBIAN_PACKAGE_CONTROL_STRICT_PERMISSION ON)
 set(CPACK_DEBIAN_MESA_PACKAGE_NAME mesa)
-set(CPACK_DEBIAN_MESA_PACKAGE_SUGGESTS "mesa-mpi, g++, cmake")
+set(CPACK_DEBIAN_MESA_PACKAGE_SUGGESTS "mesa-mpi, g++, cmake, python3")
 set(CPACK_COMPONENT_MESA_DESCRIPTION "${CPACK_PACKAGE_DESCRIPTION}")
 foreach(plugin mpi nccl)
   string(TOUPPER ${plugin} upper)
@@ -54,7 +54,7 @@ model: mpirun mesa-train ...")
 set(CPACK_COMPONENT_NCCL_DESCRIPTION "The plugin of Mesa through which several GPUs train one model.")
 
 # The system's table of libraries is renewed when they come and go; Debian also wants to know what a package changed.
-set(debian_folder ${CMAKE_BINARY_DIR}/debian)
+set(debian_folder ${PROJECT_BINARY_DIR}/debian)
 file(WRITE ${debian_folder}/triggers "activate-noawait ldconfig\n")
 file(WRITE ${debian_folder}/changelog "mesa (${PROJECT_VERSION}-${CPACK_DEBIAN_PACKAGE_RELEASE}) unstable; urgency=medium
 

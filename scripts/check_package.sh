@@ -32,7 +32,7 @@ check_tree() {
   for file in bin/mesa-{train,eval,bench,report} include/mesa/nn/layers.h share/mesa/configs/{quickstart,recipes/deit_s}.yaml \
     share/doc/mesa/{README.md,docs/config.md,data/README.md,examples/train_own_model/main.cpp,scripts/slurm.sh} \
     share/bash-completion/completions/mesa-train share/fish/vendor_completions.d/mesa-eval.fish; do
-    [[ -f $root/$file ]] || complain "$root has no $file"
+    [[ -s $root/$file ]] || complain "$root has no $file"
   done
   for file in man1/mesa-{train,eval,bench,report}.1 man5/mesa.yaml.5; do
     compgen -G "$root/share/man/$file*" >/dev/null || complain "$root has no share/man/$file"
@@ -58,15 +58,16 @@ try_programs() {
   local bin=$1/bin runs=$tried/runs
   rm -rf "$runs" && mkdir "$runs"
   local tiny=(--set data.train_size=256 --set data.test_size=64 --set model.depth=1)
+  # Joined: on the left of || the shell does not stop at a failure.
   (
-    cd "$runs"
-    "$bin/mesa-train" --config quickstart.yaml "${tiny[@]}" --set train.epochs=1 --output a --quiet
-    "$bin/mesa-train" --resume --output a --set train.epochs=2 --quiet
-    "$bin/mesa-eval" a --json a.json
-    "$bin/mesa-report" a
-    "$bin/mesa-train" --config deit_s.yaml --set data.path=/imagenet --set storage=int4 --dry-run >plan.txt
-    "$bin/mesa-bench" --config quickstart.yaml "${tiny[@]}" --set train.batch_size=8 --storage exact,int8 --steps 1 --warmup 0
-    [[ -s a/report.html && -s a.json && -s plan.txt ]] || complain "a program has written nothing"
+    cd "$runs" &&
+      "$bin/mesa-train" --config quickstart.yaml "${tiny[@]}" --set train.epochs=1 --output a --quiet &&
+      "$bin/mesa-train" --resume --output a --set train.epochs=2 --quiet &&
+      "$bin/mesa-eval" a --json a.json &&
+      "$bin/mesa-report" a -o drawn.html &&
+      "$bin/mesa-train" --config deit_s.yaml --set data.path=/imagenet --set storage=int4 --dry-run >plan.txt &&
+      "$bin/mesa-bench" --config quickstart.yaml "${tiny[@]}" --set train.batch_size=8 --storage exact,int8 --steps 1 --warmup 0 &&
+      [[ -s a/report.html && -s drawn.html && -s a.json && -s plan.txt ]]
   ) >"$tried/programs.log" 2>&1 || { cat "$tried/programs.log"; complain "the programs of $1 fail"; }
   "$bin/mesa-train" --version | head -n 1
 }
