@@ -28,14 +28,15 @@ rm -rf "$packages/_CPack_Packages"
 
 # What belongs in a tree that may be moved, wherever it came from: $1 its root.
 check_tree() {
-  local root=$1 file
+  local root=$1 file program
   for file in bin/mesa-{train,eval,bench,report} include/mesa/nn/layers.h share/mesa/configs/{quickstart,recipes/deit_s}.yaml \
-    share/doc/mesa/{README.md,docs/config.md,data/README.md,examples/train_own_model/main.cpp,scripts/slurm.sh} \
-    share/bash-completion/completions/mesa-train share/fish/vendor_completions.d/mesa-eval.fish; do
+    share/doc/mesa/{README.md,docs/config.md,data/README.md,examples/train_own_model/main.cpp,scripts/slurm.sh}; do
     [[ -s $root/$file ]] || complain "$root has no $file, or an empty one"
   done
-  for file in "$root"/share/{bash-completion/completions,zsh/*,fish/vendor_completions.d}/*mesa-*; do
-    [[ -s $file ]] || complain "$file is missing or empty"
+  for program in mesa-{train,eval,bench,report}; do
+    for file in "$root"/share/{bash-completion/completions/$program,zsh/*/_$program,fish/vendor_completions.d/$program.fish}; do
+      [[ -s $file ]] || complain "$file is missing or empty"
+    done
   done
   for file in man1/mesa-{train,eval,bench,report}.1 man5/mesa.yaml.5; do
     zcat -f "$root/share/man/$file"* | grep -c '^\.TH ' >/dev/null || complain "$root has no share/man/$file, or an empty one"
