@@ -30,6 +30,9 @@ std::vector<std::string> words_of(const Option& option) {
   return out;
 }
 
+/// Keys whose values are files or folders.
+constexpr const char* kPathKeys = "data.path|train.weights|distill.teacher";
+
 bool takes_files(const Option& option) {
   return option.kind == ValueKind::file || option.kind == ValueKind::config || option.kind == ValueKind::policy;
 }
@@ -40,6 +43,7 @@ std::string bash_assignments(const Option& option) {
   if (takes_files(option)) out += " files=-f";
   if (option.kind == ValueKind::folder) out += " files=-d";
   if (option.list) out += " list=1";
+  if (option.kind == ValueKind::setting) out += std::string(" paths='") + kPathKeys + "'";
   return out;
 }
 
@@ -50,7 +54,8 @@ std::string zsh_action(const Option& option) {
   if (option.kind == ValueKind::setting) {
     std::string open, complete;  // what is still to be typed on, and what is whole
     for (const std::string& word : words) (word.back() == '=' ? open : complete) += " " + word;
-    return "{compadd -S \"\" --" + open + "; compadd --" + complete + "}";
+    return std::string("{if compset -P \"(") + kPathKeys + ")=\"; then _files; else compadd -S \"\" --" + open + "; compadd --" + complete +
+           "; fi}";
   }
   const std::string files = option.kind == ValueKind::folder ? "_files -/" : takes_files(option) ? "_files" : "";
   if (words.empty()) return files.empty() ? " " : files;
@@ -92,16 +97,23 @@ std::string bash_completion(const CLI::App& app) {
   return "# bash completion of " + app.get_name() + "\n" + function + R"(() {
   local options=')" +
          names + R"('
-  local line=${COMP_LINE:0:COMP_POINT} option='' glued='' words='' files='' list=''
-  local word=${line##*[[:space:]]} before  # not COMP_WORDS, which are broken at "="
-  read -ra before <<< "${line%"$word"}"
-  option=${before[-1]}
+  local line=${COMP_LINE:0:COMP_POINT} option='' word='' glued='' words='' files='' list='' paths='' quote='' c
+  while [[ $line ]]; do  # the last two words as the shell reads them; not COMP_WORDS, which are broken at "="
+    c=${line:0:1} line=${line:1}
+    if [[ $c == "$quote" ]]; then quote=''
+    elif [[ $c == \\ && $quote != "'" ]]; then word+=${line:0:1} line=${line:1}
+    elif [[ $c == [\'\"] && -z $quote ]]; then quote=$c
+    elif [[ $c == [[:space:]] && -z $quote ]]; then option=${word:-$option} word=''
+    else word+=$c
+    fi
+  done
   [[ $word == --*=* ]] && option=${word%%=*} glued=$option= word=${word#*=}
   case $option in
 )" + arms +
          "    *)" + (arguments.empty() ? " words=$options" : arguments) + R"( ;;
   esac
   [[ $word == -* && -z $glued ]] && words=$options files='' list=''
+  [[ $paths && $word =~ ^($paths)= ]] && glued+=${BASH_REMATCH[0]} word=${word#*=} words='' files=-f
   local lead=''
   [[ $list && $word == *,* ]] && lead=${word%,*},
   mapfile -t COMPREPLY < <(compgen ${words:+-W "$words"} ${files:+"$files"} -- "${word#"$lead"}")

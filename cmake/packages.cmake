@@ -2,7 +2,7 @@
 # are packages of their own, so that only machines with ranks need them.
 set(CPACK_PACKAGE_NAME mesa)
 set(CPACK_PACKAGE_VERSION ${PROJECT_VERSION})
-set(CPACK_PACKAGE_CONTACT "${mesa_author}")
+set(CPACK_PACKAGE_CONTACT "Mesa maintainers <maintainers@users.noreply.r-seed-5e832132.example>")
 set(CPACK_PACKAGE_DESCRIPTION_SUMMARY "training of vision transformers with compressed activations")
 set(CPACK_PACKAGE_DESCRIPTION "Mesa trains vision transformers while keeping a compressed copy of each
 activation for the backward pass: in 8, 4 or 2 bits, rebuilt, or exact, as
@@ -10,6 +10,16 @@ a policy in the run's config says. The forward pass is exact.
 
 This package holds the programs mesa-train, mesa-eval, mesa-bench and
 mesa-report, the library with its headers, configs and documents.")
+if(cuda_objects)
+  set(cuda_note "cuBLAS")
+  if(CUDNN_LIBRARY)
+    string(APPEND cuda_note " and cuDNN")
+  endif()
+  string(APPEND CPACK_PACKAGE_DESCRIPTION "
+
+It was built for NVIDIA GPUs with CUDA ${CUDAToolkit_VERSION_MAJOR} and needs ${cuda_note}
+for it where the linker finds them: no package here brings them.")
+endif()
 set(CPACK_PACKAGE_FILE_NAME mesa-${PROJECT_VERSION}-linux-${CMAKE_SYSTEM_PROCESSOR})
 set(CPACK_PACKAGE_CHECKSUM SHA256)
 set(CPACK_STRIP_FILES ON)
@@ -36,12 +46,20 @@ set(CPACK_DEBIAN_PACKAGE_RELEASE 1)
 set(CPACK_DEBIAN_PACKAGE_SECTION science)
 set(CPACK_DEBIAN_PACKAGE_SHLIBDEPS ON)
 set(CPACK_DEBIAN_PACKAGE_GENERATE_SHLIBS ON)
-if(cuda_objects)
-  set(CPACK_DEBIAN_PACKAGE_SHLIBDEPS_PRIVATE_DIRS ${CUDAToolkit_LIBRARY_DIR})  # a toolkit that is no package is no dependency
+if(cuda_objects)  # libraries of no package, in folders that the linker does not know: they are found there, and are no dependencies
+  set(cuda_folders ${CUDAToolkit_LIBRARY_DIR})
+  foreach(library ${CUDA_cublasLt_LIBRARY} ${CUDNN_LIBRARY} ${NCCL_LIBRARY})  # each may be installed elsewhere, or not at all
+    if(EXISTS ${library})
+      get_filename_component(folder ${library} DIRECTORY)
+      list(APPEND cuda_folders ${folder})
+    endif()
+  endforeach()
+  list(REMOVE_DUPLICATES cuda_folders)
+  set(CPACK_DEBIAN_PACKAGE_SHLIBDEPS_PRIVATE_DIRS ${cuda_folders})
 endif()
 set(CPACK_DEBIAN_PACKAGE_CONTROL_STRICT_PERMISSION ON)
 set(CPACK_DEBIAN_MESA_PACKAGE_NAME mesa)
-set(CPACK_DEBIAN_MESA_PACKAGE_SUGGESTS "mesa-mpi, g++, cmake, python3")
+set(CPACK_DEBIAN_MESA_PACKAGE_SUGGESTS "mesa-mpi, g++, cmake, python3")  # python3 for share/mesa/tools
 set(CPACK_COMPONENT_MESA_DESCRIPTION "${CPACK_PACKAGE_DESCRIPTION}")
 foreach(plugin mpi nccl)
   string(TOUPPER ${plugin} upper)
@@ -51,7 +69,8 @@ endforeach()
 set(CPACK_DEBIAN_MPI_PACKAGE_RECOMMENDS openmpi-bin)
 set(CPACK_COMPONENT_MPI_DESCRIPTION "The plugin of Mesa through which several processes and machines train one
 model: mpirun mesa-train ...")
-set(CPACK_COMPONENT_NCCL_DESCRIPTION "The plugin of Mesa through which several GPUs train one model.")
+set(CPACK_COMPONENT_NCCL_DESCRIPTION "The plugin of Mesa through which several GPUs train one model.
+NCCL itself is yours to install.")
 
 # The system's table of libraries is renewed when they come and go; Debian also wants to know what a package changed.
 set(debian_folder ${PROJECT_BINARY_DIR}/debian)
@@ -60,7 +79,7 @@ file(WRITE ${debian_folder}/changelog "mesa (${PROJECT_VERSION}-${CPACK_DEBIAN_P
 
   * Mesa ${PROJECT_VERSION}, commit ${mesa_commit}.
 
- -- ${mesa_author}  ${mesa_time}
+ -- ${CPACK_PACKAGE_CONTACT}  ${mesa_time}
 ")
 set(CPACK_DEBIAN_MESA_PACKAGE_CONTROL_EXTRA ${debian_folder}/triggers)
 set(CPACK_MESA_CHANGELOG ${debian_folder}/changelog)

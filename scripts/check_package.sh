@@ -28,25 +28,35 @@ rm -rf "$packages/_CPack_Packages"
 
 # What belongs in a tree that may be moved, wherever it came from: $1 its root.
 check_tree() {
-  local root=$1 file
+  local root=$1 file program
   for file in bin/mesa-{train,eval,bench,report} include/mesa/nn/layers.h share/mesa/configs/{quickstart,recipes/deit_s}.yaml \
-    share/doc/mesa/{README.md,docs/config.md,data/README.md,examples/train_own_model/main.cpp,scripts/slurm.sh} \
-    share/bash-completion/completions/mesa-train share/fish/vendor_completions.d/mesa-eval.fish; do
-    [[ -s $root/$file ]] || complain "$root has no $file"
+    share/doc/mesa/{README.md,docs/config.md,data/README.md,examples/train_own_model/main.cpp,scripts/slurm.sh}; do
+    [[ -s $root/$file ]] || complain "$root has no $file, or an empty one"
+  done
+  for program in mesa-{train,eval,bench,report}; do
+    for file in "$root"/share/{bash-completion/completions/$program,zsh/*/_$program,fish/vendor_completions.d/$program.fish}; do
+      [[ -s $file ]] || complain "$file is missing or empty"
+    done
   done
   for file in man1/mesa-{train,eval,bench,report}.1 man5/mesa.yaml.5; do
-    compgen -G "$root/share/man/$file*" >/dev/null || complain "$root has no share/man/$file"
+    zcat -f "$root/share/man/$file"* | grep -c '^\.TH ' >/dev/null || complain "$root has no share/man/$file, or an empty one"
   done
   # Documents link to each other and to examples; sources, which some also name, are not installed.
-  (cd "$root/share/doc/mesa" && grep -roE '\]\(([a-zA-Z0-9_./-]+\.(md|svg)|[./]*examples/[a-zA-Z0-9_./-]+)\)' --include='*.md' . | sed -E 's/^([^:]*):\]\((.*)\)$/\1 \2/') |
-    while read -r file link; do
-      [[ -e $root/share/doc/mesa/$(dirname "$file")/$link ]] || complain "$file links to $link, which is not installed"
-    done
-  local binaries=("$root"/bin/mesa-* "$root"/lib*/libmesa*.so.*.*)
-  grep -lF "$source/" "${binaries[@]}" && complain "these files name the folder they were built in"
+  local links link
+  links=$(cd "$root/share/doc/mesa" && grep -roE '\]\(([a-zA-Z0-9_./-]+\.(md|svg)|[./]*examples/[a-zA-Z0-9_./-]+)\)' --include='*.md' . |
+    sed -E 's/^([^:]*):\]\((.*)\)$/\1 \2/') || complain "$root has documents without links"
+  while read -r file link; do
+    [[ -e $root/share/doc/mesa/$(dirname "$file")/$link ]] || complain "$file links to $link, which is not installed"
+  done <<<"$links"
+  file=$(find "$root/share/doc" -name CMakeCache.txt -o -name CMakeFiles)
+  [[ -z $file ]] || complain "a build was installed: $file"
+  local binaries=("$root"/bin/mesa-* "$root"/lib*/libmesa*.so*) found=0 sections
+  grep -lF "$source/" "${binaries[@]}" || found=$?  # 1: nowhere
+  ((found == 1)) || complain "these files name the folder they were built in, or cannot be read"
   if command -v readelf >/dev/null; then
     for file in "${binaries[@]}"; do
-      readelf -S "$file" | grep -qE '\.symtab|\.debug_' && complain "$file is not stripped"
+      sections=$(readelf -SW "$file") || complain "$file is no program"
+      [[ $sections != *.symtab* && $sections != *.debug_* ]] || complain "$file is not stripped"
     done
   fi
   file=$(find "$root" ! -type l \( -perm /022 -o -type d ! -perm -755 -o ! -perm -444 \))
@@ -58,18 +68,17 @@ try_programs() {
   local bin=$1/bin runs=$tried/runs
   rm -rf "$runs" && mkdir "$runs"
   local tiny=(--set data.train_size=256 --set data.test_size=64 --set model.depth=1)
-  # Joined: on the left of || the shell does not stop at a failure.
-  (
+  (  # joined by &&: in front of || bash does not stop at what fails
     cd "$runs" &&
       "$bin/mesa-train" --config quickstart.yaml "${tiny[@]}" --set train.epochs=1 --output a --quiet &&
       "$bin/mesa-train" --resume --output a --set train.epochs=2 --quiet &&
       "$bin/mesa-eval" a --json a.json &&
-      "$bin/mesa-report" a -o drawn.html &&
+      "$bin/mesa-report" a -o r.html &&
       "$bin/mesa-train" --config deit_s.yaml --set data.path=/imagenet --set storage=int4 --dry-run >plan.txt &&
-      "$bin/mesa-bench" --config quickstart.yaml "${tiny[@]}" --set train.batch_size=8 --storage exact,int8 --steps 1 --warmup 0 &&
-      [[ -s a/report.html && -s drawn.html && -s a.json && -s plan.txt ]]
+      "$bin/mesa-bench" --config quickstart.yaml "${tiny[@]}" --set train.batch_size=8 --storage exact,int8 --steps 1 --warmup 0 >bench.txt &&
+      for file in r.html a.json plan.txt bench.txt; do [[ -s $file ]] || complain "$file is missing or empty"; done
   ) >"$tried/programs.log" 2>&1 || { cat "$tried/programs.log"; complain "the programs of $1 fail"; }
-  "$bin/mesa-train" --version | head -n 1
+  "$bin/mesa-train" --version | sed -n 1p
 }
 
 tar -C "$tried/elsewhere" -xzf "$packages"/mesa-*.tar.gz
@@ -81,8 +90,8 @@ echo "the archive runs from $tree"
 # Programs of other people, by find_package(mesa).
 for example in train_own_model add_codec; do
   cmake -S "$tree/share/doc/mesa/examples/$example" -B "$tried/$example" -G Ninja -DCMAKE_BUILD_TYPE=Release \
-    -DCMAKE_PREFIX_PATH="$tree" -DCMAKE_CXX_FLAGS="-Wall -Wextra -Werror" >"$tried/$example.log"
-  cmake --build "$tried/$example" >>"$tried/$example.log" || { cat "$tried/$example.log"; complain "$example does not build"; }
+    -DCMAKE_PREFIX_PATH="$tree" -DCMAKE_CXX_FLAGS="-Wall -Wextra -Werror" >"$tried/$example.log" &&
+    cmake --build "$tried/$example" >>"$tried/$example.log" || { cat "$tried/$example.log"; complain "$example does not build"; }
 done
 "$tried/add_codec/add_codec" >/dev/null
 lines=$(wc -l <examples/train_own_model/main.cpp)
@@ -97,8 +106,11 @@ if [[ $generators == *DEB* ]]; then
   control() { dpkg-deb -f "$packages/$1"_*.deb "$2"; }
   [[ $(control mesa Depends) == *libdnnl2* && $(control mesa Depends) != *mpi* ]] || complain "mesa depends on $(control mesa Depends)"
   for file in "$tried"/debian/usr/bin/mesa-* "$tried"/debian/usr/lib*/libmesa*; do
-    ! readelf -d "$file" | grep -E 'RPATH|RUNPATH' || complain "$file has a run path"
+    dynamic=$(readelf -d "$file") || complain "$file is no program"
+    [[ $dynamic != *RPATH* && $dynamic != *RUNPATH* ]] || complain "$file has a run path"
   done
+  said=$(zcat "$tried/debian/usr/share/doc/mesa/changelog.Debian.gz" | dpkg-parsechangelog -l- 2>&1) &&
+    [[ $said == *"Maintainer: $(control mesa Maintainer)"* && $said != *warning* ]] || complain "the changelog is malformed: $said"
   if compgen -G "$packages/mesa-mpi_*.deb" >/dev/null; then
     [[ $(control mesa-mpi Depends) == *"mesa (= "*mpi* ]] || complain "mesa-mpi depends on $(control mesa-mpi Depends)"
   fi

@@ -4,7 +4,6 @@
 #include <unistd.h>
 
 #include <algorithm>
-#include <cassert>
 #include <chrono>
 #include <filesystem>
 #include <system_error>
@@ -26,13 +25,13 @@ CheckpointWriter::~CheckpointWriter() {
 }
 
 void CheckpointWriter::copy(const CheckpointParts& parts, const TrainingState& state) {
-  assert(!running_);
+  check(!running_, "a checkpoint is copied while the one before it is being written");
   failed_.clear();
   data_ = snapshot_checkpoint(parts, state, std::move(data_));
 }
 
 void CheckpointWriter::write(std::vector<std::string> names, bool beside) {
-  assert(!running_);
+  check(!running_, "two checkpoints are written at once");
   result_ = {data_.state.step, std::move(names), 0, "", ""};
   not_written_.clear();
   running_ = true;

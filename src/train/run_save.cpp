@@ -33,6 +33,7 @@ bool Run::save_now(const std::string& which) {
 /// On the leader, copies the state; the others give what they have of a shared optimizer's. False if there is no state worth saving: one
 /// that nobody could resume must not replace a good one.
 bool Run::copy_state(const std::vector<std::string>& names) {
+  copied_ = true;
   if (!writer_ && !optimizer_->sharded()) return true;
   const bool of_failure = names == std::vector<std::string>{"failed"};
   std::string bad = of_failure || names.empty() ? "" : first_bad_parameter(model_.params);

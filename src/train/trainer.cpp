@@ -124,7 +124,7 @@ void Run::report(const UpdateResult& result, double seconds) {
   state_.bad_samples = bad_samples_before_ + result.bad_samples;
   if (!first_update_done_) {
     if (folder_) folder_->write_memory(policy_.sites());
-    copy_state({});  // the copy's memory from here on: if there is too little of it, that shows now
+    if (!copied_) copy_state({});  // the copy's memory from here on: if there is too little of it, that shows now
   }
   first_update_done_ = true;
   if (writer_) take(writer_->finished());

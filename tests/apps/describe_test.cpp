@@ -113,7 +113,7 @@ TEST_CASE("describe: mesa.yaml(5) has every key with its default") {
 
 TEST_CASE("describe: bash completes options, words, keys with their values, and files") {
   const TinyRun folder;
-  std::filesystem::create_directories(folder.path("two words"));
+  std::filesystem::create_directories(folder.path("two words/within"));
   CHECK(bash_offers(folder, "mesa-train --dev") == "--device ");
   CHECK(bash_offers(folder, "mesa-train --device c") == "cpu cuda ");
   CHECK(bash_offers(folder, "mesa-train --quiet --pack-") == "--pack-raw --pack-size ");
@@ -126,8 +126,28 @@ TEST_CASE("describe: bash completes options, words, keys with their values, and 
   CHECK(bash_offers(folder, "mesa-train --output tw") == "two words ");
   CHECK(bash_offers(folder, "mesa-train --output tin") == "");  // a folder, not a file
   CHECK(bash_offers(folder, "mesa-eval tin") == "tiny.yaml ");
+  for (const std::string option : {"--config", "--real", "--per-class", "--confusion"}) {
+    CHECK(bash_offers(folder, "mesa-eval tiny.yaml " + option + " tin") == "tiny.yaml ");
+    CHECK(bash_offers(folder, "mesa-eval tiny.yaml " + option + "=tin") == "tiny.yaml ");
+  }
+  CHECK(bash_offers(folder, "mesa-eval --config deit3") == "deit3_s ");
   CHECK(bash_offers(folder, "mesa-report tw") == "two words ");
   CHECK(bash_offers(folder, "mesa-bench --storage exact,int8,mesa_") == "exact,int8,mesa_swin ");
+  // Words as the shell reads them: blanks that are escaped or quoted do not end one.
+  for (const char* word : {R"(two\ w)", R"("two w)", R"('two w)", R"(two" "w)"})
+    CHECK(bash_offers(folder, std::string("mesa-train --output ") + word) == "two words ");
+  CHECK(bash_offers(folder, R"(mesa-train --output two\ words/w)") == "two words/within ");
+  CHECK(bash_offers(folder, R"(mesa-train --output two\ words   --device  c)") == "cpu cuda ");
+  CHECK(bash_offers(folder, R"(mesa-train --output 'it is' --dev)") == "--device ");
+  // Keys whose values are paths.
+  for (const std::string key : {"data.path=", "train.weights=", "distill.teacher="}) {
+    CHECK(bash_offers(folder, "mesa-train --set " + key + "tin") == "tiny.yaml ");
+    CHECK(bash_offers(folder, "mesa-train --set " + key + "two\\ words/") == "two words/within ");
+    CHECK(bash_offers(folder, "mesa-train --set " + key + "tin", " \t\n") == key + "tiny.yaml ");
+    CHECK(bash_offers(folder, "mesa-train --set=" + key + "tin", " \t\n") == "--set=" + key + "tiny.yaml ");
+  }
+  CHECK(bash_offers(folder, "mesa-train --set data.pa") == "data.path= ");
+  CHECK(bash_offers(folder, "mesa-train --set data.kind=tin") == "");
   // Where "=" breaks words bash replaces what stands behind it, elsewhere the whole.
   CHECK(bash_offers(folder, "mesa-train --set train.precision=b") == "bf16 ");
   CHECK(bash_offers(folder, "mesa-train --set train.precision=b", " \t\n") == "train.precision=bf16 ");
@@ -190,6 +210,7 @@ wait_for "$2"
   offers("mesa-train --config vit_m", "vit_mnist");
   offers("mesa-train --config tin", "tiny.yaml");
   offers("mesa-train --set train.pre", "train.precision=bf16  train.precision=fp32");
+  offers("mesa-train --set data.path=tin", "data.path=tiny.yaml");
   offers("mesa-bench --storage exact,mesa_", "exact,mesa_swin");
   offers("mesa-eval tin", "tiny.yaml");
 }
