@@ -96,10 +96,8 @@ void compare_precision(DType dtype, double forward_bound, double gradient_bound)
     for (Numbers& r : values.projections) r = tensor_of({static_cast<int64_t>(r.size())}, r, dtype).to_vector<double>();
     const RunResult exact = run_case(row, values, policy);
     const RunResult result = run_case(row, values, policy, {.dtype = dtype});
-    // Attention op by op rounds scores, and what exp makes of their error, before the result.
-    const double chain = row.title().find("op by op") != std::string::npos ? 2 : 1;
     for (size_t i = 0; i < exact.outputs.size(); ++i)
-      CHECK(largest_difference(result.outputs[i], exact.outputs[i]) <= chain * forward_bound * std::max(1.0, largest(exact.outputs[i])));
+      CHECK(largest_difference(result.outputs[i], exact.outputs[i]) <= forward_bound * std::max(1.0, largest(exact.outputs[i])));
     for (size_t i = 0; i < row.inputs.size(); ++i) {
       INFO("gradient of input " << i);
       CHECK(largest_difference(result.gradients[i], exact.gradients[i]) <= gradient_bound * std::max(1.0, largest(exact.gradients[i])));
