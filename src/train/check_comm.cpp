@@ -39,7 +39,7 @@ void print_ranks(World& world, const std::string& mine) {
 
 int check_comm(RunConfig config) {
   World world(config.train.rank_timeout);
-  try {
+  return together(world, [&] {
     use_threads(config);
     share_threads(config, world);
     const Device device = choose_device(config.device);
@@ -60,15 +60,7 @@ int check_comm(RunConfig config) {
     }
     if (team.leads()) std::printf("all %lld ranks are there and agree\n", static_cast<long long>(team.size()));
     return 0;
-  } catch (const RankFailure& e) {
-    if (!world.control()->failed()) world.control()->report(e.what());
-    if (world.control()->speaks()) std::fprintf(stderr, "error: %s\n", e.what());
-    return kExitRankFailed;
-  } catch (const std::exception& e) {
-    if (!world.alone()) world.control()->report(concat("failed: ", e.what()));
-    if (!world.leads()) return 1;  // the leader tells it
-    throw;
-  }
+  });
 }
 
 }  // namespace mesa

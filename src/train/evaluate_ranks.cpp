@@ -1,6 +1,4 @@
 // An evaluation by one rank, or in parts by several.
-#include <cstdio>
-
 #include "mesa/train/evaluate.h"
 #include "mesa/train/signals.h"
 #include "mesa/train/version.h"
@@ -11,22 +9,14 @@ namespace mesa {
 int evaluate_on_ranks(RunConfig& config, const std::function<int(bool leads, const AddUp& add_up)>& body) {
   World world(config.train.rank_timeout);
   config.rank = world.me().rank, config.ranks = world.me().world;
-  try {
+  return together(world, [&] {
     check_same(world, "version", version_text());
     check_same(world, "config", to_yaml(config));
     use_threads(config);
     share_threads(config, world);
     Team team(world, choose_device(config.device));
     return body(world.leads(), [&](std::vector<double>& values) { team.add_up(values); });
-  } catch (const RankFailure& e) {
-    if (!world.control()->failed()) world.control()->report(e.what());
-    if (world.control()->speaks()) std::fprintf(stderr, "error: %s\n", e.what());
-    return kExitRankFailed;
-  } catch (const std::exception& e) {
-    if (!world.alone()) world.control()->report(concat("failed: ", e.what()));
-    if (!world.leads()) return 1;  // the leader tells it, with this rank's name
-    throw;
-  }
+  });
 }
 
 }  // namespace mesa

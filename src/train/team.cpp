@@ -4,6 +4,7 @@
 #include <sched.h>
 
 #include <algorithm>
+#include <cstdio>
 #include <cstdlib>
 #include <sstream>
 
@@ -74,6 +75,26 @@ void check_same(World& world, const std::string& what, const std::string& text) 
       concat("ranks 0 and ", other, " differ in ", what, ": ", difference(texts.front(), texts[static_cast<size_t>(other)]));
   if (world.leads()) throw Error(reason);
   throw RankFailure(reason);  // told once is enough
+}
+
+int together(World& world, const std::function<int()>& work, const std::function<void(const std::string& why)>& tell) {
+  try {
+    return work();
+  } catch (const RankFailure& e) {
+    if (!world.alone() && !world.control()->failed()) world.control()->report(e.what());
+    tell(e.what());
+    return kExitRankFailed;
+  } catch (const std::exception& e) {
+    if (!world.alone()) world.control()->report(concat("failed: ", e.what()));
+    if (!world.leads()) return 1;  // the leader tells it, with this rank's name
+    throw;
+  }
+}
+
+int together(World& world, const std::function<int()>& work) {
+  return together(world, work, [&](const std::string& why) {
+    if (world.control()->speaks()) std::fprintf(stderr, "error: %s\n", why.c_str());
+  });
 }
 
 int64_t share_threads(const RunConfig& config, World& world) {

@@ -329,7 +329,7 @@ int train(RunConfig config, const TrainOptions& options) {
   World world(config.train.rank_timeout);
   config.rank = world.me().rank, config.ranks = world.me().world;
   if (!world.alone()) world.control()->hurry_if([] { return received_signal() != 0; });
-  try {
+  const auto work = [&] {
     check_same(world, "version", version_text());
     check_same(world, "config", to_yaml(config));
     const Device device = choose_device(config.device);
@@ -338,19 +338,13 @@ int train(RunConfig config, const TrainOptions& options) {
     const int64_t sharing = share_threads(config, world);
     if (config.data.workers == 0 && sharing > 1)  // what the loader would take for itself, shared
       config.data.workers = std::clamp<int64_t>(omp_get_num_procs() / (4 * sharing), 1, 16);
-    return Run(config, options, world)();
-  } catch (const RankFailure& e) {
-    if (!world.alone() && !world.control()->failed()) world.control()->report(e.what());
-    tell_failure(world, config.output, e.what());
-    return kExitRankFailed;
-  } catch (const std::exception& e) {
-    const bool memory = dynamic_cast<const OutOfMemory*>(&e) != nullptr;
-    const std::string what = memory ? concat(e.what(), "\n", explain_out_of_memory(config)) : e.what();
-    if (!world.alone()) world.control()->report("failed: " + what);
-    if (!world.leads()) return 1;  // the leader tells it, with this rank's name
-    if (memory) throw Error(what);
-    throw;
-  }
+    try {
+      return Run(config, options, world)();
+    } catch (const OutOfMemory& e) {
+      throw Error(concat(e.what(), "\n", explain_out_of_memory(config)));
+    }
+  };
+  return together(world, work, [&](const std::string& why) { tell_failure(world, config.output, why); });
 }
 
 }  // namespace mesa

@@ -10,6 +10,7 @@
 #include "mesa/base/files.h"
 #include "support/data_files.h"
 #include "support/process.h"
+#include "support/tiny_config.h"
 
 namespace mesa::testing {
 
@@ -17,13 +18,7 @@ using mesa::read_text;
 using Args = std::vector<std::string>;
 using Json = nlohmann::json;
 
-inline const char* const kTinyConfig =
-    "model: {name: vit, image_size: 16, patch_size: 8, width: 24, depth: 1, heads: 3, pool: mean}\n"
-    "data: {kind: shapes, train_size: 96, test_size: 32, workers: 1}\n"
-    "train: {epochs: 2, batch_size: 16, log_interval: 1, threads: 1}\n"
-    "optimizer: {lr: 1e-3}\n"
-    "device: cpu\n"
-    "storage: int8\n";
+inline const std::string kTinyConfig = kTinyTraining + "device: cpu\nstorage: int8\n";
 
 /// A temporary folder with tiny.yaml in it; programs run there.
 class TinyRun {
@@ -55,7 +50,8 @@ class TinyRun {
     std::istringstream lines(read_text(path(output + "/metrics.jsonl")));
     for (std::string line; std::getline(lines, line);) {
       rows.push_back(Json::parse(line));
-      for (const char* timed : {"images_per_second", "data_wait", "data_read", "data_decode", "data_augment", "rank_seconds", "sync_wait", "checkpoint_step", "checkpoint_writing"})
+      for (const char* timed : {"images_per_second", "data_wait", "data_read", "data_decode", "data_augment", "rank_seconds", "sync_wait",
+                                "checkpoint_step", "checkpoint_writing"})
         rows.back().erase(timed);
     }
     return rows;

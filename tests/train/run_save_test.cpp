@@ -17,6 +17,7 @@
 #include "mesa/train/setup.h"
 #include "mesa/train/trainer.h"
 #include "support/data_files.h"
+#include "support/tiny_config.h"
 
 using namespace mesa;
 using namespace mesa::testing;
@@ -25,12 +26,7 @@ namespace fs = std::filesystem;
 
 namespace {
 
-const char* const kConfig =
-    "model: {name: vit, image_size: 16, patch_size: 8, width: 24, depth: 1, heads: 3, pool: mean}\n"
-    "data: {kind: shapes, train_size: 96, test_size: 32, workers: 1}\n"
-    "train: {epochs: 2, batch_size: 16, log_interval: 1, threads: 1, checkpoint_interval: 1}\n"
-    "optimizer: {lr: 1e-3}\n"
-    "storage: [{match: \"*\", codec: int8, groups: heads, range: running}]\n";
+const std::string kConfig = kTinyTraining + "storage: [{match: \"*\", codec: int8, groups: heads, range: running}]\n";
 
 struct SavedRun {
   TemporaryFolder folder;
@@ -38,7 +34,9 @@ struct SavedRun {
   std::string path(const std::string& name) const { return (folder.path() / name).string(); }
   std::string text(const std::string& name) const { return read_text(path(name)); }
   RunConfig config(const std::vector<std::string>& sets, const std::string& output) const {
-    RunConfig config = parse_config(kConfig, "tiny.yaml", sets);
+    std::vector<std::string> all{"train.checkpoint_interval=1"};
+    all.insert(all.end(), sets.begin(), sets.end());
+    RunConfig config = parse_config(kConfig, "tiny.yaml", all);
     config.output = path(output);
     return config;
   }

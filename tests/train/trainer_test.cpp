@@ -22,6 +22,7 @@
 #include "mesa/train/safetensors.h"
 #include "support/data_files.h"
 #include "support/device.h"
+#include "support/tiny_config.h"
 
 using namespace mesa;
 using namespace mesa::testing;
@@ -30,12 +31,7 @@ namespace fs = std::filesystem;
 
 namespace {
 
-const char* const kTiny =
-    "model: {name: vit, image_size: 16, patch_size: 8, width: 24, depth: 1, heads: 3, pool: mean}\n"
-    "data: {kind: shapes, train_size: 96, test_size: 32, workers: 1}\n"
-    "train: {epochs: 2, batch_size: 16, log_interval: 1, threads: 1}\n"
-    "optimizer: {lr: 1e-3}\n"
-    "storage: [{match: \"*\", codec: int8, groups: heads, range: running}, {match: \"patch_embed.proj:x\", codec: exact}]\n";
+const std::string kTiny = kTinyTraining + "storage: [{match: \"*\", codec: int8, groups: heads, range: running}, {match: \"patch_embed.proj:x\", codec: exact}]\n";
 
 struct Trainer {
   TemporaryFolder folder;
