@@ -234,6 +234,19 @@ TEST_CASE("ranks: a shared optimizer takes its part of the memory, as planned", 
   CHECK(saved > parameters * 8 * 3 / 4 * 8 / 10);  // of two moments in f32, three quarters, less what is rounded up
 }
 
+TEST_CASE("ranks: of gradients that nobody has whole there are no histograms", "[ranks]") {
+  if (!has_mpirun()) return;
+  const RankRun run;
+  for (const std::string shard : {"none", "optimizer"}) {
+    REQUIRE(run.train_on(2, {"train.shard=" + shard, "train.tensorboard=true", "train.histograms=[head.weight]"}, shard).code == 0);
+    std::string events;
+    for (const auto& entry : fs::recursive_directory_iterator(run.path(shard)))
+      if (entry.path().filename().string().find("tfevents") != std::string::npos) events += read_text(entry.path().string());
+    CHECK_THAT(events, Contains("weight/head.weight"));
+    CHECK((events.find("gradient/head.weight") != std::string::npos) == (shard == "none"));
+  }
+}
+
 TEST_CASE("ranks: a shared optimizer survives steps that are not finite and a signal", "[ranks]") {
   if (!has_mpirun()) return;
   const RankRun run;

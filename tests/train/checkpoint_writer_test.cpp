@@ -309,3 +309,29 @@ TEST_CASE("checkpoint writer: the copy is of its moment, holds on to its memory,
   CHECK(Allocator::of(kCpu).use().system_allocations == before);
   CHECK(h.model.load(h.at + "/last") == 7);
 }
+
+TEST_CASE("checkpoint writer: an older one that cannot be removed is told, and what was written counts") {
+  History h;
+  CheckpointWriter writer(h.at, 1, "");
+  set_file_fault([&](std::string_view operation, const std::string& path) {
+    const bool old = path.find("step-") != std::string::npos;
+    return old && (operation == "remove" || (operation == "rename" && path.find("step-00000001") != std::string::npos)) ? EPERM : 0;
+  });
+  const CheckpointWriter::Result written = h.write(writer, 4);
+  set_file_fault({});
+  CHECK(written.error.empty());
+  CHECK_FALSE(written.leftover.empty());
+  CHECK(writer.failed().empty());
+  CHECK(writer.written_step() == 4);
+  CHECK(h.model.load(h.resumed()) == 4);
+}
+
+TEST_CASE("checkpoint writer: what cannot be read of one checkpoint keeps nobody from another") {
+  const History h;
+  fs::remove(h.at + "/best/state.json");
+  fs::create_directory(h.at + "/best/state.json");  // reading it is an error
+  CHECK(h.resumed() == h.at + "/last");
+  // A crash between the two renames: the newest that has a name is resumed, also by the run's folder, and no fresh run begins here.
+  fs::remove_all(h.at + "/last");
+  CHECK(resolve_checkpoint(h.run, "last") == h.at + "/step-00000002");
+}

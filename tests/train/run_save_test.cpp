@@ -5,6 +5,7 @@
 #include <catch2/catch.hpp>
 #include <cerrno>
 #include <filesystem>
+#include <fstream>
 #include <map>
 #include <nlohmann/json.hpp>
 #include <set>
@@ -173,6 +174,26 @@ TEST_CASE("run: what could not be saved as best is tried again before anything t
   set_file_fault({});
   CHECK(attempts == 2);
   CHECK(nlohmann::json::parse(t.text("run/checkpoints/best/state.json"))["epoch"] == 1);
+}
+
+TEST_CASE("run: a resumed run judges by the best that lies there, and begins anew beside no checkpoint") {
+  const SavedRun t;
+  const std::vector<std::string> still{"optimizer.lr=1e-12", "train.keep=2"};  // no epoch is better than another
+  const auto with = [&](const std::string& epochs) {
+    std::vector<std::string> sets = still;
+    sets.push_back("train.epochs=" + epochs);
+    return sets;
+  };
+  REQUIRE(t.run(with("2")) == 0);
+  const std::string best = t.path("run/checkpoints/best");
+  nlohmann::json state = nlohmann::json::parse(t.text("run/checkpoints/best/state.json"));
+  REQUIRE(state["epoch"] == 1);
+  state["best_top1"] = 0.0;  // another run's, say
+  std::ofstream(best + "/state.json") << state.dump(2);
+  REQUIRE(t.run(with("3"), "run", "auto") == 0);
+  CHECK(nlohmann::json::parse(t.text("run/checkpoints/best/state.json"))["epoch"] == 3);
+  for (const char* name : {"run/summary.csv", "run/checkpoints/last", "run/checkpoints/best"}) fs::remove_all(t.path(name));
+  CHECK_THROWS_WITH(t.run(with("1")), Contains("holds a run already"));
 }
 
 TEST_CASE("run: a disk without room for anything from some moment on does not stop training") {
