@@ -30,6 +30,7 @@ class Recorder : public Communicator {
   }
   /// As if the other ranks' parts were 1, 2, ...
   void all_gather(const Tensor& part, const Tensor& x) override {
+    ++gathered;
     const Tensor own = to(part, kCpu);
     const std::vector<float> mine = own.to_vector<float>();
     for (int64_t r = 0; r < size(); ++r) kernels::fill(x.narrow(0, r * part.numel(), part.numel()), static_cast<double>(r + 1));
@@ -39,6 +40,7 @@ class Recorder : public Communicator {
   void broadcast(const Tensor&, int64_t) override {}
   void finish() override {}
   std::vector<Tensor> begun, announced;
+  int64_t gathered = 0;
 };
 
 struct Model {
@@ -153,6 +155,18 @@ TEST_CASE("gradients: values and states of all parts are put together in the par
     for (int64_t i = 0; i < values.numel(); ++i) CHECK(values.to_vector<float>()[i] == (is_mine(p.value.offset() + i) ? 2.0f : 1.0f));
   });
   CHECK(seen == std::vector<std::string>{"p2", "p1", "p0"});
+
+  // A rank that fails with what it got, such as for want of memory, does not leave the others alone in the rest of the collectives.
+  recorder.gathered = 0;
+  int64_t calls = 0;
+  CHECK_THROWS_AS(sync.gather(parts,
+                              [&](const Param&, const Tensor&) {
+                                ++calls;
+                                throw std::bad_alloc();
+                              }),
+                  std::bad_alloc);
+  CHECK(calls == 1);
+  CHECK(recorder.gathered == sync.buckets());
 }
 
 TEST_CASE("gradients: in bf16 they leave as a copy and come back rounded", "[dist]") {

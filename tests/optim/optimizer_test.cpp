@@ -284,6 +284,17 @@ TEST_CASE("optimizers: shared by two ranks each makes the steps of one, with hal
   }
 }
 
+TEST_CASE("optimizers: a shard that fails with one moment comes to the next all the same") {
+  Halves net(DType::f32);
+  int gathers = 0;
+  OptimizerShard shard{{{0, 24}, {48, 72}}, {}, [&](const std::vector<Tensor>&, const OptimizerShard::Each&) {
+                         if (++gathers == 1) throw std::bad_alloc();
+                       }};
+  const AdamW half(net.params, {}, shard);
+  CHECK_THROWS_AS(half.state(), std::bad_alloc);
+  CHECK(gathers == 2);
+}
+
 TEST_CASE("optimizers: a shard's moments take no more than its ranges, and a parameter is cut once at most") {
   const auto held = [] { return Allocator::of(test_device()).use().of(MemoryKind::optimizer); };
   Halves net(DType::f32);

@@ -295,6 +295,9 @@ TEST_CASE("weights: another picture size and other classes take what fits, resiz
   CHECK(rows_of(after, 1, 9) == resize_bicubic(grid, 2, 2, 3, 3).to_vector<double>());
   CHECK(other.at("blocks.0.attn.qkv.weight").to_vector<double>() ==
         parts.model.params.at("blocks.0.attn.qkv.weight").value.to_vector<double>());
+  other.model.params.freeze("head.*");  // random values that nothing would ever change
+  CHECK_THROWS_WITH(start_from_weights(other.model.params, path),
+                    Contains("head.weight") && Contains("train.frozen keeps it from learning"));
 }
 
 TEST_CASE("weights: a Swin of another window resizes its tables") {
@@ -318,11 +321,13 @@ TEST_CASE("weights: a file of another family is refused with all parameters that
   CHECK_THROWS_WITH(
       start_from_weights(swin.model.params, path),
       Contains("vit.safetensors belongs to another model:\n  patch_embed.proj.weight is [24, 3, 8, 8] but the model has [8, 3, 2, 2]\n") &&
-          Contains("\n  missing patch_embed.norm.weight [8]\n") && Contains("\n  missing layers.0.blocks.[0-1].attn.qkv.weight [24, 8]\n") &&
+          Contains("\n  missing patch_embed.norm.weight [8]\n") &&
+          Contains("\n  missing layers.0.blocks.[0-1].attn.qkv.weight [24, 8]\n") &&
           Contains("\n  norm.bias is [24] but the model has [8]") && Contains("\n  unexpected cls_token"));
   Built deeper("model: {name: vit, image_size: 16, patch_size: 8, width: 24, depth: 4, heads: 3}\n");
   CHECK_THROWS_WITH(start_from_weights(deeper.model.params, path), Contains("missing blocks.[1-3].norm1.weight [24]") &&
-                                                                       Contains("missing blocks.[1-3].mlp.fc2.bias [24]") && !Contains("more"));
+                                                                       Contains("missing blocks.[1-3].mlp.fc2.bias [24]") &&
+                                                                       !Contains("more"));
   CHECK_THROWS_WITH(start_from_weights(deeper.model.params, path + "x"), Contains("there is no checkpoint at"));
   // Positions that are no square grid cannot be resized.
   Built wide("model: {name: vit, image_size: 24, patch_size: 8, width: 24, depth: 1, heads: 3, token_positions: false}\n");
@@ -374,9 +379,10 @@ TEST_CASE("weights: every name that is missing or unexpected is told, blocks tog
     tensors.push_back({name, Tensor::zeros({1}, DType::f32)});
   std::erase_if(tensors, [](const NamedTensor& t) { return t.name == "cls_token"; });
   for (const NamedTensor& t : tensors) weights[t.name] = t.tensor;
-  CHECK_THROWS_WITH(load_weights(from.model.params, weights, "w"),
-                    Contains("w belongs to another model:\n  missing cls_token [1, 1, 24]\n  unexpected a [1]\n  unexpected b.weight [1]\n  "
-                             "unexpected blocks.[0-2,5,7-8].extra [2]\n  unexpected c.weight [1]"));
+  CHECK_THROWS_WITH(
+      load_weights(from.model.params, weights, "w"),
+      Contains("w belongs to another model:\n  missing cls_token [1, 1, 24]\n  unexpected a [1]\n  unexpected b.weight [1]\n  "
+               "unexpected blocks.[0-2,5,7-8].extra [2]\n  unexpected c.weight [1]"));
   std::erase_if(tensors, [](const NamedTensor& t) { return t.name.ends_with("c.weight") || t.name == "a"; });
   tensors.push_back({"cls_token", Tensor::zeros({1, 1, 24}, DType::f32)});
   write_safetensors(path, tensors);
