@@ -1,11 +1,11 @@
 #include "mesa/train/confusion.h"
 
 #include <algorithm>
-#include <charconv>
 #include <cmath>
 #include <nlohmann/json.hpp>
 
 #include "mesa/base/files.h"
+#include "mesa/train/metrics.h"
 
 namespace mesa {
 namespace {
@@ -18,20 +18,6 @@ constexpr int64_t kMostImages = 1'000'000'000'000;
 
 double percent(int64_t part, int64_t whole) {
   return whole > 0 ? 100.0 * static_cast<double>(part) / static_cast<double>(whole) : std::nan("");
-}
-
-/// A cell of RFC 4180.
-std::string quoted(const std::string& text) {
-  if (text.find_first_of(",\"\r\n") == std::string::npos) return text;
-  std::string out = "\"";
-  for (const char c : text) out += c == '"' ? std::string("\"\"") : std::string(1, c);
-  return out + "\"";
-}
-
-/// The shortest text that reads back as the same number; empty for NaN.
-std::string number(double x) {
-  char text[32];
-  return std::isnan(x) ? "" : std::string(text, std::to_chars(text, text + sizeof text, x).ptr);
 }
 
 int64_t whole(const ordered_json& json, const char* what) {
@@ -146,9 +132,9 @@ std::string classes_csv(const Confusion& confusion) {
   std::string out = "class,name,images,top1,top5,precision,predicted,confused_with,confused_with_name,confused\n";
   for (const ClassRow& r : confusion.rows()) {
     const bool wrong = r.confused_with >= 0;
-    out += concat(r.label, ",", quoted(r.name), ",", r.images, ",", number(r.top1()), ",", number(r.top5()), ",", number(r.precision()),
+    out += concat(r.label, ",", csv_cell(r.name), ",", r.images, ",", csv_cell(r.top1()), ",", csv_cell(r.top5()), ",", csv_cell(r.precision()),
                   ",", r.predicted, ",", wrong ? std::to_string(r.confused_with) : "", ",",
-                  wrong ? quoted(confusion.name(r.confused_with)) : "", ",", r.confused, "\n");
+                  wrong ? csv_cell(confusion.name(r.confused_with)) : "", ",", r.confused, "\n");
   }
   return out;
 }
@@ -156,8 +142,8 @@ std::string classes_csv(const Confusion& confusion) {
 std::string confusion_csv(const Confusion& confusion) {
   std::string out = "truth,truth_name,predicted,predicted_name,images\n";
   for (const ConfusionCell& c : confusion.cells())
-    out += concat(c.truth, ",", quoted(confusion.name(c.truth)), ",", c.predicted, ",",
-                  c.predicted < 0 ? "" : quoted(confusion.name(c.predicted)), ",", c.images, "\n");
+    out += concat(c.truth, ",", csv_cell(confusion.name(c.truth)), ",", c.predicted, ",",
+                  c.predicted < 0 ? "" : csv_cell(confusion.name(c.predicted)), ",", c.images, "\n");
   return out;
 }
 

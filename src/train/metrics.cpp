@@ -31,20 +31,6 @@ constexpr const char* kHealthHeader = "step,site,codec,relative_error,clamped";
 constexpr const char *kEpochTable = "summary.csv", *kHealthTable = "health.csv";
 constexpr double kRedrawSeconds = 0.1;
 
-std::string cell(double x) {
-  if (std::isnan(x)) return "";
-  std::array<char, 32> text;
-  return {text.data(), std::to_chars(text.data(), text.data() + text.size(), x).ptr};
-}
-
-// RFC 4180: a shape such as [2, 3] holds a comma.
-std::string cell(const std::string& text) {
-  if (text.find_first_of(",\"\n\r") == std::string::npos) return text;
-  std::string out = "\"";
-  for (char c : text) out += c == '"' ? "\"\"" : std::string(1, c);
-  return out + "\"";
-}
-
 ordered_json number(double x) { return std::isfinite(x) ? ordered_json(x) : ordered_json(nullptr); }
 
 // Calls f for each complete line; a torn last one (the run died while writing) is left out.
@@ -129,9 +115,9 @@ EpochLog::EpochLog(const std::string& path, std::optional<int64_t> last_epoch)
             OutputFile::Mode::append) {}
 
 void EpochLog::append(const EpochRow& r) {
-  file_.write(concat(r.epoch, ",", cell(r.train_loss), ",", cell(r.eval_loss), ",", cell(r.eval_top1), ",", cell(r.eval_top5), ",",
-                     cell(r.lr), ",", cell(r.images_per_second), ",", cell(r.activation_bytes_per_image), ",", r.peak_bytes, ",",
-                     cell(r.seconds), ",", r.step, ",", cell(r.eval_loss_ema), ",", cell(r.eval_top1_ema), ",", cell(r.eval_top5_ema),
+  file_.write(concat(r.epoch, ",", csv_cell(r.train_loss), ",", csv_cell(r.eval_loss), ",", csv_cell(r.eval_top1), ",", csv_cell(r.eval_top5), ",",
+                     csv_cell(r.lr), ",", csv_cell(r.images_per_second), ",", csv_cell(r.activation_bytes_per_image), ",", r.peak_bytes, ",",
+                     csv_cell(r.seconds), ",", r.step, ",", csv_cell(r.eval_loss_ema), ",", csv_cell(r.eval_top1_ema), ",", csv_cell(r.eval_top5_ema),
                      "\n"));
   file_.flush();
 }
@@ -167,8 +153,21 @@ HealthLog::HealthLog(const std::string& path, std::optional<int64_t> last_step)
 
 void HealthLog::append(std::span<const HealthRow> rows) {
   for (const HealthRow& r : rows)
-    file_.write(concat(r.step, ",", cell(r.site), ",", cell(r.codec), ",", cell(r.relative_error), ",", cell(r.clamped), "\n"));
+    file_.write(concat(r.step, ",", csv_cell(r.site), ",", csv_cell(r.codec), ",", csv_cell(r.relative_error), ",", csv_cell(r.clamped), "\n"));
   file_.flush();
+}
+
+std::string csv_cell(double x) {
+  if (std::isnan(x)) return "";
+  std::array<char, 32> text;
+  return {text.data(), std::to_chars(text.data(), text.data() + text.size(), x).ptr};
+}
+
+std::string csv_cell(const std::string& text) {
+  if (text.find_first_of(",\"\n\r") == std::string::npos) return text;
+  std::string out = "\"";
+  for (char c : text) out += c == '"' ? "\"\"" : std::string(1, c);
+  return out + "\"";
 }
 
 std::vector<std::vector<std::string>> parse_csv(const std::string& text) {
@@ -199,7 +198,7 @@ void write_memory_csv(const std::string& path, std::span<const MemoryRow> rows) 
   std::string text = "site,shape,codec,exact_bytes,kept_bytes,saturated\n";
   for (const MemoryRow& r : rows)
     text +=
-        concat(cell(r.site), ",", cell(r.shape), ",", cell(r.codec), ",", r.exact_bytes, ",", r.kept_bytes, ",", cell(r.saturated), "\n");
+        concat(csv_cell(r.site), ",", csv_cell(r.shape), ",", csv_cell(r.codec), ",", r.exact_bytes, ",", r.kept_bytes, ",", csv_cell(r.saturated), "\n");
   write_file_atomically(path, text);
 }
 

@@ -103,6 +103,10 @@ class HealthLog {
   OutputFile file_;
 };
 
+/// A cell of RFC 4180: the shortest text that reads back as the same number, empty for NaN; or text, in quotes where it needs them (a shape
+/// such as [2, 3] holds a comma).
+std::string csv_cell(double x);
+std::string csv_cell(const std::string& text);
 /// Cells of RFC 4180, where quotes may hold commas and line breaks; a torn last line is left out.
 std::vector<std::vector<std::string>> parse_csv(const std::string& text);
 
