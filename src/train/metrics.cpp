@@ -115,10 +115,10 @@ EpochLog::EpochLog(const std::string& path, std::optional<int64_t> last_epoch)
             OutputFile::Mode::append) {}
 
 void EpochLog::append(const EpochRow& r) {
-  file_.write(concat(r.epoch, ",", csv_cell(r.train_loss), ",", csv_cell(r.eval_loss), ",", csv_cell(r.eval_top1), ",", csv_cell(r.eval_top5), ",",
-                     csv_cell(r.lr), ",", csv_cell(r.images_per_second), ",", csv_cell(r.activation_bytes_per_image), ",", r.peak_bytes, ",",
-                     csv_cell(r.seconds), ",", r.step, ",", csv_cell(r.eval_loss_ema), ",", csv_cell(r.eval_top1_ema), ",", csv_cell(r.eval_top5_ema),
-                     "\n"));
+  file_.write(concat(r.epoch, ",", csv_cell(r.train_loss), ",", csv_cell(r.eval_loss), ",", csv_cell(r.eval_top1), ",",
+                     csv_cell(r.eval_top5), ",", csv_cell(r.lr), ",", csv_cell(r.images_per_second), ",",
+                     csv_cell(r.activation_bytes_per_image), ",", r.peak_bytes, ",", csv_cell(r.seconds), ",", r.step, ",",
+                     csv_cell(r.eval_loss_ema), ",", csv_cell(r.eval_top1_ema), ",", csv_cell(r.eval_top5_ema), "\n"));
   file_.flush();
 }
 
@@ -153,7 +153,8 @@ HealthLog::HealthLog(const std::string& path, std::optional<int64_t> last_step)
 
 void HealthLog::append(std::span<const HealthRow> rows) {
   for (const HealthRow& r : rows)
-    file_.write(concat(r.step, ",", csv_cell(r.site), ",", csv_cell(r.codec), ",", csv_cell(r.relative_error), ",", csv_cell(r.clamped), "\n"));
+    file_.write(
+        concat(r.step, ",", csv_cell(r.site), ",", csv_cell(r.codec), ",", csv_cell(r.relative_error), ",", csv_cell(r.clamped), "\n"));
   file_.flush();
 }
 
@@ -197,8 +198,8 @@ std::vector<std::vector<std::string>> parse_csv(const std::string& text) {
 void write_memory_csv(const std::string& path, std::span<const MemoryRow> rows) {
   std::string text = "site,shape,codec,exact_bytes,kept_bytes,saturated\n";
   for (const MemoryRow& r : rows)
-    text +=
-        concat(csv_cell(r.site), ",", csv_cell(r.shape), ",", csv_cell(r.codec), ",", r.exact_bytes, ",", r.kept_bytes, ",", csv_cell(r.saturated), "\n");
+    text += concat(csv_cell(r.site), ",", csv_cell(r.shape), ",", csv_cell(r.codec), ",", r.exact_bytes, ",", r.kept_bytes, ",",
+                   csv_cell(r.saturated), "\n");
   write_file_atomically(path, text);
 }
 
