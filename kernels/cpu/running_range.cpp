@@ -4,7 +4,7 @@
 
 namespace mesa::kernels::MESA_ISA {
 
-void quantize_running(const Tensor& x, const RunningCodes& into) {
+void quantize_running(const Tensor& x, const Coding& into) {
   check_layout(x, into.layout);
   const Tensor lo = empty_like(into.step), hi = empty_like(into.step);
   float *step = per_group(into.step, into.layout), *offset = per_group(into.offset, into.layout);

@@ -252,7 +252,7 @@ void fused_attention(const Tensor& q, const Tensor& k, const Tensor& v, int64_t 
     if (!codes[i].defined()) continue;
     if (q.numel() == 0 || !can_produce(codes[i], q.numel(), n.channels, kUnit) ||
         (codes[i].layout.groups > 1 && codes[i].layout.inner % n.head != 0)) {
-      quantize_running(*rows[i], codes[i]);
+      encode(*rows[i], codes[i]);
       continue;
     }
     groups[i] = WatchedGroups(codes[i], i);

@@ -31,6 +31,10 @@ template <>
 struct Unit<float> {
   float value[kUnit];
   __device__ float operator[](int i) const { return value[i]; }
+  __device__ void values(float (&v)[kUnit]) const {
+#pragma unroll
+    for (int i = 0; i < kUnit; ++i) v[i] = value[i];
+  }
   __device__ void push_front(float x) {
 #pragma unroll
     for (int i = kUnit - 1; i > 0; --i) value[i] = value[i - 1];
@@ -41,6 +45,10 @@ template <>
 struct Unit<bf16> {
   uint32_t pair[kUnit / 2];
   __device__ float operator[](int i) const { return scalar::float_of(i % 2 ? pair[i / 2] & 0xffff0000u : pair[i / 2] << 16); }
+  __device__ void values(float (&v)[kUnit]) const {
+#pragma unroll
+    for (int i = 0; i < kUnit; ++i) v[i] = (*this)[i];
+  }
   __device__ void push_front(bf16 x) {
 #pragma unroll
     for (int i = kUnit / 2 - 1; i > 0; --i) pair[i] = pair[i] << 16 | pair[i - 1] >> 16;
@@ -167,8 +175,12 @@ struct Dither {
   }
 };
 
+/// An integer of n bits.
+template <int n>
+using Bits = std::conditional_t<n == 64, uint64_t, std::conditional_t<n == 32, uint32_t, std::conditional_t<n == 16, uint16_t, uint8_t>>>;
+/// The codes of a unit.
 template <int bits>
-using CodeWord = std::conditional_t<bits == 8, uint64_t, std::conditional_t<bits == 4, uint32_t, uint16_t>>;
+using CodeWord = Bits<kUnit * bits>;
 
 /// The n codes of v, the sums that quantize_value clamps and truncates: here the conversion rounds down, saturates and makes NaN 0, and the
 /// packing clamps.

@@ -180,17 +180,6 @@ void dequantize(const Tensor& codes, GroupLayout layout, int bits, const Tensor&
     dispatch_narrow(y.dtype(), run);
 }
 
-namespace {
-
-/// The tensor itself, for kernels that need it.
-Tensor decoded(const Coded& x, const Tensor& like) {
-  const Tensor values = empty_like(like);
-  dequantize(x.codes, x.layout, x.bits, x.step, x.offset, values);
-  return values;
-}
-
-}  // namespace
-
 void gelu_and_slope_coded(const Coded& x, const Tensor& y, const Tensor& slope) {
   check_alike(y, slope, "gelu_and_slope");
   const int64_t n = y.numel();

@@ -1,4 +1,4 @@
-// How a kernel that computes a tensor writes its codes in the same pass (see RunningCodes). Bits and rounding are known at run time only:
+// How a kernel that computes a tensor writes its codes in the same pass (see Coding). Bits and rounding are known at run time only:
 // such a kernel is large, and is compiled once instead of six times.
 #pragma once
 #include "codec_watch.cuh"
@@ -25,9 +25,7 @@ struct Producer {
   template <int V, int n_bits>
   __device__ void store(int64_t piece, const float (&v)[V]) const {
     if constexpr (V * n_bits >= 8) {
-      using Word =
-          std::conditional_t<V * n_bits == 64, uint64_t,
-                             std::conditional_t<V * n_bits == 32, uint32_t, std::conditional_t<V * n_bits == 16, uint16_t, uint8_t>>>;
+      using Word = Bits<V * n_bits>;
       __stcs(reinterpret_cast<Word*>(codes) + piece, static_cast<Word>(pack_codes<n_bits>(v)));
     }
   }
@@ -88,25 +86,32 @@ struct Noted {
 
 // --- on the host --------------------------------------------------------------------------------------------------------------------
 
-/// True if pieces of V elements of rows of `width` can be coded by themselves: a group lies in one place of each row, and whole bytes are
-/// whole pieces.
-inline bool can_produce(const RunningCodes& into, int64_t n, int64_t width, int V) {
+/// True if the codes of pieces of V elements are whole bytes and may be written by themselves.
+inline bool can_write(const Coding& into, int64_t n, int V) {
+  return n % kUnit == 0 && V * into.bits % 8 == 0 && n / kUnit < int64_t{1} << 31 && aligned(into.codes.raw(), 8);
+}
+/// The same by estimates: a group lies in one place of each row of `width`.
+inline bool can_produce(const Coding& into, int64_t n, int64_t width, int V) {
   const GroupLayout& layout = into.layout;
   const bool in_rows = layout.groups == 1 || (!layout.consecutive && layout.groups * layout.inner == width && layout.inner % kUnit == 0);
-  return in_rows && width % kUnit == 0 && V * into.bits % 8 == 0 && layout.groups <= Watch::kShared &&
-         ceil_div(n, kUnit) < int64_t{1} << 31 && aligned(into.codes.raw(), 8);
+  return into.is_running() && in_rows && width % kUnit == 0 && layout.groups <= Watch::kShared && can_write(into, n, V);
 }
 
-/// `groups` must live until the kernel is launched.
-inline Producer producer_of(const RunningCodes& into, int64_t n, const WatchedGroups& groups) {
+/// Without scales: each group's own.
+inline Producer producer_of(const Coding& into, int64_t n) {
   Producer out;
-  const Estimates& now = groups.watch.estimates;
-  out.scales = {now.alpha, now.beta, now.top};
   out.dither = Dither(into.key);
-  out.inner = Divider(into.layout.inner);
   out.bits = into.bits;
   out.stochastic = into.stochastic;
   out.codes = code_bytes(into.codes, n, into.bits);
+  return out;
+}
+/// By estimates. `groups` must live until the kernel is launched.
+inline Producer producer_of(const Coding& into, int64_t n, const WatchedGroups& groups) {
+  Producer out = producer_of(into, n);
+  const Estimates& now = groups.watch.estimates;
+  out.scales = {now.alpha, now.beta, now.top};
+  out.inner = Divider(into.layout.inner);
   out.watch = groups.watch;
   return out;
 }

@@ -107,7 +107,7 @@ __device__ inline void raise(uint32_t* low, uint32_t* high, float lo, float hi) 
   atomicMax(high, rank_of(hi));
 }
 
-/// Running estimates that a pass takes on when it has seen all, and the scales that its codes were made with (see RunningCodes).
+/// Running estimates that a pass takes on when it has seen all, and the scales that its codes were made with (see Coding).
 struct Estimates {
   const float *alpha = nullptr, *beta = nullptr;
   float *next_alpha = nullptr, *next_beta = nullptr, *step = nullptr, *offset = nullptr;
@@ -247,7 +247,7 @@ struct WatchedGroups {
     watch.step_bits = step_bits;
     if (watch.lo || watch.hi) take_scratch(0);
   }
-  explicit WatchedGroups(const RunningCodes& into, int slot = 0) : WatchedGroups(into.layout, {}, {}, into.counts) {
+  explicit WatchedGroups(const Coding& into, int slot = 0) : WatchedGroups(into.layout, {}, {}, into.counts) {
     const auto each = [&](const Tensor& t) { return per_group(t, into.layout); };
     watch.estimates = {each(into.alpha),  each(into.beta), each(into.next_alpha), each(into.next_beta), each(into.step),
                        each(into.offset), into.decay,      top_code(into.bits)};

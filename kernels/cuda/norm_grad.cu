@@ -1,6 +1,9 @@
 // dx = rstd (g - mean(g) - xhat mean(g xhat)) with g = gamma dy, dgamma = sum dy xhat, dbeta = sum dy.
 // A block walks over a chunk of the rows, so that dy and xhat are read once for all three: dx is finished there, dgamma and dbeta leave as
 // the chunk's sums, which a second kernel adds up. Chunks depend on the shape alone, and so do the results.
+#include <optional>
+
+#include "codec.cuh"
 #include "mesa/kernels/norm.h"
 #include "rows.h"
 
@@ -20,13 +23,71 @@ constexpr int kResident = kRegisters<Team> <= 32    ? 4
                           : kRegisters<Team> <= 120 ? 3
                                                     : 2;
 
+/// xhat as values,
+template <class T>
+struct ValueRows {
+  const T* base;
+  template <class Team>
+  __device__ Values<Team, T> of(int64_t row, int64_t width) const {
+    return {base + row * width, width};
+  }
+};
+/// or as codes, decoded and rounded to T as they are read. A piece of a thread lies in one group.
+template <class Team, class T>
+class DecodedValues;
+template <class T>
+struct CodedRows {
+  const uint8_t* codes;
+  const float *step, *offset;
+  int bits;
+  Divider inner, groups;  ///< in pieces
+  template <class Team>
+  __device__ DecodedValues<Team, T> of(int64_t row, int64_t width) const {
+    return {*this, row, width};
+  }
+};
+template <class Team, class T>
+class DecodedValues {
+ public:
+  static constexpr int V = Team::kVector;
+  __device__ DecodedValues(const CodedRows<T>& x, int64_t row, int64_t width) {
+    const uint32_t first = static_cast<uint32_t>(row * (width / V));
+    if (x.bits == 8)
+      read<8>(x, first, width);
+    else if (x.bits == 4)
+      read<4>(x, first, width);
+    else
+      read<2>(x, first, width);
+  }
+  template <class Column>
+  __device__ const float (&at(int p, Column) const)[V] {
+    return kept_[p];
+  }
+
+ private:
+  template <int bits>
+  __device__ void read(const CodedRows<T>& x, uint32_t first, int64_t width) {
+    if constexpr (V * bits >= 8) {
+      using Word = Bits<V * bits>;
+      Word words[Team::kPieces]{};
+      Team::each(width, [&](int p, auto c) { words[p] = __ldcs(reinterpret_cast<const Word*>(x.codes) + first + c / V); });
+      Team::each(width, [&](int p, auto c) {
+        const uint32_t group = x.groups.remainder(x.inner.quotient(first + c / V));
+        const float step = __ldg(x.step + group), offset = __ldg(x.offset + group);
+#pragma unroll
+        for (int i = 0; i < V; ++i)
+          kept_[p][i] = rounded_to<T>(dequantize_value(static_cast<uint8_t>(words[p] >> i * bits & ((1u << bits) - 1)), step, offset));
+      });
+    }
+  }
+  float kept_[Team::kPieces][V];
+};
 template <class G, class H, class X>
 struct NormGrad {
   using A = Acc<X>;
   using TypeG = G;
-  using TypeH = H;
   const G* dy;
-  const H* xhat;
+  H xhat;  // ValueRows or CodedRows
   const A *rstd, *gamma;
   X* dx;
   int64_t rows, width, chunks;
@@ -85,7 +146,7 @@ __global__ void __launch_bounds__(kWarps<Team>* kWarp, kResident<Team>) grad_chu
   ColumnSums<Team, A> dgamma(sums, width), dbeta(sums ? sums + width : nullptr, width);
   for (int64_t row = n.chunk_begin(blockIdx.x) + (Team::kKeeps ? threadIdx.x / kWarp : 0); row < end; row += step) {
     Values<Team, typename Grad::TypeG> dy(n.dy + row * width, width);
-    Values<Team, typename Grad::TypeH> xhat(n.xhat + row * width, width);
+    auto xhat = n.xhat.template of<Team>(row, width);
     const A rstd = n.rstd[row];
     A sum_g = 0, sum_gh = 0;
     team.each(width, [&](int p, auto c) {
@@ -157,56 +218,115 @@ Tensor run_chunks(Grad grad, bool want_sums, Device device) {
   return sums;
 }
 
+/// True if dy, dx and gamma can be read and written in pieces of V.
+template <int V, class G, class H, class X>
+bool has_vectors(const NormGrad<G, H, X>& grad) {
+  return in_vectors<V>(grad.dy, grad.width, grad.width) && in_vectors<V>(grad.dx, grad.width, grad.width) && aligned(grad.gamma, 16);
+}
+
 template <class G, class H, class X>
-Tensor run_grad(const NormGrad<G, H, X>& grad, bool want_sums, Device device) {
+Tensor run_grad(const NormGrad<G, ValueRows<H>, X>& grad, bool want_sums, Device device) {
   constexpr int V = kVectorOf<G, H, X>;
-  const bool vectors = in_vectors<V>(grad.dy, grad.width, grad.width) && in_vectors<V>(grad.xhat, grad.width, grad.width) &&
-                       in_vectors<V>(grad.dx, grad.width, grad.width) && aligned(grad.gamma, 16);
   Tensor sums;
   const auto run = [&](auto team) { sums = run_chunks<decltype(team)>(grad, want_sums, device); };
-  if (vectors)
+  if (has_vectors<V>(grad) && in_vectors<V>(grad.xhat.base, grad.width, grad.width))
     with_team<V, (V > 1)>(grad.width, run);
   else
     with_team<1, false>(grad.width, run);
   return sums;
 }
+/// The same from codes; nothing where a thread's pieces cannot be decoded by themselves.
+template <class G, class X>
+std::optional<Tensor> run_grad(NormGrad<G, CodedRows<G>, X> grad, const GroupLayout& layout, bool want_sums, Device device) {
+  constexpr int kWidest = kVectorOf<G, X>;
+  std::optional<Tensor> sums;
+  if (!has_vectors<kWidest>(grad)) return sums;
+  with_team<kWidest, true>(grad.width, [&](auto team) {
+    using Team = decltype(team);
+    constexpr int V = Team::kVector;
+    if constexpr (Team::kKeeps && V > 1) {
+      CodedRows<G>& from = grad.xhat;
+      const int bits = V * from.bits;
+      if (bits % 8 != 0 || layout.inner % V != 0 || !aligned(from.codes, bits / 8) || grad.rows * grad.width / V >= int64_t{1} << 31)
+        return;
+      from.inner = Divider(layout.inner / V), from.groups = Divider(layout.groups);
+      sums = run_chunks<Team>(grad, want_sums, device);
+    }
+  });
+  return sums;
+}
+
+/// The gradients of gamma and beta; those that are not wanted are undefined.
+struct ParameterGrads {
+  const Tensor &dgamma, &dbeta;
+  bool accumulate_gamma, accumulate_beta;
+  bool wanted() const { return dgamma.defined() || dbeta.defined(); }
+};
 
 template <class A>
-void finish(const Tensor& sums, const Tensor& dgamma, bool accumulate_gamma, const Tensor& dbeta, bool accumulate_beta) {
+void finish(const Tensor& sums, const ParameterGrads& to) {
   const auto type = [](const Tensor& out) { return out.defined() ? out.dtype() : dtype_of<A>; };
-  dispatch_wide(type(dgamma), [&](auto tg) {
-    dispatch_wide(type(dbeta), [&](auto tb) {
+  dispatch_wide(type(to.dgamma), [&](auto tg) {
+    dispatch_wide(type(to.dbeta), [&](auto tb) {
       using ToGamma = decltype(tg);
       using ToBeta = decltype(tb);
       launch("layer_norm_grad", &finish_grad<A, ToGamma, ToBeta>, dim3(static_cast<unsigned>(ceil_div(sums.dim(2), kWarp)), 2),
-             dim3(kWarp, kWarp), 0, sums.data<A>(), sums.dim(0), sums.dim(2), dgamma.defined() ? dgamma.data<ToGamma>() : nullptr,
-             accumulate_gamma, dbeta.defined() ? dbeta.data<ToBeta>() : nullptr, accumulate_beta);
+             dim3(kWarp, kWarp), 0, sums.data<A>(), sums.dim(0), sums.dim(2), to.dgamma.defined() ? to.dgamma.data<ToGamma>() : nullptr,
+             to.accumulate_gamma, to.dbeta.defined() ? to.dbeta.data<ToBeta>() : nullptr, to.accumulate_beta);
     });
   });
+}
+
+void check_grad(const Tensor& dy, const Tensor& rstd, const Tensor& gamma, const Tensor& dx, const ParameterGrads& to) {
+  const int64_t width = width_of(dy), rows = dy.rows();
+  check_alike(dy, dx, "layer_norm_grad: dx");
+  check_parameter(gamma, width, "gamma");
+  check(rstd.is_contiguous() && rstd.numel() == rows, "layer_norm_grad: rstd has ", rstd.numel(), " elements for ", rows, " rows");
+  if (to.dgamma.defined()) check_parameter(to.dgamma, width, "dgamma");
+  if (to.dbeta.defined()) check_parameter(to.dbeta, width, "dbeta");
+}
+
+template <class G, class H, class X>
+NormGrad<G, H, X> grad_of(const Tensor& dy, const H& xhat, const Tensor& rstd, const Tensor& gamma, const Tensor& dx) {
+  using A = Acc<X>;
+  return {dy.data<G>(), xhat, rstd.data<A>(), gamma.data<A>(), dx.data<X>(), dy.rows(), width_of(dy), 0, nullptr};
 }
 
 }  // namespace
 
 void layer_norm_grad(const Tensor& dy, const Tensor& xhat, const Tensor& rstd, const Tensor& gamma, const Tensor& dx, const Tensor& dgamma,
                      const Tensor& dbeta, bool accumulate_gamma, bool accumulate_beta) {
-  const int64_t width = width_of(dy), rows = dy.rows();
+  const ParameterGrads to{dgamma, dbeta, accumulate_gamma, accumulate_beta};
+  check_grad(dy, rstd, gamma, dx, to);
   check_alike(dy, xhat, "layer_norm_grad: xhat");
-  check_alike(dy, dx, "layer_norm_grad: dx");
-  check_parameter(gamma, width, "gamma");
-  check(rstd.is_contiguous() && rstd.numel() == rows, "layer_norm_grad: rstd has ", rstd.numel(), " elements for ", rows, " rows");
-  if (dgamma.defined()) check_parameter(dgamma, width, "dgamma");
-  if (dbeta.defined()) check_parameter(dbeta, width, "dbeta");
-  if (width == 0) return;
+  if (width_of(dy) == 0) return;
   dispatch(dy.dtype(), xhat.dtype(), dx.dtype(), [&](auto tg, auto th, auto tx) {
-    using G = decltype(tg);
     using H = decltype(th);
     using X = decltype(tx);
-    using A = Acc<X>;
-    const bool want_sums = dgamma.defined() || dbeta.defined();
-    const NormGrad<G, H, X> grad{dy.data<G>(), xhat.data<H>(), rstd.data<A>(), gamma.data<A>(), dx.data<X>(), rows, width, 0, nullptr};
-    const Tensor sums = run_grad(grad, want_sums, dy.device());
-    if (want_sums) finish<A>(sums, dgamma, accumulate_gamma, dbeta, accumulate_beta);
+    const auto grad = grad_of<decltype(tg), ValueRows<H>, X>(dy, {xhat.data<H>()}, rstd, gamma, dx);
+    const Tensor sums = run_grad(grad, to.wanted(), dy.device());
+    if (to.wanted()) finish<Acc<X>>(sums, to);
   });
+}
+
+void layer_norm_grad_coded(const Tensor& dy, const Coded& xhat, const Tensor& rstd, const Tensor& gamma, const Tensor& dx,
+                           const Tensor& dgamma, const Tensor& dbeta, bool accumulate_gamma, bool accumulate_beta) {
+  const ParameterGrads to{dgamma, dbeta, accumulate_gamma, accumulate_beta};
+  check_grad(dy, rstd, gamma, dx, to);
+  check_layout(dy, xhat.layout);
+  const float *const step = per_group(xhat.step, xhat.layout), *const offset = per_group(xhat.offset, xhat.layout);
+  const uint8_t* const codes = code_bytes(xhat.codes, dy.numel(), xhat.bits);
+  bool done = false;
+  if (dx.dtype() == DType::f32 && dy.dtype() != DType::f64 && dy.numel() > 0) {
+    dispatch_narrow(dy.dtype(), [&](auto tg) {
+      using G = decltype(tg);
+      const CodedRows<G> rows{codes, step, offset, xhat.bits, Divider(), Divider()};
+      const auto sums = run_grad(grad_of<G, CodedRows<G>, float>(dy, rows, rstd, gamma, dx), xhat.layout, to.wanted(), dy.device());
+      done = sums.has_value();
+      if (done && to.wanted()) finish<float>(*sums, to);
+    });
+  }
+  if (!done) layer_norm_grad(dy, decoded(xhat, dy), rstd, gamma, dx, dgamma, dbeta, accumulate_gamma, accumulate_beta);
 }
 
 }  // namespace mesa::kernels::cuda

@@ -114,12 +114,7 @@ bool has_fused_kernel(const Tensor& o, const Tensor& k, int64_t heads, const Win
   return windows.defined() ? head == 32 && windows.windows.length() <= 1024 : (head == 32 || head == 64) && o.dim(1) <= 1024;
 }
 
-Tensor decode(const AttentionOperand& x, const Tensor& like) {
-  if (x.values.defined()) return x.values;
-  const Tensor values = Tensor::empty(like.shape(), like.dtype(), like.device());
-  dequantize(x.coded.codes, x.coded.layout, x.coded.bits, x.coded.step, x.coded.offset, values);
-  return values;
-}
+Tensor decode(const AttentionOperand& x, const Tensor& like) { return x.values.defined() ? x.values : decoded(x.coded, like); }
 
 /// cuDNN's backward needs an o and a log-sum-exp that belong to its q, k and v: where these were decoded, its forward runs again.
 void cudnn_grad(const Tensor& d_o, const AttentionOperand& q_rows, const AttentionOperand& k_rows, const AttentionOperand& v_rows,
@@ -137,9 +132,9 @@ void attention(const Tensor& q_rows, const Tensor& k_rows, const Tensor& v_rows,
                const Tensor& lse, AttentionBy by, const QkvCodes& codes, const WindowBias& windows) {
   if (by == AttentionBy::engine && has_fused_kernel(o_rows, k_rows, heads, windows))
     return fused_attention(q_rows, k_rows, v_rows, heads, scale, o_rows, lse, codes, windows);
-  if (codes[0].defined()) quantize_running(q_rows, codes[0]);
-  if (codes[1].defined()) quantize_running(k_rows, codes[1]);
-  if (codes[2].defined()) quantize_running(v_rows, codes[2]);
+  if (codes[0].defined()) encode(q_rows, codes[0]);
+  if (codes[1].defined()) encode(k_rows, codes[1]);
+  if (codes[2].defined()) encode(v_rows, codes[2]);
   if (by == AttentionBy::cudnn) return cudnn_attention(q_rows, k_rows, v_rows, heads, scale, o_rows, lse);
   const Sequences all(q_rows, k_rows, heads, windows);
   const Bias bias(windows, heads);

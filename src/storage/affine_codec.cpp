@@ -93,15 +93,15 @@ class AffineCodec : public Codec {
     const Tensor x = uniform(input);
     if (s_.running) return pack_running(x, context);
     const Packed packed = room_for(x.shape(), x.dtype(), x.device(), context.site);
-    kernels::quantize_current(x, packed.layout, s_.bits, s_.stochastic, context.random, packed.parts[1], packed.parts[2], packed.parts[0],
-                              context.counts);
+    kernels::encode(x, coding(packed, context));
     return packed;
   }
 
   Opened open(const Shape& shape, DType dtype, Device device, const PackContext& context) override {
     const bool planned = device.kind == DeviceKind::meta;  // a plan is of any step but the first
-    if (!s_.running || (!latest_.defined() && !planned)) return {};
-    return running_codes(room_for(shape, dtype, device, context.site), device, context);
+    if (s_.running && !latest_.defined() && !planned) return {};
+    const Packed packed = room_for(shape, dtype, device, context.site);
+    return s_.running ? running_codes(packed, device, context) : Opened{packed, coding(packed, context)};
   }
 
   Tensor unpack(const Packed& packed) const override {
@@ -182,6 +182,15 @@ class AffineCodec : public Codec {
     return {{codes, step, offset}, shape, dtype, layout};
   }
 
+  /// By the groups' own ranges, unless estimates are added.
+  kernels::Coding coding(const Packed& packed, const PackContext& context) const {
+    kernels::Coding to;
+    to.layout = packed.layout, to.bits = s_.bits, to.stochastic = s_.stochastic, to.key = context.random;
+    to.codes = packed.parts[0], to.step = packed.parts[1], to.offset = packed.parts[2];
+    to.counts = context.counts;
+    return to;
+  }
+
   /// Running range r and minimum m of each group, f32: half precision would stagnate.
   struct Range {
     Tensor alpha, beta;
@@ -213,9 +222,11 @@ class AffineCodec : public Codec {
     check(latest_.alpha.shape() == step.shape(), "the running range of ", context.site.name(), " has ", latest_.alpha.numel(),
           " groups but the tensor has ", step.numel());
     const Range now = std::exchange(latest_, next);
-    return {packed,
-            {packed.layout, s_.bits, s_.stochastic, context.random, now.alpha, now.beta, next.alpha, next.beta, s_.decay, step,
-             packed.parts[2], packed.parts[0], context.counts}};
+    Opened opened{packed, coding(packed, context)};
+    kernels::Coding& codes = opened.codes;
+    codes.alpha = now.alpha, codes.beta = now.beta, codes.next_alpha = next.alpha, codes.next_beta = next.beta;
+    codes.decay = s_.decay;
+    return opened;
   }
 
   /// The range is known before the tensor is, except at the first call, which calibrates.
@@ -228,7 +239,7 @@ class AffineCodec : public Codec {
       kernels::group_range(x, packed.layout, lo, hi, Tensor());  // those that are not finite are counted as they are packed
       kernels::calibrate_range(lo, hi, latest_.alpha, latest_.beta);
     }
-    kernels::RunningCodes codes = running_codes(packed, x.device(), context).codes;
+    kernels::Coding codes = running_codes(packed, x.device(), context).codes;
     if (first) codes.decay = 1;  // has seen this tensor already
     kernels::quantize_running(x, codes);
     return packed;

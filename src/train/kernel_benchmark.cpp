@@ -10,8 +10,8 @@
 #include "mesa/kernels/attention.h"
 #include "mesa/kernels/elementwise.h"
 #include "mesa/kernels/image.h"
-#include "mesa/kernels/matmul.h"
 #include "mesa/kernels/loss.h"
+#include "mesa/kernels/matmul.h"
 #include "mesa/kernels/norm.h"
 #include "mesa/kernels/optimizer.h"
 
@@ -67,8 +67,8 @@ class Bench {
   }
   double width(DType dtype) const { return static_cast<double>(size_of(dtype)); }
   /// 8-bit codes by heads of a tensor of so many channels, by ranges that suit normal values and stay as they are.
-  kernels::RunningCodes running_codes(int64_t channels) const {
-    kernels::RunningCodes r;
+  kernels::Coding running_codes(int64_t channels) const {
+    kernels::Coding r;
     r.layout = {e_.B * e_.N, e_.H, channels / e_.H, false};
     r.key = RandomKey{5, 6};
     r.alpha = r.next_alpha = room({e_.H}, DType::f32), r.beta = r.next_beta = room({e_.H}, DType::f32);
@@ -77,6 +77,15 @@ class Bench {
     r.step = room({e_.H}, DType::f32), r.offset = room({e_.H}, DType::f32), r.codes = room({e_.B * e_.N * channels}, DType::u8);
     r.counts = Tensor::zeros({2}, DType::i64, e_.device);
     return r;
+  }
+  /// Codes of a tensor of n elements by the own ranges of runs of 256, as the storage presets have them.
+  kernels::Coding current_codes(int64_t n, int bits) const {
+    kernels::Coding c;
+    c.layout = {1, (n + 255) / 256, 256, true};
+    c.bits = bits, c.stochastic = bits < 8, c.key = RandomKey{5, 6};
+    c.step = room({c.layout.groups}, DType::f32), c.offset = room({c.layout.groups}, DType::f32), c.codes = room({n * bits / 8}, DType::u8);
+    c.counts = Tensor::zeros({2}, DType::i64, e_.device);
+    return c;
   }
   bool on_gpu() const { return e_.device.kind == DeviceKind::cuda; }
 
@@ -92,6 +101,16 @@ class Bench {
     if (on_gpu())
       add("layer_norm, codes 8 bits", n * (4 + w + 1), 0,
           [=, to = running_codes(e_.C)] { kernels::layer_norm_codes(x, gamma, beta, 1e-6, y, rstd, to); });
+    for (const int bits : {8, 4}) {
+      if (!on_gpu()) break;
+      const kernels::Coding to = current_codes(xhat.numel(), bits);
+      const std::string suffix = concat("codes of runs, ", bits, " bits");
+      add("layer_norm, " + suffix, n * (4 + w + bits / 8.0), 0, [=] { kernels::layer_norm_codes(x, gamma, beta, 1e-6, y, rstd, to); });
+      kernels::encode(xhat, to);
+      const kernels::Coded coded{to.codes, to.step, to.offset, to.layout, bits};
+      add("layer_norm_grad, " + suffix, n * (w + 4 + bits / 8.0), 0,
+          [=] { kernels::layer_norm_grad_coded(dy, coded, rstd, gamma, dx, dgamma, dbeta, false, false); });
+    }
     add("affine", n * 2 * w, 0, [=] { kernels::affine(xhat, gamma, beta, y); });
     add("layer_norm_grad", n * (2 * w + 4), 0, [=] { kernels::layer_norm_grad(dy, xhat, rstd, gamma, dx, dgamma, dbeta, false, false); });
   }
@@ -103,10 +122,14 @@ class Bench {
     const Tensor db = room({e_.hidden}, DType::f32);
     add("gelu", m * 2 * w, 0, [=] { kernels::gelu(h, g); });
     if (on_gpu()) add("gelu, codes 8 bits", m * (2 * w + 1), 0, [=, to = running_codes(e_.hidden)] { kernels::gelu_codes(h, g, to); });
+    for (const int bits : {8, 4})
+      if (on_gpu())
+        add(concat("gelu, codes of runs, ", bits, " bits"), m * (2 * w + bits / 8.0), 0,
+            [=, to = current_codes(h.numel(), bits)] { kernels::gelu_codes(h, g, to); });
     add("gelu_grad", m * 3 * w, 0, [=] { kernels::gelu_grad(g, h, slope); });
     add("gelu_and_slope", m * 3 * w, 0, [=] { kernels::gelu_and_slope(h, g, slope); });
     if (on_gpu()) {
-      const kernels::RunningCodes to = running_codes(e_.hidden);
+      const kernels::Coding to = running_codes(e_.hidden);
       kernels::quantize_running(h, to);
       const kernels::Coded coded{to.codes, to.step, to.offset, to.layout, to.bits};
       add("gelu_and_slope, coded 8 bits", m * (2 * w + 1), 0, [=] { kernels::gelu_and_slope_coded(coded, g, slope); });

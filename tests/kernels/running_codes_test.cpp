@@ -1,5 +1,5 @@
-// Codes by running ranges: against quantize and the formula of the estimates. Codes that a kernel writes as it computes a value, against
-// those that are made of the value afterwards; and kernels that decode as they read, against the same on decoded tensors.
+// Codes by running ranges: against quantize and the formula of the estimates. Codes that a kernel writes as it computes or reads a value,
+// against those that are made of the value by themselves; and kernels that decode as they read, against the same on decoded tensors.
 #include <catch2/catch.hpp>
 #include <cmath>
 #include <limits>
@@ -11,16 +11,16 @@
 
 using namespace mesa;
 using namespace mesa::testing;
+using kernels::Coding;
 using kernels::GroupLayout;
-using kernels::RunningCodes;
 
 namespace {
 
 /// Estimates that some of the values of a normal tensor exceed, and room for the codes of n elements.
-RunningCodes running(const GroupLayout& layout, int bits, bool stochastic, int64_t n, bool in_place) {
+Coding running(const GroupLayout& layout, int bits, bool stochastic, int64_t n, bool in_place) {
   const int64_t groups = layout.groups;
   const auto floats = [&](float value) { return Tensor::from({groups}, std::vector<float>(groups, value)); };
-  RunningCodes r;
+  Coding r;
   r.layout = layout, r.bits = bits, r.stochastic = stochastic, r.key = RandomKey::of(7, "site", 3);
   r.alpha = floats(4), r.beta = floats(-1.75F);
   for (int64_t g = 0; g < groups; ++g) r.beta.data<float>()[g] += 0.01F * static_cast<float>(g % 50);
@@ -33,12 +33,20 @@ RunningCodes running(const GroupLayout& layout, int bits, bool stochastic, int64
   return r;
 }
 
+/// By the own ranges of runs of `inner` elements.
+Coding current(int64_t inner, int bits, bool stochastic, int64_t n) {
+  Coding c = running({1, (n + inner - 1) / inner, inner, true}, bits, stochastic, n, false);
+  c.alpha = c.beta = c.next_alpha = c.next_beta = Tensor();
+  return c;
+}
+
 std::string bits_of(const Tensor& t) { return {static_cast<const char*>(t.raw()), static_cast<size_t>(t.bytes())}; }
 
 /// Everything that is written, bit for bit.
-std::vector<std::string> written(const RunningCodes& r) {
+std::vector<std::string> written(const Coding& r) {
   std::vector<std::string> out;
-  for (const Tensor& t : {r.codes, r.step, r.offset, r.next_alpha, r.next_beta, r.counts}) out.push_back(bits_of(t));
+  for (const Tensor& t : {r.codes, r.step, r.offset, r.next_alpha, r.next_beta, r.counts})
+    if (t.defined()) out.push_back(bits_of(t));
   return out;
 }
 
@@ -69,20 +77,20 @@ TEST_CASE("running codes: quantize with the estimates' scale, and the estimates 
       for (const Setting& s : kSettings) {
         CAPTURE(rows, layout.groups, s.bits, s.stochastic, s.in_place);
         const Tensor x = random({rows, 48}, DType::f32, "x");
-        const RunningCodes start = running(layout, s.bits, s.stochastic, x.numel(), false);
+        const Coding start = running(layout, s.bits, s.stochastic, x.numel(), false);
         const Tensor lo = empty_like(start.step), hi = empty_like(lo), codes = empty_like(start.codes), step = empty_like(lo);
         for (int64_t g = 0; g < layout.groups; ++g)
           step.data<float>()[g] = start.alpha.data<float>()[g] / static_cast<float>((1 << s.bits) - 1);
         const Tensor counts = Tensor::zeros({2}, DType::i64);
         kernels::plain::quantize(x, layout, s.bits, s.stochastic, start.key, step, start.beta, codes, lo, hi, counts);
         for (const auto& run : implementations(kernels::quantize_running)) {
-          const RunningCodes r = running(layout, s.bits, s.stochastic, x.numel(), s.in_place);
+          const Coding r = running(layout, s.bits, s.stochastic, x.numel(), s.in_place);
           run(x, r);
           REQUIRE(r.codes.to_vector<uint8_t>() == codes.to_vector<uint8_t>());
           REQUIRE(r.step.to_vector<float>() == step.to_vector<float>());
           REQUIRE(r.offset.to_vector<float>() == start.beta.to_vector<float>());
           REQUIRE(r.counts.to_vector<int64_t>() == counts.to_vector<int64_t>());
-          RunningCodes uncounted = running(layout, s.bits, s.stochastic, x.numel(), s.in_place);
+          Coding uncounted = running(layout, s.bits, s.stochastic, x.numel(), s.in_place);
           uncounted.counts = Tensor();
           run(x, uncounted);
           uncounted.counts = r.counts;
@@ -111,9 +119,9 @@ TEST_CASE("running codes: layer norm codes what it would have kept", "[kernels][
           if (s.bits == 2) spoil(x);
           const Tensor xhat = empty_like(y), rstd = Tensor::empty({41}, DType::f32), want_rstd = empty_like(rstd);
           staged(kernels::cuda::layer_norm)(x, gamma, beta, 1e-6, want_y, xhat, want_rstd);
-          const RunningCodes want = running(layout, s.bits, s.stochastic, x.numel(), s.in_place);
+          const Coding want = running(layout, s.bits, s.stochastic, x.numel(), s.in_place);
           staged(kernels::cuda::quantize_running)(xhat, want);
-          const RunningCodes got = running(layout, s.bits, s.stochastic, x.numel(), s.in_place);
+          const Coding got = running(layout, s.bits, s.stochastic, x.numel(), s.in_place);
           staged(kernels::cuda::layer_norm_codes)(x, gamma, beta, 1e-6, y, rstd, got);
           REQUIRE((written(got) == written(want)));
           REQUIRE((bits_of(y) == bits_of(want_y)));
@@ -131,12 +139,47 @@ TEST_CASE("running codes: gelu codes what it reads", "[kernels][codec]") {
           const Tensor x = random({rows, width}, type, "x"), y = empty_like(x), want_y = empty_like(x);
           if (s.bits == 8) spoil(x);
           staged(kernels::cuda::gelu)(x, want_y);
-          const RunningCodes want = running(layout, s.bits, s.stochastic, x.numel(), s.in_place);
+          const Coding want = running(layout, s.bits, s.stochastic, x.numel(), s.in_place);
           staged(kernels::cuda::quantize_running)(x, want);
-          const RunningCodes got = running(layout, s.bits, s.stochastic, x.numel(), s.in_place);
+          const Coding got = running(layout, s.bits, s.stochastic, x.numel(), s.in_place);
           staged(kernels::cuda::gelu_codes)(x, y, got);
           REQUIRE((written(got) == written(want)));
           REQUIRE((bits_of(y) == bits_of(want_y)));
+        }
+}
+
+TEST_CASE("codes by own ranges: layer norm and gelu write what quantize_current would", "[kernels][codec]") {
+  if (test_device() != kCuda) return;
+  for (const auto& [rows, width] :
+       {std::array<int64_t, 2>{41, 384}, {3, 384}, {17, 192}, {8, 768}, {5, 1024}, {9, 64}, {33, 1536}, {6, 50}})
+    for (const int64_t inner : {256, 192, 64, 8, 2048, 100})
+      for (const DType type : {DType::f32, DType::bf16})
+        for (const auto& [bits, stochastic, odd] : kSettings) {
+          if (width > 500 && bits == 4) continue;  // enough of the large ones
+          CAPTURE(rows, width, inner, to_string(type), bits, stochastic);
+          const Tensor x = random({rows, width}, DType::f32, "x", 3), gamma = random({width}, DType::f32, "gamma");
+          const Tensor beta = random({width}, DType::f32, "beta"), y = Tensor::empty(x.shape(), type), want_y = empty_like(y);
+          if (odd) spoil(x);
+          const Tensor xhat = empty_like(y), rstd = Tensor::empty({rows}, DType::f32), want_rstd = empty_like(rstd);
+          const auto expected = [&, bits = bits, stochastic = stochastic](const Tensor& values) {
+            const Coding c = current(inner, bits, stochastic, values.numel());
+            kernels::plain::quantize_current(values, c.layout, bits, stochastic, c.key, c.step, c.offset, c.codes, c.counts);
+            return written(c);
+          };
+          staged(kernels::cuda::layer_norm)(x, gamma, beta, 1e-6, want_y, xhat, want_rstd);
+          Coding got = current(inner, bits, stochastic, x.numel());
+          staged(kernels::cuda::layer_norm_codes)(x, gamma, beta, 1e-6, y, rstd, got);
+          REQUIRE((written(got) == expected(xhat)));
+          REQUIRE((bits_of(y) == bits_of(want_y)));
+          REQUIRE((bits_of(rstd) == bits_of(want_rstd)));
+
+          const Tensor h = Tensor::empty(x.shape(), type), g = empty_like(h), want_g = empty_like(h);
+          kernels::plain::copy(x, h);
+          staged(kernels::cuda::gelu)(h, want_g);
+          got = current(inner, bits, stochastic, x.numel());
+          staged(kernels::cuda::gelu_codes)(h, g, got);
+          REQUIRE((written(got) == expected(h)));
+          REQUIRE((bits_of(g) == bits_of(want_g)));
         }
 }
 
@@ -162,6 +205,12 @@ TEST_CASE("running codes: attention codes the q, k and v that it reads", "[kerne
         kernels::QkvCodes got, want;
         for (int i = 0; i < 3; ++i) {
           if (i == without) continue;
+          if (without == 2 && i == 1) {  // beside the running ranges of q
+            got[i] = current(64, s.bits, s.stochastic, n), want[i] = current(64, s.bits, s.stochastic, n);
+            kernels::plain::quantize_current(third(i), want[i].layout, s.bits, s.stochastic, want[i].key, want[i].step, want[i].offset,
+                                             want[i].codes, want[i].counts);
+            continue;
+          }
           const GroupLayout& layout = all[(i + s.bits / 4) % 3];  // by head, by layer and by channel in turn
           got[i] = running(layout, s.bits, s.stochastic, n, s.in_place), want[i] = running(layout, s.bits, s.stochastic, n, s.in_place);
           staged(kernels::cuda::quantize_running)(third(i), want[i]);
@@ -201,5 +250,39 @@ TEST_CASE("coded operands: kernels that decode as they read compute what they wo
           staged(kernels::cuda::affine)(decoded, gamma, beta, want);
           staged(kernels::cuda::affine_coded)(coded, gamma, beta, got);
           REQUIRE((bits_of(got) == bits_of(want)));
+        }
+}
+
+TEST_CASE("coded operands: layer norm's gradient from codes is that from the decoded tensor", "[kernels][codec]") {
+  if (test_device() != kCuda) return;
+  for (const auto& [rows, width] : {std::array<int64_t, 2>{300, 384}, {70, 192}, {19, 768}, {40, 64}, {7, 50}, {3, 2048}, {1, 8}})
+    for (const auto& [type_dy, type_dx] : {std::pair{DType::bf16, DType::f32}, {DType::f32, DType::f32}, {DType::bf16, DType::bf16}})
+      for (const int bits : {8, 4, 2})
+        for (const GroupLayout& layout : {GroupLayout{1, (rows * width + 255) / 256, 256, true}, GroupLayout{rows, 2, width / 2, false},
+                                          GroupLayout{rows, width, 1, false}, GroupLayout{1, 1, rows * width, false}}) {
+          CAPTURE(rows, width, to_string(type_dy), to_string(type_dx), bits, layout.groups, layout.inner);
+          const Tensor xhat = random({rows, width}, type_dy, "xhat"), decoded = empty_like(xhat), dy = random({rows, width}, type_dy, "dy");
+          const Tensor step = Tensor::zeros({layout.groups}, DType::f32), offset = Tensor::zeros({layout.groups}, DType::f32);
+          const Tensor codes = Tensor::zeros({(xhat.numel() * bits + 7) / 8}, DType::u8);
+          kernels::plain::quantize_current(xhat, layout, bits, true, RandomKey::of(1, "codes", 2), step, offset, codes, {});
+          staged(kernels::cuda::dequantize)(codes, layout, bits, step, offset, decoded);
+          const Tensor rstd = random({rows}, DType::f32, "rstd"), gamma = random({width}, DType::f32, "gamma");
+          struct Grads {
+            Tensor dx, dgamma, dbeta;
+          };
+          const auto room = [&, rows = rows, width = width, type_dx = type_dx] {
+            return Grads{Tensor::empty({rows, width}, type_dx), random({width}, DType::f32, "dgamma"), Tensor::zeros({width}, DType::f32)};
+          };
+          const Grads got = room(), want = room();
+          staged(kernels::cuda::layer_norm_grad)(dy, decoded, rstd, gamma, want.dx, want.dgamma, want.dbeta, true, false);
+          staged(kernels::cuda::layer_norm_grad_coded)(dy, kernels::Coded{codes, step, offset, layout, bits}, rstd, gamma, got.dx,
+                                                       got.dgamma, got.dbeta, true, false);
+          REQUIRE((bits_of(got.dx) == bits_of(want.dx)));
+          REQUIRE((bits_of(got.dgamma) == bits_of(want.dgamma)));
+          REQUIRE((bits_of(got.dbeta) == bits_of(want.dbeta)));
+          const Grads alone = room();
+          staged(kernels::cuda::layer_norm_grad_coded)(dy, kernels::Coded{codes, step, offset, layout, bits}, rstd, gamma, alone.dx,
+                                                       Tensor(), Tensor(), false, false);
+          REQUIRE((bits_of(alone.dx) == bits_of(want.dx)));
         }
 }

@@ -53,13 +53,13 @@ class Staging {
     for (auto& slot : slots) slot = {(*this)(slot.average), (*this)(slot.value)};
     return slots;
   }
-  kernels::RunningCodes operator()(kernels::RunningCodes r) {
+  kernels::Coding operator()(kernels::Coding r) {
     for (Tensor* t : {&r.alpha, &r.beta, &r.next_alpha, &r.next_beta, &r.step, &r.offset, &r.codes, &r.counts}) *t = (*this)(*t);
     return r;
   }
   kernels::Coded operator()(const kernels::Coded& c) { return {(*this)(c.codes), (*this)(c.step), (*this)(c.offset), c.layout, c.bits}; }
-  std::array<kernels::RunningCodes, 3> operator()(std::array<kernels::RunningCodes, 3> all) {
-    for (kernels::RunningCodes& r : all) r = (*this)(r);
+  std::array<kernels::Coding, 3> operator()(std::array<kernels::Coding, 3> all) {
+    for (kernels::Coding& r : all) r = (*this)(r);
     return all;
   }
   kernels::WindowBias operator()(kernels::WindowBias w) {

@@ -14,7 +14,7 @@ struct AttentionOperand {
 };
 
 /// Where the codes of q, k and v go; those that are not defined are not written.
-using QkvCodes = std::array<RunningCodes, 3>;
+using QkvCodes = std::array<Coding, 3>;
 
 /// Which kernels compute it: the best that the backend has, or cuDNN's (a GPU and bf16 only).
 enum class AttentionBy { engine, cudnn };
@@ -23,7 +23,7 @@ enum class AttentionBy { engine, cudnn };
 /// attends within itself: softmax(scale q k^T + bias) v, and lse is [B windows, H, n].
 /// q, o [B, N, C], k, v [B, M, C], C = H D: views of uniform rows with unit last stride, such as thirds of a packed projection; M is N in
 /// windows.
-/// `codes` of q, k and v are written too where they are defined, as quantize_running does.
+/// `codes` of q, k and v are written too where they are defined, as encode does.
 void attention(const Tensor& q, const Tensor& k, const Tensor& v, int64_t heads, double scale, const Tensor& o, const Tensor& lse,
                AttentionBy by = AttentionBy::engine, const QkvCodes& codes = {}, const WindowBias& windows = {});
 

@@ -33,24 +33,33 @@ MESA_KERNEL(quantize_current, const Tensor& x, GroupLayout layout, int bits, boo
 /// y <- fma(code, step[g], offset[g]), contiguous, f32|bf16|f64.
 MESA_KERNEL(dequantize, const Tensor& codes, GroupLayout layout, int bits, const Tensor& step, const Tensor& offset, const Tensor& y);
 
-/// Codes by running estimates of the groups' ranges (Pan et al. 2021). They are known before the tensor is, so that the kernel which produces
-/// it can write its codes in the same pass. With r = hi - lo and m = lo of the tensor just seen, the estimates become
-/// decay alpha + (1 - decay) r and decay beta + (1 - decay) m; where alpha is 0 (a group that was constant so far) r and m themselves.
-struct RunningCodes {
+/// How a tensor is to be coded, and where its codes go. All of it is known before the tensor is, so that the kernel which produces or reads
+/// it can write its codes in the same pass. By each group's own range, as quantize_current has it; or by running estimates of the ranges
+/// (Pan et al. 2021): with r = hi - lo and m = lo of the tensor just seen, the estimates become decay alpha + (1 - decay) r and decay beta
+/// + (1 - decay) m; where alpha is 0 (a group that was constant so far) r and m themselves.
+struct Coding {
   GroupLayout layout;
   int bits = 8;
   bool stochastic = true;
   RandomKey key;
+  Tensor step, offset, codes;  ///< receive the groups' scales and the codes, all as quantize has them
+  Tensor counts;               ///< as quantize has it
+
+  // By running estimates only, which make step[g] = alpha[g] / (2^bits - 1) and offset[g] = beta[g]:
   Tensor alpha, beta;            ///< [groups] f32: the estimates so far
   Tensor next_alpha, next_beta;  ///< receive the new ones; may be the same tensors
   double decay = 0.9;
-  Tensor step, offset, codes;  ///< receive step[g] = alpha[g] / (2^bits - 1), offset[g] = beta[g] and the codes, all as quantize has them
-  Tensor counts;               ///< as quantize has it
 
   bool defined() const { return codes.defined(); }
+  bool is_running() const { return alpha.defined(); }
 };
-/// Packs x and takes its range into the estimates, in one pass.
-MESA_KERNEL(quantize_running, const Tensor& x, const RunningCodes& into);
+/// Packs x by running estimates and takes its range into them, in one pass.
+MESA_KERNEL(quantize_running, const Tensor& x, const Coding& into);
+/// Packs x as `into` says.
+inline void encode(const Tensor& x, const Coding& into) {
+  if (into.is_running()) return quantize_running(x, into);
+  quantize_current(x, into.layout, into.bits, into.stochastic, into.key, into.step, into.offset, into.codes, into.counts);
+}
 /// The estimates' beginning: alpha <- hi - lo, beta <- lo, all [groups] f32.
 MESA_KERNEL(calibrate_range, const Tensor& lo, const Tensor& hi, const Tensor& alpha, const Tensor& beta);
 
@@ -61,5 +70,11 @@ struct Coded {
   int bits = 8;
 };
 inline const Tensor& leading_tensor(const Coded& x) { return x.codes; }
+/// The values themselves, contiguous, of `like`'s shape and dtype.
+inline Tensor decoded(const Coded& x, const Tensor& like) {
+  const Tensor values = empty_like(like);
+  dequantize(x.codes, x.layout, x.bits, x.step, x.offset, values);
+  return values;
+}
 
 }  // namespace mesa::kernels

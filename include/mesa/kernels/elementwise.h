@@ -34,8 +34,8 @@ MESA_KERNEL(relu_mask, const Tensor& x, const Tensor& y, const Tensor& mask);
 MESA_KERNEL(apply_mask, const Tensor& x, const Tensor& mask, const Tensor& y);
 /// y <- x Phi(x), exact erf form (Hendrycks and Gimpel, 2016); dx <- dy (Phi(x) + x phi(x)).
 MESA_KERNEL(gelu, const Tensor& x, const Tensor& y);
-/// The same with codes of x: bit for bit those that quantize_running makes. CUDA.
-MESA_KERNEL(gelu_codes, const Tensor& x, const Tensor& y, const RunningCodes& of_x);
+/// The same with codes of x: bit for bit those that encode makes. CUDA.
+MESA_KERNEL(gelu_codes, const Tensor& x, const Tensor& y, const Coding& of_x);
 MESA_KERNEL(gelu_grad, const Tensor& dy, const Tensor& x, const Tensor& dx);
 /// y and the slope dy/dx in one pass: both need the same exponential.
 MESA_KERNEL(gelu_and_slope, const Tensor& x, const Tensor& y, const Tensor& slope);

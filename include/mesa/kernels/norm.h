@@ -9,9 +9,9 @@ namespace mesa::kernels {
 /// An undefined xhat or rstd is not written.
 MESA_KERNEL(layer_norm, const Tensor& x, const Tensor& gamma, const Tensor& beta, double eps, const Tensor& y, const Tensor& xhat,
             const Tensor& rstd);
-/// The same with codes of what would be xhat: bit for bit those that quantize_running makes of it. CUDA.
+/// The same with codes of what would be xhat: bit for bit those that encode makes of it. CUDA.
 MESA_KERNEL(layer_norm_codes, const Tensor& x, const Tensor& gamma, const Tensor& beta, double eps, const Tensor& y, const Tensor& rstd,
-            const RunningCodes& xhat);
+            const Coding& xhat);
 /// y[.., c] <- gamma[c] xhat[.., c] + beta[c], bit for bit what layer_norm wrote for f32 and f64.
 MESA_KERNEL(affine, const Tensor& xhat, const Tensor& gamma, const Tensor& beta, const Tensor& y);
 /// The same from codes of xhat, bit for bit as from the decoded tensor, which has y's dtype. CUDA.
@@ -19,6 +19,9 @@ MESA_KERNEL(affine_coded, const Coded& xhat, const Tensor& gamma, const Tensor& 
 /// dx <- rstd (g - mean(g) - xhat mean(g xhat)) with g = gamma dy; dgamma[c] += sum dy xhat, dbeta[c] += sum dy (= when not accumulate).
 /// dx has x's dtype. An undefined dgamma or dbeta is not computed. Sums are in an order that does not depend on the thread count.
 MESA_KERNEL(layer_norm_grad, const Tensor& dy, const Tensor& xhat, const Tensor& rstd, const Tensor& gamma, const Tensor& dx,
+            const Tensor& dgamma, const Tensor& dbeta, bool accumulate_gamma, bool accumulate_beta);
+/// The same from codes of xhat, bit for bit as from the decoded tensor, which has dy's dtype. CUDA.
+MESA_KERNEL(layer_norm_grad_coded, const Tensor& dy, const Coded& xhat, const Tensor& rstd, const Tensor& gamma, const Tensor& dx,
             const Tensor& dgamma, const Tensor& dbeta, bool accumulate_gamma, bool accumulate_beta);
 
 /// y[.., j] <- exp(x_j - max) / sum, over the last axis.

@@ -38,7 +38,7 @@ struct PackContext {
 /// A value that the kernel which computes it will pack in the same pass: what is kept, and what that kernel needs. Empty: pack it later.
 struct Opened {
   Packed packed;
-  kernels::RunningCodes codes;
+  kernels::Coding codes;
 };
 
 /// One instance serves one site, so a codec may keep running state.
@@ -67,8 +67,8 @@ class Codec {
   /// Running state as it is now is what roll_back returns to.
   virtual void commit() {}
   virtual void roll_back() {}
-  /// Names the memory that the next pack or open uses for running state (never 0 where there is state); and what that call does to the codec itself, for work on a device
-  /// that was recorded in the same phase and runs again without the call.
+  /// Names the memory that the next pack or open uses for running state (never 0 where there is state); and what that call does to the
+  /// codec itself, for work on a device that was recorded in the same phase and runs again without the call.
   virtual uint64_t phase() const { return 0; }
   virtual void repeat() {}
 };

@@ -27,7 +27,7 @@ struct SiteRecord {
 /// A value whose kernel packs it: the handle, and what the kernel needs. Undefined where the policy has no such codec at this site.
 struct SavedAhead {
   Saved saved;
-  kernels::RunningCodes codes;
+  kernels::Coding codes;
   bool defined() const { return saved.defined(); }
 };
 
@@ -57,8 +57,8 @@ class StoragePolicy {
   void repeat();
   uint64_t phase() const;
 
-  /// Called by save for each value that is packed, with what backward will find; null, as at first: by nobody. Meanwhile no kernel packs what
-  /// it computes, so that there is a value to look at; the codes are the same.
+  /// Called by save for each value that is packed, with what backward will find; null, as at first: by nobody. Meanwhile no kernel packs
+  /// what it computes, so that there is a value to look at; the codes are the same.
   using Observer = std::function<void(const SiteRecord& site, const Tensor& x, const Saved& saved)>;
   void observe(Observer observer);
 
