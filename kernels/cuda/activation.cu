@@ -52,13 +52,17 @@ template <bool packed, class T>
 __device__ inline Elements<Acc<T>, 8> octet_at(const T* p, int count) {
   if (packed && count == 8) return elements_at<8>(p);
   Elements<Acc<T>, 8> v{};
-  for (int k = 0; k < count; ++k) v.v[k] = load(p + k);
+#pragma unroll
+  for (int k = 0; k < 8; ++k)
+    if (k < count) v.v[k] = load(p + k);
   return v;
 }
 template <bool packed, class T, class A>
 __device__ inline void store_octet(T* p, int count, const A (&v)[8]) {
   if (packed && count == 8) return store_pack(p, v);
-  for (int k = 0; k < count; ++k) store(p + k, v[k]);
+#pragma unroll
+  for (int k = 0; k < 8; ++k)
+    if (k < count) store(p + k, v[k]);
 }
 
 /// One thread for the 8 elements that share a byte of the mask.

@@ -190,7 +190,7 @@ bool run(const Form& form, const void* a, const void* b, const void* c, void* d,
                             plan.result.get(), &plan.algorithm, workspace.defined() ? workspace.raw() : nullptr, plan.workspace,
                             static_cast<cudaStream_t>(mesa::cuda::stream())),
              "multiplying");
-  if (mesa::cuda::synchronous()) mesa::cuda::synchronize();
+  if (mesa::cuda::synchronous()) mesa::cuda::synchronize("a product by cuBLASLt");
   return true;
 }
 

@@ -118,7 +118,7 @@ void run(const Case& c, Device device, Memory memory, double scale) {
     fail("cuDNN ", cudnn::version(), " has no ", c.backward ? "backward" : "forward", " attention for ", c.H, " heads of ", c.D,
          " channels and ", c.N, " tokens on this GPU; use model.attention: fused (", reason.what(), ")");
   }
-  if (mesa::cuda::synchronous()) mesa::cuda::synchronize();
+  if (mesa::cuda::synchronous()) mesa::cuda::synchronize("attention by cuDNN");
 }
 
 /// The rows' distance of a tensor [B, N, C] that cuDNN can read.

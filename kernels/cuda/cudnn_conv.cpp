@@ -90,7 +90,7 @@ bool run(Pass pass, const Tensor& x, const Tensor& w, const Tensor& y, const Con
   } catch (const cudnn::Unsupported& reason) {
     fail("cuDNN ", cudnn::version(), " refuses to run a convolution that it had planned: ", reason.what());
   }
-  if (mesa::cuda::synchronous()) mesa::cuda::synchronize();
+  if (mesa::cuda::synchronous()) mesa::cuda::synchronize("a convolution by cuDNN");
   return true;
 }
 

@@ -1,9 +1,11 @@
 // The CUDA runtime behind mesa/base/cuda.h.
 #include <cuda_runtime_api.h>
 
+#include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <mutex>
+#include <utility>
 #include <vector>
 
 #include "mesa/base/cuda.h"
@@ -23,13 +25,20 @@ cudaStream_t new_stream() {
 
 cudaStream_t compute_stream() { return static_cast<cudaStream_t>(stream()); }
 
+/// Where nothing can be thrown, an error is told, once.
+void report_status(cudaError_t status, const char* what) {
+  static bool told = false;
+  if (status == cudaSuccess || status == cudaErrorCudartUnloading || std::exchange(told, true)) return;
+  std::fprintf(stderr, "warning: cuda: %s: %s\n", what, cudaGetErrorString(status));
+}
+
 }  // namespace
 
 std::string toolkit_version() { return version_text(CUDART_VERSION); }
 
 std::string detail::find_device() {
   int devices = 0, driver = 0;
-  cudaDriverGetVersion(&driver);
+  if (cudaDriverGetVersion(&driver) != cudaSuccess) driver = 0;
   const cudaError_t status = cudaGetDeviceCount(&devices);
   if (status == cudaErrorInsufficientDriver && driver == 0) return "no NVIDIA driver is installed";
   if (status == cudaErrorInsufficientDriver)
@@ -68,7 +77,7 @@ void* stream() {
   return one;
 }
 
-void synchronize() { check_status(cudaStreamSynchronize(compute_stream()), "waiting for the GPU"); }
+void synchronize(const char* what) { check_status(cudaStreamSynchronize(compute_stream()), what); }
 
 void* allocate(int64_t bytes) {
   void* memory = nullptr;
@@ -81,7 +90,7 @@ void* allocate(int64_t bytes) {
   return memory;
 }
 
-void release(void* memory) { cudaFree(memory); }
+void release(void* memory) { report_status(cudaFree(memory), "cudaFree"); }
 
 void* allocate_pinned(int64_t bytes) {
   void* memory = nullptr;
@@ -94,7 +103,7 @@ void* allocate_pinned(int64_t bytes) {
   return memory;
 }
 
-void release_pinned(void* memory) { cudaFreeHost(memory); }
+void release_pinned(void* memory) { report_status(cudaFreeHost(memory), "cudaFreeHost"); }
 
 void copy_to_device(void* device, const void* host, int64_t bytes) {
   if (bytes == 0) return;
@@ -191,14 +200,15 @@ Recording end_recording(bool keep) {
   const cudaError_t ended = cudaStreamEndCapture(compute_stream(), &graph);
   cudaGraphExec_t ready = nullptr;
   const cudaError_t made = keep && ended == cudaSuccess ? cudaGraphInstantiate(&ready, graph, 0) : cudaSuccess;
-  if (graph != nullptr) cudaGraphDestroy(graph);
+  if (graph != nullptr) report_status(cudaGraphDestroy(graph), "dropping a graph");
   if (!keep) {
     cudaGetLastError();  // whatever broke the recording is reported by whoever drops it
     return {};
   }
   check_status(ended, "recording work");
   check_status(made, "preparing recorded work");
-  return {ready, [](void* recording) { cudaGraphExecDestroy(static_cast<cudaGraphExec_t>(recording)); }};
+  return {ready,
+          [](void* recording) { report_status(cudaGraphExecDestroy(static_cast<cudaGraphExec_t>(recording)), "dropping recorded work"); }};
 }
 
 void run(const Recording& recording) {
@@ -209,7 +219,7 @@ std::string describe_device() {
   cudaDeviceProp properties{};
   check_status(cudaGetDeviceProperties(&properties, 0), "asking for the GPU's properties");
   int driver = 0;
-  cudaDriverGetVersion(&driver);
+  check_status(cudaDriverGetVersion(&driver), "asking for the driver's version");
   return concat(properties.name, ", compute capability ", properties.major, ".", properties.minor, ", driver for CUDA ",
                 version_text(driver));
 }

@@ -107,7 +107,13 @@ void matmul(const Tensor& a, const Tensor& b, const Tensor& c, const Tensor& bia
 
 void matmul_weight_grad(const Tensor& dy, const Tensor& x, const Tensor& dw, bool accumulate_w, const Tensor& db, bool accumulate_b) {
   const bool gpu = dw.device().kind == DeviceKind::cuda;
-  if (gpu && db.defined() && !accumulate_b && cuda::product_and_row_sums(dy, x, dw, accumulate_w, db)) return;
+  if (gpu && db.defined()) {  // the sums ride with the product, whose epilogue does not accumulate
+    const Tensor sums = accumulate_b ? empty_like(db) : db;
+    if (cuda::product_and_row_sums(dy, x, dw, accumulate_w, sums)) {
+      if (accumulate_b) add(db, sums, db);
+      return;
+    }
+  }
   matmul(dy.transpose(0, 1), x, dw, {}, accumulate_w ? dw : Tensor());
   if (db.defined()) sum_rows(dy, db, accumulate_b);
 }

@@ -23,10 +23,10 @@ RecordedSteps::RecordedSteps(const RunConfig& config, BuiltModel& model, Storage
   memory_ = Allocator::of(model.device).new_cache();
 }
 
-Tensor RecordedSteps::run(const SentBatch& batch, uint64_t step, uint64_t variant, const Pass& pass) {
+RecordedSteps::Result RecordedSteps::run(const SentBatch& batch, uint64_t step, uint64_t variant, const Pass& pass) {
   if (eager_ > 0) {
     --eager_;
-    return pass(batch, nullptr);
+    return {pass(batch, nullptr), false};
   }
   take_in(batch, step);
   bool accumulating = false;
@@ -38,7 +38,7 @@ Tensor RecordedSteps::run(const SentBatch& batch, uint64_t step, uint64_t varian
   const uint64_t kind = mix64(policy_.phase() ^ mix64(variant ^ mix64(accumulating)));
   auto found = recorded_.find(kind);
   if (found == recorded_.end()) {
-    if (recorded_.size() >= kMostRecords) return pass(batch, nullptr);
+    if (recorded_.size() >= kMostRecords) return {pass(batch, nullptr), false};
     found = recorded_.emplace(kind, record(pass)).first;
   } else {
     policy_.repeat();
@@ -46,7 +46,7 @@ Tensor RecordedSteps::run(const SentBatch& batch, uint64_t step, uint64_t varian
     for (Param& p : model_.params.params()) p.grad_written = found->second.written[i++];
   }
   cuda::run(found->second.work);
-  return found->second.loss;
+  return {found->second.loss, true};
 }
 
 /// Records read the batch and the step where they are now.

@@ -39,6 +39,7 @@ class Run {
   bool end_epoch();
   void take_results(const Evaluations& eval);
   void save(std::vector<std::string> names);
+  bool save_what_is_left(bool present_state);
   bool save_now(const std::string& which);
   bool copy_state(const std::vector<std::string>& names);
   void wait_for_writer();

@@ -112,7 +112,8 @@ DatasetPair make_datasets(const RunConfig& config, const ImageConfig& model, boo
   if (d.kind == "idx") options.classes = model.classes;
   if (d.kind == "shards") options.classes = config.model.classes.value_or(0);
   if (d.kind != "shapes" && d.path.empty())
-    config.refuse("data.path", "data.kind: ", d.kind, " needs the ", d.kind == "packed" ? "file" : "folder", " of its pictures, e.g. --set data.path=/data/", d.kind);
+    config.refuse("data.path", "data.kind: ", d.kind, " needs the ", d.kind == "packed" ? "file" : "folder",
+                  " of its pictures, e.g. --set data.path=/data/", d.kind);
   return open_datasets(options);
 }
 
@@ -139,7 +140,8 @@ TransformOptions make_transform(const RunConfig& config, const ImageConfig& mode
   t.vflip = d.vflip;
   t.augment = parse_augment(d.augment, "data.augment");
   const std::vector<double>& jitter = d.color_jitter;
-  t.color_jitter = jitter.size() < 3 ? ColorJitter(jitter.at(0)) : ColorJitter(jitter[0], jitter[1], jitter[2], jitter.size() > 3 ? jitter[3] : 0);
+  t.color_jitter =
+      jitter.size() < 3 ? ColorJitter(jitter.at(0)) : ColorJitter(jitter[0], jitter[1], jitter[2], jitter.size() > 3 ? jitter[3] : 0);
   t.grayscale = d.grayscale;
   t.blur = d.blur;
   t.erasing.probability = d.erasing;
@@ -226,9 +228,12 @@ SentBatch send(Batch batch, int64_t classes, Device device, const cuda::Mark& af
   copy(sent.labels);
   if (sent.mixing.defined()) copy(sent.mixing);
   sent.guard = std::shared_ptr<void>(nullptr, [mark = sent.arrival](void*) {
-    if (cuda::passed(mark)) return;
-    cuda::wait_for(mark);
-    cuda::synchronize();
+    try {
+      if (cuda::passed(mark)) return;
+      cuda::wait_for(mark);
+      cuda::synchronize("the copy of a batch");
+    } catch (const Error&) {  // the GPU is lost, and nothing copies any more; whoever asks it next is told
+    }
   });
   return sent;
 }

@@ -41,13 +41,23 @@ int Run::operator()() {
     if (progress_) progress_->finish();
     progress_.reset();
     const bool lost = dynamic_cast<const RankFailure*>(&e) != nullptr;  // perhaps this very rank, for which others go on elsewhere
-    settle();  // what is being written becomes whole
     // A shared optimizer's state cannot be put together any more.
-    const bool kept = !lost && team_.leads() && !optimizer_->sharded() && state_.step > start.step && save_now("last");
+    const bool kept = save_what_is_left(!lost && team_.leads() && !optimizer_->sharded() && state_.step > start.step);
     const std::string what = concat(e.what(), " (at ", place, kept ? "; the state before it is saved: continue with --resume)" : ")");
     if (dynamic_cast<const OutOfMemory*>(&e)) throw OutOfMemory(what);
     if (lost) throw RankFailure(what);
     throw Error(what);
+  }
+}
+
+/// What is being written becomes whole, and the present state, too, where it is there to be had. After an error of the GPU it is not: then
+/// the error matters, and not what this one meets.
+bool Run::save_what_is_left(bool present_state) {
+  try {
+    settle();
+    return present_state && save_now("last");
+  } catch (const std::exception&) {
+    return false;
   }
 }
 
@@ -80,7 +90,10 @@ bool Run::train_epoch() {
     } catch (...) {  // also of too little memory
       state_ = before;
       policy_.roll_back();  // ranges and running statistics have seen the batches of an update that does not count
-      model_.params.restore_buffers();
+      try {
+        model_.params.restore_buffers();
+      } catch (const Error&) {  // after an error of the GPU nothing can be copied on it, and the error is what matters
+      }
       throw;
     }
     state_.batch += count;

@@ -29,11 +29,14 @@ double Updater::forward_backward(const SentBatch& batch, uint64_t micro_step, do
   Tensor loss;
   if (recorded_) {
     const cuda::Mark before = cuda::mark();
-    loss = recorded_->run(batch, micro_step, std::bit_cast<uint64_t>(scale), [&](const SentBatch& from, const uint64_t* live_step) {
-      return pass(
-          from, micro_step, live_step, scale, [](const cuda::Mark&) {}, false);
-    });
-    meanwhile(before);
+    const auto result =
+        recorded_->run(batch, micro_step, std::bit_cast<uint64_t>(scale), [&](const SentBatch& from, const uint64_t* live_step) {
+          return pass(
+              from, micro_step, live_step, scale, [](const cuda::Mark&) {}, false);
+        });
+    loss = result.loss;
+    // A pass that really ran has given back memory which the GPU still works in, and the next batch may get it: its copy waits for all.
+    meanwhile(result.from_record ? before : cuda::Mark());
   } else {
     loss = pass(batch, micro_step, nullptr, scale, meanwhile, last);
   }

@@ -5,6 +5,7 @@
 
 #include "device_memory.h"
 #include "emulator.h"
+#include "mesa/base/cuda.h"
 #include "mesa/base/dtype.h"
 
 namespace mesa::kernels::cuda {
@@ -30,6 +31,7 @@ void launch(const char* name, void (*kernel)(Parameters...), dim3 grid, dim3 blo
         given);
   };
   if (!emulation::record || !emulation::record(work)) work();
+  if (mesa::cuda::synchronous && mesa::cuda::synchronous()) mesa::cuda::synchronize(name);
 }
 
 template <class T>

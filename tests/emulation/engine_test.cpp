@@ -1,18 +1,22 @@
 // What the engine promises of a GPU and only an emulated one can count: when the host waits, and what happens when memory runs out.
 #include <catch2/catch.hpp>
 #include <cstring>
+#include <filesystem>
 #include <nlohmann/json.hpp>
 #include <sstream>
 
 #include "device_memory.h"
 #include "mesa/base/cuda.h"
 #include "mesa/base/files.h"
+#include "mesa/base/scope.h"
 #include "mesa/kernels/elementwise.h"
+#include "mesa/kernels/matmul.h"
 #include "mesa/train/plan.h"
 #include "mesa/train/trainer.h"
 #include "streams.h"
 #include "support/data_files.h"
 #include "support/errors.h"
+#include "support/process.h"
 #include "support/random.h"
 
 using namespace mesa;
@@ -31,7 +35,7 @@ RunConfig config_of(const std::vector<std::string>& sets) {
       "engine.yaml", sets);
 }
 
-/// int4 with running ranges, by way of `pack` alone: every value is coded when it is there.
+/// int4, by way of `pack` alone: every value is coded when it is there.
 struct CodesAfterwards : Codec {
   std::unique_ptr<Codec> inner;
   explicit CodesAfterwards(const CodecOptions& options) : inner(make_codec("int4", options)) {}
@@ -84,15 +88,15 @@ TEST_CASE("emulated GPU: forward and backward never wait for the device, whateve
 TEST_CASE("emulated GPU: codes that kernels write as they compute are those of values packed afterwards", "[emulation]") {
   register_codec("afterwards", {"groups", "range"},
                  [](const CodecOptions& options) -> std::unique_ptr<Codec> { return std::make_unique<CodesAfterwards>(options); });
-  for (const char* precision : {"fp32", "bf16"}) {
-    CAPTURE(precision);
+  for (const auto& [precision, groups, range] :
+       {std::array{"fp32", "heads", "running"}, {"bf16", "heads", "running"}, {"fp32", "64", "current"}, {"bf16", "256", "current"}}) {
+    CAPTURE(precision, groups);
     std::vector<std::vector<double>> gradients[2];
     std::map<std::string, std::vector<double>> ranges[2];
     for (const int which : {0, 1}) {
-      const RunConfig config = config_of(
-          {concat("storage=[{match: \"*\", codec: int4, groups: heads, range: running}]"), concat("train.precision=", precision)});
+      const RunConfig config = config_of({concat("train.precision=", precision)});
       BuiltModel model(config, model_config(config, 10), kCuda);
-      StoragePolicy policy("test", {{"*", which ? "afterwards" : "int4", {{"groups", "heads"}, {"range", "running"}}, ""}});
+      StoragePolicy policy("test", {{"*", which ? "afterwards" : "int4", {{"groups", groups}, {"range", range}}, ""}});
       const Tensor images = to(normal_tensor({2, 3, 32, 32}, "images"), kCuda, MemoryKind::inputs);
       const Tensor labels = to(Tensor::from<int64_t>({2}, {3, 4}), kCuda, MemoryKind::inputs);
       for (int step = 0; step < 4; ++step) {
@@ -105,7 +109,7 @@ TEST_CASE("emulated GPU: codes that kernels write as they compute are those of v
       for (const auto& [name, range] : policy.state()) ranges[which][name] = range.to_vector<double>();
     }
     CHECK(gradients[0] == gradients[1]);
-    CHECK(ranges[0].size() > 20);
+    CHECK((ranges[0].size() > 20) == (std::string(range) == "running"));
     CHECK(ranges[0] == ranges[1]);
   }
 }
@@ -194,4 +198,55 @@ TEST_CASE("emulated GPU: parameters that do not fit are an error that says so, t
                train(config, {"", true});
              }),
              Contains("out of memory on cuda") && Contains("not even a batch of 1 would fit"));
+}
+
+namespace {
+
+/// Keeps everything, and loses the device at its 50th value.
+struct LosesDevice : Codec {
+  std::unique_ptr<Codec> inner = make_codec("exact", {});
+  Packed pack(const Tensor& x, const PackContext& context) override {
+    static int left = 50;
+    if (left-- == 0) emulation::lose_device(true);
+    return inner->pack(x, context);
+  }
+  Tensor unpack(const Packed& packed) const override { return inner->unpack(packed); }
+  int64_t packed_bytes(const Shape& shape, DType dtype, const Site& site) const override { return inner->packed_bytes(shape, dtype, site); }
+  double error_bound(double lo, double hi) const override { return inner->error_bound(lo, hi); }
+};
+
+}  // namespace
+
+TEST_CASE("emulated GPU: a device that is lost ends the run with that error and its place", "[emulation]") {
+  register_codec("loses", {}, [](const CodecOptions&) -> std::unique_ptr<Codec> { return std::make_unique<LosesDevice>(); });
+  const TemporaryFolder folder;
+  RunConfig config = config_of({"storage=[{match: \"*\", codec: loses}]", "train.steps=8", "train.batch_size=8"});
+  config.output = (folder.path() / "run").string();
+  std::string error;
+  try {
+    train(config, {"", true});
+  } catch (const Error& e) {
+    error = e.what();
+  }
+  emulation::lose_device(false);
+  CHECK_THAT(error, Contains("an illegal memory access") && Contains("(at epoch 1, step "));
+}
+
+// Run by the test behind it, in a process of its own: MESA_SYNC is read once.
+TEST_CASE("emulated GPU: errors of a lost device", "[.lost]") {
+  if (std::getenv("MESA_SYNC") == nullptr) return;
+  const Tensor x = to(normal_tensor({8, 8}, "x"), kCuda), y = empty_like(x);
+  emulation::lose_device(true);
+  const Scope scope("blocks.3.mlp");
+  CHECK_THROWS_WITH(kernels::gelu(x, y), Contains("blocks.3.mlp: cuda: gelu: an illegal memory access"));
+  CHECK_THROWS_WITH(kernels::matmul(x, x, y, {}, {}), Contains("blocks.3.mlp: cuda: a product by cuBLASLt: an illegal memory access"));
+  emulation::lose_device(false);
+}
+
+TEST_CASE("emulated GPU: with MESA_SYNC an error names the kernel or product that made it, and the site", "[emulation]") {
+  const std::string self = std::filesystem::read_symlink("/proc/self/exe").string();
+  const ProcessResult with = run(self, {"[.lost]"}, {{"MESA_SYNC", "1"}}), without = run(self, {"[.lost]"}, {{"MESA_SYNC", "0"}});
+  INFO(with.out);
+  CHECK(with.code == 0);
+  CHECK(without.code == 2);  // nobody waits, and so nobody is told
 }

@@ -58,6 +58,7 @@ cudaError_t copy(const char* function, void* to, const void* from, size_t bytes,
   const bool from_device = kind == cudaMemcpyDeviceToHost || kind == cudaMemcpyDeviceToDevice;
   Stream* const stream = stream_of(handle);
   if (stream == nullptr) return result(cudaErrorInvalidResourceHandle);
+  if (alive() != cudaSuccess) return alive();
   if (bytes == 0) return cudaSuccess;
   if (const std::string why = misplaced(to, bytes, to_device); !why.empty()) return invalid(function, "to: ", why);
   if (const std::string why = misplaced(from, bytes, from_device); !why.empty()) return invalid(function, "from: ", why);
@@ -86,6 +87,7 @@ cudaError_t fill(const char* function, void* to, int value, size_t bytes, cudaSt
   const std::lock_guard lock(streams().mutex);
   Stream* const stream = stream_of(handle);
   if (stream == nullptr) return result(cudaErrorInvalidResourceHandle);
+  if (alive() != cudaSuccess) return alive();
   if (bytes == 0) return cudaSuccess;
   if (const std::string why = misplaced(to, bytes, true); !why.empty()) return invalid(function, why);
   enqueue(*stream, [=] { std::memset(to, value, bytes); });

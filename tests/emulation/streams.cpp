@@ -1,6 +1,7 @@
 #include "streams.h"
 
 #include <cstdio>
+#include <cstdlib>
 #include <string>
 #include <utility>
 
@@ -36,9 +37,22 @@ Event* event_of(cudaEvent_t handle) {
   return events().count(event) ? event : nullptr;
 }
 
+/// Kernels and products wait in their stream, too, and what other streams have comes before them where nothing forbids it.
+bool late() {
+  static const bool on = std::getenv("MESA_EMULATION_LATE") != nullptr;
+  return on;
+}
+
+int at_work = 0;  // work may wait for other work
+bool lost = false;
+
 void advance(Stream& stream) {
   const std::function<void()> work = std::move(stream.waiting.front());
   stream.waiting.pop_front();
+  struct AtWork {
+    AtWork() { ++at_work; }
+    ~AtWork() { --at_work; }
+  } const here;
   work();
 }
 
@@ -68,15 +82,19 @@ cudaError_t spoil(Stream& stream) {
 
 bool record(std::function<void()> work) {
   if (!mesa::cuda::stream) return false;
+  const std::lock_guard lock(streams().mutex);
   Stream* const stream = stream_of(static_cast<cudaStream_t>(mesa::cuda::stream()));
-  if (stream == nullptr || !stream->recording) return false;
-  stream->recorded.push_back(std::move(work));
+  if (stream == nullptr || at_work > 0 || !(stream->recording || late())) return false;
+  enqueue(*stream, std::move(work));
   return true;
 }
 
 void finish(Stream& stream) {
   if (stream.waiting.empty()) return;
   const DeviceAccess access;
+  if (late())
+    for (Stream* other : streams().all)
+      while (other != &stream && !other->waiting.empty()) advance(*other);
   while (!stream.waiting.empty()) advance(stream);
 }
 
@@ -102,7 +120,7 @@ void finish_stream(cudaStream_t handle) {
 }
 
 void finish_current_stream() {
-  if (mesa::cuda::stream) finish_stream(static_cast<cudaStream_t>(mesa::cuda::stream()));
+  if (mesa::cuda::stream && at_work == 0) finish_stream(static_cast<cudaStream_t>(mesa::cuda::stream()));
 }
 
 namespace {
@@ -112,8 +130,12 @@ int64_t waits() { return wait_count; }
 int64_t graphs_made() { return made_count; }
 int64_t graph_launches() { return graph_count; }
 
+void lose_device(bool now) { lost = now; }
+cudaError_t alive() { return lost ? result(cudaErrorIllegalAddress) : cudaSuccess; }
+
 cudaError_t state_of_device() {
   ++wait_count;
+  if (alive() != cudaSuccess) return alive();
   const std::string where = damage();
   if (where.empty()) return cudaSuccess;
   std::fprintf(stderr, "emulation: device memory was written %s\n", where.c_str());
@@ -177,6 +199,7 @@ cudaError_t cudaStreamWaitEvent(cudaStream_t handle, cudaEvent_t event_handle, u
   const Event* const event = event_of(event_handle);
   if (stream == nullptr || event == nullptr) return result(cudaErrorInvalidResourceHandle);
   if (stream->recording) return spoil(*stream);
+  if (alive() != cudaSuccess) return alive();
   if (event->last) enqueue(*stream, [record = event->last] { reach(*record); });
   return cudaSuccess;
 }
@@ -207,6 +230,7 @@ cudaError_t cudaEventRecord(cudaEvent_t handle, cudaStream_t stream_handle) {
   Event* const event = event_of(handle);
   if (stream == nullptr || event == nullptr) return result(cudaErrorInvalidResourceHandle);
   if (stream->recording) return spoil(*stream);
+  if (alive() != cudaSuccess) return alive();
   event->last = std::make_shared<Record>();
   event->last->stream = stream;
   enqueue(*stream, [record = event->last] {
@@ -226,6 +250,7 @@ cudaError_t cudaEventQuery(cudaEvent_t handle) {  // not ready the first time, t
   const std::lock_guard lock(streams().mutex);
   const Event* const event = event_of(handle);
   if (event == nullptr) return result(cudaErrorInvalidResourceHandle);
+  if (alive() != cudaSuccess) return alive();
   if (!event->last || event->last->done) return cudaSuccess;
   reach(*event->last);
   return result(cudaErrorNotReady);
@@ -279,9 +304,10 @@ cudaError_t cudaGraphLaunch(cudaGraphExec_t ready, cudaStream_t handle) {
   if (stream == nullptr) return result(cudaErrorInvalidResourceHandle);
   if (stream->recording) return spoil(*stream);
   ++graph_count;
-  finish(*stream);
-  const DeviceAccess access;
-  for (const auto& work : *reinterpret_cast<Work*>(ready)) work();
+  enqueue(*stream, [all = *reinterpret_cast<Work*>(ready)] {
+    for (const auto& work : all) work();
+  });
+  if (!late()) finish(*stream);
   return cudaSuccess;
 }
 cudaError_t cudaGraphExecDestroy(cudaGraphExec_t ready) {

@@ -1,5 +1,7 @@
 // The queues behind the emulated streams: copies, fills and events wait in them until the host or a kernel waits for that stream, so that
-// work which nobody waits for shows as data that never came. Kernels and products run at once, after what stands before them.
+// work which nobody waits for shows as data that never came. Kernels and products run at once, after what stands before them; with
+// MESA_EMULATION_LATE in the environment they wait, too, and copies beside them are made as early or as late as events allow, so that
+// memory which is used again too soon shows.
 #pragma once
 #include <cuda_runtime_api.h>
 
@@ -43,6 +45,9 @@ void finish_stream(cudaStream_t stream);
 cudaError_t result(cudaError_t status);
 /// What a wait returns: kernels that wrote where nothing is are noticed then, as on a GPU.
 cudaError_t state_of_device();
+/// As after a kernel's error on a GPU: from now on (or until `now` is false) whatever waits, copies or asks fails.
+void lose_device(bool now);
+cudaError_t alive();
 /// How often the host has waited for the device, and how often a graph was made or run.
 int64_t waits();
 int64_t graphs_made();

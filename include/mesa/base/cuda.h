@@ -16,8 +16,8 @@ inline bool available() { return unavailable().empty(); }
 
 /// All work of the process goes to one stream (a cudaStream_t), in order: kernels, products and copies need not wait for each other.
 [[gnu::weak]] void* stream();
-/// Waits until everything on the stream is done; throws the error that a kernel left behind.
-[[gnu::weak]] void synchronize();
+/// Waits until everything on the stream is done; throws the error that a kernel left behind, with `what` was waited for.
+[[gnu::weak]] void synchronize(const char* what = "waiting for the GPU");
 
 /// Device memory, 256-byte aligned; null when there is no more.
 [[gnu::weak]] void* allocate(int64_t bytes);
