@@ -61,7 +61,12 @@ struct LiveLine {
 mesa::BenchmarkResult measure(const mesa::RunConfig& config, mesa::BenchmarkOptions options) {
   const LiveLine line;
   options.progress = [&](const std::string& what) { line.show(what); };
-  return mesa::run_benchmark(config, options);
+  try {
+    return mesa::run_benchmark(config, options);
+  } catch (const mesa::OutOfMemory& e) {
+    throw mesa::Error(mesa::concat(e.what(), "\n", mesa::explain_out_of_memory(config),
+                                   options.policies.size() > 1 ? "\nevery policy has a model of its own: fewer at a time need less" : ""));
+  }
 }
 
 void print_plans(const mesa::RunConfig& config, const std::vector<mesa::StorageConfig>& policies) {

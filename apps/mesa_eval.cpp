@@ -209,7 +209,14 @@ int evaluate_checkpoint(const Arguments& args) {
   config.device = args.device;
   config.train.force_precision = true;
   if (config.model.attention == "cudnn") config.model.attention = "fused";
-  return mesa::evaluate_on_ranks(config, [&](bool leads, const mesa::AddUp& add_up) { return evaluate(args, loaded, leads, add_up); });
+  return mesa::evaluate_on_ranks(config, [&](bool leads, const mesa::AddUp& add_up) {
+    try {
+      return evaluate(args, loaded, leads, add_up);
+    } catch (const mesa::OutOfMemory& e) {
+      const int64_t batch = config.train.eval_batch_size > 0 ? config.train.eval_batch_size : config.train.batch_size;
+      throw mesa::Error(mesa::concat(e.what(), "\nthe batches have ", batch, " images: a smaller --batch-size needs less"));
+    }
+  });
 }
 
 }  // namespace
@@ -218,7 +225,8 @@ int main(int argc, char** argv) {
   CLI::App app("Evaluates a checkpoint: top-1, top-5, loss, images/s.", "mesa-eval");
   Arguments args;
   app.add_option("checkpoint", args.checkpoint, "a checkpoint's folder, a run's folder (its best), or a safetensors file")
-      ->required()->type_name("CHECKPOINT");
+      ->required()
+      ->type_name("CHECKPOINT");
   app.add_option("--config", args.config,
                  "config of the model and its preprocessing, for a safetensors file that does not say them itself (timm's, DeiT's)")
       ->type_name("CONFIG");
@@ -226,7 +234,8 @@ int main(int argc, char** argv) {
                  "auto, ema or raw: of a folder, the moving average of the weights (auto: if it has one), or the weights")
       ->check(CLI::IsMember({"auto", "ema", "raw"}))
       ->capture_default_str();
-  app.add_option("--data", args.data, "folder of the data (default: where the run had it); training files need not be there")->type_name("PATH");
+  app.add_option("--data", args.data, "folder of the data (default: where the run had it); training files need not be there")
+      ->type_name("PATH");
   app.add_option("--batch-size", args.batch_size, "images a batch")->check(CLI::Range(int64_t{1}, int64_t{1'000'000}));
   app.add_option("--set", args.overrides, "override one key of the run's config (repeatable)")
       ->type_name("KEY=VALUE")
@@ -242,8 +251,7 @@ int main(int argc, char** argv) {
   const CLI::Option* per_class_option = app.add_option("--per-class", per_class, "a table of the classes, on the terminal or in this file")
                                             ->expected(0, 1)
                                             ->type_name("[FILE]");
-  app.add_option("--confusion", args.confusion, "which classes are taken for which, as a picture, or as a table (.csv)")
-      ->type_name("FILE");
+  app.add_option("--confusion", args.confusion, "which classes are taken for which, as a picture, or as a table (.csv)")->type_name("FILE");
   app.add_option("--json", args.json, "also write the results to this file")->type_name("FILE");
   std::string merge;
   CLI::Option* merge_option =

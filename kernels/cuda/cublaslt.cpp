@@ -19,6 +19,7 @@ namespace {
 constexpr size_t kWorkspaceBytes = 32 << 20;  // what NVIDIA recommends for Hopper
 
 void check_blas(cublasStatus_t status, const char* what) {
+  if (status == CUBLAS_STATUS_ALLOC_FAILED) throw OutOfMemory(concat("out of memory on cuda: cublasLt: ", what));
   if (status != CUBLAS_STATUS_SUCCESS) fail("cublasLt: ", what, ": ", cublasLtGetStatusString(status));
 }
 

@@ -153,6 +153,10 @@ std::shared_ptr<Buffer> Allocator::allocate(int64_t bytes, MemoryKind kind) {
       impl_->shared->release();
       buffer->data_ = impl_->take(buffer->capacity_);
     }
+    if (real && buffer->data_ == nullptr && impl_->device == kPinned)
+      fail("the system gives no more pinned memory, which GPUs copy from and to: ", format_bytes(bytes), " more were asked for ",
+           to_string(kind), "; in use: ", describe(impl_->use),
+           "; the codec host, checkpoints, and batches that are ready (data.prefetch) take it");
     if (real && buffer->data_ == nullptr)
       throw OutOfMemory(concat(Scope::path(), Scope::path().empty() ? "" : ": ", "out of memory on ", to_string(impl_->device.kind), ": ",
                                format_bytes(bytes), " more were asked for ", to_string(kind), "; in use: ", describe(impl_->use)));

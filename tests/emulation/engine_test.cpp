@@ -189,6 +189,30 @@ TEST_CASE("emulated GPU: a run that does not fit says what would", "[emulation]"
   CHECK(train(config, {"", true}) == 0);
 }
 
+TEST_CASE("emulated GPU: nothing is allocated after the second step, on the device or pinned", "[emulation]") {
+  for (const char* storage :
+       {"[{match: \"*\", codec: int8, groups: heads, range: running}]", "[{match: \"*\", codec: int4}]", "[{match: \"*\", codec: host}]"}) {
+    INFO(storage);
+    const auto allocations = [&](int steps) {
+      const TemporaryFolder folder;
+      RunConfig config = config_of({std::string("storage=") + storage, concat("train.steps=", steps), "train.batch_size=16"});
+      config.output = (folder.path() / "run").string();
+      const auto count = [] {
+        return std::pair{Allocator::of(kCuda).use().system_allocations, Allocator::of(kPinned).use().system_allocations};
+      };
+      Allocator::of(kCuda).release_cached();
+      Allocator::of(kPinned).release_cached();
+      const auto before = count();
+      CHECK(train(config, {"", true}) == 0);
+      return std::pair{count().first - before.first, count().second - before.second};
+    };
+    allocations(1);  // takes what lasts for all runs of a process
+    const auto two = allocations(2);
+    CHECK((two.first > 10 && two.second > 0));
+    CHECK(allocations(7) == two);
+  }
+}
+
 TEST_CASE("emulated GPU: parameters that do not fit are an error that says so, too", "[emulation]") {
   const TemporaryFolder folder;
   RunConfig config = config_of({"model.width=256", "model.patch_size=4"});
