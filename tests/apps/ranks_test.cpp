@@ -1,17 +1,13 @@
 // Training on several ranks: the same numbers as on one, stops and resumes in common, and an end for all when one is lost.
 #include <signal.h>
 
-#include <algorithm>
 #include <cmath>
-#include <cstring>
 #include <filesystem>
 #include <random>
 #include <thread>
 
-#include "apps/tiny_run.h"
-#include "mesa/dist/control.h"
+#include "apps/rank_run.h"
 #include "mesa/train/files.h"
-#include "support/mpirun.h"
 
 using namespace mesa::testing;
 using Catch::Matchers::Contains;
@@ -23,45 +19,6 @@ namespace {
 const Args kRandom{"model.drop_path=0.2", "model.drop_rate=0.1", "data.mixup=0.8", "data.cutmix=1",
                    "data.mix_mode=elem",  "data.flip=0.5",       "data.repeats=2", "storage=exact",
                    "train.ema_decay=0.9", "train.clip_norm=1",   "train.epochs=9", "schedule.warmup_epochs=1"};
-
-Args with(Args args, const Args& more) {
-  args.insert(args.end(), more.begin(), more.end());
-  return args;
-}
-std::string batch_of(int ranks) { return mesa::concat("train.batch_size=", 16 / ranks); }
-
-struct RankRun : TinyRun {
-  ProcessResult train_on(int ranks, const Args& sets, const std::string& output, const Args& more = {}) const {
-    return mpirun(ranks, "mesa-train", train_args(with(sets, {batch_of(ranks)}), output, more), {}, path("."));
-  }
-  std::unique_ptr<Process> start_on(int ranks, const Args& sets, const std::string& output, const Args& more = {}) const {
-    Args args{"mpirun"};
-    for (std::string& arg : mpirun_args(ranks)) args.push_back(std::move(arg));
-    args.push_back(std::string(MESA_BIN_DIR) + "/mesa-train");
-    for (std::string& arg : train_args(with(sets, {batch_of(ranks)}), output, more)) args.push_back(std::move(arg));
-    return std::make_unique<Process>("/usr/bin/env", args, mpirun_environment({{"MESA_RANK_TIMEOUT", "8"}}), path("."));
-  }
-  std::string weights(const std::string& run) const {
-    const std::string text = read_text(path(run + "/checkpoints/last/model.safetensors"));
-    uint64_t header = 0;
-    std::memcpy(&header, text.data(), 8);
-    return text.substr(8 + header);  // the metadata before it hold the config
-  }
-};
-
-/// The processes of a run, found by the folder that they write to.
-std::vector<pid_t> ranks_of(const std::string& output) {
-  std::vector<pid_t> found;
-  for (const auto& entry : fs::directory_iterator("/proc")) {
-    const std::string name = entry.path().filename();
-    if (!std::all_of(name.begin(), name.end(), ::isdigit)) continue;
-    std::ifstream file(entry.path() / "cmdline", std::ios::binary);
-    const std::string line((std::istreambuf_iterator<char>(file)), {});
-    if (line.find("mesa-train") < line.find('\0') && line.find(output) != std::string::npos) found.push_back(std::stoi(name));
-  }
-  std::sort(found.begin(), found.end());
-  return found;
-}
 
 }  // namespace
 
