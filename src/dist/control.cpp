@@ -55,12 +55,13 @@ double seconds_since(Clock::time_point then) { return std::chrono::duration<doub
 struct Place {
   int64_t step = 0, collective = 0;
   int waiting = 0, busy = 0;
+  int64_t signal = 0;  // that it knows of, its own or another rank's
   bool operator==(const Place&) const = default;
 
-  std::string text() const { return concat(step, " ", collective, " ", waiting, " ", busy); }
+  std::string text() const { return concat(step, " ", collective, " ", waiting, " ", busy, " ", signal); }
   static Place parse(const std::string& text) {
     Place place;
-    std::istringstream(text) >> place.step >> place.collective >> place.waiting >> place.busy;
+    std::istringstream(text) >> place.step >> place.collective >> place.waiting >> place.busy >> place.signal;
     return place;
   }
 };
@@ -118,9 +119,13 @@ class Control::Impl {
     if (leads() || culprit_ != 0) return leads();
     return me_.local_rank == 0 || (me_.local_rank == 1 && me_.host == others_[0].host);
   }
-  void hurry_if(std::function<bool()> asked) {
+  void hear_signals(std::function<int64_t()> asked) {
     const std::lock_guard lock(mutex_);
-    hurried_ = std::move(asked);
+    asked_ = std::move(asked);
+  }
+  int64_t signal() {
+    const std::lock_guard lock(mutex_);
+    return place_.signal;
   }
   bool failed() {
     const std::lock_guard lock(mutex_);
@@ -166,7 +171,7 @@ class Control::Impl {
   std::string failure_;
   int64_t culprit_ = -1;
   Clock::time_point failed_at_;
-  std::function<bool()> hurried_;
+  std::function<int64_t()> asked_ = [] { return 0; };
   bool stop_ = false;
   std::thread thread_;
 };
@@ -305,6 +310,7 @@ void Control::Impl::watch() {
     ::poll(fds.data(), fds.size(), 100);
     const std::lock_guard lock(mutex_);
     for (size_t i = 0; i < fds.size(); ++i) take_in(ranks[i], fds[i].revents != 0);
+    place_.signal = std::max(place_.signal, asked_());
     const auto since = Clock::now() - pulsed;
     if (since >= kPulse || (since >= kMove && !(told_ == place_))) {
       pulsed = Clock::now(), told_ = place_;
@@ -334,6 +340,7 @@ void Control::Impl::handle(int64_t rank, const Message& message) {
       const Place place = Place::parse(message.body);
       if (!(place == other.place)) other.moved = Clock::now();
       other.place = place;
+      place_.signal = std::max(place_.signal, place.signal);
       break;
     }
     case Kind::text: other.texts.push_back(message.body); break;
@@ -354,7 +361,7 @@ void Control::Impl::send_pulses() {
 }
 
 void Control::Impl::look_for_silence() {
-  const double patience = hurried_ && hurried_() ? std::min(kHurried, timeout_ / 2) : timeout_ / 2;
+  const double patience = asked_() != 0 ? std::min(kHurried, timeout_ / 2) : timeout_ / 2;
   for (int64_t r = 0; r < me_.world; ++r) {
     const Other& other = others_[static_cast<size_t>(r)];
     if (!other.peer || other.left || seconds_since(other.heard) <= patience) continue;
@@ -438,7 +445,8 @@ Control::Busy::~Busy() {
   control_.impl_->move([](Place& place) { --place.busy; });
 }
 void Control::report(const std::string& reason) { impl_->report(reason); }
-void Control::hurry_if(std::function<bool()> asked) { impl_->hurry_if(std::move(asked)); }
+void Control::hear_signals(std::function<int64_t()> asked) { impl_->hear_signals(std::move(asked)); }
+int64_t Control::signal() { return impl_->signal(); }
 bool Control::failed() { return impl_->failed(); }
 bool Control::speaks() { return impl_->speaks_now(); }
 void Control::throw_if_failed() { impl_->throw_if_failed(); }

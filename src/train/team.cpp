@@ -4,12 +4,14 @@
 #include <sched.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <sstream>
 
 #include "mesa/base/random.h"
 #include "mesa/kernels/elementwise.h"
+#include "mesa/train/signals.h"
 
 namespace mesa {
 
@@ -33,6 +35,16 @@ std::vector<double> Team::gather(double value) {
   all[static_cast<size_t>(rank())] = value;
   add_up(all);
   return all;
+}
+
+int64_t Team::largest(int64_t value) {
+  const std::vector<double> all = gather(static_cast<double>(value));
+  return std::llround(*std::max_element(all.begin(), all.end()));
+}
+
+int64_t Team::heard_signal() {
+  const int64_t own = received_signal();
+  return own != 0 || alone() ? own : world_.control()->signal();
 }
 
 std::string Team::shared(const std::string& what, const std::string& text) {

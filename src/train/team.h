@@ -20,6 +20,7 @@ class Team {
   void add_up(std::vector<double>& values);
   /// Each rank's value, by rank.
   std::vector<double> gather(double value);
+  int64_t largest(int64_t value);
   /// x becomes the mean over ranks; an undefined one stays.
   void average(const Tensor& x);
   /// The leader's text. `what` names the exchange in errors, here and below.
@@ -29,6 +30,8 @@ class Team {
   void at_step(int64_t step) {
     if (!alone()) world_.control()->at_step(step);
   }
+  /// The signal that this rank has received, or knows that another has; 0 without one.
+  int64_t heard_signal();
   /// While it lives, the others may wait: a checkpoint is being written.
   std::unique_ptr<Control::Busy> busy() { return alone() ? nullptr : std::make_unique<Control::Busy>(*world_.control()); }
 

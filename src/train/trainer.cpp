@@ -5,7 +5,6 @@
 #include <algorithm>
 #include <chrono>
 #include <cmath>
-#include <csignal>
 #include <cstdio>
 #include <filesystem>
 #include <fstream>
@@ -41,7 +40,7 @@ int Run::operator()() {
     if (progress_) progress_->finish();
     progress_.reset();
     const bool lost = dynamic_cast<const RankFailure*>(&e) != nullptr;  // perhaps this very rank, for which others go on elsewhere
-    settle();  // what is being written becomes whole
+    settle();                                                           // what is being written becomes whole
     // A shared optimizer's state cannot be put together any more.
     const bool kept = !lost && team_.leads() && !optimizer_->sharded() && state_.step > start.step && save_now("last");
     const std::string what = concat(e.what(), " (at ", place, kept ? "; the state before it is saved: continue with --resume)" : ")");
@@ -192,9 +191,9 @@ bool Run::end_epoch() {
   };
   const auto add_up = [this](std::vector<double>& values) { team_.add_up(values); };
   const Evaluations eval = evaluate_all(
-      model_, ema_.get(), eval_loader_, transform_, [] { return received_signal() != 0; }, look, add_up);
+      model_, ema_.get(), eval_loader_, transform_, [this] { return team_.heard_signal() != 0; }, look, add_up);
   if (!eval.complete()) {
-    signal_ = received_signal() != 0 ? received_signal() : SIGTERM;  // or another rank's
+    signal_ = team_.largest(team_.heard_signal());
     return false;
   }
   for (; reported_left_out_ < eval_loader_.skipped_samples().size(); ++reported_left_out_)
@@ -328,7 +327,7 @@ static void tell_failure(World& world, const std::string& output, const std::str
 int train(RunConfig config, const TrainOptions& options) {
   World world(config.train.rank_timeout);
   config.rank = world.me().rank, config.ranks = world.me().world;
-  if (!world.alone()) world.control()->hurry_if([] { return received_signal() != 0; });
+  if (!world.alone()) world.control()->hear_signals([] { return received_signal(); });
   const auto work = [&] {
     check_same(world, "version", version_text());
     check_same(world, "config", to_yaml(config));

@@ -122,8 +122,7 @@ bool Updater::agree(UpdateResult& result, const std::string& packed) {
   result.loss = sums[0] / sums[1];
   result.images = std::llround(sums[1]);
   result.bad_samples = std::llround(sums[4]);
-  if (sums[3] > 0)  // all stop: by the largest of the numbers that arrived
-    for (const double signal : team_.gather(received_signal())) result.signal = std::max<int64_t>(result.signal, std::llround(signal));
+  if (sums[3] > 0) result.signal = team_.largest(received_signal());  // all stop
   return sums[2] > 0;
 }
 

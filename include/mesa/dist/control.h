@@ -81,9 +81,12 @@ class Control {
   /// Tells all ranks that this one ends, and why. The first report counts.
   void report(const std::string& reason);
   bool failed();
-  /// From when `asked` (called from another thread) says that this process is to end, silent ranks are given up after a few seconds: a
-  /// launcher that lost a host ends its processes, and they have little time left to say why.
-  void hurry_if(std::function<bool()> asked);
+  /// `asked` (called from another thread) tells the number of the signal that asks this process to end, or 0. From then on silent ranks are
+  /// given up after a few seconds: a launcher that lost a host ends its processes, and they have little time left to say why.
+  void hear_signals(std::function<int64_t()> asked);
+  /// The signal that some rank has received, 0 if none is known of: the wire tells it to all within a moment, not to all at once. Where work
+  /// in common is divided unevenly, all can leave it soon, and agree on that afterwards.
+  int64_t signal();
   /// After a failure: whether this is the rank that tells the user. One message is enough, and one a host where rank 0 is lost.
   bool speaks();
   /// Throws RankFailure if the run has failed.
