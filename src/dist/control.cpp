@@ -110,14 +110,16 @@ class Control::Impl {
     change(place_);
     moved_ = Clock::now();
   }
-  void report(const std::string& reason) {
-    std::unique_lock lock(mutex_);
-    fail_run(concat(name(me_.rank), " ", reason), leads() ? kNobody : me_.rank);  // a leader that reports can still speak
+  RankFailure report(const std::string& reason) {
+    const std::lock_guard lock(mutex_);
+    fail_run(concat(name(me_.rank), " failed at step ", place_.step, ", collective ", place_.collective, ": ", reason),
+             culprit_for(me_.rank), false);
+    return failure();
   }
   /// The leader does, or where it is lost the first rank of each host: its side may be cut off from the others.
   bool speaks() const {
-    if (leads() || culprit_ != 0) return leads();
-    return me_.local_rank == 0 || (me_.local_rank == 1 && me_.host == others_[0].host);
+    if (culprit_ != 0) return leads();
+    return !leads() && (me_.local_rank == 0 || (me_.local_rank == 1 && me_.host == others_[0].host));
   }
   void hear_signals(std::function<int64_t()> asked) {
     const std::lock_guard lock(mutex_);
@@ -142,13 +144,16 @@ class Control::Impl {
 
  private:
   bool leads() const { return me_.rank == 0; }
+  /// Of what the leader finds: it is there to tell the fault, also its own.
+  int64_t culprit_for(int64_t rank) const { return rank == 0 && leads() ? kNobody : rank; }
   std::string name(int64_t rank) const {
     const std::string& host = rank == me_.rank ? me_.host : others_[static_cast<size_t>(rank)].host;
     return concat("rank ", rank, " (", host, ")");
   }
   std::string where(const Place& place) const { return concat(", last heard of at step ", place.step, ", collective ", place.collective); }
+  RankFailure failure() const { return RankFailure(failure_, lost_); }
   void throw_now() const {
-    if (!failure_.empty()) throw RankFailure(failure_);
+    if (!failure_.empty()) throw failure();
   }
   bool welcomed_by(Peer& peer, double seconds);
   void watch();
@@ -157,7 +162,7 @@ class Control::Impl {
   void look_for_silence();
   void look_for_stalls();
   void send_pulses();
-  void fail_run(const std::string& reason, int64_t culprit);
+  void fail_run(const std::string& reason, int64_t culprit, bool lost = true);
   void end_if_stuck();
 
   const RankInfo me_;
@@ -169,7 +174,8 @@ class Control::Impl {
   Clock::time_point moved_ = Clock::now();
   Clock::time_point busy_since_ = Clock::now(), last_busy_ = Clock::now();
   std::string failure_;
-  int64_t culprit_ = -1;
+  int64_t culprit_ = kNobody;
+  bool lost_ = true;  // or failed
   Clock::time_point failed_at_;
   std::function<int64_t()> asked_ = [] { return 0; };
   bool stop_ = false;
@@ -184,7 +190,10 @@ void Control::Impl::wait_for_all(const Listener& listener) {
       std::string list;
       for (int64_t r = 1; r < me_.world; ++r)
         if (!others_[static_cast<size_t>(r)].peer) list += concat(list.empty() ? "" : ", ", r);
-      fail("of ", me_.world, " ranks these did not come to rank 0 (", listener.address(), ") within ", timeout_, " seconds: ", list);
+      fail_run(
+          concat("of ", me_.world, " ranks these did not come to rank 0 (", listener.address(), ") within ", timeout_, " seconds: ", list),
+          kNobody);  // which those that came learn
+      throw_now();
     }
     send_pulses();  // those that are there already wait for the others as long as this rank does
     auto peer = net::accept_from(listener.fd(), 1);
@@ -269,9 +278,9 @@ std::vector<std::string> Control::Impl::exchange(const std::string& what, const 
     Other& leader = others_[0];
     leader.peer->send(Kind::text, what + "\n" + mine);
     if (!changed_.wait_for(lock, limit + limit, [&] { return !failure_.empty() || arrived(leader); }))
-      fail_run(concat(name(0), " does not come to the exchange of ", what), 0);
+      fail_run(concat(name(0), " does not come to the exchange of ", what, where(leader.place)), 0);
     throw_now();
-    if (leader.texts.empty()) fail_run(concat(name(0), " left before the exchange of ", what), 0), throw_now();
+    if (leader.texts.empty()) fail_run(concat(name(0), " left before the exchange of ", what, where(leader.place)), 0), throw_now();
     const std::string all = std::move(leader.texts.front());
     leader.texts.pop_front();
     return split(all);
@@ -280,11 +289,13 @@ std::vector<std::string> Control::Impl::exchange(const std::string& what, const 
   std::vector<std::string> all{mine};
   for (int64_t r = 1; r < me_.world; ++r) {
     auto& texts = others_[static_cast<size_t>(r)].texts;
-    if (texts.empty()) fail_run(concat(name(r), " does not come to the exchange of ", what), r);
+    const Place& place = others_[static_cast<size_t>(r)].place;
+    if (texts.empty()) fail_run(concat(name(r), " does not come to the exchange of ", what, where(place)), r);
     throw_now();
     const size_t line = texts.front().find('\n');
     if (texts.front().substr(0, line) != what)
-      fail_run(concat(name(r), " exchanges ", texts.front().substr(0, line), " while rank 0 exchanges ", what), r), throw_now();
+      fail_run(concat(name(r), " exchanges ", texts.front().substr(0, line), " while rank 0 exchanges ", what, where(place)), r, false);
+    throw_now();
     all.push_back(texts.front().substr(line + 1));
     texts.pop_front();
   }
@@ -345,8 +356,12 @@ void Control::Impl::handle(int64_t rank, const Message& message) {
     }
     case Kind::text: other.texts.push_back(message.body); break;
     case Kind::failure: {
-      const size_t space = message.body.find(' ');  // "<culprit> <reason>"
-      fail_run(message.body.substr(space + 1), std::atoll(message.body.c_str()));
+      int64_t culprit = kNobody;  // "<culprit> <lost> <reason>"
+      bool lost = true;
+      std::istringstream words(message.body);
+      words >> culprit >> lost;
+      words.get();
+      fail_run(std::string(std::istreambuf_iterator<char>(words), {}), culprit, lost);
       break;
     }
     case Kind::goodbye: other.left = true; break;
@@ -393,19 +408,19 @@ void Control::Impl::look_for_stalls() {
     if (place_of(r).collective < collective)
       return fail_run(concat(name(r), " has not come to collective ", collective, ", in which ", name(first), " has waited for ",
                              static_cast<int64_t>(age_of(first)), " seconds", where(place_of(r))),
-                      r);
+                      culprit_for(r));
   fail_run(concat("all ranks are in collective ", collective, " and it does not end: is there a way for MPI or NCCL between all hosts?"),
            kNobody);
 }
 
 /// The first reason counts, and everybody learns it.
-void Control::Impl::fail_run(const std::string& reason, int64_t culprit) {
+void Control::Impl::fail_run(const std::string& reason, int64_t culprit, bool lost) {
   if (!failure_.empty()) return;
-  failure_ = reason;
+  failure_ = reason, lost_ = lost;
   culprit_ = culprit;
   failed_at_ = Clock::now();
   for (Other& other : others_)
-    if (other.peer && !other.left) other.peer->send(Kind::failure, concat(culprit, " ", reason));
+    if (other.peer && !other.left) other.peer->send(Kind::failure, concat(culprit, " ", lost, " ", reason));
   changed_.notify_all();
 }
 
@@ -414,7 +429,7 @@ void Control::Impl::end_if_stuck() {
   const double grace = place_.busy > 0 ? timeout_ : kGrace;  // a checkpoint that is being written becomes whole
   if (failure_.empty() || seconds_since(failed_at_) < grace) return;
   if (speaks()) std::fprintf(stderr, "error: %s\n", failure_.c_str());
-  _exit(kExitRankFailed);
+  _exit(failure().exit_code());
 }
 
 Control::Control(const RankInfo& me, const Listener& listener, double timeout) : impl_(std::make_unique<Impl>(me, timeout)) {
@@ -444,7 +459,7 @@ Control::Busy::Busy(Control& control) : control_(control) {
 Control::Busy::~Busy() {
   control_.impl_->move([](Place& place) { --place.busy; });
 }
-void Control::report(const std::string& reason) { impl_->report(reason); }
+RankFailure Control::report(const std::string& reason) { return impl_->report(reason); }
 void Control::hear_signals(std::function<int64_t()> asked) { impl_->hear_signals(std::move(asked)); }
 int64_t Control::signal() { return impl_->signal(); }
 bool Control::failed() { return impl_->failed(); }

@@ -85,21 +85,20 @@ void check_same(World& world, const std::string& what, const std::string& text) 
   const std::vector<std::string> texts = world.control()->exchange(what, concerned ? text : "");
   const std::string reason =
       concat("ranks 0 and ", other, " differ in ", what, ": ", difference(texts.front(), texts[static_cast<size_t>(other)]));
-  if (world.leads()) throw Error(reason);
-  throw RankFailure(reason);  // told once is enough
+  throw RankFailure(reason, false);
 }
 
 int together(World& world, const std::function<int()>& work, const std::function<void(const std::string& why)>& tell) {
   try {
     return work();
   } catch (const RankFailure& e) {
-    if (!world.alone() && !world.control()->failed()) world.control()->report(e.what());
     tell(e.what());
-    return kExitRankFailed;
+    return e.exit_code();
   } catch (const std::exception& e) {
-    if (!world.alone()) world.control()->report(concat("failed: ", e.what()));
-    if (!world.leads()) return 1;  // the leader tells it, with this rank's name
-    throw;
+    if (world.alone()) throw;
+    const RankFailure end = world.control()->report(e.what());
+    tell(end.what());
+    return dynamic_cast<const UsageError*>(&e) != nullptr ? 2 : end.exit_code();
   }
 }
 

@@ -41,13 +41,13 @@ class Team {
   Communicator& communicator_;
 };
 
-/// Does this rank's work; what it throws becomes known to all. Returns its exit code, kExitRankFailed where another rank is lost, which
-/// `tell` is told; the leader throws on what is its own, and another rank's failure comes out of the leader with that rank's name.
+/// Does this rank's work; what it throws becomes known to all. Returns its exit code: 1 (or 2) where this or another rank failed,
+/// kExitRankLost where one is lost; `tell` is told why. One rank alone passes exceptions on.
 int together(World& world, const std::function<int()>& work, const std::function<void(const std::string& why)>& tell);
 /// `tell` for programs that write nothing: one rank says it on stderr.
 int together(World& world, const std::function<int()>& work);
 
-/// Throws if the ranks do not have the same text: Error with the first difference on rank 0, RankFailure on the others.
+/// Throws RankFailure on all ranks, with the first difference, if they do not have the same text.
 void check_same(World& world, const std::string& what, const std::string& text);
 /// Compute threads of this rank where nothing says how many: those of its host are shared by the ranks there that may use the same.
 /// Returns the number of those ranks.

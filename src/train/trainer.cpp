@@ -39,13 +39,12 @@ int Run::operator()() {
     if (folder_) folder_->warn(concat("error at ", place, ": ", e.what()));
     if (progress_) progress_->finish();
     progress_.reset();
-    const bool lost = dynamic_cast<const RankFailure*>(&e) != nullptr;  // perhaps this very rank, for which others go on elsewhere
-    settle();                                                           // what is being written becomes whole
+    settle();                                         // what is being written becomes whole
+    if (dynamic_cast<const RankFailure*>(&e)) throw;  // perhaps it is this very rank that is lost, and others go on elsewhere
     // A shared optimizer's state cannot be put together any more.
-    const bool kept = !lost && team_.leads() && !optimizer_->sharded() && state_.step > start.step && save_now("last");
+    const bool kept = team_.leads() && !optimizer_->sharded() && state_.step > start.step && save_now("last");
     const std::string what = concat(e.what(), " (at ", place, kept ? "; the state before it is saved: continue with --resume)" : ")");
     if (dynamic_cast<const OutOfMemory*>(&e)) throw OutOfMemory(what);
-    if (lost) throw RankFailure(what);
     throw Error(what);
   }
 }

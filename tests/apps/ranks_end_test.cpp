@@ -4,9 +4,12 @@
 #include <thread>
 
 #include "apps/rank_run.h"
+#include "mesa/data/dataset.h"
+#include "mesa/train/files.h"
 
 using namespace mesa::testing;
 using Catch::Matchers::Contains;
+namespace fs = std::filesystem;
 
 namespace {
 
@@ -26,6 +29,42 @@ bool reaches(const TinyRun& run, const std::string& output, int64_t step) {
   }
   return false;
 }
+
+int count(const std::string& text, const std::string& part) {
+  int found = 0;
+  for (size_t at = text.find(part); at != std::string::npos; at = text.find(part, at + 1)) ++found;
+  return found;
+}
+
+/// 30 pictures to train on, 15 a class, and 6 to test on.
+struct PictureRun : RankRun {
+  PictureRun() {
+    batch = 6;
+    for (int i = 0; i < 36; ++i) write(name(i), picture(i));
+  }
+  static std::string name(int64_t i) {
+    if (i >= 30) return mesa::concat("pictures/val/", i % 2 == 0 ? "a/" : "b/", i, ".png");
+    return mesa::concat("pictures/train/", i < 15 ? "a/" : "b/", 10 + i, ".png");
+  }
+  static std::string picture(int64_t i) {
+    const Bytes bytes = encode_png(test_image(16 + static_cast<int>(i), 16, 3));
+    return {bytes.begin(), bytes.end()};
+  }
+  void write(const std::string& file, const std::string& text) const {
+    fs::create_directories(fs::path(path(file)).parent_path());
+    TinyRun::write(file, text);
+  }
+};
+
+const Args kPictures{"data.kind=image_folder",
+                     "data.path=pictures",
+                     "data.train_size=0",
+                     "data.test_size=0",
+                     "data.on_bad_sample=error",
+                     "storage=exact",
+                     "seed=3",
+                     "train.epochs=2",
+                     "train.checkpoint_interval=2"};
 
 }  // namespace
 
@@ -48,4 +87,35 @@ TEST_CASE("ranks: a signal to one during an evaluation stops all soon, with a ch
   INFO(resumed.err);
   CHECK(resumed.code == 0);
   CHECK(run.curve("run-in-evaluation").size() == 3);  // the evaluation was made again
+}
+
+TEST_CASE("ranks: an error of one in mid-run ends all as an error, and the run goes on once it is mended", "[ranks]") {
+  if (!has_mpirun()) return;
+  const PictureRun run;
+  REQUIRE(run.train_on(3, kPictures, "straight").code == 0);
+  const std::vector<int64_t> order = mesa::permutation(30, 3, "data.order", 0);
+  for (const int victim : {1, 0}) {
+    CAPTURE(victim);
+    const int64_t damaged = order[static_cast<size_t>(4 * 6 + victim * 2)];  // of the fifth and last batch
+    const std::string file = PictureRun::name(damaged), output = mesa::concat("broken", victim);
+    run.write(file, run.picture(damaged).substr(0, 40));
+    std::string command = "$BIN/mesa-train";
+    for (const std::string& arg : run.train_args(with(kPictures, {run.batch_of(3)}), output)) command += " '" + arg + "'";
+    command += "; code=$?; echo $code > code.$OMPI_COMM_WORLD_RANK; exit $code";
+    const ProcessResult result = run.start_shells(3, "trap '' TERM; " + command, {"--mca", "odls_base_sigkill_timeout", "10"})->finish();
+    INFO(result.err);
+    CHECK(result.code == 1);
+    for (const int rank : {0, 1, 2}) CHECK(read_text(run.path(mesa::concat("code.", rank))) == "1\n");
+    const std::string who = mesa::concat("rank ", victim, " (");
+    CHECK_THAT(result.err, Contains(who) && Contains(") failed at step 4, collective ") && Contains(file));
+    CHECK(count(result.err, ") failed at step 4") == 1);
+    CHECK_NOTHROW(mesa::verify_folder(run.path(output + "/checkpoints/last")));
+    CHECK(run.json(output + "/checkpoints/last/state.json")["step"] == 4);
+    run.write(file, run.picture(damaged));
+    const ProcessResult resumed = run.train_on(3, kPictures, output, {"--resume"});
+    INFO(resumed.err);
+    CHECK(resumed.code == 0);
+    CHECK(run.metrics(output) == run.metrics("straight"));
+    CHECK(run.weights(output) == run.weights("straight"));
+  }
 }
