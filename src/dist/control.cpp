@@ -46,6 +46,7 @@ constexpr auto kPulse = std::chrono::seconds(1);
 constexpr auto kMove = std::chrono::milliseconds(100);  // a rank that moves tells so, no more often: rank 0 hears and tells all
 constexpr double kGrace = 5;                            // seconds for the main thread to leave by itself
 constexpr double kPatience = 10;  // timeouts that a rank may be busy, or late for an exchange while others set themselves up
+constexpr double kNotice = 1.5;   // seconds until rank 0 hears that another waits, and looks
 constexpr int64_t kNobody = -1;
 constexpr double kHurried = 5;  // seconds of silence that a process waits which is to end anyway
 
@@ -162,6 +163,8 @@ class Control::Impl {
   void look_for_silence();
   void look_for_stalls();
   void send_pulses();
+  /// How long a rank waits in a collective, so that all are gone within the timeout; a short one is too little for that.
+  double stall_limit() const { return std::max(timeout_ - kNotice - kGrace, 0.75 * timeout_); }
   void fail_run(const std::string& reason, int64_t culprit, bool lost = true);
   void end_if_stuck();
 
@@ -400,7 +403,8 @@ void Control::Impl::look_for_stalls() {
   };
   int64_t first = -1;
   for (int64_t r = 0; r < me_.world; ++r) {
-    if (place_of(r).waiting > 0 && age_of(r) > timeout_ && (first < 0 || place_of(r).collective > place_of(first).collective)) first = r;
+    if (place_of(r).waiting > 0 && age_of(r) > stall_limit() && (first < 0 || place_of(r).collective > place_of(first).collective))
+      first = r;
   }
   if (first < 0) return;
   const int64_t collective = place_of(first).collective;

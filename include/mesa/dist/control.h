@@ -55,7 +55,7 @@ class Listener {
 /// A star of TCP connections around rank 0. A thread of its own sends where this rank stands each second and watches the others, so that
 /// a rank that dies (its connection ends) or hangs (it stays silent, or does not come to a collective that others wait in) is noticed
 /// within `timeout` seconds. All ranks then learn which it was: waiting code sees it through throw_if_failed(), and a process whose main
-/// thread does not leave by itself within a few seconds is ended.
+/// thread does not leave by itself within 5 seconds is ended, which is within `timeout`, too, from 26 seconds on.
 class Control {
  public:
   /// Waits for all ranks. Rank 0 passes its listener, the others the address of it ("HOST[,HOST..]:PORT[/KEY]"). Throws RankFailure that
