@@ -12,6 +12,7 @@
 #include "mesa/base/random.h"
 #include "mesa/kernels/elementwise.h"
 #include "mesa/train/signals.h"
+#include "mesa/train/version.h"
 
 namespace mesa {
 
@@ -86,6 +87,14 @@ void check_same(World& world, const std::string& what, const std::string& text) 
   const std::string reason =
       concat("ranks 0 and ", other, " differ in ", what, ": ", difference(texts.front(), texts[static_cast<size_t>(other)]));
   throw RankFailure(reason, false);
+}
+
+Device check_same_run(World& world, const RunConfig& config) {
+  check_same(world, "version", version_text());
+  check_same(world, "config", to_yaml(config));
+  const Device device = choose_device(config.device);
+  check_same(world, "device", to_string(device.kind));
+  return device;
 }
 
 int together(World& world, const std::function<int()>& work, const std::function<void(const std::string& why)>& tell) {

@@ -49,6 +49,8 @@ int together(World& world, const std::function<int()>& work);
 
 /// Throws RankFailure on all ranks, with the first difference, if they do not have the same text.
 void check_same(World& world, const std::string& what, const std::string& text);
+/// Throws so where ranks have another version, config or kind of device. Returns the device. Needs no collective.
+Device check_same_run(World& world, const RunConfig& config);
 /// Compute threads of this rank where nothing says how many: those of its host are shared by the ranks there that may use the same.
 /// Returns the number of those ranks.
 int64_t share_threads(const RunConfig& config, World& world);

@@ -10,7 +10,6 @@
 #include <fstream>
 
 #include "mesa/train/signals.h"
-#include "mesa/train/version.h"
 #include "run.h"
 
 namespace mesa {
@@ -328,10 +327,7 @@ int train(RunConfig config, const TrainOptions& options) {
   config.rank = world.me().rank, config.ranks = world.me().world;
   if (!world.alone()) world.control()->hear_signals([] { return received_signal(); });
   const auto work = [&] {
-    check_same(world, "version", version_text());
-    check_same(world, "config", to_yaml(config));
-    const Device device = choose_device(config.device);
-    check_same(world, "device", to_string(device.kind));
+    check_same_run(world, config);
     use_threads(config);
     const int64_t sharing = share_threads(config, world);
     if (config.data.workers == 0 && sharing > 1)  // what the loader would take for itself, shared

@@ -356,7 +356,7 @@ TEST_CASE("ranks: --check-comm tells who is there and how fast they add up", "[r
   INFO(result.err << result.out);
   CHECK(result.code == 0);
   for (const char* text :
-       {"rank 0: host ", "rank 1: host ", "local rank 1", "config ", "sum of 64 MB over 2 ranks: ", "GB/s", "all 2 ranks are there"})
+       {"rank 0: host ", "rank 1: host ", "local rank 1", " threads, mesa ", " (commit ", "), config ", "sum of 64 MB over 2 ranks: ", "GB/s", "all 2 ranks are there"})
     CHECK_THAT(result.out, Contains(text));
   CHECK(run.call("mesa-train", {"--config", "tiny.yaml", "--check-comm"}).code == 0);  // one alone
 }
