@@ -5,6 +5,7 @@
 
 #include "apps/rank_run.h"
 #include "mesa/data/dataset.h"
+#include "mesa/dist/control.h"
 #include "mesa/train/files.h"
 
 using namespace mesa::testing;
@@ -66,6 +67,23 @@ const Args kPictures{"data.kind=image_folder",
                      "train.epochs=2",
                      "train.checkpoint_interval=2"};
 
+/// Two processes that know each other by plain variables; each has `sets` of its own.
+std::vector<ProcessResult> check_comm_plainly(const TinyRun& run, const std::vector<std::string>& sets) {
+  const int port = mesa::Listener().port();
+  std::vector<std::unique_ptr<Process>> ranks;
+  for (size_t r = 0; r < sets.size(); ++r) {
+    const Environment env{{"RANK", std::to_string(r)},
+                          {"WORLD_SIZE", std::to_string(sets.size())},
+                          {"MASTER_ADDR", "127.0.0.1"},
+                          {"MASTER_PORT", std::to_string(port)}};
+    const Args args{"--config", "tiny.yaml", "--check-comm", "--set", sets[r]};
+    ranks.push_back(std::make_unique<Process>("mesa-train", args, env, run.path(".")));
+  }
+  std::vector<ProcessResult> results;
+  for (const auto& rank : ranks) results.push_back(rank->finish(std::chrono::seconds(60)));
+  return results;
+}
+
 }  // namespace
 
 TEST_CASE("ranks: a signal to one during an evaluation stops all soon, with a checkpoint", "[ranks]") {
@@ -118,4 +136,55 @@ TEST_CASE("ranks: an error of one in mid-run ends all as an error, and the run g
     CHECK(run.metrics(output) == run.metrics("straight"));
     CHECK(run.weights(output) == run.weights("straight"));
   }
+}
+
+TEST_CASE("ranks: --check-comm refuses ranks that differ before any collective, and says who they are", "[ranks]") {
+  const TinyRun run;
+  const auto results = check_comm_plainly(run, {"seed=0", "seed=1"});
+  INFO(results[0].out << results[0].err << results[1].err);
+  for (const ProcessResult& result : results) CHECK(result.code == 1);
+  CHECK_THAT(results[0].out, Contains("rank 0: host ") && Contains("rank 1: host ") && Contains("local rank 1"));
+  CHECK_THAT(results[0].err, Contains("ranks 0 and 1 differ in config: 'seed: 0' and 'seed: 1'"));
+  CHECK(results[1].err.empty());
+}
+
+TEST_CASE("ranks: what ranks cannot do without MPI is said, and so is what srun has not done", "[ranks]") {
+  const TinyRun run;
+  const auto results = check_comm_plainly(run, {"seed=0", "seed=0"});
+  INFO(results[0].out << results[0].err << results[1].err);
+  for (const ProcessResult& result : results) CHECK(result.code == 1);
+  CHECK_THAT(results[0].err, Contains("the CPU engine's ranks talk through MPI: start them with mpirun"));
+  CHECK(results[1].err.empty());
+
+  const auto in = [&](const Environment& env) {
+    return mesa::testing::run("mesa-train", {"--config", "tiny.yaml", "--output", "out"}, env, run.path("."));
+  };
+  const Environment tasks{{"SLURM_STEP_NUM_TASKS", "4"}, {"SLURM_PROCID", "2"}};
+  const ProcessResult apart = in(tasks);
+  CHECK(apart.code == 1);
+  CHECK_THAT(apart.err, Contains("srun started 4 tasks that do not know of each other") && Contains("--mpi=pmix"));
+  CHECK_FALSE(run.exists("out"));
+  Environment alone = tasks;
+  alone.insert({{"RANK", "0"}, {"WORLD_SIZE", "1"}});
+  CHECK(in(alone).code == 0);
+
+  fs::create_directory(run.path("lib"));  // the library without its plugins
+  for (const auto& file : fs::directory_iterator(fs::path(MESA_BIN_DIR).parent_path()))
+    if (file.path().filename().string().starts_with("libmesa.so"))
+      fs::create_symlink(fs::canonical(file.path()), run.path("lib/" + file.path().filename().string()));
+  const ProcessResult bare = in({{"OMPI_COMM_WORLD_SIZE", "2"}, {"LD_LIBRARY_PATH", run.path("lib")}});
+  CHECK(bare.code == 1);
+  CHECK_THAT(bare.err, Contains("was started by MPI's launcher and needs MPI") && Contains("which this build of Mesa has not"));
+}
+
+TEST_CASE("ranks: where MPI waits for one that does not come, all others say who they are", "[ranks]") {
+  if (!has_mpirun()) return;
+  const RankRun run;
+  const ProcessResult result =
+      run.start_shells(3, "[[ $OMPI_COMM_WORLD_RANK != 1 ]] || exec sleep 30; exec $BIN/mesa-train --config tiny.yaml --check-comm")
+          ->finish(std::chrono::seconds(25));
+  INFO(result.err);
+  CHECK(result.code == 69);
+  CHECK_THAT(result.err, Contains("error: rank 0 (") && Contains("error: rank 2 (") && Contains("MPI has not answered for 8 seconds"));
+  CHECK_THAT(result.err, !Contains("error: rank 1 ("));
 }
