@@ -179,6 +179,7 @@ void Run::tell_of_ranks(IntervalRow& row) {
   last_sync_wait_ += waited;
   row.sync_wait = state_.interval_seconds > 0 ? std::min(1.0, waited / state_.interval_seconds) : 0;
   row.rank_seconds = team_.gather((state_.interval_seconds - waited) / static_cast<double>(config_.train.log_interval));
+  row.slowest = slowest_of(row.rank_seconds);
 }
 
 /// Evaluates, logs and saves. False if a signal interrupts the evaluation, which is then done again after the resume.

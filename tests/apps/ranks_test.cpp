@@ -16,9 +16,10 @@ namespace fs = std::filesystem;
 namespace {
 
 /// Everything that draws random numbers for a sample or an element is on.
-const Args kRandom{"model.drop_path=0.2", "model.drop_rate=0.1", "data.mixup=0.8", "data.cutmix=1",
-                   "data.mix_mode=elem",  "data.flip=0.5",       "data.repeats=2", "storage=exact",
-                   "train.ema_decay=0.9", "train.clip_norm=1",   "train.epochs=9", "schedule.warmup_epochs=1"};
+const Args kRandom{"model.drop_path=0.2",       "model.drop_rate=0.1", "data.mixup=0.8", "data.cutmix=1",
+                   "data.mix_mode=elem",        "data.flip=0.5",       "data.repeats=2", "storage=exact",
+                   "train.ema_decay=0.9",       "train.clip_norm=1",   "train.epochs=9", "schedule.warmup_epochs=1",
+                   "optimizer.lr_base_batch=16"};  // of the global batch, whoever has which part of it
 
 }  // namespace
 
@@ -38,6 +39,9 @@ TEST_CASE("ranks: the same curve on 1, 2 and 4, and bit for bit on as many", "[r
     const Json first = Json::parse(line.substr(0, line.find('\n')));
     CHECK(first["rank_seconds"].size() == static_cast<size_t>(n));
     CHECK(first["sync_wait"] >= 0);
+    const size_t slowest = first["slowest_rank"];
+    for (const Json& seconds : first["rank_seconds"]) CHECK(seconds <= first["rank_seconds"].at(slowest));
+    CHECK(first["slowest_ratio"] >= 1);
     const auto a = run.curve("one"), b = run.curve(mesa::concat("run", n));
     REQUIRE(a.size() == b.size());
     for (size_t i = 1; i < a.size(); ++i) CHECK(std::stod(a[i][2]) == Approx(std::stod(b[i][2])).epsilon(1e-4));  // the evaluation's loss
@@ -355,8 +359,8 @@ TEST_CASE("ranks: --check-comm tells who is there and how fast they add up", "[r
   const ProcessResult result = mpirun(2, "mesa-train", {"--config", "tiny.yaml", "--check-comm"}, {}, run.path("."));
   INFO(result.err << result.out);
   CHECK(result.code == 0);
-  for (const char* text :
-       {"rank 0: host ", "rank 1: host ", "local rank 1", " threads, mesa ", " (commit ", "), config ", "sum of 64 MB over 2 ranks: ", "GB/s", "all 2 ranks are there"})
+  for (const char* text : {"rank 0: host ", "rank 1: host ", "local rank 1", " threads, mesa ", " (commit ", "), config ",
+                           "sum of 64 MB over 2 ranks: ", "GB/s", "all 2 ranks are there"})
     CHECK_THAT(result.out, Contains(text));
   CHECK(run.call("mesa-train", {"--config", "tiny.yaml", "--check-comm"}).code == 0);  // one alone
 }
