@@ -20,8 +20,8 @@ struct RankInfo {
 /// Exit code of a rank that ends because another one is lost (EX_UNAVAILABLE).
 inline constexpr int kExitRankLost = 69;
 
-/// A rank ended the run for all; the text names it. It is lost (died, stopped answering, did not come), and may be there the next time; or it
-/// failed, and will again until the cause is mended. Whoever catches this has nothing to save.
+/// A rank ended the run for all; the text names it. It is lost (died, stopped answering, did not come), and may be there the next time; or
+/// it failed, and will again until the cause is mended. Whoever catches this has nothing to save.
 class RankFailure : public Error {
  public:
   explicit RankFailure(const std::string& text, bool lost = true) : Error(text), lost_(lost) {}
@@ -89,8 +89,8 @@ class Control {
   /// `asked` (called from another thread) tells the number of the signal that asks this process to end, or 0. From then on silent ranks are
   /// given up after a few seconds: a launcher that lost a host ends its processes, and they have little time left to say why.
   void hear_signals(std::function<int64_t()> asked);
-  /// The signal that some rank has received, 0 if none is known of: the wire tells it to all within a moment, not to all at once. Where work
-  /// in common is divided unevenly, all can leave it soon, and agree on that afterwards.
+  /// The signal that some rank has received, 0 if none is known of: the wire tells it to all within a moment, not to all at once. Where
+  /// work in common is divided unevenly, all can leave it soon, and agree on that afterwards.
   int64_t signal();
   /// After a failure: whether this is the rank that tells the user. One message is enough, and one a host where rank 0 is lost.
   bool speaks();
