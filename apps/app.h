@@ -10,6 +10,7 @@
 
 #include "describe.h"
 #include "mesa/base/error.h"
+#include "mesa/dist/control.h"
 #include "mesa/train/version.h"
 
 namespace mesa {
@@ -20,7 +21,7 @@ inline void open_standard_streams() {
     if (::fcntl(fd, F_GETFD) < 0 && ::open("/dev/null", O_RDWR) < 0) std::_Exit(1);
 }
 
-/// Parses the command line and runs `body`. Exit codes: body's own; 1 failed; 2 wrong usage or config.
+/// Parses the command line and runs `body`. Exit codes: body's own; 1 failed; 2 wrong usage or config; 69 a rank did not come.
 inline int run_app(CLI::App& app, int argc, char** argv, const std::function<int()>& body) {
   open_standard_streams();
   app.set_version_flag("--version", version_text());
@@ -37,6 +38,9 @@ inline int run_app(CLI::App& app, int argc, char** argv, const std::function<int
   } catch (const UsageError& e) {
     std::fprintf(stderr, "%s: %s\n", app.get_name().c_str(), e.what());
     return 2;
+  } catch (const RankFailure& e) {
+    std::fprintf(stderr, "%s: %s\n", app.get_name().c_str(), e.what());
+    return e.exit_code();
   } catch (const std::exception& e) {
     std::fprintf(stderr, "%s: %s\n", app.get_name().c_str(), e.what());
     return 1;

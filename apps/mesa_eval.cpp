@@ -259,7 +259,7 @@ int main(int argc, char** argv) {
           ->type_name("FILE");
   for (const char* other : {"--config", "--data", "--set", "--json", "--flip", "--real", "--per-class", "--confusion", "--batch-size"})
     merge_option->excludes(other);
-  app.footer("Exit codes: 0 done; 1 failed; 2 wrong usage or config; 69 another rank failed.");
+  app.footer("Exit codes: 0 done; 1 failed; 2 wrong usage or config; 69 another rank was lost.");
   return mesa::run_app(app, argc, argv, [&] {
     if (merge_option->count() > 0) {
       std::printf("%s\n", mesa::write_merged(args.checkpoint, kind_of(args.weights), merge).c_str());

@@ -110,7 +110,7 @@ int main(int argc, char** argv) {
       "  mesa-train --resume --output runs/first\n"
       "  mpirun -n 2 mesa-train --config deit_s.yaml --set data.path=/imagenet --output runs/ranks\n"
       "\n"
-      "Exit codes: 0 done; 1 failed; 2 wrong usage or config; 69 another rank failed; 75 stopped by a signal and resumable.");
+      "Exit codes: 0 done; 1 failed; 2 wrong usage or config; 69 another rank was lost; 75 stopped by a signal and resumable.");
   return mesa::run_app(app, argc, argv, [&] {
     if (resume_option->count() > 0) args.options.resume = resume.empty() ? "auto" : resume;
     return run(args);

@@ -46,6 +46,7 @@ constexpr auto kPulse = std::chrono::seconds(1);
 constexpr auto kMove = std::chrono::milliseconds(100);  // a rank that moves tells so, no more often: rank 0 hears and tells all
 constexpr double kGrace = 5;                            // seconds for the main thread to leave by itself
 constexpr double kPatience = 10;  // timeouts that a rank may be busy, or late for an exchange while others set themselves up
+constexpr double kNotice = 1.5;   // seconds until rank 0 hears that another waits, and looks
 constexpr int64_t kNobody = -1;
 constexpr double kHurried = 5;  // seconds of silence that a process waits which is to end anyway
 
@@ -55,12 +56,13 @@ double seconds_since(Clock::time_point then) { return std::chrono::duration<doub
 struct Place {
   int64_t step = 0, collective = 0;
   int waiting = 0, busy = 0;
+  int64_t signal = 0;  // that it knows of, its own or another rank's
   bool operator==(const Place&) const = default;
 
-  std::string text() const { return concat(step, " ", collective, " ", waiting, " ", busy); }
+  std::string text() const { return concat(step, " ", collective, " ", waiting, " ", busy, " ", signal); }
   static Place parse(const std::string& text) {
     Place place;
-    std::istringstream(text) >> place.step >> place.collective >> place.waiting >> place.busy;
+    std::istringstream(text) >> place.step >> place.collective >> place.waiting >> place.busy >> place.signal;
     return place;
   }
 };
@@ -109,18 +111,24 @@ class Control::Impl {
     change(place_);
     moved_ = Clock::now();
   }
-  void report(const std::string& reason) {
-    std::unique_lock lock(mutex_);
-    fail_run(concat(name(me_.rank), " ", reason), leads() ? kNobody : me_.rank);  // a leader that reports can still speak
+  RankFailure report(const std::string& reason) {
+    const std::lock_guard lock(mutex_);
+    fail_run(concat(name(me_.rank), " failed at step ", place_.step, ", collective ", place_.collective, ": ", reason),
+             culprit_for(me_.rank), false);
+    return failure();
   }
   /// The leader does, or where it is lost the first rank of each host: its side may be cut off from the others.
   bool speaks() const {
-    if (leads() || culprit_ != 0) return leads();
-    return me_.local_rank == 0 || (me_.local_rank == 1 && me_.host == others_[0].host);
+    if (culprit_ != 0) return leads();
+    return !leads() && (me_.local_rank == 0 || (me_.local_rank == 1 && me_.host == others_[0].host));
   }
-  void hurry_if(std::function<bool()> asked) {
+  void hear_signals(std::function<int64_t()> asked) {
     const std::lock_guard lock(mutex_);
-    hurried_ = std::move(asked);
+    asked_ = std::move(asked);
+  }
+  int64_t signal() {
+    const std::lock_guard lock(mutex_);
+    return place_.signal;
   }
   bool failed() {
     const std::lock_guard lock(mutex_);
@@ -137,13 +145,16 @@ class Control::Impl {
 
  private:
   bool leads() const { return me_.rank == 0; }
+  /// Of what the leader finds: it is there to tell the fault, also its own.
+  int64_t culprit_for(int64_t rank) const { return rank == 0 && leads() ? kNobody : rank; }
   std::string name(int64_t rank) const {
     const std::string& host = rank == me_.rank ? me_.host : others_[static_cast<size_t>(rank)].host;
     return concat("rank ", rank, " (", host, ")");
   }
   std::string where(const Place& place) const { return concat(", last heard of at step ", place.step, ", collective ", place.collective); }
+  RankFailure failure() const { return RankFailure(failure_, lost_); }
   void throw_now() const {
-    if (!failure_.empty()) throw RankFailure(failure_);
+    if (!failure_.empty()) throw failure();
   }
   bool welcomed_by(Peer& peer, double seconds);
   void watch();
@@ -152,7 +163,9 @@ class Control::Impl {
   void look_for_silence();
   void look_for_stalls();
   void send_pulses();
-  void fail_run(const std::string& reason, int64_t culprit);
+  /// How long a rank waits in a collective, so that all are gone within the timeout; a short one is too little for that.
+  double stall_limit() const { return std::max(timeout_ - kNotice - kGrace, 0.75 * timeout_); }
+  void fail_run(const std::string& reason, int64_t culprit, bool lost = true);
   void end_if_stuck();
 
   const RankInfo me_;
@@ -164,9 +177,10 @@ class Control::Impl {
   Clock::time_point moved_ = Clock::now();
   Clock::time_point busy_since_ = Clock::now(), last_busy_ = Clock::now();
   std::string failure_;
-  int64_t culprit_ = -1;
+  int64_t culprit_ = kNobody;
+  bool lost_ = true;  // or failed
   Clock::time_point failed_at_;
-  std::function<bool()> hurried_;
+  std::function<int64_t()> asked_ = [] { return 0; };
   bool stop_ = false;
   std::thread thread_;
 };
@@ -179,7 +193,10 @@ void Control::Impl::wait_for_all(const Listener& listener) {
       std::string list;
       for (int64_t r = 1; r < me_.world; ++r)
         if (!others_[static_cast<size_t>(r)].peer) list += concat(list.empty() ? "" : ", ", r);
-      fail("of ", me_.world, " ranks these did not come to rank 0 (", listener.address(), ") within ", timeout_, " seconds: ", list);
+      fail_run(
+          concat("of ", me_.world, " ranks these did not come to rank 0 (", listener.address(), ") within ", timeout_, " seconds: ", list),
+          kNobody);  // which those that came learn
+      throw_now();
     }
     send_pulses();  // those that are there already wait for the others as long as this rank does
     auto peer = net::accept_from(listener.fd(), 1);
@@ -264,9 +281,9 @@ std::vector<std::string> Control::Impl::exchange(const std::string& what, const 
     Other& leader = others_[0];
     leader.peer->send(Kind::text, what + "\n" + mine);
     if (!changed_.wait_for(lock, limit + limit, [&] { return !failure_.empty() || arrived(leader); }))
-      fail_run(concat(name(0), " does not come to the exchange of ", what), 0);
+      fail_run(concat(name(0), " does not come to the exchange of ", what, where(leader.place)), 0);
     throw_now();
-    if (leader.texts.empty()) fail_run(concat(name(0), " left before the exchange of ", what), 0), throw_now();
+    if (leader.texts.empty()) fail_run(concat(name(0), " left before the exchange of ", what, where(leader.place)), 0), throw_now();
     const std::string all = std::move(leader.texts.front());
     leader.texts.pop_front();
     return split(all);
@@ -275,11 +292,13 @@ std::vector<std::string> Control::Impl::exchange(const std::string& what, const 
   std::vector<std::string> all{mine};
   for (int64_t r = 1; r < me_.world; ++r) {
     auto& texts = others_[static_cast<size_t>(r)].texts;
-    if (texts.empty()) fail_run(concat(name(r), " does not come to the exchange of ", what), r);
+    const Place& place = others_[static_cast<size_t>(r)].place;
+    if (texts.empty()) fail_run(concat(name(r), " does not come to the exchange of ", what, where(place)), r);
     throw_now();
     const size_t line = texts.front().find('\n');
     if (texts.front().substr(0, line) != what)
-      fail_run(concat(name(r), " exchanges ", texts.front().substr(0, line), " while rank 0 exchanges ", what), r), throw_now();
+      fail_run(concat(name(r), " exchanges ", texts.front().substr(0, line), " while rank 0 exchanges ", what, where(place)), r, false);
+    throw_now();
     all.push_back(texts.front().substr(line + 1));
     texts.pop_front();
   }
@@ -305,6 +324,7 @@ void Control::Impl::watch() {
     ::poll(fds.data(), fds.size(), 100);
     const std::lock_guard lock(mutex_);
     for (size_t i = 0; i < fds.size(); ++i) take_in(ranks[i], fds[i].revents != 0);
+    place_.signal = std::max(place_.signal, asked_());
     const auto since = Clock::now() - pulsed;
     if (since >= kPulse || (since >= kMove && !(told_ == place_))) {
       pulsed = Clock::now(), told_ = place_;
@@ -334,12 +354,17 @@ void Control::Impl::handle(int64_t rank, const Message& message) {
       const Place place = Place::parse(message.body);
       if (!(place == other.place)) other.moved = Clock::now();
       other.place = place;
+      place_.signal = std::max(place_.signal, place.signal);
       break;
     }
     case Kind::text: other.texts.push_back(message.body); break;
     case Kind::failure: {
-      const size_t space = message.body.find(' ');  // "<culprit> <reason>"
-      fail_run(message.body.substr(space + 1), std::atoll(message.body.c_str()));
+      int64_t culprit = kNobody;  // "<culprit> <lost> <reason>"
+      bool lost = true;
+      std::istringstream words(message.body);
+      words >> culprit >> lost;
+      words.get();
+      fail_run(std::string(std::istreambuf_iterator<char>(words), {}), culprit, lost);
       break;
     }
     case Kind::goodbye: other.left = true; break;
@@ -354,7 +379,7 @@ void Control::Impl::send_pulses() {
 }
 
 void Control::Impl::look_for_silence() {
-  const double patience = hurried_ && hurried_() ? std::min(kHurried, timeout_ / 2) : timeout_ / 2;
+  const double patience = asked_() != 0 ? std::min(kHurried, timeout_ / 2) : timeout_ / 2;
   for (int64_t r = 0; r < me_.world; ++r) {
     const Other& other = others_[static_cast<size_t>(r)];
     if (!other.peer || other.left || seconds_since(other.heard) <= patience) continue;
@@ -378,7 +403,8 @@ void Control::Impl::look_for_stalls() {
   };
   int64_t first = -1;
   for (int64_t r = 0; r < me_.world; ++r) {
-    if (place_of(r).waiting > 0 && age_of(r) > timeout_ && (first < 0 || place_of(r).collective > place_of(first).collective)) first = r;
+    if (place_of(r).waiting > 0 && age_of(r) > stall_limit() && (first < 0 || place_of(r).collective > place_of(first).collective))
+      first = r;
   }
   if (first < 0) return;
   const int64_t collective = place_of(first).collective;
@@ -386,19 +412,19 @@ void Control::Impl::look_for_stalls() {
     if (place_of(r).collective < collective)
       return fail_run(concat(name(r), " has not come to collective ", collective, ", in which ", name(first), " has waited for ",
                              static_cast<int64_t>(age_of(first)), " seconds", where(place_of(r))),
-                      r);
+                      culprit_for(r));
   fail_run(concat("all ranks are in collective ", collective, " and it does not end: is there a way for MPI or NCCL between all hosts?"),
            kNobody);
 }
 
 /// The first reason counts, and everybody learns it.
-void Control::Impl::fail_run(const std::string& reason, int64_t culprit) {
+void Control::Impl::fail_run(const std::string& reason, int64_t culprit, bool lost) {
   if (!failure_.empty()) return;
-  failure_ = reason;
+  failure_ = reason, lost_ = lost;
   culprit_ = culprit;
   failed_at_ = Clock::now();
   for (Other& other : others_)
-    if (other.peer && !other.left) other.peer->send(Kind::failure, concat(culprit, " ", reason));
+    if (other.peer && !other.left) other.peer->send(Kind::failure, concat(culprit, " ", lost, " ", reason));
   changed_.notify_all();
 }
 
@@ -407,7 +433,7 @@ void Control::Impl::end_if_stuck() {
   const double grace = place_.busy > 0 ? timeout_ : kGrace;  // a checkpoint that is being written becomes whole
   if (failure_.empty() || seconds_since(failed_at_) < grace) return;
   if (speaks()) std::fprintf(stderr, "error: %s\n", failure_.c_str());
-  _exit(kExitRankFailed);
+  _exit(failure().exit_code());
 }
 
 Control::Control(const RankInfo& me, const Listener& listener, double timeout) : impl_(std::make_unique<Impl>(me, timeout)) {
@@ -437,8 +463,9 @@ Control::Busy::Busy(Control& control) : control_(control) {
 Control::Busy::~Busy() {
   control_.impl_->move([](Place& place) { --place.busy; });
 }
-void Control::report(const std::string& reason) { impl_->report(reason); }
-void Control::hurry_if(std::function<bool()> asked) { impl_->hurry_if(std::move(asked)); }
+RankFailure Control::report(const std::string& reason) { return impl_->report(reason); }
+void Control::hear_signals(std::function<int64_t()> asked) { impl_->hear_signals(std::move(asked)); }
+int64_t Control::signal() { return impl_->signal(); }
 bool Control::failed() { return impl_->failed(); }
 bool Control::speaks() { return impl_->speaks_now(); }
 void Control::throw_if_failed() { impl_->throw_if_failed(); }

@@ -41,14 +41,25 @@ bool started_by_mpi() {
   return !variable("PMIX_RANK").empty() && !variable("SLURM_PROCID").empty();
 }
 
+std::string host_name() {
+  char name[256] = "?";
+  gethostname(name, sizeof name - 1);
+  return name;
+}
+
+/// What its launcher calls this process, for as long as MPI cannot tell.
+std::string own_name() {
+  for (const char* rank : {"OMPI_COMM_WORLD_RANK", "PMIX_RANK", "PMI_RANK"})
+    if (!variable(rank).empty()) return concat("rank ", variable(rank), " (", host_name(), ")");
+  return host_name();
+}
+
 RankInfo from_environment() {
   RankInfo me;
   me.rank = number("RANK"), me.world = number("WORLD_SIZE");
   me.local_rank = variable("LOCAL_RANK").empty() ? me.rank : number("LOCAL_RANK");
   check(me.world > 0 && me.rank < me.world, "RANK is ", me.rank, " and WORLD_SIZE ", me.world, "; ranks count from 0");
-  char name[256] = "?";
-  gethostname(name, sizeof name - 1);
-  me.host = name;
+  me.host = host_name();
   return me;
 }
 
@@ -58,7 +69,8 @@ Function* from_plugin(const char* plugin, const char* name, const std::string& n
   Dl_info self;
   check(dladdr(reinterpret_cast<const void*>(&single_communicator), &self) != 0, "the library does not find itself");
   const std::string path = (std::filesystem::absolute(self.dli_fname).parent_path() / plugin).string();
-  check(std::filesystem::exists(path), needed, ", which this build of Mesa has not (no ", path, "; of Debian's packages mesa-mpi and mesa-nccl bring them)");
+  check(std::filesystem::exists(path), needed, ", which this build of Mesa has not (no ", path,
+        "; of Debian's packages mesa-mpi and mesa-nccl bring them)");
   void* library = dlopen(path.c_str(), RTLD_NOW | RTLD_GLOBAL);  // global: MPI's own plugins look for its symbols there
   check(library != nullptr, needed, ", which cannot be loaded: ", dlerror());
   auto* function = reinterpret_cast<Function*>(dlsym(library, name));
@@ -96,6 +108,17 @@ void choose_gpu(const RankInfo& me) {
   setenv("CUDA_VISIBLE_DEVICES", own.c_str(), 1);
 }
 
+/// Tasks of srun without MPI would each take itself for the whole run and write into the same folder.
+void check_no_other_tasks() {
+  const std::string tasks = variable("SLURM_STEP_NUM_TASKS");
+  if (tasks.empty() || tasks == "1" || !variable("OMPI_COMM_WORLD_SIZE").empty()) return;  // mpirun may itself be a step's task
+  fail("srun started ", tasks,
+       " tasks that do not know of each other: start them with srun --mpi=pmix (srun --mpi=list tells what there is) ",
+       "or mpirun; for GPUs RANK=$SLURM_PROCID, WORLD_SIZE=$SLURM_STEP_NUM_TASKS, LOCAL_RANK=$SLURM_LOCALID, MASTER_ADDR and MASTER_PORT "
+       "do. ",
+       "Runs that are to be alone say so by RANK=0 and WORLD_SIZE=1");
+}
+
 /// The leader's listening address, known to all.
 std::string share(Transport& transport, const std::string& mine) {
   int64_t bytes = static_cast<int64_t>(mine.size());
@@ -105,7 +128,8 @@ std::string share(Transport& transport, const std::string& mine) {
   return text;
 }
 
-/// Ends the process if a part of the set-up that nothing watches takes longer than it may: a rank that MPI waits for did not come.
+/// Ends the process if a part of the set-up that nothing watches takes longer than it may: a rank that MPI waits for did not come. MPI does
+/// not say which, but all others speak here.
 class Deadline {
  public:
   explicit Deadline(double seconds) {
@@ -113,8 +137,10 @@ class Deadline {
     thread_ = std::thread([this, seconds] {
       std::unique_lock lock(mutex_);
       if (changed_.wait_for(lock, std::chrono::duration<double>(seconds), [this] { return over_; })) return;
-      std::fprintf(stderr, "error: the ranks do not find each other: MPI has not answered for %.0f seconds\n", seconds);
-      _exit(1);
+      std::fprintf(stderr, "error: %s: MPI has not answered for %.0f seconds; a rank that does not say so is the one that did not come\n",
+                   own_name().c_str(), seconds);
+      std::this_thread::sleep_for(std::chrono::seconds(1));  // the launcher ends all with the first one, and each is to speak
+      _exit(kExitRankLost);
     });
   }
   ~Deadline() {
@@ -151,11 +177,11 @@ void World::connect(double timeout) {
     const Deadline deadline(timeout);
     transport_ = open_mpi();
     me_ = transport_->me();
-    const std::string tasks = variable("SLURM_NTASKS");
-    check(me_.world > 1 || tasks.empty() || tasks == "1" || !variable("OMPI_COMM_WORLD_SIZE").empty(), "srun started ", tasks,
-          " tasks, but MPI sees one; try srun --mpi=pmix, or mpirun");
+    if (alone()) check_no_other_tasks();
   } else if (!variable("WORLD_SIZE").empty() && !variable("RANK").empty()) {
     me_ = from_environment();
+  } else {
+    check_no_other_tasks();
   }
   if (alone()) return;
   choose_gpu(me_);

@@ -42,15 +42,14 @@ int check_comm(RunConfig config) {
   return together(world, [&] {
     use_threads(config);
     share_threads(config, world);
-    const Device device = choose_device(config.device);
-    const std::string version = version_text(), run = to_yaml(config);
+    const std::string version = version_text();
     char hash[32];
-    std::snprintf(hash, sizeof hash, "%016llx", static_cast<unsigned long long>(hash_name(run)));
+    std::snprintf(hash, sizeof hash, "%016llx", static_cast<unsigned long long>(hash_name(to_yaml(config))));
     print_ranks(world, concat("host ", world.me().host, ", local rank ", world.me().local_rank, ", pid ", getpid(), ", ",
-                              describe_device(config.device, device), ", ", omp_get_max_threads(), " threads, config ", hash));
+                              describe_device(config.device, choose_device(config.device)), ", ", omp_get_max_threads(), " threads, ",
+                              version.substr(0, version.find('\n')), ", config ", hash));
+    const Device device = check_same_run(world, config);  // before any collective: where ranks differ, it might not come about
     Team team(world, device);
-    check_same(world, "version", version);
-    check_same(world, "config", run);
     for (const int64_t megabytes : {1, 8, 64}) {
       const Tensor x = Tensor::zeros({megabytes * 1'000'000 / 4}, DType::f32, device);
       const double seconds = time_of_sum(team, x);

@@ -1,7 +1,5 @@
 // An evaluation by one rank, or in parts by several.
 #include "mesa/train/evaluate.h"
-#include "mesa/train/signals.h"
-#include "mesa/train/version.h"
 #include "team.h"
 
 namespace mesa {
@@ -10,11 +8,10 @@ int evaluate_on_ranks(RunConfig& config, const std::function<int(bool leads, con
   World world(config.train.rank_timeout);
   config.rank = world.me().rank, config.ranks = world.me().world;
   return together(world, [&] {
-    check_same(world, "version", version_text());
-    check_same(world, "config", to_yaml(config));
+    const Device device = check_same_run(world, config);
     use_threads(config);
     share_threads(config, world);
-    Team team(world, choose_device(config.device));
+    Team team(world, device);
     return body(world.leads(), [&](std::vector<double>& values) { team.add_up(values); });
   });
 }

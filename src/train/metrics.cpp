@@ -142,7 +142,10 @@ void IntervalLog::append(const IntervalRow& r) {
                        {"bad_samples", r.bad_samples},
                        {"checkpoint_step", r.checkpoint_step < 0 ? ordered_json(nullptr) : ordered_json(r.checkpoint_step)},
                        {"checkpoint_writing", number(r.checkpoint_writing)}};
-  if (!r.rank_seconds.empty()) line["sync_wait"] = number(r.sync_wait), line["rank_seconds"] = r.rank_seconds;
+  if (!r.rank_seconds.empty()) {
+    line["sync_wait"] = number(r.sync_wait), line["rank_seconds"] = r.rank_seconds;
+    line["slowest_rank"] = r.slowest.rank, line["slowest_ratio"] = number(r.slowest.ratio);
+  }
   file_.write(line.dump() + "\n");
   file_.flush();
 }
@@ -231,6 +234,27 @@ std::optional<double> WaitWatch::add(double seconds, double wait) {
   const double share = std::min(1.0, wait_ / seconds_);
   seconds_ = wait_ = 0;
   return share > kTooMuch ? std::optional(share) : std::nullopt;
+}
+
+Slowest slowest_of(const std::vector<double>& rank_seconds) {
+  std::vector<double> sorted = rank_seconds;
+  std::sort(sorted.begin(), sorted.end());
+  const double median = sorted.at((sorted.size() - 1) / 2);
+  const auto slowest = std::max_element(rank_seconds.begin(), rank_seconds.end());
+  return {slowest - rank_seconds.begin(), median > 0 ? *slowest / median : 1};
+}
+
+std::optional<Slowest> StragglerWatch::add(const std::vector<double>& rank_seconds, int64_t updates) {
+  constexpr int64_t kJudgedUpdates = 50;
+  constexpr double kTooSlow = 1.5;
+  seconds_.resize(rank_seconds.size());
+  for (size_t r = 0; r < rank_seconds.size(); ++r) seconds_[r] += rank_seconds[r] * static_cast<double>(updates);
+  updates_ += updates;
+  if (updates_ < kJudgedUpdates) return {};
+  const Slowest slowest = slowest_of(seconds_);
+  seconds_.clear();
+  updates_ = 0;
+  return slowest.ratio > kTooSlow ? std::optional(slowest) : std::nullopt;
 }
 
 std::string format_duration(double seconds) {

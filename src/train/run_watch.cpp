@@ -4,6 +4,7 @@
 
 #include <chrono>
 #include <cmath>
+#include <cstdio>
 #include <filesystem>
 #include <nlohmann/json.hpp>
 #include <sstream>
@@ -143,6 +144,14 @@ void RunWatch::write_health(int64_t step, bool good) {
 }
 
 void RunWatch::on_interval(const IntervalRow& r) {
+  if (!r.rank_seconds.empty())
+    if (const auto slow = stragglers_.add(r.rank_seconds, parts_.config.train.log_interval)) {
+      char times[16];
+      std::snprintf(times, sizeof times, "%.1f", slow->ratio);
+      warn_once("straggler",
+                concat("rank ", slow->rank, " takes ", times, " times as long for its part of a step as most ranks, and all wait ",
+                       "for it (rank_seconds in metrics.jsonl); --check-comm tells its host and its threads"));
+    }
   if (!events_) return;
   attempt("the event file", [&] {
     const std::pair<std::string, double> values[] = {{"train/loss", r.loss},

@@ -62,6 +62,7 @@ class RunWatch {
   std::set<std::string> told_;
   bool sampled_ = false, fresh_ = true;
   WaitWatch wait_;
+  StragglerWatch stragglers_;
   double report_seconds_ = 0;
 };
 

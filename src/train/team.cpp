@@ -4,12 +4,15 @@
 #include <sched.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <sstream>
 
 #include "mesa/base/random.h"
 #include "mesa/kernels/elementwise.h"
+#include "mesa/train/signals.h"
+#include "mesa/train/version.h"
 
 namespace mesa {
 
@@ -33,6 +36,16 @@ std::vector<double> Team::gather(double value) {
   all[static_cast<size_t>(rank())] = value;
   add_up(all);
   return all;
+}
+
+int64_t Team::largest(int64_t value) {
+  const std::vector<double> all = gather(static_cast<double>(value));
+  return std::llround(*std::max_element(all.begin(), all.end()));
+}
+
+int64_t Team::heard_signal() {
+  const int64_t own = received_signal();
+  return own != 0 || alone() ? own : world_.control()->signal();
 }
 
 std::string Team::shared(const std::string& what, const std::string& text) {
@@ -73,21 +86,28 @@ void check_same(World& world, const std::string& what, const std::string& text) 
   const std::vector<std::string> texts = world.control()->exchange(what, concerned ? text : "");
   const std::string reason =
       concat("ranks 0 and ", other, " differ in ", what, ": ", difference(texts.front(), texts[static_cast<size_t>(other)]));
-  if (world.leads()) throw Error(reason);
-  throw RankFailure(reason);  // told once is enough
+  throw RankFailure(reason, false);
+}
+
+Device check_same_run(World& world, const RunConfig& config) {
+  check_same(world, "version", version_text());
+  check_same(world, "config", to_yaml(config));
+  const Device device = choose_device(config.device);
+  check_same(world, "device", to_string(device.kind));
+  return device;
 }
 
 int together(World& world, const std::function<int()>& work, const std::function<void(const std::string& why)>& tell) {
   try {
     return work();
   } catch (const RankFailure& e) {
-    if (!world.alone() && !world.control()->failed()) world.control()->report(e.what());
     tell(e.what());
-    return kExitRankFailed;
+    return e.exit_code();
   } catch (const std::exception& e) {
-    if (!world.alone()) world.control()->report(concat("failed: ", e.what()));
-    if (!world.leads()) return 1;  // the leader tells it, with this rank's name
-    throw;
+    if (world.alone()) throw;
+    const RankFailure end = world.control()->report(e.what());
+    tell(end.what());
+    return dynamic_cast<const UsageError*>(&e) != nullptr ? 2 : end.exit_code();
   }
 }
 

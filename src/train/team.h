@@ -20,6 +20,7 @@ class Team {
   void add_up(std::vector<double>& values);
   /// Each rank's value, by rank.
   std::vector<double> gather(double value);
+  int64_t largest(int64_t value);
   /// x becomes the mean over ranks; an undefined one stays.
   void average(const Tensor& x);
   /// The leader's text. `what` names the exchange in errors, here and below.
@@ -29,6 +30,8 @@ class Team {
   void at_step(int64_t step) {
     if (!alone()) world_.control()->at_step(step);
   }
+  /// The signal that this rank has received, or knows that another has; 0 without one.
+  int64_t heard_signal();
   /// While it lives, the others may wait: a checkpoint is being written.
   std::unique_ptr<Control::Busy> busy() { return alone() ? nullptr : std::make_unique<Control::Busy>(*world_.control()); }
 
@@ -38,14 +41,16 @@ class Team {
   Communicator& communicator_;
 };
 
-/// Does this rank's work; what it throws becomes known to all. Returns its exit code, kExitRankFailed where another rank is lost, which
-/// `tell` is told; the leader throws on what is its own, and another rank's failure comes out of the leader with that rank's name.
+/// Does this rank's work; what it throws becomes known to all. Returns its exit code: 1 (or 2) where this or another rank failed,
+/// kExitRankLost where one is lost; `tell` is told why. One rank alone passes exceptions on.
 int together(World& world, const std::function<int()>& work, const std::function<void(const std::string& why)>& tell);
 /// `tell` for programs that write nothing: one rank says it on stderr.
 int together(World& world, const std::function<int()>& work);
 
-/// Throws if the ranks do not have the same text: Error with the first difference on rank 0, RankFailure on the others.
+/// Throws RankFailure on all ranks, with the first difference, if they do not have the same text.
 void check_same(World& world, const std::string& what, const std::string& text);
+/// Throws so where ranks have another version, config or kind of device. Returns the device. Needs no collective.
+Device check_same_run(World& world, const RunConfig& config);
 /// Compute threads of this rank where nothing says how many: those of its host are shared by the ranks there that may use the same.
 /// Returns the number of those ranks.
 int64_t share_threads(const RunConfig& config, World& world);

@@ -5,13 +5,11 @@
 #include <algorithm>
 #include <chrono>
 #include <cmath>
-#include <csignal>
 #include <cstdio>
 #include <filesystem>
 #include <fstream>
 
 #include "mesa/train/signals.h"
-#include "mesa/train/version.h"
 #include "run.h"
 
 namespace mesa {
@@ -43,9 +41,9 @@ int Run::operator()() {
     const bool lost = dynamic_cast<const RankFailure*>(&e) != nullptr;  // perhaps this very rank, for which others go on elsewhere
     // A shared optimizer's state cannot be put together any more.
     const bool kept = save_what_is_left(!lost && team_.leads() && !optimizer_->sharded() && state_.step > start.step);
+    if (lost) throw;
     const std::string what = concat(e.what(), " (at ", place, kept ? "; the state before it is saved: continue with --resume)" : ")");
     if (dynamic_cast<const OutOfMemory*>(&e)) throw OutOfMemory(what);
-    if (lost) throw RankFailure(what);
     throw Error(what);
   }
 }
@@ -195,6 +193,7 @@ void Run::tell_of_ranks(IntervalRow& row) {
   last_sync_wait_ += waited;
   row.sync_wait = state_.interval_seconds > 0 ? std::min(1.0, waited / state_.interval_seconds) : 0;
   row.rank_seconds = team_.gather((state_.interval_seconds - waited) / static_cast<double>(config_.train.log_interval));
+  row.slowest = slowest_of(row.rank_seconds);
 }
 
 /// Evaluates, logs and saves. False if a signal interrupts the evaluation, which is then done again after the resume.
@@ -205,9 +204,9 @@ bool Run::end_epoch() {
   };
   const auto add_up = [this](std::vector<double>& values) { team_.add_up(values); };
   const Evaluations eval = evaluate_all(
-      model_, ema_.get(), eval_loader_, transform_, [] { return received_signal() != 0; }, look, add_up);
+      model_, ema_.get(), eval_loader_, transform_, [this] { return team_.heard_signal() != 0; }, look, add_up);
   if (!eval.complete()) {
-    signal_ = received_signal() != 0 ? received_signal() : SIGTERM;  // or another rank's
+    signal_ = team_.largest(team_.heard_signal());
     return false;
   }
   for (; reported_left_out_ < eval_loader_.skipped_samples().size(); ++reported_left_out_)
@@ -341,12 +340,9 @@ static void tell_failure(World& world, const std::string& output, const std::str
 int train(RunConfig config, const TrainOptions& options) {
   World world(config.train.rank_timeout);
   config.rank = world.me().rank, config.ranks = world.me().world;
-  if (!world.alone()) world.control()->hurry_if([] { return received_signal() != 0; });
+  if (!world.alone()) world.control()->hear_signals([] { return received_signal(); });
   const auto work = [&] {
-    check_same(world, "version", version_text());
-    check_same(world, "config", to_yaml(config));
-    const Device device = choose_device(config.device);
-    check_same(world, "device", to_string(device.kind));
+    check_same_run(world, config);
     use_threads(config);
     const int64_t sharing = share_threads(config, world);
     if (config.data.workers == 0 && sharing > 1)  // what the loader would take for itself, shared

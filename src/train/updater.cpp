@@ -75,7 +75,9 @@ UpdateResult Updater::operator()(int64_t count, const std::function<SentBatch()>
   result.lr = schedule_.at(state.step);
   model_.params.clear_gradients();
   model_.params.remember_buffers();
-  const double share = 1.0 / static_cast<double>(count), of_gradient = share / static_cast<double>(team_.size());
+  // Gradients add up as if every batch were full: how many images all ranks have, they know at the end.
+  const int64_t full = config_.train.batch_size;
+  const double of_gradient = 1.0 / static_cast<double>(count) / static_cast<double>(team_.size());
   std::optional<SentBatch> suspect;  // the last one that was used
   uint64_t suspect_step = 0;
   std::string packed;  // the site where a codec met a NaN or infinity
@@ -88,15 +90,18 @@ UpdateResult Updater::operator()(int64_t count, const std::function<SentBatch()>
     suspect = next();
     suspect_step = static_cast<uint64_t>(state.micro_step++);
     const bool last = i + 1 == count;
+    const int64_t images = suspect->host.labels.numel();
+    const double part = static_cast<double>(images) / static_cast<double>(full);
     if (sync_ != nullptr && last) sync_->begin();
-    result.loss += share * forward_backward(*suspect, suspect_step, of_gradient, meanwhile, last);
-    result.images += suspect->host.labels.numel();
+    result.loss += static_cast<double>(images) * forward_backward(*suspect, suspect_step, of_gradient * part, meanwhile, last);
+    result.images += images;
     if (packed.empty()) packed = policy_.first_nonfinite();
   }
   if (sync_ != nullptr) sync_->finish();
   ++state.step;
   const bool somewhere = agree(result, packed);
-  result.gradient_norm = std::isfinite(result.loss) ? optimizer_.gradient_norm() : result.loss;
+  const double uneven = static_cast<double>(count * team_.size() * full) / static_cast<double>(result.images);  // 1 where all are full
+  result.gradient_norm = std::isfinite(result.loss) ? optimizer_.gradient_norm(uneven) : result.loss;
   if (!std::isfinite(result.gradient_norm) || somewhere) {
     const char* what = !std::isfinite(result.loss) ? "the loss" : !somewhere ? "the gradient" : "an activation";
     result.bad = concat(what, " is not finite; the first bad value is in ", name_culprit(*suspect, suspect_step, packed));
@@ -109,24 +114,23 @@ UpdateResult Updater::operator()(int64_t count, const std::function<SentBatch()>
   state.bad_in_a_row = 0;
   policy_.commit();
   if (config_.train.range_sync) average_ranges();
-  optimizer_.step(result.lr, clipping_scale(config_.train.clip_norm, result.gradient_norm));
+  optimizer_.step(result.lr, uneven * clipping_scale(config_.train.clip_norm, result.gradient_norm));
   if (optimizer_.sharded()) sync_->share_values();
   if (ema_ != nullptr) ema_->update();
   team_.average(model_.params.buffer_arena());  // running statistics of the whole batch
   return result;
 }
 
-/// Makes loss and images those of all ranks. True if a codec met a NaN or infinity on any of them.
+/// Makes of the sum of this rank's losses the mean of all ranks', and the images theirs. True if a codec met a NaN or infinity on any of
+/// them.
 bool Updater::agree(UpdateResult& result, const std::string& packed) {
-  std::vector<double> sums{result.loss * static_cast<double>(result.images), static_cast<double>(result.images),
-                           static_cast<double>(!packed.empty()), static_cast<double>(received_signal() != 0),
-                           static_cast<double>(bad_samples_ ? bad_samples_() : 0)};
+  std::vector<double> sums{result.loss, static_cast<double>(result.images), static_cast<double>(!packed.empty()),
+                           static_cast<double>(received_signal() != 0), static_cast<double>(bad_samples_ ? bad_samples_() : 0)};
   team_.add_up(sums);
   result.loss = sums[0] / sums[1];
   result.images = std::llround(sums[1]);
   result.bad_samples = std::llround(sums[4]);
-  if (sums[3] > 0)  // all stop: by the largest of the numbers that arrived
-    for (const double signal : team_.gather(received_signal())) result.signal = std::max<int64_t>(result.signal, std::llround(signal));
+  if (sums[3] > 0) result.signal = team_.largest(received_signal());  // all stop
   return sums[2] > 0;
 }
 

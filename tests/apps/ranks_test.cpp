@@ -1,17 +1,13 @@
 // Training on several ranks: the same numbers as on one, stops and resumes in common, and an end for all when one is lost.
 #include <signal.h>
 
-#include <algorithm>
 #include <cmath>
-#include <cstring>
 #include <filesystem>
 #include <random>
 #include <thread>
 
-#include "apps/tiny_run.h"
-#include "mesa/dist/control.h"
+#include "apps/rank_run.h"
 #include "mesa/train/files.h"
-#include "support/mpirun.h"
 
 using namespace mesa::testing;
 using Catch::Matchers::Contains;
@@ -20,48 +16,10 @@ namespace fs = std::filesystem;
 namespace {
 
 /// Everything that draws random numbers for a sample or an element is on.
-const Args kRandom{"model.drop_path=0.2", "model.drop_rate=0.1", "data.mixup=0.8", "data.cutmix=1",
-                   "data.mix_mode=elem",  "data.flip=0.5",       "data.repeats=2", "storage=exact",
-                   "train.ema_decay=0.9", "train.clip_norm=1",   "train.epochs=9", "schedule.warmup_epochs=1"};
-
-Args with(Args args, const Args& more) {
-  args.insert(args.end(), more.begin(), more.end());
-  return args;
-}
-std::string batch_of(int ranks) { return mesa::concat("train.batch_size=", 16 / ranks); }
-
-struct RankRun : TinyRun {
-  ProcessResult train_on(int ranks, const Args& sets, const std::string& output, const Args& more = {}) const {
-    return mpirun(ranks, "mesa-train", train_args(with(sets, {batch_of(ranks)}), output, more), {}, path("."));
-  }
-  std::unique_ptr<Process> start_on(int ranks, const Args& sets, const std::string& output, const Args& more = {}) const {
-    Args args{"mpirun"};
-    for (std::string& arg : mpirun_args(ranks)) args.push_back(std::move(arg));
-    args.push_back(std::string(MESA_BIN_DIR) + "/mesa-train");
-    for (std::string& arg : train_args(with(sets, {batch_of(ranks)}), output, more)) args.push_back(std::move(arg));
-    return std::make_unique<Process>("/usr/bin/env", args, mpirun_environment({{"MESA_RANK_TIMEOUT", "8"}}), path("."));
-  }
-  std::string weights(const std::string& run) const {
-    const std::string text = read_text(path(run + "/checkpoints/last/model.safetensors"));
-    uint64_t header = 0;
-    std::memcpy(&header, text.data(), 8);
-    return text.substr(8 + header);  // the metadata before it hold the config
-  }
-};
-
-/// The processes of a run, found by the folder that they write to.
-std::vector<pid_t> ranks_of(const std::string& output) {
-  std::vector<pid_t> found;
-  for (const auto& entry : fs::directory_iterator("/proc")) {
-    const std::string name = entry.path().filename();
-    if (!std::all_of(name.begin(), name.end(), ::isdigit)) continue;
-    std::ifstream file(entry.path() / "cmdline", std::ios::binary);
-    const std::string line((std::istreambuf_iterator<char>(file)), {});
-    if (line.find("mesa-train") < line.find('\0') && line.find(output) != std::string::npos) found.push_back(std::stoi(name));
-  }
-  std::sort(found.begin(), found.end());
-  return found;
-}
+const Args kRandom{"model.drop_path=0.2",       "model.drop_rate=0.1", "data.mixup=0.8", "data.cutmix=1",
+                   "data.mix_mode=elem",        "data.flip=0.5",       "data.repeats=2", "storage=exact",
+                   "train.ema_decay=0.9",       "train.clip_norm=1",   "train.epochs=9", "schedule.warmup_epochs=1",
+                   "optimizer.lr_base_batch=16"};  // of the global batch, whoever has which part of it
 
 }  // namespace
 
@@ -81,6 +39,9 @@ TEST_CASE("ranks: the same curve on 1, 2 and 4, and bit for bit on as many", "[r
     const Json first = Json::parse(line.substr(0, line.find('\n')));
     CHECK(first["rank_seconds"].size() == static_cast<size_t>(n));
     CHECK(first["sync_wait"] >= 0);
+    const size_t slowest = first["slowest_rank"];
+    for (const Json& seconds : first["rank_seconds"]) CHECK(seconds <= first["rank_seconds"].at(slowest));
+    CHECK(first["slowest_ratio"] >= 1);
     const auto a = run.curve("one"), b = run.curve(mesa::concat("run", n));
     REQUIRE(a.size() == b.size());
     for (size_t i = 1; i < a.size(); ++i) CHECK(std::stod(a[i][2]) == Approx(std::stod(b[i][2])).epsilon(1e-4));  // the evaluation's loss
@@ -174,12 +135,13 @@ TEST_CASE("ranks: a shared optimizer makes the same steps, and any number of ran
 
 TEST_CASE("ranks: what four share 1, 2 and 3 go on with, and what nobody shared four do", "[ranks][slow]") {
   if (!has_mpirun()) return;
-  const RankRun run;
+  RankRun run;
+  run.batch = 24;  // which 1, 2, 3 and 4 divide
   const std::string shared = "train.shard=optimizer";
   const Args sets = with(kRandom, {"schedule.name=constant", "train.accumulation=2", "train.frozen=[blocks.0.norm1.*]"});
   REQUIRE(run.train_on(1, sets, "straight").code == 0);
   REQUIRE(run.train_on(4, with(sets, {shared, "train.steps=13", "train.checkpoint_interval=4", "train.keep=2"}), "four").code == 0);
-  for (const int n : {1, 2}) {
+  for (const int n : {1, 2, 3}) {
     const std::string name = mesa::concat("on", n);
     fs::copy(run.path("four"), run.path(name), fs::copy_options::recursive);
     const ProcessResult rest = run.train_on(n, with(sets, {shared}), name, {"--resume"});
@@ -187,9 +149,6 @@ TEST_CASE("ranks: what four share 1, 2 and 3 go on with, and what nobody shared 
     REQUIRE(rest.code == 0);
     check_close(run.metrics("straight"), run.metrics(name), 1e-5);
   }
-  fs::copy(run.path("four"), run.path("on3"), fs::copy_options::recursive);  // another global batch: not the same curve
-  const Args on_three = with(sets, {shared, "train.batch_size=6"});
-  CHECK(mpirun(3, "mesa-train", run.train_args(on_three, "on3", {"--resume"}), {}, run.path(".")).code == 0);
   REQUIRE(run.train_on(1, with(sets, {"train.steps=13"}), "whole").code == 0);
   REQUIRE(run.train_on(4, with(sets, {shared}), "whole", {"--resume"}).code == 0);
   check_close(run.metrics("straight"), run.metrics("whole"), 1e-5);
@@ -311,24 +270,38 @@ TEST_CASE("ranks: steps that are not finite are skipped by all, and stop all", "
 
 TEST_CASE("ranks: a signal stops all after one step, and any number of ranks goes on", "[ranks]") {
   if (!has_mpirun()) return;
-  const RankRun run;
+  RankRun run;
+  run.batch = 24;  // which 1, 2, 3 and 4 divide
   const Args sets = with(kRandom, {"train.epochs=40"});
   REQUIRE(run.train_on(1, sets, "straight").code == 0);
-  const auto stopped = run.start_on(4, sets, "stopped");
+  const auto stopped = run.start_on(4, sets, "on4");
   REQUIRE(stopped->wait_for("epoch 2/40"));
   stopped->send(SIGUSR1);  // mpirun passes it on to the ranks
   const ProcessResult result = stopped->finish();
   INFO(result.err);
   CHECK(result.code == 75);
   CHECK_THAT(result.err, Contains("stopped by signal 10 after step"));
-  fs::copy(run.path("stopped"), run.path("on3"), fs::copy_options::recursive);
-  REQUIRE(run.train_on(2, sets, "stopped", {"--resume"}).code == 0);
-  check_close(run.metrics("straight"), run.metrics("stopped"), 2e-4);
-  const ProcessResult three =
-      mpirun(3, "mesa-train", run.train_args(with(sets, {"train.batch_size=6"}), "on3", {"--resume"}), {}, run.path("."));
-  INFO(three.err);
-  CHECK(three.code == 0);  // another global batch: not the same curve
-  CHECK(run.json("on3/summary.json")["epochs"] == 40);
+  for (const int n : {2, 3}) {
+    CAPTURE(n);
+    const std::string name = mesa::concat("on", n);
+    fs::copy(run.path("on4"), run.path(name), fs::copy_options::recursive);
+    const ProcessResult rest = run.train_on(n, sets, name, {"--resume"});
+    INFO(rest.err);
+    REQUIRE(rest.code == 0);
+    check_close(run.metrics("straight"), run.metrics(name), 1e-5);
+  }
+}
+
+TEST_CASE("ranks: with batches of another size a run goes on, and says how many images it sees twice", "[ranks]") {
+  if (!has_mpirun()) return;
+  RankRun run;
+  REQUIRE(run.train_on(4, {"train.steps=5"}, "run").code == 0);
+  run.batch = 18;
+  const ProcessResult rest = run.train_on(3, {}, "run", {"--resume"});
+  INFO(rest.err);
+  CHECK(rest.code == 0);
+  CHECK_THAT(rest.err, Contains("batches of 18 images in place of 16: 8 images of this epoch are seen twice"));
+  CHECK(run.json("run/summary.json")["epochs"] == 2);
 }
 
 TEST_CASE("ranks: one that is killed or stopped ends the run soon, and its checkpoint resumes", "[ranks]") {
@@ -398,8 +371,8 @@ TEST_CASE("ranks: --check-comm tells who is there and how fast they add up", "[r
   const ProcessResult result = mpirun(2, "mesa-train", {"--config", "tiny.yaml", "--check-comm"}, {}, run.path("."));
   INFO(result.err << result.out);
   CHECK(result.code == 0);
-  for (const char* text :
-       {"rank 0: host ", "rank 1: host ", "local rank 1", "config ", "sum of 64 MB over 2 ranks: ", "GB/s", "all 2 ranks are there"})
+  for (const char* text : {"rank 0: host ", "rank 1: host ", "local rank 1", " threads, mesa ", " (commit ", "), config ",
+                           "sum of 64 MB over 2 ranks: ", "GB/s", "all 2 ranks are there"})
     CHECK_THAT(result.out, Contains(text));
   CHECK(run.call("mesa-train", {"--config", "tiny.yaml", "--check-comm"}).code == 0);  // one alone
 }

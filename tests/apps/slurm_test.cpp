@@ -3,6 +3,7 @@
 
 #include "apps/tiny_run.h"
 #include "mesa/base/error.h"
+#include "mesa/dist/control.h"
 #include "support/paths.h"
 
 using namespace mesa::testing;
@@ -70,4 +71,37 @@ TEST_CASE("slurm: a cancelled job stays cancelled, a lost rank restarts it a few
   const ProcessResult outside = mesa::testing::run("/usr/bin/env", {"bash", source_dir() + "/scripts/slurm.sh"});
   CHECK(outside.code == 2);
   CHECK_THAT(outside.err, Contains("no Slurm job"));
+}
+
+TEST_CASE("slurm: srun returns the highest code of its tasks: what one of them cannot do is no reason to try again, a lost one is") {
+  const SlurmRun run;
+  // Three tasks that know each other by plain variables, which is enough until gradients meet.
+  run.program(
+      "srun",
+      mesa::concat("while [[ $1 == --* ]]; do shift; done\n"
+                   "export WORLD_SIZE=3 MASTER_ADDR=127.0.0.1 MASTER_PORT=",
+                   mesa::Listener().port(), " MESA_RANK_TIMEOUT=8\n",
+                   "for r in 0 1 2; do RANK=$r \"$@\" & tasks[r]=$!; done\n"
+                   "highest=0\n"
+                   "for r in 0 1 2; do wait ${tasks[r]}; code=$?; echo $code >> codes.txt; ((code <= highest)) || highest=$code; done\n"
+                   "exit $highest"));
+  run.program("differs", "exec " MESA_BIN_DIR "/mesa-train \"$@\" --set seed=$RANK");
+  run.program("lost", "[[ $RANK != 2 ]] || exec sleep 10; exec " MESA_BIN_DIR "/mesa-train \"$@\"");
+  const auto result_of = [&](const std::string& train) {
+    return run.start({"--config", "tiny.yaml"}, {{"MESA_TRAIN", run.path(train)}})->finish(std::chrono::seconds(60));
+  };
+  const ProcessResult differs = result_of("differs");
+  INFO(differs.err);
+  CHECK(differs.code == 1);
+  CHECK(read_text(run.path("codes.txt")) == "1\n1\n1\n");
+  CHECK_THAT(differs.err, Contains("ranks 0 and 1 differ in config"));
+  CHECK(run.requeued().empty());
+
+  std::filesystem::remove(run.path("codes.txt"));
+  const ProcessResult lost = result_of("lost");
+  INFO(lost.err);
+  CHECK(lost.code == 69);
+  CHECK(read_text(run.path("codes.txt")) == "69\n69\n0\n");
+  CHECK_THAT(lost.err, Contains("did not come") && Contains("within 8 seconds: 2"));
+  CHECK(run.requeued() == "requeue 17\n");
 }

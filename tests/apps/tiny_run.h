@@ -51,7 +51,7 @@ class TinyRun {
     for (std::string line; std::getline(lines, line);) {
       rows.push_back(Json::parse(line));
       for (const char* timed : {"images_per_second", "data_wait", "data_read", "data_decode", "data_augment", "rank_seconds", "sync_wait",
-                                "checkpoint_step", "checkpoint_writing"})
+                                "slowest_rank", "slowest_ratio", "checkpoint_step", "checkpoint_writing"})
         rows.back().erase(timed);
     }
     return rows;

@@ -6,6 +6,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <deque>
+#include <optional>
 #include <thread>
 
 #include "mesa/dist/world.h"
@@ -124,8 +125,9 @@ TEST_CASE("rank: collectives", "[.rank]") {
 
 TEST_CASE("rank: waits", "[.rank]") {
   if (!is_a_rank()) return;
+  std::optional<World> there;
   try {
-    World world(8);
+    World& world = there.emplace(8);
     world.control()->exchange("greetings", "here");
     world.control()->at_step(12);
     std::fprintf(stderr, "rank %ld stands at step 12\n", world.me().rank);
@@ -135,6 +137,8 @@ TEST_CASE("rank: waits", "[.rank]") {
       world.control()->report("has had enough");
       std::_Exit(1);
     }
+    const char* stuck = std::getenv("MESA_TEST_RANK_STUCK");
+    if (stuck != nullptr && std::stol(stuck) != world.me().rank) world.control()->at_collective(7, true);
     const char* late = std::getenv("MESA_TEST_RANK_LATE");
     if (late != nullptr) {
       const bool is_late = std::stol(late) == world.me().rank;
@@ -152,7 +156,8 @@ TEST_CASE("rank: waits", "[.rank]") {
     }
   } catch (const RankFailure& e) {
     std::fprintf(stderr, "seen: %s\n", e.what());
-    std::_Exit(kExitRankFailed);
+    if (there && there->control()->speaks()) std::fprintf(stderr, "and told\n");
+    std::_Exit(e.exit_code());
   } catch (const Error& e) {
     std::fprintf(stderr, "refused: %s\n", e.what());
     std::_Exit(1);
@@ -180,7 +185,7 @@ TEST_CASE("ranks: one that dies takes the others down, with its name", "[ranks]"
       const ProcessResult result = ranks[r].finish(std::chrono::seconds(40));
       CAPTURE(r, result.err);
       CHECK_FALSE(result.timed_out);
-      CHECK(result.code == (r == victim ? 128 + SIGKILL : kExitRankFailed));
+      CHECK(result.code == (r == victim ? 128 + SIGKILL : kExitRankLost));
       if (r != victim) CHECK_THAT(result.err, Contains(concat("seen: rank ", victim, " (")) && Contains("died, last heard of at step 12"));
     }
   }
@@ -195,11 +200,11 @@ TEST_CASE("ranks: one that stops answering takes the others down, with its name"
       if (r == victim) continue;
       const ProcessResult result = ranks[r].finish(std::chrono::seconds(40));
       CAPTURE(r, result.err);
-      CHECK(result.code == kExitRankFailed);
+      CHECK(result.code == kExitRankLost);
       CHECK_THAT(result.err, Contains(concat("seen: rank ", victim, " (")) && Contains("has not answered for") && Contains("step 12"));
     }
     ranks[victim].send(SIGCONT);  // what was taken for dead hears of it
-    CHECK(ranks[victim].finish(std::chrono::seconds(40)).code == kExitRankFailed);
+    CHECK(ranks[victim].finish(std::chrono::seconds(40)).code == kExitRankLost);
   }
 }
 
@@ -210,8 +215,25 @@ TEST_CASE("ranks: an error of one is the end of all", "[ranks]") {
   CHECK(ranks[1].finish(std::chrono::seconds(40)).code == 1);
   for (const int r : {0, 2}) {
     const ProcessResult result = ranks[r].finish(std::chrono::seconds(40));
-    CHECK(result.code == kExitRankFailed);
-    CHECK_THAT(result.err, Contains("seen: rank 1 (") && Contains("has had enough"));
+    CHECK(result.code == 1);  // it is not lost: to try again would not help
+    CHECK_THAT(result.err, Contains("seen: rank 1 (") && Contains(") failed at step 12, collective 0: has had enough"));
+    CHECK((result.err.find("and told") != std::string::npos) == (r == 0));
+  }
+}
+
+TEST_CASE("ranks: one alone tells of a rank that is there but does not come to a collective, also where it is the leader", "[ranks]") {
+  for (const char* stuck : {"0", "1"}) {
+    setenv("MESA_TEST_RANK_STUCK", stuck, 1);
+    Ranks ranks(3, 8);
+    unsetenv("MESA_TEST_RANK_STUCK");
+    for (int r = 0; r < 3; ++r) {
+      const ProcessResult result = ranks[r].finish(std::chrono::seconds(40));
+      CAPTURE(stuck, r, result.err);
+      CHECK(result.code == kExitRankLost);
+      CHECK_THAT(result.err, Contains(concat("seen: rank ", stuck, " (")) && Contains("has not come to collective 7, in which rank "));
+      CHECK_THAT(result.err, Contains("has waited for 6 seconds") || Contains("has waited for 7 seconds"));  // of 8, in which all is to end
+      CHECK((result.err.find("and told") != std::string::npos) == (r == 0));
+    }
   }
 }
 
@@ -223,7 +245,7 @@ TEST_CASE("ranks: one may be busy, but not keep the others waiting in a collecti
   for (int r = 0; r < 3; ++r) {
     const ProcessResult result = ranks[r].finish(std::chrono::seconds(40));
     CAPTURE(r, result.err);
-    CHECK(result.code == kExitRankFailed);
+    CHECK(result.code == kExitRankLost);
     CHECK_THAT(result.err, Contains("seen: rank 1 (") && Contains("has not come to collective 7, in which rank "));
   }
 }
@@ -234,11 +256,11 @@ TEST_CASE("ranks: those that do not come are named, and a stranger is sent away"
   Process stranger("/bin/bash", {"-c", concat("for i in {1..50}; do exec 3<>/dev/tcp/127.0.0.1/", port,
                                               " && break; sleep 0.1; done; echo 'GET / HTTP/1.1' >&3; cat <&3")});
   const ProcessResult result = zero->finish(std::chrono::seconds(40));
-  CHECK(result.code == 1);
-  CHECK_THAT(result.err, Contains("refused: of 4 ranks these did not come") && Contains("within 10 seconds: 1, 3"));
+  CHECK(result.code == kExitRankLost);
+  CHECK_THAT(result.err, Contains("seen: of 4 ranks these did not come") && Contains("within 10 seconds: 1, 3"));
   const ProcessResult joined = two->finish(std::chrono::seconds(20));
   CHECK_FALSE(joined.timed_out);
-  CHECK(joined.code == kExitRankFailed);
+  CHECK(joined.code == kExitRankLost);
   CHECK_THAT(joined.err, Contains("these did not come"));
 }
 

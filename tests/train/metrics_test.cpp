@@ -152,6 +152,23 @@ TEST_CASE("metrics: waiting for data is judged over ten seconds at a time") {
   CHECK_FALSE(watch.add(10, 1));
 }
 
+TEST_CASE("metrics: the slowest rank is told with its share of the median, and warned of after 50 updates") {
+  CHECK(slowest_of({1, 4, 2}).rank == 1);
+  CHECK(slowest_of({1, 4, 2}).ratio == 2);
+  CHECK(slowest_of({3, 1}).ratio == 3);  // of two, the other is the measure
+  CHECK(slowest_of({1, 2, 3, 6}).ratio == 3);
+  CHECK(slowest_of({0, 0}).ratio == 1);  // a clock that saw nothing
+  StragglerWatch watch;
+  for (int i = 0; i < 4; ++i) CHECK_FALSE(watch.add({1, 1, 1.6}, 10));
+  const auto slow = watch.add({1, 1, 1.6}, 10);
+  REQUIRE(slow);
+  CHECK(slow->rank == 2);
+  CHECK(slow->ratio == Approx(1.6));
+  for (int i = 0; i < 20; ++i) CHECK_FALSE(watch.add({1, 1.4, 1}, 10));  // not so slow
+  CHECK_FALSE(watch.add({1, 30, 1}, 1));                                 // once
+  CHECK_FALSE(watch.add({1, 1, 1}, 99));
+}
+
 TEST_CASE("metrics: writers report a place that cannot be written") {
   CHECK_THROWS_WITH(EpochLog("/proc/none/summary.csv"), Contains("/proc/none/summary.csv"));
   CHECK_THROWS_WITH(write_summary_json("/proc/none/s.json", {}), Contains("/proc/none/s.json"));

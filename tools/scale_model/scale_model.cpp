@@ -63,7 +63,8 @@ struct Step {
 };
 
 /// A bucket is ready when backward has done its share of the parameters, and collectives follow one another. `sharded`: ZeRO-1, where a
-/// reduce-scatter does half of an all-reduce's work, and an all-gather of parameters the other half after the optimizer.
+/// reduce-scatter does half of an all-reduce's work, and for each bucket an all-gather of parameters the other half after the optimizer;
+/// the gradient's norm is then a collective of its own.
 Step step_of(const Model& model, const Cluster& cluster, double element_bytes, bool sharded = false) {
   const double part = sharded ? 0.5 : 1, backward = model.passes - model.forward;
   double bytes = 0, seen = 0, now = 0, done = 0, network_free = 0;
@@ -83,9 +84,10 @@ Step step_of(const Model& model, const Cluster& cluster, double element_bytes, b
   }
   step.exposed = std::max(0.0, network_free - now);
   const double adam = static_cast<double>(model.parameters) * kAdamWBytes / kMemoryRate;
-  const double gather = sharded ? 0.5 * (cluster.latency() + bytes * cluster.seconds_per_byte()) : 0;
+  const double gathers = 0.5 * (static_cast<double>(model.buckets.size()) * cluster.latency() + bytes * cluster.seconds_per_byte());
   // Loss and decisions are agreed on in a collective of a few bytes, which nothing hides.
-  step.total = model.forward + now + step.exposed + cluster.latency() + (sharded ? adam / cluster.gpus : adam) + gather;
+  step.total = model.forward + now + step.exposed + cluster.latency();
+  step.total += sharded ? cluster.latency() + adam / cluster.gpus + gathers : adam;
   return step;
 }
 

@@ -17,14 +17,19 @@ struct RankInfo {
   std::string host;
 };
 
-/// Another rank died, stopped answering or reported an error; the text names it. Whoever catches this has nothing to save.
+/// Exit code of a rank that ends because another one is lost (EX_UNAVAILABLE).
+inline constexpr int kExitRankLost = 69;
+
+/// A rank ended the run for all; the text names it. It is lost (died, stopped answering, did not come), and may be there the next time; or
+/// it failed, and will again until the cause is mended. Whoever catches this has nothing to save.
 class RankFailure : public Error {
  public:
-  using Error::Error;
-};
+  explicit RankFailure(const std::string& text, bool lost = true) : Error(text), lost_(lost) {}
+  int exit_code() const { return lost_ ? kExitRankLost : 1; }
 
-/// Exit code of a rank that ends because of another one (EX_UNAVAILABLE).
-inline constexpr int kExitRankFailed = 69;
+ private:
+  bool lost_;
+};
 
 /// A socket of rank 0 that the others will connect to.
 class Listener {
@@ -50,11 +55,11 @@ class Listener {
 /// A star of TCP connections around rank 0. A thread of its own sends where this rank stands each second and watches the others, so that
 /// a rank that dies (its connection ends) or hangs (it stays silent, or does not come to a collective that others wait in) is noticed
 /// within `timeout` seconds. All ranks then learn which it was: waiting code sees it through throw_if_failed(), and a process whose main
-/// thread does not leave by itself within a few seconds is ended with kExitRankFailed.
+/// thread does not leave by itself within 5 seconds is ended, which is within `timeout`, too, from 26 seconds on.
 class Control {
  public:
-  /// Waits for all ranks. Rank 0 passes its listener, the others the address of it ("HOST[,HOST..]:PORT[/KEY]"). Throws Error that names
-  /// the ranks that did not come, or the address that did not answer.
+  /// Waits for all ranks. Rank 0 passes its listener, the others the address of it ("HOST[,HOST..]:PORT[/KEY]"). Throws RankFailure that
+  /// names the ranks that did not come, or Error with the address that did not answer.
   Control(const RankInfo& me, const Listener& listener, double timeout);
   Control(const RankInfo& me, const std::string& address, double timeout);
   /// Says goodbye: the others do not take the end of this process for a failure.
@@ -78,12 +83,15 @@ class Control {
    private:
     Control& control_;
   };
-  /// Tells all ranks that this one ends, and why. The first report counts.
-  void report(const std::string& reason);
+  /// Tells all ranks that this one ends, and why. Returns what the run ends of: this, with the rank's name and place, or what came first.
+  RankFailure report(const std::string& reason);
   bool failed();
-  /// From when `asked` (called from another thread) says that this process is to end, silent ranks are given up after a few seconds: a
-  /// launcher that lost a host ends its processes, and they have little time left to say why.
-  void hurry_if(std::function<bool()> asked);
+  /// `asked` (called from another thread) tells the number of the signal that asks this process to end, or 0. From then on silent ranks are
+  /// given up after a few seconds: a launcher that lost a host ends its processes, and they have little time left to say why.
+  void hear_signals(std::function<int64_t()> asked);
+  /// The signal that some rank has received, 0 if none is known of: the wire tells it to all within a moment, not to all at once. Where
+  /// work in common is divided unevenly, all can leave it soon, and agree on that afterwards.
+  int64_t signal();
   /// After a failure: whether this is the rank that tells the user. One message is enough, and one a host where rank 0 is lost.
   bool speaks();
   /// Throws RankFailure if the run has failed.

@@ -12,7 +12,7 @@ class Transport;
 inline constexpr double kLeastRankTimeout = 8;
 
 /// One rank alone, unless the process was started as one of several: by mpirun, or by srun with MPI; or by anything that sets RANK,
-/// WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT as torchrun does, which needs no MPI and serves GPUs.
+/// WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT, which needs no MPI and serves GPUs; rank 0 listens on that port.
 class World {
  public:
   /// Connects the ranks. `timeout`: seconds that a rank may stay silent or keep others waiting; MESA_RANK_TIMEOUT goes before it. Throws

@@ -5,7 +5,8 @@
 namespace mesa {
 
 /// Connects the ranks and prints, on rank 0, each one's host, device, threads, version and config; then the time and bandwidth of summing
-/// 1 to 64 MB over all. Throws Error naming the ranks that did not come, or that differ in version or config. Returns the exit code.
+/// 1 to 64 MB over all. Returns the exit code: not 0 where ranks differ in version, config or device, which rank 0 tells. Throws
+/// RankFailure naming the ranks that did not come.
 int check_comm(RunConfig config);
 
 }  // namespace mesa

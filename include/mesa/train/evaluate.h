@@ -31,7 +31,7 @@ EvalResult evaluate(const BuiltModel& model, Loader& loader, const TransformOpti
 
 /// Runs `body` in each of the processes that were started together (see World), after setting the config's rank and ranks; they must have
 /// the same config. The first leads: it alone prints and writes. `add_up` adds over all of them. Returns what `body` returns, or the exit
-/// code of a rank that fails or loses another; one rank alone passes exceptions on, and so does the leader.
+/// code of a rank that fails or loses another, after the leader has told why; one rank alone passes exceptions on.
 int evaluate_on_ranks(RunConfig& config, const std::function<int(bool leads, const AddUp& add_up)>& body);
 
 /// What an evaluation of the weights found, and of their moving average where there is one.

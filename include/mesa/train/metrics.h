@@ -26,6 +26,14 @@ struct EpochRow {
   double eval_loss_ema = kNotMeasured, eval_top1_ema = kNotMeasured, eval_top5_ema = kNotMeasured;  ///< of the average of the weights
 };
 
+/// Of several ranks the one that takes longest for its own work, and how many times the median that is; of an even number of ranks the
+/// median is the faster of the two in the middle, so that of two ranks each is judged by the other.
+struct Slowest {
+  int64_t rank = 0;
+  double ratio = 1;
+};
+Slowest slowest_of(const std::vector<double>& rank_seconds);
+
 /// One line of metrics.jsonl, written each train.log_interval steps.
 struct IntervalRow {
   int64_t step = 0, epoch = 0;
@@ -36,6 +44,7 @@ struct IntervalRow {
   int64_t peak_bytes = 0;
   int64_t bad_steps = 0, bad_samples = 0;  ///< so far
   std::vector<double> rank_seconds = {};   ///< of several ranks: each one's own work for an update, without waiting for the others
+  Slowest slowest = {};                    ///< of these
   double sync_wait = 0;                    ///< of several ranks: the leader's share of the time in which it waited for their gradients
   /// Shares of the loader threads' time, 0 to 1; the rest they were idle.
   double data_read = 0, data_decode = 0, data_augment = 0;
@@ -130,6 +139,17 @@ class WaitWatch {
 
  private:
   double seconds_ = 0, wait_ = 0;
+};
+
+/// Tells when a rank takes more than 1.5 times the median for its own work, judged over 50 updates or more at a time.
+class StragglerWatch {
+ public:
+  /// After so many updates, the mean of each rank's seconds for one. The slowest rank, where it is now known to be too slow.
+  std::optional<Slowest> add(const std::vector<double>& rank_seconds, int64_t updates);
+
+ private:
+  std::vector<double> seconds_;
+  int64_t updates_ = 0;
 };
 
 /// One line of at most `width` columns; what is least needed goes first when there is no room. A width of 0 means no limit and no bar.
