@@ -95,6 +95,22 @@ TEST_CASE("benchmark: an exact policy beside dropout and clipping has the refere
   CHECK(told >= 5);
 }
 
+TEST_CASE("benchmark: phases are parts of a step, on a GPU of steps of their own that wait in between") {
+  BenchmarkOptions options = one_step({storage("exact"), storage("int8")});
+  options.steps = 7;
+  int64_t apart = 0;
+  options.progress = [&](const std::string& what) { apart += what.starts_with("phases "); };
+  const BenchmarkResult result = run_benchmark(tiny(), options);
+  const bool gpu = testing::test_device() == kCuda;
+  CHECK(apart == (gpu ? 5 : 0));
+  for (const PolicyResult& p : result.policies) {
+    const double least = p.forward_ms.minimum + p.backward_ms.minimum + p.optimizer_ms.minimum;
+    CHECK(least > 0);
+    if (!gpu) CHECK(least <= p.step_ms.minimum);
+    CHECK(p.images_per_second.maximum == Approx(4e3 / p.step_ms.minimum));
+  }
+}
+
 TEST_CASE("benchmark: the JSON and the table") {
   const BenchmarkResult result = run_benchmark(tiny({"train.threads=1"}), one_step({storage("exact"), storage("int8")}));
   const auto json = nlohmann::json::parse(benchmark_json(result));
