@@ -176,9 +176,32 @@ TEST_CASE("benchmark: every kernel of a step is timed, in bytes or in products")
     CHECK(kernel.ms.minimum > 0);
     CHECK_THAT(format_kernels(report), Contains(kernel.name));
   }
-  for (const char* name : {"layer_norm", "gelu_grad", "quantize, runs of 256, 4 bits", "dequantize, 2 bits", "attention_grad",
-                           "fc1: dw, db", "adamw", "sgd", "lamb", "moving_average"})
+  for (const char* name : {"layer_norm",
+                           "gelu_grad",
+                           "quantize, runs of 256, 4 bits",
+                           "dequantize, 2 bits",
+                           "attention_grad",
+                           "fc1: dw, db",
+                           "adamw",
+                           "sgd",
+                           "lamb",
+                           "moving_average",
+                           "softmax_grad",
+                           "cross_entropy_grad",
+                           "mixed_targets",
+                           "binary_cross_entropy_grad",
+                           "normalize_images, mixed",
+                           "batch_norm_grad",
+                           "apply_mask",
+                           "max_pool_grad",
+                           "gather_windows",
+                           "attention_grad in windows"})
     CHECK(std::find(told.begin(), told.end(), name) != told.end());
+  const bool gpu = testing::test_device() == kCuda;
+  for (const char* name : {"layer_norm, codes 4 bits", "gelu, codes 2 bits", "affine, coded 4 bits", "gelu_grad, coded 8 bits"})
+    CHECK((std::find(told.begin(), told.end(), name) != told.end()) == gpu);
+  std::sort(told.begin(), told.end());
+  CHECK(std::adjacent_find(told.begin(), told.end()) == told.end());  // each once
   const auto json = nlohmann::json::parse(kernels_json(report));
   CHECK(json.at("kernels").size() == told.size());
 }
