@@ -132,7 +132,7 @@ short_run() {  # STAGE SECONDS CONFIG SETTING...: a run of mesa-train on random 
   local stage=$1 limit=$2 config=$3 settings=() setting
   shift 3
   [[ $(known "$stage") != 0\ * ]] || return 0
-  for setting in data.kind=random train.epochs=1 data.test_size=8 train.eval_batch_size=8 train.log_interval=1 "$@"; do settings+=(--set "$setting"); done
+  for setting in data.kind=random train.epochs=1 data.test_size=8 train.eval_batch_size=8 data.workers=12 "$@"; do settings+=(--set "$setting"); done
   rm -rf "$logs/runs/$stage"
   attempt "$stage" "$limit" "${mesa[@]}" "$bin/mesa-train" --config "$config" --device cuda --output "$logs/runs/$stage" "${settings[@]}"
   local code=$?
@@ -178,7 +178,8 @@ run_more() {
   local graph model
   for model in deit_tiny resnet18; do
     for graph in false true; do
-      short_run "graph_${model}_$graph" 40 "bench/$model.yaml" train.precision=bf16 train.batch_size=16 data.train_size=3200 "train.cuda_graph=$graph"
+      short_run "graph_${model}_$graph" 40 "bench/$model.yaml" train.precision=bf16 train.batch_size=16 data.train_size=6400 \
+        train.log_interval=40 "train.cuda_graph=$graph"
     done
   done
   # Attention by cuDNN, and copies to the host's memory and back beside the work, each beside our own kernels and memory.
