@@ -56,12 +56,12 @@ chmod +x "$STUB/stub"
 for program in python3 compute-sanitizer nvidia-smi nvcc; do ln -s "$STUB/stub" "$STUB/path/$program"; done
 for program in mesa-train mesa-bench mesa-tests; do ln -s "$STUB/stub" "$STUB/bundle/bin/$program"; done
 
-# check CODE OUT [VARIABLE=VALUE...]: a call that has to end with this exit code, in time.
+# check CODE OUT [VARIABLE=VALUE...]: a call that has to end with this exit code, in time. AFTER: an all.tgz to go on after.
 check() {
   local want=$1 out=$2 start=$SECONDS code=0
   shift 2
   rm -f "$STUB/calls" && touch "$STUB/calls"
-  env PATH="$STUB/path:$PATH" "$@" "$source/scripts/gpu_check.sh" "$STUB/$out" "$STUB/bundle" >"$STUB/said" 2>&1 || code=$?
+  env PATH="$STUB/path:$PATH" "$@" "$source/scripts/gpu_check.sh" ${AFTER:+--after "$AFTER"} "$STUB/$out" "$STUB/bundle" >"$STUB/said" 2>&1 || code=$?
   ((code == want)) || { cat "$STUB/said" >&2; complain "$out ended with $code, not $want"; }
   ((SECONDS - start < 40)) || complain "$out took $((SECONDS - start)) s"
 }
@@ -95,6 +95,10 @@ fi
 # What is done is not done again.
 check 0 out
 [[ $(calls '^(mesa-|compute-sanitizer|python3 tools/peers)') == 0 ]] || complain "a second call ran: $(cat "$STUB/calls")"
+
+AFTER=$STUB/out/all.tgz check 0 out_elsewhere
+[[ $(calls '^(mesa-|compute-sanitizer|python3 tools/peers)') == 0 ]] || complain "a second call in another folder ran: $(cat "$STUB/calls")"
+[[ -z $REAL_PYTHON || $(diff -q "$STUB"/out{,_elsewhere}/summary.json) == "" ]] || complain "the results of the first call are gone"
 
 # With little time what fits is run, and a second call goes on with the rest.
 check 3 out_late MESA_CHECK_SECONDS=24
