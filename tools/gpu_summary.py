@@ -121,7 +121,7 @@ def memory(results, table):
     for storage, must in (("exact", 2.4), ("int8", 1.25), ("int4", 0.68)):
         table.add(f"DeiT-S, batch 128: GB kept, {storage}", gigabytes(results.policies("deit_small", storage), 128), must, at_least=False)
     saved = [line["saved_bytes"] / 1e9 for name, lines in results.torch.items() if name.startswith("deit_small_") for line in lines if line.get("saved_bytes")]
-    table.add("DeiT-S, batch 128: GB that PyTorch eager saves", saved, note="the first Mesa's step: 3.84 GB in all")
+    table.add("DeiT-S, batch 128: GB that PyTorch eager saves", saved, note="the Mesa of PyTorch: 3.84 GB for a whole step")
     torch = [line["largest_batch"] for line in results.torch.get("largest", [])]
     run, _ = results.run("mesa_largest")
     config = read(results.path("mesa_fit.log")) if run else ""
