@@ -24,6 +24,7 @@ constexpr const char* kFooter =
     "Every policy trains a model of its own, from the same weights on the same random batch; their steps take turns, so that\n"
     "whatever else the machine does falls on all of them alike. Shown are medians; the JSON has minimum and maximum of each.\n"
     "  speed           relative to the first policy, each step against the one beside it\n"
+    "  forward ...     parts of a step; on a GPU of further steps, that wait for it after each part, so they add up to more\n"
     "  kept/image      bytes of activations that wait for the backward pass, right after the forward pass\n"
     "  peak            bytes in use at the worst moment of a step: weights, gradients, moments, activations, scratch\n"
     "  gradient error  |g - g_exact| / |g_exact| over all parameters, on equal weights after a few training steps\n"

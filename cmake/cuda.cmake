@@ -5,10 +5,9 @@ file(GLOB cuda_kernel_sources CONFIGURE_DEPENDS kernels/cuda/*.cu)
 file(GLOB cuda_host_sources CONFIGURE_DEPENDS kernels/cuda/*.cpp)
 file(GLOB_RECURSE cuda_engine_sources CONFIGURE_DEPENDS src/*_cuda.cpp)
 
-# cuDNN is optional: without it its source file is left out.
+# cuDNN is optional: without its headers the source files for it are left out, and the library is opened where a program first needs it.
 find_path(CUDNN_INCLUDE_DIR cudnn_graph.h HINTS /usr/local/cuda/include ENV CUDNN_PATH PATH_SUFFIXES include)
-find_library(CUDNN_LIBRARY cudnn HINTS /usr/local/cuda/lib64 ENV CUDNN_PATH PATH_SUFFIXES lib lib64)
-if(NOT CUDNN_INCLUDE_DIR OR NOT CUDNN_LIBRARY)
+if(NOT CUDNN_INCLUDE_DIR)
   list(FILTER cuda_host_sources EXCLUDE REGEX "cudnn")
 endif()
 
@@ -51,7 +50,6 @@ target_compile_options(mesa_cuda PRIVATE
   "$<$<COMPILE_LANGUAGE:CXX>:-Wall;-Wextra;-Werror;${no_build_paths}>")
 set(cuda_objects $<TARGET_OBJECTS:mesa_cuda>)
 set(cuda_libraries CUDA::cudart_static CUDA::cublasLt)
-if(CUDNN_LIBRARY)
+if(CUDNN_INCLUDE_DIR)
   target_include_directories(mesa_cuda SYSTEM PRIVATE ${CUDNN_INCLUDE_DIR})
-  list(APPEND cuda_libraries ${CUDNN_LIBRARY})
 endif()

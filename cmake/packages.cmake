@@ -11,14 +11,11 @@ a policy in the run's config says. The forward pass is exact.
 This package holds the programs mesa-train, mesa-eval, mesa-bench and
 mesa-report, the library with its headers, configs and documents.")
 if(cuda_objects)
-  set(cuda_note "cuBLAS")
-  if(CUDNN_LIBRARY)
-    string(APPEND cuda_note " and cuDNN")
-  endif()
   string(APPEND CPACK_PACKAGE_DESCRIPTION "
 
-It was built for NVIDIA GPUs with CUDA ${CUDAToolkit_VERSION_MAJOR} and needs ${cuda_note}
-for it where the linker finds them: no package here brings them.")
+It was built for NVIDIA GPUs with CUDA ${CUDAToolkit_VERSION_MAJOR} and needs its cuBLAS
+where the linker finds it; cuDNN is used where it is there. No package
+here brings them.")
 endif()
 set(CPACK_PACKAGE_FILE_NAME mesa-${PROJECT_VERSION}-linux-${CMAKE_SYSTEM_PROCESSOR})
 set(CPACK_PACKAGE_CHECKSUM SHA256)
@@ -48,7 +45,7 @@ set(CPACK_DEBIAN_PACKAGE_SHLIBDEPS ON)
 set(CPACK_DEBIAN_PACKAGE_GENERATE_SHLIBS ON)
 if(cuda_objects)  # libraries of no package, in folders that the linker does not know: they are found there, and are no dependencies
   set(cuda_folders ${CUDAToolkit_LIBRARY_DIR})
-  foreach(library ${CUDA_cublasLt_LIBRARY} ${CUDNN_LIBRARY} ${NCCL_LIBRARY})  # each may be installed elsewhere, or not at all
+  foreach(library ${CUDA_cublasLt_LIBRARY} ${NCCL_LIBRARY})  # each may be installed elsewhere, or not at all
     if(EXISTS ${library})
       get_filename_component(folder ${library} DIRECTORY)
       list(APPEND cuda_folders ${folder})

@@ -10,6 +10,7 @@ Usage: scripts/test.sh [--quick]
   --quick   Release build and its tests only: no sanitizers, no fuzzing
 Environment:
   MESA_BUILD_ROOT     where build/, build-asan/ and build-fuzz/ go (default: the repository)
+  MESA_NO_CUDA=1      for machines without nvcc: otherwise it is an error if the CUDA sources were not compiled
   MESA_FUZZ_SECONDS   time for each fuzzer (default 20)
   MESA_SHARED_DATA    folder with real data sets and hostile files (default: ../shared/data); tests that need them warn where it is absent
 TEXT
@@ -62,8 +63,19 @@ stage "packages"
 if ((quick)); then scripts/deps.sh; else scripts/deps.sh --test; fi
 
 stage "Release: configure and build"
-cmake --preset release -B "$root/build"
+cmake --preset release -B "$root/build" -DCMAKE_CUDA_ARCHITECTURES="80-real;90"  # every architecture that docs/cuda.md names
 cmake --build "$root/build" -j "$jobs"
+
+# Without nvcc, or without Boost.Context for the emulated GPU, all of CUDA would be missing from a green run.
+if [[ ${MESA_NO_CUDA:-0} == 1 ]]; then
+  echo "test.sh: MESA_NO_CUDA=1: whether the CUDA sources were compiled is not looked at"
+else
+  for built in kernels/cuda/*.cu kernels/cuda/*.cpp; do
+    built=$root/build/CMakeFiles/mesa_cuda.dir/$built.o
+    [[ -s $built ]] || { echo "test.sh: the build has no $built; on a machine without a CUDA toolkit (nvcc, cuDNN) set MESA_NO_CUDA=1" >&2; exit 1; }
+  done
+  [[ -x $root/build/bin/mesa-tests-emulated ]] || { echo "test.sh: the build has no mesa-tests-emulated (libboost-context-dev)" >&2; exit 1; }
+fi
 
 stage "Release: tests"
 run_ctest --test-dir "$root/build" -LE isa

@@ -82,6 +82,8 @@ Graph graph_of(const Case& c) { return c.backward ? backward(c) : forward(c); }
 
 /// Why cuDNN is not asked at all, or "".
 std::string refusal(const Case& c) {
+  if (cudnnGetVersion() == 0)
+    return concat("it is not installed where programs find it: ", cudnnGetErrorString(CUDNN_STATUS_NOT_SUPPORTED));
   if (cudnnGetVersion() < 91600)
     return "9.16 or newer is needed: the backward of older ones is wrong unless tokens come in multiples of 128";
   if (c.D % 8 != 0) return concat("a head of ", c.D, " channels is no multiple of 8");

@@ -79,6 +79,7 @@ const Plan* plan_of(const Case& c, cudnnHandle_t on) {
 bool run(Pass pass, const Tensor& x, const Tensor& w, const Tensor& y, const ConvGeometry& g) {
   for (const Tensor* t : {&x, &w, &y})
     if (reinterpret_cast<uintptr_t>(t->raw()) % 16 != 0) return false;
+  if (cudnnGetVersion() == 0) return false;  // not installed here
   cudnn::Library& library = cudnn::Library::get();
   const std::lock_guard lock(library.mutex);
   const cudnnHandle_t handle = library.handle_on(mesa::cuda::stream());

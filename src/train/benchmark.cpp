@@ -41,11 +41,13 @@ struct FixedBatch {
 
 /// What one step took.
 struct StepSample {
-  double forward_ms = 0, backward_ms = 0, optimizer_ms = 0;
+  double step_ms = 0, forward_ms = 0, backward_ms = 0, optimizer_ms = 0;
   int64_t activation_bytes = 0;
   BytesByKind peak{};
-  double step_ms() const { return forward_ms + backward_ms + optimizer_ms; }
 };
+
+/// A step as training makes it, or one in which a GPU is waited for after each phase, so that the clock sees each by itself.
+enum class Waits { as_in_training, after_each_phase };
 
 /// A model with its own weights, moments and running ranges, trained with one policy.
 class Contestant {
@@ -63,9 +65,9 @@ class Contestant {
   }
 
   /// Leaves the gradients of `batch` in the parameters. `step` selects the random numbers.
-  StepSample differentiate(const FixedBatch& batch, uint64_t step) { return run(batch, step, false); }
+  StepSample differentiate(const FixedBatch& batch, uint64_t step) { return run(batch, step, false, Waits::as_in_training); }
   /// The same, and an update.
-  StepSample train(const FixedBatch& batch, uint64_t step) { return run(batch, step, true); }
+  StepSample train(const FixedBatch& batch, uint64_t step, Waits waits = Waits::as_in_training) { return run(batch, step, true, waits); }
 
   void copy_weights(Contestant& from) {
     auto source = from.built_.params.params().begin();
@@ -79,29 +81,35 @@ class Contestant {
   ParamStore& params() { return built_.params; }
 
  private:
-  StepSample run(const FixedBatch& batch, uint64_t step, bool update) {
+  StepSample run(const FixedBatch& batch, uint64_t step, bool update, Waits waits) {
     StepSample sample;
+    const auto phase_done = [&] {
+      if (waits == Waits::after_each_phase) wait();
+      return Clock::now();
+    };
     memory_.reset_peak();
     before_ = memory_.use().live;
     const BytesByKind held_before = held_;
     built_.params.clear_gradients();
+    wait();
     const auto start = Clock::now();
     Clock::time_point forward_done;
+    double loss_value = 0;
     {
       Tape tape(policy_, static_cast<uint64_t>(config_.seed), step);
       const Var loss = cross_entropy(built_.net(batch.images), batch.labels, config_.train.label_smoothing);
       sample.activation_bytes = memory_.use().of(MemoryKind::activations) - before_[static_cast<int>(MemoryKind::activations)];
-      const double value = to(loss.value(), kCpu).data<float>()[0];  // waits for a GPU, so that the clock sees the whole pass
-      check(std::isfinite(value), "the loss of step ", step, " with storage ", policy_.name(), " is ", value);
-      forward_done = Clock::now();
+      forward_done = phase_done();
       tape.backward(loss);
+      loss_value = to(loss.value(), kCpu).data<float>()[0];  // read behind the backward pass, as training does
     }
-    if (built_.device.kind == DeviceKind::cuda) cuda::synchronize();
-    const auto backward_done = Clock::now();
+    check(std::isfinite(loss_value), "the loss of step ", step, " with storage ", policy_.name(), " is ", loss_value);
+    const auto backward_done = phase_done();
     if (update) optimizer_->step(config_.optimizer.lr, scale_of_gradients());
     if (update && ema_) ema_->update();
-    if (built_.device.kind == DeviceKind::cuda) cuda::synchronize();
+    wait();
     const auto end = Clock::now();
+    sample.step_ms = milliseconds(start, end);
     sample.forward_ms = milliseconds(start, forward_done);
     sample.backward_ms = milliseconds(forward_done, backward_done);
     sample.optimizer_ms = milliseconds(backward_done, end);
@@ -113,6 +121,10 @@ class Contestant {
     }
     take_over_what_stayed();
     return sample;
+  }
+
+  void wait() const {
+    if (built_.device.kind == DeviceKind::cuda) cuda::synchronize();
   }
 
   /// What a training run does before its optimizer step; without clipping it only looks whether the norm is finite.
@@ -192,18 +204,20 @@ void compare_gradients(Bench& bench, const Contestants& contestants, BenchmarkRe
   for (size_t i = 0; i < contestants.size(); ++i) result.policies[i].gradient_relative_error = spread_of(errors[i]);
 }
 
-void summarize(const std::vector<StepSample>& samples, int64_t batch_size, PolicyResult& out) {
-  const auto spread = [&](auto&& value) {
-    std::vector<double> values;
-    for (const StepSample& sample : samples) values.push_back(value(sample));
-    return spread_of(std::move(values));
-  };
+using Samples = std::vector<StepSample>;
+
+template <class Value>
+Spread spread_over(const Samples& samples, const Value& value) {
+  std::vector<double> values;
+  for (const StepSample& sample : samples) values.push_back(value(sample));
+  return spread_of(std::move(values));
+}
+
+void summarize(const Samples& samples, int64_t batch_size, PolicyResult& out) {
+  const auto spread = [&](auto&& value) { return spread_over(samples, value); };
   const double B = static_cast<double>(batch_size);
-  out.step_ms = spread([](const StepSample& s) { return s.step_ms(); });
-  out.images_per_second = spread([&](const StepSample& s) { return 1e3 * B / s.step_ms(); });
-  out.forward_ms = spread([](const StepSample& s) { return s.forward_ms; });
-  out.backward_ms = spread([](const StepSample& s) { return s.backward_ms; });
-  out.optimizer_ms = spread([](const StepSample& s) { return s.optimizer_ms; });
+  out.step_ms = spread([](const StepSample& s) { return s.step_ms; });
+  out.images_per_second = spread([&](const StepSample& s) { return 1e3 * B / s.step_ms; });
   out.activation_bytes_per_image = spread([&](const StepSample& s) { return static_cast<double>(s.activation_bytes) / B; });
   out.peak_bytes = spread([](const StepSample& s) {
     int64_t total = 0;
@@ -213,9 +227,30 @@ void summarize(const std::vector<StepSample>& samples, int64_t batch_size, Polic
   out.bytes_by_kind = samples.back().peak;
 }
 
+/// On the CPU the steps themselves tell their phases. On a GPU a wait between them would cost the step, so they are taken from steps of
+/// their own.
+void measure_phases(Bench& bench, const Contestants& contestants, const std::vector<Samples>& whole, BenchmarkResult& result) {
+  std::vector<Samples> samples = whole;
+  if (bench.device.kind == DeviceKind::cuda) {
+    const int64_t steps = std::min<int64_t>(bench.options.steps, 5);
+    samples.assign(contestants.size(), {});
+    for (int64_t i = 0; i < steps; ++i, ++bench.step) {
+      bench.tell(concat("phases ", i + 1, "/", steps));
+      for (size_t c = 0; c < contestants.size(); ++c)
+        samples[c].push_back(contestants[c]->train(bench.batch, bench.step, Waits::after_each_phase));
+    }
+  }
+  for (size_t c = 0; c < contestants.size(); ++c) {
+    PolicyResult& out = result.policies[c];
+    out.forward_ms = spread_over(samples[c], [](const StepSample& s) { return s.forward_ms; });
+    out.backward_ms = spread_over(samples[c], [](const StepSample& s) { return s.backward_ms; });
+    out.optimizer_ms = spread_over(samples[c], [](const StepSample& s) { return s.optimizer_ms; });
+  }
+}
+
 void measure_steps(Bench& bench, const Contestants& contestants, BenchmarkResult& result) {
   const int64_t warmup = bench.options.warmup, steps = bench.options.steps;
-  std::vector<std::vector<StepSample>> samples(contestants.size());
+  std::vector<Samples> samples(contestants.size());
   for (int64_t i = 0; i < warmup + steps; ++i, ++bench.step) {
     bench.tell(i < warmup ? concat("warming up ", i + 1, "/", warmup) : concat("step ", i - warmup + 1, "/", steps));
     for (size_t c = 0; c < contestants.size(); ++c) {
@@ -226,10 +261,11 @@ void measure_steps(Bench& bench, const Contestants& contestants, BenchmarkResult
   for (size_t c = 0; c < contestants.size(); ++c) {
     summarize(samples[c], result.batch_size, result.policies[c]);
     std::vector<double> ratios;
-    for (size_t i = 0; i < samples[c].size(); ++i) ratios.push_back(samples[0][i].step_ms() / samples[c][i].step_ms());
+    for (size_t i = 0; i < samples[c].size(); ++i) ratios.push_back(samples[0][i].step_ms / samples[c][i].step_ms);
     result.policies[c].relative_speed = spread_of(std::move(ratios));
     result.policies[c].sites = contestants[c]->policy().sites();
   }
+  measure_phases(bench, contestants, samples, result);
 }
 
 }  // namespace

@@ -95,6 +95,22 @@ TEST_CASE("benchmark: an exact policy beside dropout and clipping has the refere
   CHECK(told >= 5);
 }
 
+TEST_CASE("benchmark: phases are parts of a step, on a GPU of steps of their own that wait in between") {
+  BenchmarkOptions options = one_step({storage("exact"), storage("int8")});
+  options.steps = 7;
+  int64_t apart = 0;
+  options.progress = [&](const std::string& what) { apart += what.starts_with("phases "); };
+  const BenchmarkResult result = run_benchmark(tiny(), options);
+  const bool gpu = testing::test_device() == kCuda;
+  CHECK(apart == (gpu ? 5 : 0));
+  for (const PolicyResult& p : result.policies) {
+    const double least = p.forward_ms.minimum + p.backward_ms.minimum + p.optimizer_ms.minimum;
+    CHECK(least > 0);
+    if (!gpu) CHECK(least <= p.step_ms.minimum);
+    CHECK(p.images_per_second.maximum == Approx(4e3 / p.step_ms.minimum));
+  }
+}
+
 TEST_CASE("benchmark: the JSON and the table") {
   const BenchmarkResult result = run_benchmark(tiny({"train.threads=1"}), one_step({storage("exact"), storage("int8")}));
   const auto json = nlohmann::json::parse(benchmark_json(result));
@@ -160,9 +176,32 @@ TEST_CASE("benchmark: every kernel of a step is timed, in bytes or in products")
     CHECK(kernel.ms.minimum > 0);
     CHECK_THAT(format_kernels(report), Contains(kernel.name));
   }
-  for (const char* name : {"layer_norm", "gelu_grad", "quantize, runs of 256, 4 bits", "dequantize, 2 bits", "attention_grad",
-                           "fc1: dw, db", "adamw", "sgd", "lamb", "moving_average"})
+  for (const char* name : {"layer_norm",
+                           "gelu_grad",
+                           "quantize, runs of 256, 4 bits",
+                           "dequantize, 2 bits",
+                           "attention_grad",
+                           "fc1: dw, db",
+                           "adamw",
+                           "sgd",
+                           "lamb",
+                           "moving_average",
+                           "softmax_grad",
+                           "cross_entropy_grad",
+                           "mixed_targets",
+                           "binary_cross_entropy_grad",
+                           "normalize_images, mixed",
+                           "batch_norm_grad",
+                           "apply_mask",
+                           "max_pool_grad",
+                           "gather_windows",
+                           "attention_grad in windows"})
     CHECK(std::find(told.begin(), told.end(), name) != told.end());
+  const bool gpu = testing::test_device() == kCuda;
+  for (const char* name : {"layer_norm, codes 4 bits", "gelu, codes 2 bits", "affine, coded 4 bits", "gelu_grad, coded 8 bits"})
+    CHECK((std::find(told.begin(), told.end(), name) != told.end()) == gpu);
+  std::sort(told.begin(), told.end());
+  CHECK(std::adjacent_find(told.begin(), told.end()) == told.end());  // each once
   const auto json = nlohmann::json::parse(kernels_json(report));
   CHECK(json.at("kernels").size() == told.size());
 }

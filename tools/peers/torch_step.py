@@ -2,8 +2,9 @@
 """One training step of a vision transformer in PyTorch, for comparison with mesa-bench: the same model, batch, precision and kind of data.
 
 Forward, cross-entropy, backward and AdamW on synthetic data that already lie on the device; bf16 by autocast, fused attention, fused AdamW.
-timm's model where timm has it and is installed, otherwise (or with --plain) a plain one of the same shape. Prints one JSON line: images/s and milliseconds a step
-(minimum, median, maximum), peak bytes allocated, and the bytes that autograd saves for the backward pass.
+timm's model where timm has it and is installed, otherwise (or with --plain) a plain one of the same shape. Prints one JSON line (with --compile both
+two, eager first): images/s and milliseconds a step (minimum, median, maximum), peak bytes allocated, and the bytes that autograd saves for the
+backward pass.
 
     tools/peers/torch_step.py --model deit_small --batch 128 --precision bf16 --compile
     tools/peers/torch_step.py --model deit_base --precision bf16 --largest-batch 24e9
@@ -90,11 +91,11 @@ def storage_of(tensor):
 class Step:
     """A model with its optimizer and one fixed batch."""
 
-    def __init__(self, arguments, batch):
+    def __init__(self, arguments, batch, compiled):
         self.device = arguments.device
         model, self.source = build(arguments.model, arguments.plain)
         self.raw = model.to(self.device).train()
-        self.model = torch.compile(self.raw, mode=arguments.mode) if arguments.compile else self.raw
+        self.model = torch.compile(self.raw, mode=arguments.mode) if compiled else self.raw
         fused = {"fused": True} if self.device == "cuda" else {}
         self.optimizer = torch.optim.AdamW(self.raw.parameters(), lr=1e-4, weight_decay=0.05, **fused)
         self.images = torch.randn(batch, 3, 224, 224, device=self.device)
@@ -136,8 +137,8 @@ class Step:
         return total
 
 
-def measure(arguments):
-    step = Step(arguments, arguments.batch)
+def measure(arguments, compiled):
+    step = Step(arguments, arguments.batch, compiled)
     for _ in range(arguments.warmup):
         step()
     step.wait()
@@ -159,13 +160,13 @@ def measure(arguments):
         "step_ms": spread([1e3 * t for t in times]),
         "images_per_second": spread([arguments.batch / t for t in times]),
         "peak_bytes": peak,
-        "saved_bytes": None if arguments.compile else step.saved_bytes(),
+        "saved_bytes": None if compiled else step.saved_bytes(),
     }
 
 
 def fits(arguments, batch):
     try:
-        step = Step(arguments, batch)
+        step = Step(arguments, batch, arguments.compile == "only")
         step()
         step()
         step.wait()
@@ -201,7 +202,7 @@ def main():
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="bf16")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--compile", action="store_true", help="torch.compile the model")
+    parser.add_argument("--compile", nargs="?", const="only", choices=["only", "both"], help="torch.compile the model; both: eager first, then compiled")
     parser.add_argument("--mode", default="default", help="torch.compile's mode, e.g. max-autotune")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--warmup", type=int, default=5)
@@ -209,11 +210,13 @@ def main():
     arguments = parser.parse_args()
     torch.manual_seed(0)
     torch.backends.cuda.matmul.allow_tf32 = arguments.precision != "fp32"
-    result = {"model": arguments.model, "batch": arguments.batch, "precision": arguments.precision, "compile": arguments.compile,
-              "torch": torch.__version__, "device": torch.cuda.get_device_name() if arguments.device == "cuda" else "cpu"}
-    result.update(largest_batch(arguments) if arguments.largest_batch else measure(arguments))
-    json.dump(result, sys.stdout)
-    print()
+    same = {"model": arguments.model, "batch": arguments.batch, "precision": arguments.precision, "torch": torch.__version__,
+            "device": torch.cuda.get_device_name() if arguments.device == "cuda" else "cpu"}
+    for compiled in {None: [False], "only": [True], "both": [False, True]}[arguments.compile]:
+        result = largest_batch(arguments) if arguments.largest_batch else measure(arguments, compiled)
+        print(json.dumps({**same, "compile": compiled, **result}), flush=True)
+        if arguments.device == "cuda":
+            torch.cuda.empty_cache()
 
 
 if __name__ == "__main__":

@@ -28,12 +28,13 @@ struct PolicyResult {
   std::string storage;
   Spread images_per_second;
   Spread relative_speed;  ///< to the first policy, step against the step beside it: what slows the machine cancels out
-  Spread step_ms, forward_ms, backward_ms, optimizer_ms;  ///< forward includes the loss; backward frees what was kept
-  Spread activation_bytes_per_image;                      ///< metered right after forward
-  Spread peak_bytes;                                      ///< of a process that trains with this policy alone
-  Spread gradient_relative_error;                         ///< ||g - g_exact|| / ||g_exact|| over all parameters, same weights and batch
-  std::array<int64_t, kMemoryKinds> bytes_by_kind{};      ///< at the peak of the last step
-  std::vector<SiteRecord> sites;                          ///< of one batch
+  Spread step_ms;         ///< from an idle device to one that is done; within it a GPU is waited for as in training
+  Spread forward_ms, backward_ms, optimizer_ms;       ///< forward includes the loss, backward frees what was kept; on a GPU of steps apart
+  Spread activation_bytes_per_image;                  ///< metered right after forward
+  Spread peak_bytes;                                  ///< of a process that trains with this policy alone
+  Spread gradient_relative_error;                     ///< ||g - g_exact|| / ||g_exact|| over all parameters, same weights and batch
+  std::array<int64_t, kMemoryKinds> bytes_by_kind{};  ///< at the peak of the last step
+  std::vector<SiteRecord> sites;                      ///< of one batch
 };
 
 struct BenchmarkResult {

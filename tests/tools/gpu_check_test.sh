@@ -1,0 +1,131 @@
+#!/usr/bin/env bash
+# scripts/gpu_check.sh where there is no GPU: the programs that it calls only note that they were called, and answer, sleep or fail as told.
+set -euo pipefail
+source=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
+export STUB
+STUB=$(mktemp -d)
+trap 'rm -rf "$STUB"' EXIT
+complain() { echo "gpu_check_test.sh: $*" >&2; for log in "$STUB"/out*/summary.txt; do sed 's/^/  /' "$log"; done >&2; exit 1; }
+
+# STUB_SLEEP, STUB_FAIL: which calls, as a regular expression; STUB_RATE: images/s of exact storage; STUB_BUILD: what --version says.
+mkdir -p "$STUB/path" "$STUB/bundle/bin" "$STUB/bundle/tests"
+printf '%s\n' kernels/matmul_test kernels/norm_test models/device_test train/plan_test >"$STUB/bundle/tests/device_tests.txt"
+REAL_PYTHON=$(command -v python3 || true)
+export REAL_PYTHON
+cat >"$STUB/stub" <<'STUB'
+#!/usr/bin/env bash
+name=${0##*/} json= storage= output=
+call="$name $*"
+[[ $call == *--version* ]] || echo "$call" >>"$STUB/calls"
+[[ -z ${STUB_SLEEP:-} || ! $call =~ $STUB_SLEEP ]] || exec sleep 1000
+[[ -z ${STUB_FAIL:-} || ! $call =~ $STUB_FAIL ]] || { echo "no luck"; exit 1; }
+arguments=("$@")
+for ((i = 0; i < $#; ++i)); do
+  case ${arguments[i]} in --json) json=${arguments[i + 1]} ;; --storage) storage=${arguments[i + 1]} ;; --output) output=${arguments[i + 1]} ;; esac
+done
+spread() { printf '{"minimum":%s,"median":%s,"maximum":%s}' "$1" "$1" "$1"; }
+case $call in
+  mesa-train*--version*) echo "mesa 0.1.0 (${STUB_BUILD:-stub})" ;;
+  mesa-train*--dry-run*) echo "largest batch within 24.0 GB: 1700" ;;
+  mesa-train*)
+    mkdir -p "$output"
+    echo '{"steps": 3}' >"$output/summary.json"
+    echo '{"step": 1, "loss": 6.9, "grad_norm": 1.5, "images_per_second": 3000, "data_wait": 0.01}' >"$output/metrics.jsonl"
+    echo "GPU memory: 23900000000 bytes taken, 23000000000 in use at most" >"$output/log.txt" ;;
+  mesa-bench*--kernels*)
+    printf '{"copy_bytes_per_second":4e12,"kernels":[{"name":"gelu","bytes":1e6,"flops":0,"ms":%s,"of_copy":0.9}]}' "$(spread 1)" >"$json" ;;
+  mesa-bench*)
+    for policy in ${storage//,/ }; do
+      policy=${policy##*/} kept=18e6
+      case $policy in int8) kept=9e6 ;; int4) kept=5e6 ;; esac
+      printf '%s{"storage":"%s","images_per_second":%s,"relative_speed":%s,"activation_bytes_per_image":%s}' "${comma:-}" "${policy%.yaml}" \
+        "$(spread "${STUB_RATE:-12000}")" "$(spread 0.95)" "$(spread $kept)"
+      comma=,
+    done | sed 's/^/{"policies":[/; s/$/]}/' >"$json" ;;
+  mesa-tests*-s*)
+    printf 'device: every gradient\n  0.00002 <= 0.0001\ndevice: in bf16 within\n  0.001 <= 0.02\n' ;;
+  mesa-tests*) echo "All tests passed" ;;
+  compute-sanitizer*) while [[ $1 != */mesa-tests ]]; do shift; done; exec "$@" ;;
+  python3*torch_step.py*--largest-batch*) echo '{"compile": false, "largest_batch": 200}' ;;
+  python3*torch_step.py*)
+    for compiled in false true; do printf '{"compile": %s, "images_per_second": %s, "saved_bytes": 3e9}\n' $compiled "$(spread 8000)"; done ;;
+  python3*) [[ -z $REAL_PYTHON ]] || exec "$REAL_PYTHON" "$@" ;;
+esac
+STUB
+chmod +x "$STUB/stub"
+for program in python3 compute-sanitizer nvidia-smi nvcc; do ln -s "$STUB/stub" "$STUB/path/$program"; done
+for program in mesa-train mesa-bench mesa-tests; do ln -s "$STUB/stub" "$STUB/bundle/bin/$program"; done
+
+# check CODE OUT [VARIABLE=VALUE...]: a call that has to end with this exit code, in time. AFTER: an all.tgz to go on after.
+check() {
+  local want=$1 out=$2 start=$SECONDS code=0
+  shift 2
+  rm -f "$STUB/calls" && touch "$STUB/calls"
+  env PATH="$STUB/path:$PATH" "$@" "$source/scripts/gpu_check.sh" ${AFTER:+--after "$AFTER"} "$STUB/$out" "$STUB/bundle" >"$STUB/said" 2>&1 || code=$?
+  ((code == want)) || { cat "$STUB/said" >&2; complain "$out ended with $code, not $want"; }
+  ((SECONDS - start < 40)) || complain "$out took $((SECONDS - start)) s"
+}
+calls() { grep -cE "$1" "$STUB/calls" || true; }
+said() { grep -qE "$1" "$STUB/said" || complain "nothing was said like: $1"; }
+
+check 0 out
+stages=$(sed -nE 's/^ *[0-9]+ s  ok +([a-z0-9_]+) .*/\1/p' "$STUB/out/summary.txt" | paste -sd' ')
+deit() { echo "mesa_deit_small_$1 torch_deit_small_$1 mesa_deit_base_$1 torch_deit_base_$1 mesa_deit_tiny_$1 torch_deit_tiny_$1"; }
+want="smoke $(deit 1) torch_largest mesa_fit mesa_largest parity kernels memcheck racecheck tests mesa_swin_tiny_1 torch_swin_tiny_1 mesa_resnet50_1"
+want+=" torch_resnet50_1 graph_deit_tiny_false graph_deit_tiny_true graph_resnet18_false graph_resnet18_true mesa_cudnn_attention mesa_codec_host"
+want+=" $(deit 2) $(deit 3)"
+[[ $stages == "$want" ]] || complain "the stages were '$stages'"
+[[ $(calls 'compute-sanitizer .*racecheck.*#norm_test') == 1 && $(calls 'compute-sanitizer .*#matmul_test') == 0 ]] || complain "the sanitizer's files"
+[[ $(calls '^mesa-train .*batch_size=1700') == 1 ]] || complain "the largest batch was not run"
+(($(find "$STUB/out" -type f | wc -l) <= 8)) || complain "more files came back than a person looks at"
+if [[ -n $REAL_PYTHON ]]; then
+  "$REAL_PYTHON" - "$STUB/out" <<'PYTHON' || complain "summary.json is not as it should be"
+import json, sys
+rows = {row["what"]: row for row in json.load(open(sys.argv[1] + "/summary.json"))}
+missed = [row for row in rows.values() if row["must"] is not None and row["ok"] is not True]
+assert not missed, missed
+assert rows["DeiT-S, batch 128, bf16: exact / torch.compile"]["measured"] == 1.5
+assert rows["DeiT-S, batch 128, bf16: exact / torch.compile"]["rounds"] == 3
+assert rows["DeiT-B in 24 GB: int4's / PyTorch eager's"]["measured"] == 8.5
+assert abs(rows["DeiT-Ti, fp32: largest error of a gradient against the CPU"]["measured"] - 2e-5) < 1e-12
+assert len(json.load(open(sys.argv[1] + "/mesa.json"))) == 13
+PYTHON
+fi
+
+# What is done is not done again.
+check 0 out
+[[ $(calls '^(mesa-|compute-sanitizer|python3 tools/peers)') == 0 ]] || complain "a second call ran: $(cat "$STUB/calls")"
+
+AFTER=$STUB/out/all.tgz check 0 out_elsewhere
+[[ $(calls '^(mesa-|compute-sanitizer|python3 tools/peers)') == 0 ]] || complain "a second call in another folder ran: $(cat "$STUB/calls")"
+[[ -z $REAL_PYTHON || $(diff -q "$STUB"/out{,_elsewhere}/summary.json) == "" ]] || complain "the results of the first call are gone"
+
+# With little time what fits is run, and a second call goes on with the rest.
+check 3 out_late MESA_CHECK_SECONDS=24
+said 'ok +smoke' && said 'ok +parity' && said 'LEFT OUT +mesa_deit_small_1'
+check 0 out_late
+said 'ok +mesa_deit_small_1'
+[[ $(calls 'mesa-tests -s') == 0 && $(calls 'mesa-bench .*deit_small.*--storage exact,int8,int4') == 3 ]] || complain "the second call began anew"
+
+# What hangs is ended: at its own limit it has failed and gets twice the time next; at the end of the call it is left to another one.
+check 1 out_slow MESA_CHECK_ONLY=numbers MESA_CHECK_SECONDS=30 STUB_SLEEP=dry-run
+said 'TIME OUT +mesa_fit after 10 s'
+check 3 out_slow MESA_CHECK_ONLY=numbers MESA_CHECK_SECONDS=13 STUB_SLEEP=dry-run
+said 'LEFT OUT +mesa_fit: cut short after 1[23] s'
+check 0 out_slow MESA_CHECK_ONLY=numbers
+said 'ok +mesa_fit'
+
+# What failed fails again, without being run, until there is another build; then only the files that failed are run.
+check 1 out_bad MESA_CHECK_ONLY=smoke STUB_FAIL='#norm_test'
+said 'FAILED +smoke .*norm_test: exit code'
+check 1 out_bad MESA_CHECK_ONLY=smoke
+check 0 out_bad MESA_CHECK_ONLY=smoke STUB_BUILD=mended
+[[ $(calls '#norm_test') == 1 && $(calls '#matmul_test') == 0 ]] || complain "files of tests were run anew: $(cat "$STUB/calls")"
+
+if [[ -n $REAL_PYTHON ]]; then
+  check 1 out_few MESA_CHECK_ONLY=numbers STUB_RATE=9000
+  said 'images/s, exact +9,000 +>= 10,000 +MISSED'
+fi
+check 2 out_what MESA_CHECK_ONLY=all
+"$source/scripts/gpu_check.sh" --help | grep -q 'Exit codes' || complain "no help"
+echo "gpu_check.sh keeps its time, its order, its exit codes and its memory"
