@@ -41,33 +41,50 @@ struct Patches {
   }
 };
 
-/// One channel of a picture: y = factor x - shift with x every `step`-th byte.
+/// One channel of a picture, as it is read.
+struct Picture {
+  const uint8_t* first;
+  int64_t channels, width;
+  bool mirrored;
+  const uint8_t* row(int64_t r) const { return first + (r * width + (mirrored ? width - 1 : 0)) * channels; }
+  int64_t step() const { return mirrored ? -channels : channels; }
+};
+
+/// y = factor x - shift with x every `step`-th byte.
 template <class T>
 void normalize_plane(const uint8_t* x, int64_t step, int64_t n, Acc<T> factor, Acc<T> shift, T* y) {
 #pragma omp simd
   for (int64_t j = 0; j < n; ++j) store(y + j, static_cast<Acc<T>>(x[j * step]) * factor - shift);
 }
 
+template <class T>
+void normalize_picture(const Picture& picture, int64_t height, Acc<T> factor, Acc<T> shift, T* y) {
+  const int64_t width = picture.width;
+  if (!picture.mirrored) return normalize_plane(picture.first, picture.channels, height * width, factor, shift, y);
+  for (int64_t r = 0; r < height; ++r) normalize_plane(picture.row(r), picture.step(), width, factor, shift, y + r * width);
+}
+
 /// The same within the box of `mixing`, each pixel mixed with the one at its place in `other`.
 template <class T>
-void normalize_mixed_box(const Mixing& mixing, const uint8_t* own, const uint8_t* other, int64_t step, int64_t width, Acc<T> factor,
-                         Acc<T> shift, T* y) {
+void normalize_mixed_box(const Mixing& mixing, const Picture& own, const Picture& other, Acc<T> factor, Acc<T> shift, T* y) {
   using A = Acc<T>;
   const auto x0 = static_cast<int64_t>(mixing.x0), x1 = static_cast<int64_t>(mixing.x1);
-  for (auto row = static_cast<int64_t>(mixing.y0); row < static_cast<int64_t>(mixing.y1); ++row) {
-    const int64_t at = row * width;
+  const int64_t step = own.step(), other_step = other.step();
+  for (auto r = static_cast<int64_t>(mixing.y0); r < static_cast<int64_t>(mixing.y1); ++r) {
+    const uint8_t *const mine = own.row(r), *const theirs = other.row(r);
+    T* const to = y + r * own.width;
 #pragma omp simd
-    for (int64_t j = at + x0; j < at + x1; ++j) {
-      const A x = scalar::mixed(static_cast<A>(own[j * step]), static_cast<A>(other[j * step]), static_cast<A>(mixing.inside));
-      store(y + j, x * factor - shift);
+    for (int64_t j = x0; j < x1; ++j) {
+      const A x = scalar::mixed(static_cast<A>(mine[j * step]), static_cast<A>(theirs[j * other_step]), static_cast<A>(mixing.inside));
+      store(to + j, x * factor - shift);
     }
   }
 }
 
 }  // namespace
 
-void normalize_images(const Tensor& pixels, const std::vector<float>& mean, const std::vector<float>& std, const Tensor& mixing,
-                      const Tensor& y) {
+void normalize_images(const Tensor& pixels, const std::vector<float>& mean, const std::vector<float>& std, const Tensor& mirrored,
+                      const Tensor& mixing, const Tensor& y) {
   check(pixels.rank() == 4 && y.rank() == 4 && pixels.is_contiguous() && y.is_contiguous(), "normalize_images: tensors of shapes ",
         pixels.shape(), " and ", y.shape());
   const int64_t batch = pixels.dim(0), height = pixels.dim(1), width = pixels.dim(2), channels = pixels.dim(3), plane = height * width;
@@ -76,6 +93,7 @@ void normalize_images(const Tensor& pixels, const std::vector<float>& mean, cons
         " means and ", std.size(), " deviations for ", channels, " channels");
   check_mixing(mixing, pixels);
   const auto* mixed = mixing.defined() ? reinterpret_cast<const Mixing*>(mixing.data<float>()) : nullptr;
+  const uint8_t* const mirror = mirror_flags(mirrored, pixels);
   const uint8_t* px = pixels.data<uint8_t>();
   dispatch_float(y.dtype(), [&](auto tag) {
     using T = decltype(tag);
@@ -86,11 +104,12 @@ void normalize_images(const Tensor& pixels, const std::vector<float>& mean, cons
         const int64_t b = i / channels, c = i % channels;
         const A factor = static_cast<A>(1 / (255.0 * static_cast<double>(std[c])));
         const A shift = static_cast<A>(static_cast<double>(mean[c]) / static_cast<double>(std[c]));
-        const uint8_t* from = px + b * plane * channels + c;
-        normalize_plane(from, channels, plane, factor, shift, py + i * plane);
+        const auto picture = [&](int64_t of) {
+          return Picture{px + of * plane * channels + c, channels, width, mirror != nullptr && mirror[of] != 0};
+        };
+        normalize_picture(picture(b), height, factor, shift, py + i * plane);
         if (mixed == nullptr || mixed[b].inside == 1) continue;
-        const uint8_t* other = px + Mixing::partner(b) * plane * channels + c;
-        normalize_mixed_box(mixed[b], from, other, channels, width, factor, shift, py + i * plane);
+        normalize_mixed_box(mixed[b], picture(b), picture(Mixing::partner(b)), factor, shift, py + i * plane);
       }
     });
   });

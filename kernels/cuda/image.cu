@@ -1,4 +1,5 @@
-// (x / 255 - mean[c]) / std[c], of pixels that may be mixed before; an image as rows of patches and back; a token before the others; the mean of tokens.
+// (x / 255 - mean[c]) / std[c], of pixels that may be mixed before; an image as rows of patches and back; a token before the others; the
+// mean of tokens.
 #include "column_sums.h"
 #include "mesa/kernels/elementwise.h"
 #include "mesa/kernels/image.h"
@@ -22,28 +23,45 @@ struct Normalization {
 struct Pixels {
   const uint8_t* x;
   int64_t batch, plane, width;
-  const Mixing* mixing;  ///< null: none
+  const uint8_t* mirrored;  ///< null: none
+  const Mixing* mixing;     ///< null: none
+
+  __device__ bool is_mirrored(int64_t image) const { return mirrored != nullptr && mirrored[image] != 0; }
+  /// Where the pixels are that are read as those from `at` on, n within a row.
+  __device__ int64_t source(int64_t image, int64_t at, int n) const {
+    return image * plane + (is_mirrored(image) ? at + width - n - 2 * (at % width) : at);
+  }
+};
+
+/// N pixels of C bytes.
+template <int C, int N>
+struct PixelPack {
+  static constexpr int kWords = N * C / 4;
+  uint32_t word[kWords];
+  bool reversed;
+
+  __device__ PixelPack(const Pixels& from, int64_t image, int64_t at) : reversed(from.is_mirrored(image)) {
+    const auto* const words = reinterpret_cast<const uint32_t*>(from.x + from.source(image, at, N) * C);
+#pragma unroll
+    for (int k = 0; k < kWords; ++k) word[k] = words[k];
+  }
+  __device__ uint32_t byte(int i) const { return word[i / 4] >> i % 4 * 8 & 0xff; }
+  /// Channel c of the kth pixel as they are read.
+  __device__ uint32_t at(int k, int c) const { return reversed ? byte((N - 1 - k) * C + c) : byte(k * C + c); }
 };
 
 /// C interleaved planes: N pixels a thread are N C bytes, read as 32-bit words, and C packs.
 template <bool kMixed, int C, int N, class T>
 __global__ void normalize_packs_kernel(Pixels pixels, Normalization<Acc<T>> by, T* y) {
   static_assert(N * C % 4 == 0);
-  constexpr int kWords = N * C / 4;
   using A = Acc<T>;
   const int64_t plane = pixels.plane;
   for (int64_t i = global_index() * N; i < pixels.batch * plane; i += global_stride() * N) {
-    uint32_t own[kWords], other[kWords];
-    const auto byte_of = [](const uint32_t (&words)[kWords], int byte) { return static_cast<A>(words[byte / 4] >> byte % 4 * 8 & 0xff); };
     const int64_t image = i / plane, at = i - image * plane;
-#pragma unroll
-    for (int k = 0; k < kWords; ++k) own[k] = reinterpret_cast<const uint32_t*>(pixels.x + i * C)[k];
+    const PixelPack<C, N> own(pixels, image, at), other(pixels, kMixed ? Mixing::partner(image) : image, at);
     A weight[N];
     if constexpr (kMixed) {
-      const uint8_t* partner = pixels.x + (Mixing::partner(image) * plane + at) * C;
       const Mixing mixing = pixels.mixing[image];
-#pragma unroll
-      for (int k = 0; k < kWords; ++k) other[k] = reinterpret_cast<const uint32_t*>(partner)[k];
 #pragma unroll
       for (int k = 0; k < N; ++k) weight[k] = mixing.weight((at + k) / pixels.width, (at + k) % pixels.width);
     }
@@ -53,8 +71,8 @@ __global__ void normalize_packs_kernel(Pixels pixels, Normalization<Acc<T>> by, 
       A v[N];
 #pragma unroll
       for (int k = 0; k < N; ++k) {
-        A x = byte_of(own, k * C + c);
-        if constexpr (kMixed) x = scalar::mixed(x, byte_of(other, k * C + c), weight[k]);
+        A x = static_cast<A>(own.at(k, c));
+        if constexpr (kMixed) x = scalar::mixed(x, static_cast<A>(other.at(k, c)), weight[k]);
         v[k] = x * by.factor[c] - by.shift[c];
       }
       store_pack(to + c * plane, v);
@@ -68,14 +86,15 @@ __global__ void normalize_kernel(Pixels pixels, int channels, Normalization<Acc<
   using A = Acc<T>;
   const int64_t plane = pixels.plane;
   for (int64_t i = global_index(); i < pixels.batch * plane; i += global_stride()) {
-    const int64_t image = i / plane, at = i - image * plane, partner = Mixing::partner(image) * plane + at;
+    const int64_t image = i / plane, at = i - image * plane;
     const A weight = pixels.mixing == nullptr ? 1 : pixels.mixing[image].weight(at / pixels.width, at % pixels.width);
     T* const to = y + image * plane * channels + at;
 #pragma unroll
     for (int c = 0; c < kMaxChannels; ++c) {
       if (c >= channels) continue;
-      A x = static_cast<A>(pixels.x[i * channels + c]);
-      if (weight != A(1)) x = scalar::mixed(x, static_cast<A>(pixels.x[partner * channels + c]), weight);
+      A x = static_cast<A>(pixels.x[pixels.source(image, at, 1) * channels + c]);
+      if (weight != A(1))
+        x = scalar::mixed(x, static_cast<A>(pixels.x[pixels.source(Mixing::partner(image), at, 1) * channels + c]), weight);
       store(to + c * plane, x * by.factor[c] - by.shift[c]);
     }
   }
@@ -129,8 +148,8 @@ void check_mean(const Tensor& x, int64_t from, const Tensor& y, const char* name
 
 }  // namespace
 
-void normalize_images(const Tensor& pixels, const std::vector<float>& mean, const std::vector<float>& std, const Tensor& mixing,
-                      const Tensor& y) {
+void normalize_images(const Tensor& pixels, const std::vector<float>& mean, const std::vector<float>& std, const Tensor& mirrored,
+                      const Tensor& mixing, const Tensor& y) {
   check(pixels.rank() == 4 && y.rank() == 4 && pixels.is_contiguous() && y.is_contiguous(), "normalize_images: tensors of shapes ",
         pixels.shape(), " and ", y.shape());
   const int64_t height = pixels.dim(1), width = pixels.dim(2), channels = pixels.dim(3), plane = height * width;
@@ -141,7 +160,7 @@ void normalize_images(const Tensor& pixels, const std::vector<float>& mean, cons
   check_mixing(mixing, pixels);
   if (y.numel() == 0) return;
   const auto* mixed = mixing.defined() ? reinterpret_cast<const Mixing*>(mixing.data<float>()) : nullptr;
-  const Pixels from{pixels.data<uint8_t>(), pixels.dim(0), plane, width, mixed};
+  const Pixels from{pixels.data<uint8_t>(), pixels.dim(0), plane, width, mirror_flags(mirrored, pixels), mixed};
   const int64_t n = from.batch * plane;
   dispatch_float(y.dtype(), [&](auto tag) {
     using T = decltype(tag);
@@ -153,7 +172,7 @@ void normalize_images(const Tensor& pixels, const std::vector<float>& mean, cons
       by.factor[c] = static_cast<A>(1 / (255.0 * static_cast<double>(std[c])));
       by.shift[c] = static_cast<A>(static_cast<double>(mean[c]) / static_cast<double>(std[c]));
     }
-    if (channels == 3 && plane % N == 0 && aligned(from.x, 4) && aligned(py, N * sizeof(T)))
+    if (channels == 3 && (mirrored.defined() ? width : plane) % N == 0 && aligned(from.x, 4) && aligned(py, N * sizeof(T)))
       launch("normalize_images", mixed != nullptr ? &normalize_packs_kernel<true, 3, N, T> : &normalize_packs_kernel<false, 3, N, T>,
              grid_for(n, N * kMapThreads, kMapBlocks), kMapThreads, 0, from, by, py);
     else

@@ -65,8 +65,14 @@ class Loader::Impl {
 
  private:
   struct Slot {
-    Tensor images, labels, mixing;
+    Tensor images, labels, mirrored, mixing;
+    bool free() const {
+      for (const Tensor* t : {&images, &labels, &mirrored, &mixing})
+        if (t->defined() && t->buffer().use_count() > 1) return false;
+      return true;
+    }
   };
+  bool mirrors_later() const { return options_.train && transform_.flip > 0 && transform_.flips_last(); }
   bool mixes() const { return options_.train && options_.mix.on(); }
   /// Which sample stands at a place of the epoch, and for which time. With r repeats a group of r pairs comes r times, and each time the
   /// second samples stand beside the next first one: neighbours, which Mixup and CutMix mix, are never the same picture or pair twice.
@@ -164,15 +170,14 @@ Loader::Impl::Slot Loader::Impl::new_slot() const {
   const Device memory = options_.pinned ? kPinned : kCpu;
   return {Tensor::empty({b, side, side, transform_.channels}, DType::u8, memory, MemoryKind::inputs),
           Tensor::empty({b}, DType::i64, memory, MemoryKind::inputs),
+          mirrors_later() ? Tensor::empty({b}, DType::u8, memory, MemoryKind::inputs) : Tensor(),
           mixes() ? Tensor::empty({b, Mixing::kNumbers}, DType::f32, memory, MemoryKind::inputs) : Tensor()};
 }
 
 /// Runs on the caller's thread, so that "nobody else holds it" cannot change under it. A caller who keeps many batches gets more memory.
 Loader::Impl::Slot Loader::Impl::free_slot() const {
   for (const Slot& slot : slots_)
-    if (slot.images.buffer().use_count() == 1 && slot.labels.buffer().use_count() == 1 &&
-        (!mixes() || slot.mixing.buffer().use_count() == 1))
-      return slot;
+    if (slot.free()) return slot;
   return new_slot();
 }
 
@@ -216,6 +221,7 @@ void Loader::Impl::post_jobs() {
     const Slot slot = free_slot();
     job->batch.images = slot.images.narrow(0, 0, job->size);
     job->batch.labels = slot.labels.narrow(0, 0, job->size);
+    if (slot.mirrored.defined()) job->batch.mirrored = slot.mirrored.narrow(0, 0, job->size);
     job->batch.epoch = epoch_;
     job->batch.index = posted_++;
     job->batch.mixing = mix(slot, *job);
@@ -300,7 +306,8 @@ void Loader::Impl::fill_one(Job& job, int64_t position) {
   const StageScope augmenting(Stage::augment);
   uint8_t* out = job.batch.images.data<uint8_t>() + position * transform_.bytes();
   if (options_.train)
-    transform_for_training(sample.image, transform_, random, out);
+    transform_for_training(sample.image, transform_, random, out,
+                           job.batch.mirrored.defined() ? job.batch.mirrored.data<uint8_t>() + position : nullptr);
   else
     transform_for_evaluation(sample.image, transform_, out);
   job.batch.labels.data<int64_t>()[position] = sample.label;

@@ -185,11 +185,13 @@ void crop_for_training(const Image& image, const TransformOptions& options, Rand
 }
 }  // namespace
 
-void transform_for_training(const Image& image, const TransformOptions& options, RandomStream& random, uint8_t* out) {
+void transform_for_training(const Image& image, const TransformOptions& options, RandomStream& random, uint8_t* out, uint8_t* mirrored) {
   crop_for_training(image, options, random, out);
   const Pixels p{out, options.image_size, options.image_size, options.channels};
   const auto happens = [&](double probability) { return probability > 0 && random.uniform() < probability; };
-  if (happens(options.flip)) pixels::mirror(p);
+  const bool mirror = happens(options.flip), later = mirrored != nullptr && options.flips_last();
+  if (mirror && !later) pixels::mirror(p);
+  if (mirrored != nullptr) *mirrored = mirror && later;
   if (happens(options.vflip)) pixels::flip_vertically(p);
   apply_augment(options.augment, {options.interpolation, options.random_interpolation, color_of(options.mean)}, random, p);
   if (options.color_jitter.on() && options.augment.color_jitter) jitter_colors(options.color_jitter, random, p);

@@ -4,7 +4,7 @@
 #include <chrono>
 #include <cmath>
 
-#include "mesa/data/pixels.h"
+#include "mesa/kernels/elementwise.h"
 
 namespace mesa {
 
@@ -31,7 +31,8 @@ Batch without_replacements(const Batch& batch) {
   const int64_t n = batch.labels.numel(), kept = n - static_cast<int64_t>(batch.replaced.size());
   Shape shape = batch.images.shape();
   shape[0] = kept;
-  Batch out{Tensor::empty(shape, DType::u8), Tensor::empty({kept}, DType::i64), {}, batch.epoch, batch.index, {}, {}};
+  const Device memory = batch.images.device();  // which a GPU may copy from
+  Batch out{Tensor::empty(shape, DType::u8, memory), Tensor::empty({kept}, DType::i64, memory), {}, {}, batch.epoch, batch.index, {}, {}};
   const int64_t bytes = batch.images.numel() / n;
   for (int64_t from = 0, to = 0; from < n; ++from) {
     if (std::find(batch.replaced.begin(), batch.replaced.end(), from) != batch.replaced.end()) continue;
@@ -42,24 +43,22 @@ Batch without_replacements(const Batch& batch) {
   return out;
 }
 
-/// The batch with left and right exchanged.
-Batch mirrored(const Batch& batch) {
-  Batch out{Tensor::empty(batch.images.shape(), DType::u8), batch.labels, {}, batch.epoch, batch.index, batch.sample_indices, {}};
-  const Shape& shape = batch.images.shape();
-  std::copy_n(batch.images.data<uint8_t>(), batch.images.numel(), out.images.data<uint8_t>());
-  for (int64_t b = 0; b < shape[0]; ++b)
-    pixels::mirror({out.images.data<uint8_t>() + b * shape[1] * shape[2] * shape[3], shape[1], shape[2], shape[3]});
-  return out;
+/// The same pictures, read from right to left.
+SentBatch mirrored(SentBatch batch) {
+  const std::vector<uint8_t> all(static_cast<size_t>(batch.labels.numel()), 1);
+  batch.mirrored = to(Tensor::from<uint8_t>({batch.labels.numel()}, all), batch.pixels.device());
+  return batch;
 }
 
-/// f32 [B, K] on the CPU.
+/// f32 [B, K] on the device.
 Tensor logits_of(const BuiltModel& model, const SentBatch& batch, const TransformOptions& transform) {
-  const Tensor logits = to(model.net(prepare(batch, transform).images).value(), kCpu);
+  const auto of = [&](const SentBatch& pictures) { return model.net(prepare(pictures, transform).images).value(); };
+  const Tensor logits = of(batch);
   if (!transform.eval_flip) return logits;
-  const SentBatch mirror = send(mirrored(batch.host), model.net.input().classes, model.device);
-  const Tensor other = to(model.net(prepare(mirror, transform).images).value(), kCpu), mean = Tensor::empty(logits.shape(), DType::f32);
-  for (int64_t i = 0; i < mean.numel(); ++i) mean.data<float>()[i] = 0.5f * (logits.data<float>()[i] + other.data<float>()[i]);
-  return mean;
+  const Tensor sum = empty_like(logits);
+  kernels::add(logits, of(mirrored(batch)), sum);
+  kernels::scale(sum, 0.5, sum);
+  return sum;
 }
 
 }  // namespace
@@ -70,25 +69,33 @@ EvalResult evaluate(const BuiltModel& model, Loader& loader, const TransformOpti
   EvalResult result;
   double loss = 0, top1 = 0, top5 = 0;
   loader.start_epoch(0);
-  while (true) {
+  // The next batch that has pictures, on its way.
+  const auto next = [&]() -> std::optional<SentBatch> {
+    while (auto batch = loader.next()) {
+      result.left_out += static_cast<int64_t>(batch->replaced.size());
+      if (!batch->replaced.empty()) batch = without_replacements(*batch);
+      if (batch->labels.numel() > 0) return send(std::move(*batch), model.net.input().classes, model.device);
+    }
+    return {};
+  };
+  std::optional<SentBatch> sent = next();
+  while (sent) {
     if (stop && stop()) {
       result.complete = false;
       break;
     }
-    auto batch = loader.next();
-    if (!batch) break;
-    result.left_out += static_cast<int64_t>(batch->replaced.size());
-    if (!batch->replaced.empty()) batch = without_replacements(*batch);
-    if (batch->labels.numel() == 0) continue;
-    const SentBatch sent = send(std::move(*batch), model.net.input().classes, model.device);
-    const Tensor logits = logits_of(model, sent, transform), labels = sent.host.labels;
+    const Tensor on_device = logits_of(model, *sent, transform);
+    const Batch batch = sent->host;
+    std::optional<SentBatch> ahead = next();  // while a GPU computes
+    const Tensor logits = to(on_device, kCpu), labels = batch.labels;
+    sent = std::move(ahead);
     const int64_t n = labels.numel();
     loss += static_cast<double>(*cross_entropy(logits, labels).value().data<float>()) * static_cast<double>(n);
     top1 += static_cast<double>(count_top(logits, labels, 1));
     top5 += static_cast<double>(count_top(logits, labels, std::min<int64_t>(5, logits.dim(1))));
     result.images += n;
     if (progress) progress(result.images);
-    if (look) look(sent.host, logits);
+    if (look) look(batch, logits);
   }
   if (add_up) {
     std::vector<double> sums{

@@ -179,7 +179,7 @@ class Bench : public WorkList {
     const Tensor patches = room({e_.B, side * side, inner}, e_.type);
     const double p = static_cast<double>(images.numel());
     const std::vector<float> half(static_cast<size_t>(e_.channels), 0.5f);
-    add("normalize_images", p * 5, 0, [=] { kernels::normalize_images(pixels, half, half, Tensor(), images); });
+    add("normalize_images", p * 5, 0, [=] { kernels::normalize_images(pixels, half, half, Tensor(), Tensor(), images); });
     add("extract_patches", p * (4 + width(e_.type)), 0, [=, patch = e_.patch] { kernels::extract_patches(images, patch, patches); });
     const Tensor w = values({e_.hidden * e_.C * 10}, DType::f32), g = values(w.shape(), DType::f32), m = room(w.shape(), DType::f32),
                  v = empty_like(m);

@@ -145,7 +145,7 @@ class FurtherKernels : public WorkList {
     const std::vector<float> half(static_cast<size_t>(e_.channels), 0.5f);
     if (e_.B % 2 == 0)
       add("normalize_images, mixed", p * 6, 0,
-          [=, mixing = mixing(e_.B)] { kernels::normalize_images(pixels, half, half, mixing, images); });
+          [=, mixing = mixing(e_.B)] { kernels::normalize_images(pixels, half, half, Tensor(), mixing, images); });
     add("scatter_patches", p * (4 + width(e_.type)), 0, [=, patch = e_.patch] { kernels::scatter_patches(patches, patch, images); });
     const Tensor x = tokens(DType::f32), y = room({e_.B, e_.N + 1, e_.C}, DType::f32), position = values({e_.N, e_.C}, DType::f32);
     const Tensor token = values({1, e_.C}, DType::f32), mean = values({e_.B, e_.C}, DType::f32), sum = empty_like(x);

@@ -5,6 +5,7 @@
 #include <nlohmann/json.hpp>
 
 #include "mesa/base/files.h"
+#include "mesa/data/pixels.h"
 #include "mesa/data/resize.h"
 #include "mesa/train/files.h"
 
@@ -16,11 +17,14 @@ using nlohmann::ordered_json;
 constexpr char kDigits[] = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
 constexpr int64_t kMostBytes = 8 << 20;  // of a file: 32 pictures of 80 x 80 take 0.8 MB at worst
 
-Image small_picture(const Tensor& images, int64_t at) {
+Image small_picture(const Batch& batch, int64_t at) {
+  const Tensor& images = batch.images;
   Image image{static_cast<int>(images.dim(1)), static_cast<int>(images.dim(2)), static_cast<int>(images.dim(3)), {}};
   const int64_t bytes = images.numel() / images.dim(0);
-  const uint8_t* pixels = images.data<uint8_t>() + at * bytes;
-  image.pixels.assign(pixels, pixels + bytes);
+  const uint8_t* from = images.data<uint8_t>() + at * bytes;
+  image.pixels.assign(from, from + bytes);
+  if (batch.mirrored.defined() && batch.mirrored.data<uint8_t>()[at] != 0)
+    pixels::mirror({image.pixels.data(), image.height, image.width, image.channels});
   const int longest = std::max(image.height, image.width);
   if (longest <= kPictureSide) return image;
   const auto reduced = [&](int side) { return std::max(1, side * kPictureSide / longest); };
@@ -40,7 +44,7 @@ LabelledPicture labelled(const Batch& batch, int64_t at, const std::vector<std::
   out.index = batch.sample_indices.at(static_cast<size_t>(at));
   out.label = batch.labels.data<int64_t>()[at];
   out.name = name_of(out.label, names);
-  out.png = to_png(small_picture(batch.images, at));
+  out.png = to_png(small_picture(batch, at));
   return out;
 }
 

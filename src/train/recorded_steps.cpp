@@ -52,15 +52,17 @@ RecordedSteps::Result RecordedSteps::run(const SentBatch& batch, uint64_t step, 
 /// Records read the batch and the step where they are now.
 void RecordedSteps::take_in(const SentBatch& batch, uint64_t step) {
   if (!batch_.pixels.defined()) {
-    batch_.pixels = Tensor::empty(batch.pixels.shape(), batch.pixels.dtype(), model_.device, MemoryKind::inputs);
-    batch_.labels = Tensor::empty(batch.labels.shape(), batch.labels.dtype(), model_.device, MemoryKind::inputs);
-    if (batch.mixing.defined())
-      batch_.mixing = Tensor::empty(batch.mixing.shape(), batch.mixing.dtype(), model_.device, MemoryKind::inputs);
+    const auto room = [&](const Tensor& t) {
+      return t.defined() ? Tensor::empty(t.shape(), t.dtype(), model_.device, MemoryKind::inputs) : Tensor();
+    };
+    batch_.pixels = room(batch.pixels), batch_.labels = room(batch.labels);
+    batch_.mirrored = room(batch.mirrored), batch_.mixing = room(batch.mixing);
     step_ = Tensor::empty({1}, DType::i64, model_.device);
   }
   if (batch.arrival) cuda::wait_for(batch.arrival);
   transfer(batch.pixels, batch_.pixels);
   transfer(batch.labels, batch_.labels);
+  if (batch.mirrored.defined()) transfer(batch.mirrored, batch_.mirrored);
   if (batch.mixing.defined()) transfer(batch.mixing, batch_.mixing);
   transfer(Tensor::from<int64_t>({1}, {static_cast<int64_t>(step)}), step_);
 }

@@ -216,17 +216,17 @@ StorageConfig reference_storage() {
 
 SentBatch send(Batch batch, int64_t classes, Device device, const cuda::Mark& after) {
   check_labels(batch.labels, classes);
-  SentBatch sent{std::move(batch), {}, {}, {}, {}, {}};
-  sent.pixels = sent.host.images, sent.labels = sent.host.labels, sent.mixing = sent.host.mixing;
+  SentBatch sent{std::move(batch), {}, {}, {}, {}, {}, {}};
+  sent.pixels = sent.host.images, sent.labels = sent.host.labels;
+  sent.mirrored = sent.host.mirrored, sent.mixing = sent.host.mixing;
   if (device.kind != DeviceKind::cuda) return sent;
   const auto copy = [&](Tensor& t) {  // a byte a value: four times less to move than floats
     const Tensor there = Tensor::empty(t.shape(), t.dtype(), device, MemoryKind::inputs);
     sent.arrival = cuda::copy_to_device_beside(there.raw(), t.raw(), t.bytes(), after);
     t = there;
   };
-  copy(sent.pixels);
-  copy(sent.labels);
-  if (sent.mixing.defined()) copy(sent.mixing);
+  for (Tensor* t : {&sent.pixels, &sent.labels, &sent.mirrored, &sent.mixing})
+    if (t->defined()) copy(*t);
   sent.guard = std::shared_ptr<void>(nullptr, [mark = sent.arrival](void*) {
     try {
       if (cuda::passed(mark)) return;
@@ -243,7 +243,7 @@ Prepared prepare(const SentBatch& batch, const TransformOptions& transform) {
   const Tensor& pixels = batch.pixels;
   const Shape shape{pixels.dim(0), pixels.dim(3), pixels.dim(1), pixels.dim(2)};
   const Tensor images = Tensor::empty(shape, DType::f32, pixels.device(), MemoryKind::inputs);
-  kernels::normalize_images(pixels, transform.mean, transform.std, batch.mixing, images);
+  kernels::normalize_images(pixels, transform.mean, transform.std, batch.mirrored, batch.mixing, images);
   return {images, batch.labels, batch.mixing};
 }
 

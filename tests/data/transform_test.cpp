@@ -4,9 +4,11 @@
 #include <algorithm>
 #include <catch2/catch.hpp>
 #include <cmath>
+#include <functional>
 #include <map>
 #include <set>
 
+#include "mesa/data/pixels.h"
 #include "mesa/train/safetensors.h"
 #include "support/data_files.h"
 #include "support/paths.h"
@@ -131,6 +133,38 @@ TEST_CASE("flips mirror rows with their probability", "[data]") {
   CHECK(flips < 250);
 }
 
+TEST_CASE("a flip may be left to whoever reads the picture, where nothing follows that asks for places", "[data]") {
+  TransformOptions options = plain(6, 3);
+  options.crop = Crop::resized;
+  options.flip = options.vflip = 0.5;
+  const Image image = test_image(9, 7, 3);
+  const auto both = [&](int64_t i) {
+    Bytes now(options.bytes()), later(options.bytes());
+    uint8_t mirrored = 7;
+    RandomStream random = augmentation_stream(3, 0, i), again = augmentation_stream(3, 0, i);
+    transform_for_training(image, options, random, now.data());
+    transform_for_training(image, options, again, later.data(), &mirrored);
+    CHECK(mirrored <= 1);
+    if (mirrored) pixels::mirror({later.data(), 6, 6, 3});
+    CHECK(now == later);
+    CHECK(random.uniform() == again.uniform());
+    return mirrored != 0;
+  };
+  int left = 0;
+  for (int64_t i = 0; i < 100; ++i) left += both(i);
+  CHECK((left > 25 && left < 75));
+  for (const auto& with : std::vector<std::function<void(TransformOptions&)>>{
+           [](auto& o) { o.erasing.probability = 1; }, [](auto& o) { o.blur = 1; }, [](auto& o) { o.grayscale = 1; },
+           [](auto& o) { o.color_jitter = ColorJitter(0.3); },
+           [](auto& o) { o.augment = parse_augment("rand-m9-inc1", "data.auto_augment"); }}) {
+    TransformOptions more = options;
+    with(more);
+    std::swap(options, more);
+    for (int64_t i = 0; i < 20; ++i) CHECK_FALSE(both(i));
+    std::swap(options, more);
+  }
+}
+
 TEST_CASE("a shifted crop moves the picture over black by every offset", "[data]") {
   TransformOptions options = plain(8, 1);
   options.crop = Crop::pad;
@@ -192,7 +226,7 @@ TEST_CASE("colour jitter turns each of its four by its own strength", "[data]") 
   int dark = 0, bright = 0;
   for (int64_t i = 0; i < 100; ++i) {
     const Bytes out = train(flat, options, i);
-    dark += out[0] < 75, bright += out[0] > 125;
+    dark += out[0]<75, bright += out[0]> 125;
   }
   CHECK(dark > 10);
   CHECK(bright > 10);

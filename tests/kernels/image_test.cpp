@@ -1,6 +1,7 @@
 // Images to tokens and back, element by element, on every instruction set this CPU has.
 #include "mesa/kernels/image.h"
 
+#include <array>
 #include <catch2/catch.hpp>
 #include <cmath>
 #include <cstring>
@@ -28,7 +29,7 @@ TEST_CASE("normalize_images turns pixels into planes", "[kernels]") {
       for (const DType dtype : kFloats)
         for (const auto& run : implementations(kernels::normalize_images)) {
           const Tensor y = Tensor::empty({2, channels, size, size + 1}, dtype);
-          run(pixels, m, d, {}, y);
+          run(pixels, m, d, {}, {}, y);
           const std::vector<double> got = y.to_vector<double>();
           const int64_t plane = size * (size + 1);
           double worst = 0;
@@ -69,9 +70,40 @@ TEST_CASE("normalize_images mixes each picture with its neighbour", "[kernels]")
       for (const auto& run : implementations(kernels::normalize_images)) {
         CAPTURE(channels, to_string(dtype));
         const Tensor y = Tensor::empty({batch, channels, height, width}, dtype);
-        run(pixels, mean, deviation, rows, y);
+        run(pixels, mean, deviation, {}, rows, y);
         expect(y, want, dtype == DType::f64 ? 1e-14 : dtype == DType::f32 ? 1e-6 : 0.008);
       }
+  }
+}
+
+TEST_CASE("normalize_images reads mirrored pictures from right to left, before they are mixed", "[kernels]") {
+  for (const auto& [height, width, channels] : {std::array<int64_t, 3>{6, 8, 3}, {5, 7, 3}, {4, 16, 1}, {3, 32, 3}}) {
+    const int64_t batch = 6;
+    const std::vector<uint8_t> flags{0, 1, 1, 0, 2, 1};
+    const std::vector<Mixing> mixing{{1, 0, 0, 1, 1, 1},    {0.75f, 0, 0, 3, 7, 0.75f}, {0, 1, 2, 3, 6, 0.5f},
+                                     {0, 0, 0, 1, 1, 0.9f}, {1, 0, 0, 1, 1, 1},         {0, 0, 0, 3, 7, 0}};
+    const Tensor rows = Tensor::empty({batch, Mixing::kNumbers}, DType::f32);
+    std::memcpy(rows.data<float>(), mixing.data(), mixing.size() * sizeof(Mixing));
+    std::vector<uint8_t> values(batch * height * width * channels), turned(values.size());
+    for (size_t i = 0; i < values.size(); ++i) values[i] = static_cast<uint8_t>(mix64(i + 3) & 255);
+    for (size_t i = 0; i < values.size(); ++i) {
+      const int64_t c = static_cast<int64_t>(i) % channels, x = static_cast<int64_t>(i) / channels % width;
+      const int64_t line = static_cast<int64_t>(i) / channels / width, b = line / height;
+      turned[i] = values[(line * width + (flags[b] != 0 ? width - 1 - x : x)) * channels + c];
+    }
+    const Shape shape{batch, height, width, channels};
+    const Tensor pixels = Tensor::from<uint8_t>(shape, values), upright = Tensor::from<uint8_t>(shape, turned);
+    const Tensor mirrored = Tensor::from<uint8_t>({batch}, flags);
+    const std::vector<float> mean(channels, 0.5f), deviation(channels, 0.25f);
+    for (const DType dtype : kFloats)
+      for (const Tensor& mixed : {Tensor(), rows})
+        for (const auto& run : implementations(kernels::normalize_images)) {
+          CAPTURE(height, width, channels, to_string(dtype), mixed.defined());
+          const Tensor y = Tensor::empty({batch, channels, height, width}, dtype), want = empty_like(y);
+          run(upright, mean, deviation, {}, mixed, want);
+          run(pixels, mean, deviation, mirrored, mixed, y);
+          CHECK(y.to_vector<double>() == want.to_vector<double>());
+        }
   }
 }
 

@@ -14,7 +14,7 @@ using Catch::Matchers::Contains;
 namespace {
 
 Batch batch_of(int count, int side, int channels) {
-  Batch batch{Tensor::empty({count, side, side, channels}, DType::u8), Tensor::empty({count}, DType::i64), {}, 4, 0, {}, {}};
+  Batch batch{Tensor::empty({count, side, side, channels}, DType::u8), Tensor::empty({count}, DType::i64), {}, {}, 4, 0, {}, {}};
   const Image image = test_image(side, side, channels);
   for (int i = 0; i < count; ++i) {
     std::copy(image.pixels.begin(), image.pixels.end(), batch.images.data<uint8_t>() + i * image.pixels.size());

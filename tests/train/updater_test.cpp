@@ -31,6 +31,7 @@ Batch batch_of(const Dataset& data, const Pictures& pictures) {
   Batch batch{Tensor::empty({n, first.image.height, first.image.width, first.image.channels}, DType::u8),
               Tensor::empty({n}, DType::i64),
               {},
+              {},
               0,
               0,
               pictures,

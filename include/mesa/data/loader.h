@@ -47,9 +47,10 @@ struct LoaderOptions {
 };
 
 struct Batch {
-  Tensor images;  ///< u8 [B, H, W, C]
-  Tensor labels;  ///< i64 [B]
-  Tensor mixing;  ///< f32 [B, 6], rows of Mixing, for whoever reads the pictures to follow; undefined without mixup and CutMix
+  Tensor images;    ///< u8 [B, H, W, C]
+  Tensor labels;    ///< i64 [B]
+  Tensor mirrored;  ///< u8 [B]: not 0 for pictures that whoever reads them is to read from right to left; undefined if none is
+  Tensor mixing;    ///< f32 [B, 6], rows of Mixing, for whoever reads the pictures to follow; undefined without mixup and CutMix
   int64_t epoch = 0, index = 0;
   std::vector<int64_t> sample_indices;  ///< of the pictures that are there, replacements included
   std::vector<int64_t> replaced;        ///< positions in the batch that hold another picture because theirs is damaged

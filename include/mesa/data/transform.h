@@ -56,6 +56,10 @@ struct TransformOptions {
 
   /// Throws Error naming the field that is out of range.
   void validate() const;
+  /// True if nothing that follows the flips in training asks where a pixel is.
+  bool flips_last() const {
+    return augment.choices.empty() && !color_jitter.on() && grayscale == 0 && blur == 0 && erasing.probability == 0;
+  }
   /// Bytes of one output picture.
   int64_t bytes() const { return image_size * image_size * channels; }
 };
@@ -66,8 +70,10 @@ RandomStream augmentation_stream(uint64_t seed, int64_t epoch, int64_t index, in
 
 /// The random picture for training; writes options.bytes() bytes, [image_size, image_size, channels], to `out`.
 /// In timm's order: crop, flips, `augment`, colour jitter, grayscale, blur, erasing. The random resized crop, its ten tries and its
-/// fallback are timm's (RandomResizedCropAndInterpolation); colours as Pillow's ImageEnhance.
-void transform_for_training(const Image& image, const TransformOptions& options, RandomStream& random, uint8_t* out);
+/// fallback are timm's (RandomResizedCropAndInterpolation); colours as Pillow's ImageEnhance. With options.flips_last() and `mirrored` the
+/// picture stays as it is where it should be mirrored, *mirrored says so (1, else 0), and whoever reads it reads from right to left.
+void transform_for_training(const Image& image, const TransformOptions& options, RandomStream& random, uint8_t* out,
+                            uint8_t* mirrored = nullptr);
 
 /// The same picture every time: resize of the shorter side, centre crop.
 void transform_for_evaluation(const Image& image, const TransformOptions& options, uint8_t* out);

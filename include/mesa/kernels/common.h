@@ -83,7 +83,9 @@ Rows<T> rows_of(const Tensor& x) {
 inline int64_t width_of(const Tensor& x) { return x.rank() == 0 ? 1 : x.dim(-1); }
 
 /// Kernels that draw four words at once begin at a multiple of four.
-inline void check_first(const RandomKey& key) { check(key.first % 4 == 0, "the numbers of a part begin at ", key.first, ", no multiple of 4"); }
+inline void check_first(const RandomKey& key) {
+  check(key.first % 4 == 0, "the numbers of a part begin at ", key.first, ", no multiple of 4");
+}
 
 /// Rows of Mixing for a batch whose samples pair up; may be undefined.
 inline void check_mixing(const Tensor& mixing, const Tensor& samples) {
@@ -92,6 +94,14 @@ inline void check_mixing(const Tensor& mixing, const Tensor& samples) {
   check(mixing.is_contiguous() && mixing.dtype() == DType::f32 && mixing.shape() == Shape({batch, Mixing::kNumbers}), "the mixing of ",
         batch, " samples is ", mixing.shape());
   check(batch % 2 == 0, "samples are mixed in pairs; ", batch, " is odd");
+}
+
+/// One number for each sample, or null where none is mirrored.
+inline const uint8_t* mirror_flags(const Tensor& mirrored, const Tensor& samples) {
+  if (!mirrored.defined()) return nullptr;
+  check(mirrored.is_contiguous() && mirrored.dtype() == DType::u8 && mirrored.shape() == Shape({samples.dim(0)}), "flags of shape ",
+        mirrored.shape(), " for ", samples.dim(0), " samples that may be mirrored");
+  return mirrored.data<uint8_t>();
 }
 
 inline void check_logits(const Tensor& logits, const char* name) {

@@ -7,10 +7,11 @@
 
 namespace mesa::kernels {
 
-/// u8 [B, H, W, C] -> f32|bf16|f64 [B, C, H, W]: (x / 255 - mean[c]) / std[c]. With `mixing` ([B, 6] f32, rows of Mixing; undefined: none)
-/// each pixel x is first mixed with that of the sample's partner.
-MESA_KERNEL(normalize_images, const Tensor& pixels, const std::vector<float>& mean, const std::vector<float>& std, const Tensor& mixing,
-            const Tensor& y);
+/// u8 [B, H, W, C] -> f32|bf16|f64 [B, C, H, W]: (x / 255 - mean[c]) / std[c]. A picture whose number in `mirrored` (u8 [B]; undefined:
+/// none) is not 0 is read from right to left. Then, with `mixing` ([B, 6] f32, rows of Mixing; undefined: none), each pixel x is mixed with
+/// that of the sample's partner.
+MESA_KERNEL(normalize_images, const Tensor& pixels, const std::vector<float>& mean, const std::vector<float>& std, const Tensor& mirrored,
+            const Tensor& mixing, const Tensor& y);
 /// x [B, C, H, W] -> y [B, (H/p)(W/p), C p p], elements of a patch in (c, row, column) order as a p x p convolution reads them.
 MESA_KERNEL(extract_patches, const Tensor& x, int64_t patch, const Tensor& y);
 /// dx <- the inverse arrangement of dy.

@@ -39,14 +39,14 @@ struct Prepared {
 };
 /// A batch of the loader on its way to the device: on a GPU copied beside whatever it is working on.
 struct SentBatch {
-  Batch host;             ///< u8 [B, H, W, C] and i64 [B]; on a GPU it must live until the copy has arrived
-  Tensor pixels, labels, mixing;  ///< the same on the device
-  cuda::Mark arrival;     ///< null on the CPU
-  std::shared_ptr<void> guard;  ///< whoever drops a batch waits until nothing copies from or to its memory
+  Batch host;                               ///< u8 [B, H, W, C] and i64 [B]; on a GPU it must live until the copy has arrived
+  Tensor pixels, labels, mirrored, mixing;  ///< the same on the device
+  cuda::Mark arrival;                       ///< null on the CPU
+  std::shared_ptr<void> guard;              ///< whoever drops a batch waits until nothing copies from or to its memory
 };
 /// Checks the labels against `classes` and starts the copy, which waits for `after` where that is given.
 SentBatch send(Batch batch, int64_t classes, Device device, const cuda::Mark& after = {});
-/// Normalizes and mixes on the device, once the copy has arrived.
+/// Normalizes, mirrors and mixes on the device, once the copy has arrived.
 Prepared prepare(const SentBatch& batch, const TransformOptions& transform);
 
 /// A model with its parameters: what training, evaluation and benchmarks share.
