@@ -57,6 +57,7 @@ check_tree() {
     for file in "${binaries[@]}"; do
       sections=$(readelf -SW "$file") || complain "$file is no program"
       [[ $sections != *.symtab* && $sections != *.debug_* ]] || complain "$file is not stripped"
+      [[ $(readelf -d "$file") != *"[libcudnn"* ]] || complain "$file does not start without cuDNN"
     done
   fi
   file=$(find "$root" ! -type l \( -perm /022 -o -type d ! -perm -755 -o ! -perm -444 \))
@@ -99,6 +100,17 @@ lines=$(wc -l <examples/train_own_model/main.cpp)
 (cd / && "$tried/train_own_model/train_own_model") | tee "$tried/example.txt"
 awk '/^epoch/ {loss[++n] = $4} /^top-1/ {top1 = $2}
   END {if (!(n > 1 && loss[n] < loss[1] / 5 && top1 > 90)) exit 1}' "$tried/example.txt" || complain "the example has not learned"
+
+# A bundle for bare machines, unpacked in another place: it starts there, and its tests find their data in it.
+scripts/bundle.sh "$tried/bundle" "$build"
+moved=$(mktemp -d)
+trap 'rm -rf "$moved"' EXIT
+tar -C "$moved" -xJf "$tried/bundle.tar.xz" && rm -rf "$tried/bundle" "$tried/bundle.tar.xz"
+from=$(for file in "$moved"/bundle/bin/*; do ldd "$file"; done | awk '$2 == "=>" {print $3}' | grep -F "$source/" || true)
+[[ -z $from ]] || complain "the bundle's programs load $from"
+"$moved/bundle/bin/mesa-train" --version | sed -n 1p
+(cd / && MESA_TEST_SOURCE_DIR=$moved/bundle "$moved/bundle/bin/mesa-tests" -w NoTests "golden: logits*") || complain "the bundle's tests fail"
+grep -qx 'kernels/norm_test' "$moved/bundle/tests/device_tests.txt" || complain "the bundle has no list of tests for the device"
 
 if [[ $generators == *DEB* ]]; then
   for package in "$packages"/*.deb; do dpkg-deb -x "$package" "$tried/debian"; done
