@@ -24,7 +24,7 @@ inline void open_standard_streams() {
 /// Parses the command line and runs `body`. Exit codes: body's own; 1 failed; 2 wrong usage or config; 69 a rank did not come.
 inline int run_app(CLI::App& app, int argc, char** argv, const std::function<int()>& body) {
   open_standard_streams();
-  app.set_version_flag("--version", version_text());
+  app.set_version_flag("--version", [] { return version_text(); });  // asking for the GPU now would be too early: ranks choose theirs first
   const auto show = [&](const std::string& form) {
     std::fputs(describe(app, form).c_str(), stdout);
     throw CLI::Success();

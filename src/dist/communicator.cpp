@@ -1,8 +1,5 @@
 #include "mesa/dist/communicator.h"
 
-#include <algorithm>
-#include <chrono>
-
 #include "host_communicator.h"
 #include "mesa/base/threads.h"
 
@@ -24,6 +21,7 @@ class SingleCommunicator : public Communicator {
   void all_gather(const Tensor& part, const Tensor& x) override { copy_unless_same(part, x); }
   void broadcast(const Tensor&, int64_t) override {}
   void finish() override {}
+  bool connected() const override { return size() > 1; }
 
  private:
   static void copy_unless_same(const Tensor& from, const Tensor& to) {
@@ -100,11 +98,9 @@ void HostCommunicator::rethrow() {
   if (error_) std::rethrow_exception(error_);
 }
 
-/// Where a rank is lost, the library may complain before the wire knows: what the wire says is the reason.
 std::exception_ptr HostCommunicator::reason(std::exception_ptr error) {
-  for (int i = 0; control_ != nullptr && i < 30; ++i) try {
-      control_->throw_if_failed();
-      std::this_thread::sleep_for(std::chrono::milliseconds(100));
+  if (control_ != nullptr) try {
+      control_->throw_if_failed(Control::kDeath);
     } catch (...) {
       return std::current_exception();
     }

@@ -138,10 +138,12 @@ class Control::Impl {
     const std::lock_guard lock(mutex_);
     return speaks();
   }
-  void throw_if_failed() {
-    const std::lock_guard lock(mutex_);
+  void throw_if_failed(double seconds) {
+    std::unique_lock lock(mutex_);
+    if (seconds > 0) changed_.wait_for(lock, std::chrono::duration<double>(seconds), [&] { return !failure_.empty(); });
     throw_now();
   }
+  double silence() const { return timeout_ / 2 + kDeath; }
 
  private:
   bool leads() const { return me_.rank == 0; }
@@ -468,6 +470,7 @@ void Control::hear_signals(std::function<int64_t()> asked) { impl_->hear_signals
 int64_t Control::signal() { return impl_->signal(); }
 bool Control::failed() { return impl_->failed(); }
 bool Control::speaks() { return impl_->speaks_now(); }
-void Control::throw_if_failed() { impl_->throw_if_failed(); }
+void Control::throw_if_failed(double seconds) { impl_->throw_if_failed(seconds); }
+double Control::silence() const { return impl_->silence(); }
 
 }  // namespace mesa

@@ -1,9 +1,11 @@
-// Collectives among GPUs through NCCL: a plugin, loaded where several ranks train on GPUs.
+// Collectives among GPUs through NCCL: a plugin, loaded where ranks train on GPUs.
 #include <cuda_runtime_api.h>
 #include <nccl.h>
 
+#include <algorithm>
 #include <cstdio>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include "mesa/base/cuda.h"
@@ -12,9 +14,9 @@
 namespace mesa {
 namespace {
 
-void check_nccl(ncclResult_t code, const char* what) {
-  if (code != ncclSuccess && code != ncclInProgress) fail("nccl: ", what, ": ", ncclGetErrorString(code));
-}
+/// What a collective may take of a GPU while the backward pass goes on: it holds them for as long as it runs. NCCL_MAX_CTAS in the
+/// environment goes before it, says NCCL's guide.
+constexpr int kMultiprocessors = 8;
 
 ncclDataType_t type_of(DType dtype) {
   switch (dtype) {
@@ -26,108 +28,178 @@ ncclDataType_t type_of(DType dtype) {
   }
 }
 
+bool failed(ncclResult_t code) { return code != ncclSuccess && code != ncclInProgress; }
+
+std::string words_of(ncclResult_t code, ncclComm_t comm) {
+  const char* more = ncclGetLastError(comm);
+  return concat(ncclGetErrorString(code), more == nullptr || *more == '\0' ? "" : ": ", more == nullptr ? "" : more);
+}
+
+/// While this lives the rank waits in a collective: the wire then knows who is missing, and ends what does not end.
+struct AtCollective {
+  AtCollective(Control& wire, int64_t collective) : wire(wire), collective(collective) { wire.at_collective(collective, true); }
+  ~AtCollective() { wire.at_collective(collective, false); }
+  AtCollective(const AtCollective&) = delete;
+  AtCollective& operator=(const AtCollective&) = delete;
+  Control& wire;
+  int64_t collective;
+};
+
 /// Collectives run on a stream of their own, behind what the compute stream had when they were asked for.
 class NcclCommunicator : public Communicator {
  public:
-  NcclCommunicator(const RankInfo& me, const std::string& id, Control* control) : Communicator(me), control_(control) {
+  NcclCommunicator(const RankInfo& me, const std::string& id, Control* control) : Communicator(me), control_(*control) {
+    try {
+      connect(id);
+    } catch (const RankFailure& e) {
+      release();
+      throw RankFailure(concat(e.what(),
+                               " (NCCL was connecting the ranks' GPUs: with NCCL_DEBUG=INFO it says how, NCCL_SOCKET_IFNAME names "
+                               "the network)"));
+    } catch (...) {
+      release();
+      throw;
+    }
+  }
+  ~NcclCommunicator() override {
+    try {
+      leave();
+    } catch (const Error& e) {
+      std::fprintf(stderr, "warning: rank %lld leaves without the others: %s\n", static_cast<long long>(rank()), e.what());
+    }
+    release();
+  }
+
+  void all_reduce(const Tensor& x) override {
+    const cudaStream_t stream = ready(x);
+    begin("ncclAllReduce", [&] { return ncclAllReduce(x.raw(), x.raw(), count(x), type_of(x.dtype()), ncclSum, comm_, stream); });
+  }
+  void reduce_scatter(const Tensor& x, const Tensor& part) override {
+    const cudaStream_t stream = ready(x);
+    begin("ncclReduceScatter",
+          [&] { return ncclReduceScatter(x.raw(), part.raw(), count(part), type_of(x.dtype()), ncclSum, comm_, stream); });
+  }
+  void all_gather(const Tensor& part, const Tensor& x) override {
+    const cudaStream_t stream = ready(x);
+    begin("ncclAllGather", [&] { return ncclAllGather(part.raw(), x.raw(), bytes(part), ncclUint8, comm_, stream); });
+  }
+  void broadcast(const Tensor& x, int64_t root) override {
+    const cudaStream_t stream = ready(x);
+    begin("ncclBroadcast", [&] { return ncclBroadcast(x.raw(), x.raw(), bytes(x), ncclUint8, static_cast<int>(root), comm_, stream); });
+  }
+
+  Device device() const override { return kCuda; }
+
+  /// Makes transfers faster at best, so a refusal is no error; but all must have registered what they send, or none (NCCL's guide, user
+  /// buffer registration).
+  void will_use(const Tensor& x) override {
+    void* handle = nullptr;
+    const ncclResult_t code = ncclCommRegister(comm_, x.raw(), bytes(x), &handle);
+    if (code == ncclInProgress) {
+      const AtCollective here(control_, begun_);
+      poll("ncclCommRegister", code, [] { return true; });
+    }
+    const std::vector<std::string> refusals = control_.exchange("memory for NCCL", failed(code) ? words_of(code, comm_) : "");
+    const auto refusal = std::find_if(refusals.begin(), refusals.end(), [](const std::string& why) { return !why.empty(); });
+    if (refusal == refusals.end()) {
+      registered_.push_back(handle);
+      kept_.push_back(x);
+      return;
+    }
+    if (!failed(code)) ncclCommDeregister(comm_, handle);
+    if (rank() == 0)
+      std::fprintf(stderr, "warning: NCCL copies gradients before it sends them: rank %zu cannot register their memory (%s)\n",
+                   static_cast<size_t>(refusal - refusals.begin()), refusal->c_str());
+  }
+
+  /// The host waits, too: only so can it leave when another rank is lost. It reads the loss next in any case.
+  void finish() override {
+    cuda::check_status(cudaEventRecord(done_, stream_), "recording an event");
+    const AtCollective here(control_, begun_);
+    poll("a collective", state(), [this] {
+      const cudaError_t status = cudaEventQuery(done_);
+      if (status == cudaErrorNotReady) return false;
+      if (status != cudaSuccess) control_.throw_if_failed(Control::kDeath);  // memory of a process that died may have been read
+      cuda::check_status(status, "a collective");
+      return true;
+    });
+    cuda::check_status(cudaStreamWaitEvent(static_cast<cudaStream_t>(cuda::stream()), done_, 0), "waiting for an event");
+  }
+
+ private:
+  static size_t count(const Tensor& x) { return static_cast<size_t>(x.numel()); }
+  static size_t bytes(const Tensor& x) { return static_cast<size_t>(x.bytes()); }
+
+  void connect(const std::string& id) {
     ncclUniqueId unique;
     check(id.size() == sizeof unique, "nccl: the leader's id has ", id.size(), " bytes");
     std::copy(id.begin(), id.end(), reinterpret_cast<char*>(&unique));
     ncclConfig_t config = NCCL_CONFIG_INITIALIZER;
     config.blocking = 0;  // a rank that does not come must not hold the others here for ever
-    check_nccl(ncclCommInitRankConfig(&comm_, static_cast<int>(me.world), unique, static_cast<int>(me.rank), &config), "ncclCommInitRank");
-    poll("connecting the ranks' GPUs", [] { return true; });
+    config.maxCTAs = kMultiprocessors;
+    begin("connecting the ranks' GPUs",
+          [&] { return ncclCommInitRankConfig(&comm_, static_cast<int>(size()), unique, static_cast<int>(rank()), &config); });
     int least = 0, greatest = 0;
     cuda::check_status(cudaDeviceGetStreamPriorityRange(&least, &greatest), "stream priorities");
     cuda::check_status(cudaStreamCreateWithPriority(&stream_, cudaStreamNonBlocking, greatest), "creating a stream");
     for (cudaEvent_t* event : {&asked_, &done_})
       cuda::check_status(cudaEventCreateWithFlags(event, cudaEventDisableTiming), "creating an event");
   }
-  ~NcclCommunicator() override {
-    if (control_->failed())
-      ncclCommAbort(comm_);  // what waits for a rank that is gone never ends by itself
-    else {
-      for (void* handle : registered_) ncclCommDeregister(comm_, handle);
-      ncclCommDestroy(comm_);
-    }
-    cudaEventDestroy(asked_);
-    cudaEventDestroy(done_);
-    cudaStreamDestroy(stream_);
-  }
 
-  void all_reduce(const Tensor& x) override {
-    begin("ncclAllReduce", ncclAllReduce(x.raw(), x.raw(), count(x), type_of(x.dtype()), ncclSum, comm_, ready(x)));
+  /// All together, and watched like a collective.
+  void leave() {
+    if (control_.failed()) return;
+    for (void* handle : registered_) ncclCommDeregister(comm_, handle);
+    begin("ncclCommFinalize", [this] { return ncclCommFinalize(comm_); });
+    ncclCommDestroy(std::exchange(comm_, nullptr));
   }
-  void reduce_scatter(const Tensor& x, const Tensor& part) override {
-    begin("ncclReduceScatter", ncclReduceScatter(x.raw(), part.raw(), count(part), type_of(x.dtype()), ncclSum, comm_, ready(x)));
+  void release() {
+    if (comm_ != nullptr) ncclCommAbort(comm_);  // what waits for a rank that is gone never ends by itself
+    for (cudaEvent_t event : {asked_, done_})
+      if (event != nullptr) cudaEventDestroy(event);
+    if (stream_ != nullptr) cudaStreamDestroy(stream_);
   }
-  void all_gather(const Tensor& part, const Tensor& x) override {
-    begin("ncclAllGather", ncclAllGather(part.raw(), x.raw(), static_cast<size_t>(part.bytes()), ncclUint8, comm_, ready(x)));
-  }
-  void broadcast(const Tensor& x, int64_t root) override {
-    begin("ncclBroadcast",
-          ncclBroadcast(x.raw(), x.raw(), static_cast<size_t>(x.bytes()), ncclUint8, static_cast<int>(root), comm_, ready(x)));
-  }
-
-  Device device() const override { return kCuda; }
-
-  /// Makes transfers faster at best, so a refusal is no error.
-  void will_use(const Tensor& x) override {
-    void* handle = nullptr;
-    const ncclResult_t code = ncclCommRegister(comm_, x.raw(), static_cast<size_t>(x.bytes()), &handle);
-    if (code != ncclSuccess && code != ncclInProgress) {
-      std::fprintf(stderr, "warning: rank %lld: ncclCommRegister: %s; gradients are sent from memory that is not registered\n",
-                   static_cast<long long>(rank()), ncclGetErrorString(code));
-      return;
-    }
-    if (code == ncclInProgress) poll("ncclCommRegister", [] { return true; });
-    registered_.push_back(handle);
-    kept_.push_back(x);
-  }
-
-  /// The host waits, too: only so can it leave when another rank is lost. It reads the loss next in any case.
-  void finish() override {
-    cuda::check_status(cudaEventRecord(done_, stream_), "recording an event");
-    control_->at_collective(begun_, true);
-    poll("a collective", [this] {
-      const cudaError_t status = cudaEventQuery(done_);
-      if (status != cudaErrorNotReady) cuda::check_status(status, "a collective");
-      return status == cudaSuccess;
-    });
-    control_->at_collective(begun_, false);
-    cuda::check_status(cudaStreamWaitEvent(static_cast<cudaStream_t>(cuda::stream()), done_), "waiting for an event");
-  }
-
- private:
-  static size_t count(const Tensor& x) { return static_cast<size_t>(x.numel()); }
 
   /// The stream, once all that the compute stream has by now is before it.
   cudaStream_t ready(const Tensor& x) {
     check(x.is_contiguous() && x.device().kind == DeviceKind::cuda, "NCCL takes contiguous tensors on a GPU");
     cuda::check_status(cudaEventRecord(asked_, static_cast<cudaStream_t>(cuda::stream())), "recording an event");
-    cuda::check_status(cudaStreamWaitEvent(stream_, asked_), "waiting for an event");
+    cuda::check_status(cudaStreamWaitEvent(stream_, asked_, 0), "waiting for an event");
     return stream_;
   }
-  void begin(const char* what, ncclResult_t code) {
-    ++begun_;
-    check_nccl(code, what);
-    if (code == ncclInProgress) poll(what, [] { return true; });
+  /// Counts from before the call: also one that does not return is noticed.
+  template <class Call>
+  void begin(const char* what, const Call& call) {
+    const AtCollective here(control_, ++begun_);
+    poll(what, call(), [] { return true; });
   }
 
-  /// Until NCCL is not busy any more and `done`; leaves by an exception when NCCL or another rank fails.
+  ncclResult_t state() {
+    ncclResult_t state = ncclSuccess;
+    const ncclResult_t answer = ncclCommGetAsyncError(comm_, &state);
+    return answer == ncclSuccess ? state : answer;
+  }
+  /// Until NCCL, which has answered `code`, is not busy any more and `done`; leaves by an exception when NCCL or another rank fails.
   template <class Done>
-  void poll(const char* what, const Done& done) {
+  void poll(const char* what, ncclResult_t code, const Done& done) {
     for (int i = 0;; ++i) {
-      ncclResult_t state = ncclSuccess;
-      check_nccl(ncclCommGetAsyncError(comm_, &state), what);
-      check_nccl(state, what);
-      if (state == ncclSuccess && done()) return;
-      if (i % 256 == 255) control_->throw_if_failed();
+      if (failed(code)) give_up(what, code);
+      if (code == ncclSuccess && done()) return;
+      if (i % 256 == 255) control_.throw_if_failed();
       std::this_thread::yield();
+      code = state();
     }
   }
+  /// NCCL notices a lost rank by its connections, and may do so long before the wire, which knows which rank it was.
+  [[noreturn]] void give_up(const char* what, ncclResult_t code) {
+    const std::string why = concat("nccl: ", what, ": ", words_of(code, comm_));
+    const bool network = code == ncclRemoteError || code == ncclSystemError;
+    control_.throw_if_failed(network ? control_.silence() : Control::kDeath);
+    if (code == ncclRemoteError) throw RankFailure("has lost another rank: " + why);
+    throw Error(why);
+  }
 
-  Control* control_;
+  Control& control_;
   ncclComm_t comm_ = nullptr;
   cudaStream_t stream_ = nullptr;
   cudaEvent_t asked_ = nullptr, done_ = nullptr;
@@ -142,7 +214,8 @@ class NcclCommunicator : public Communicator {
 extern "C" {
 __attribute__((visibility("default"))) void mesa_nccl_id(std::string* id) {
   ncclUniqueId unique;
-  mesa::check_nccl(ncclGetUniqueId(&unique), "ncclGetUniqueId");
+  const ncclResult_t code = ncclGetUniqueId(&unique);
+  if (code != ncclSuccess) mesa::fail("nccl: ncclGetUniqueId: ", mesa::words_of(code, nullptr));
   id->assign(reinterpret_cast<const char*>(&unique), sizeof unique);
 }
 __attribute__((visibility("default"))) mesa::Communicator* mesa_open_nccl(const mesa::RankInfo* me, const std::string* id,

@@ -90,7 +90,7 @@ std::unique_ptr<Transport> open_mpi() {
 }
 
 std::unique_ptr<Communicator> open_nccl(const RankInfo& me, Control& control) {
-  const std::string needed = "several ranks on GPUs need NCCL";
+  const std::string needed = me.world > 1 ? "several ranks on GPUs need NCCL" : "one rank whose environment has MASTER_ADDR uses NCCL";
   std::string id;
   if (me.rank == 0) from_plugin<NcclId>("libmesa_nccl.so", "mesa_nccl_id", needed)(&id);
   id = control.exchange("the id of NCCL", id).front();
@@ -183,7 +183,7 @@ void World::connect(double timeout) {
   } else {
     check_no_other_tasks();
   }
-  if (alone()) return;
+  if (me_.world == 1 && (transport_ || variable("MASTER_ADDR").empty() || variable("MASTER_PORT").empty())) return;
   choose_gpu(me_);
   if (transport_) {
     const std::unique_ptr<Listener> listener = leads() ? std::make_unique<Listener>() : nullptr;
@@ -221,6 +221,8 @@ Communicator& World::communicator(Device device) {
     communicator_ = open_nccl(me_, *control_);
   else if (transport_)
     communicator_ = std::make_unique<HostCommunicator>(*transport_, control_.get());
+  else if (me_.world == 1)
+    communicator_ = single_communicator();
   else
     fail("the CPU engine's ranks talk through MPI: start them with mpirun");
   return *communicator_;

@@ -11,10 +11,10 @@
 namespace mesa {
 
 std::unique_ptr<GradientSync> share_gradients(const RunConfig& config, ParamStore& params, Communicator& communicator) {
-  const bool several = communicator.size() > 1, sharded = several && config.train.shard == "optimizer";
+  const bool connected = communicator.connected(), sharded = connected && config.train.shard == "optimizer";
   if (sharded) params.gather_values(communicator.size());
   params.allocate_gradients(sharded ? communicator.size() : 1);
-  if (!several) return nullptr;
+  if (!connected) return nullptr;
   const DType dtype = config.train.reduce_precision == "bf16" ? DType::bf16 : DType::f32;
   return std::make_unique<GradientSync>(communicator, params.params(), GradientSyncOptions{kBucketBytes, dtype, sharded});
 }

@@ -10,6 +10,7 @@
 #include <thread>
 
 #include "mesa/dist/world.h"
+#include "support/collectives.h"
 #include "support/mpirun.h"
 #include "support/process.h"
 
@@ -18,63 +19,6 @@ using namespace mesa::testing;
 using Catch::Matchers::Contains;
 
 namespace {
-
-/// 1 + i + 1000 rank, which sums to n + n i + 500 n (n - 1).
-template <class T>
-Tensor numbers(int64_t count, int64_t rank, DType) {
-  std::vector<T> values(static_cast<size_t>(count));
-  for (int64_t i = 0; i < count; ++i) values[static_cast<size_t>(i)] = static_cast<T>(1 + i % 1000 + 1000 * rank);
-  return Tensor::from<T>({count}, values);
-}
-template <class T>
-T sum_at(int64_t i, int64_t n) {
-  return static_cast<T>(n + n * (i % 1000) + 500 * n * (n - 1));
-}
-
-template <class T>
-void check_collectives(Communicator& comm, DType dtype, int64_t count) {
-  const int64_t n = comm.size(), rank = comm.rank();
-  CAPTURE(to_string(dtype), count, n, rank);
-  const Tensor sum = numbers<T>(count, rank, dtype), whole = numbers<T>(count * n, rank, dtype), part = Tensor::empty({count}, dtype);
-  const Tensor gathered = Tensor::empty({n, count}, dtype), own = gathered.select(0, rank), shared = numbers<T>(count, rank, dtype);
-  for (int64_t i = 0; i < count; ++i) own.data<T>()[i] = static_cast<T>(rank * 7 + i % 100);
-  const Tensor again = numbers<T>(count * n, rank, dtype), own_place = again.narrow(0, rank * count, count);
-  comm.all_reduce(sum);  // all begin before the first is waited for
-  comm.reduce_scatter(whole, part);
-  comm.reduce_scatter(again, own_place);
-  comm.all_gather(own, gathered);
-  comm.broadcast(shared, n - 1);
-  comm.finish();
-  int64_t wrong = 0;
-  for (int64_t i = 0; i < count; ++i) {
-    wrong += sum.data<T>()[i] != sum_at<T>(i, n);
-    wrong += part.data<T>()[i] != sum_at<T>(rank * count + i, n);
-    wrong += own_place.data<T>()[i] != sum_at<T>(rank * count + i, n);
-    wrong += shared.data<T>()[i] != static_cast<T>(1 + i % 1000 + 1000 * (n - 1));
-    for (int64_t r = 0; r < n; ++r) wrong += gathered.data<T>()[r * count + i] != static_cast<T>(r * 7 + i % 100);
-  }
-  CHECK(wrong == 0);
-}
-
-/// Small numbers, whose sums bf16 holds exactly, and one that it rounds.
-void check_bf16(Communicator& comm, int64_t count) {
-  const int64_t n = comm.size();
-  const Tensor x = Tensor::empty({n, count}, DType::bf16), odd = Tensor::from<bf16>({1}, {bf16(comm.rank() == 0 ? 256.0f : 1.0f)});
-  for (int64_t i = 0; i < n * count; ++i) x.data<bf16>()[i] = bf16(static_cast<float>(comm.rank() + i % 16));
-  const Tensor sum = Tensor::empty(x.shape(), DType::bf16), part = x.select(0, comm.rank());
-  transfer(x, sum);
-  comm.all_reduce(sum);
-  comm.reduce_scatter(x, part);
-  comm.all_reduce(odd);
-  comm.finish();
-  int64_t wrong = 0;
-  const auto want = [&](int64_t i) { return static_cast<float>(n * (n - 1) / 2 + n * (i % 16)); };
-  for (int64_t i = 0; i < n * count; ++i) wrong += float(sum.data<bf16>()[i]) != want(i);
-  for (int64_t i = 0; i < count; ++i) wrong += float(part.data<bf16>()[i]) != want(comm.rank() * count + i);
-  CHECK(wrong == 0);
-  CHECK(float(odd.data<bf16>()[0]) >= 256);  // 257 is 256 in bf16
-  CHECK(float(odd.data<bf16>()[0]) <= 260);
-}
 
 /// One of several processes that were started with the variables of torchrun.
 std::unique_ptr<Process> start_rank(int rank, int world, int port, int timeout = 10) {

@@ -1,5 +1,6 @@
 // The CUDA runtime's functions that Mesa calls, on emulated memory: errors, the device, memory and copies; streams.cpp has the rest.
-// MESA_EMULATION_DEVICE=no_driver, old_driver, no_gpu, old_gpu or no_code is a machine that cannot run Mesa.
+// MESA_EMULATION_DEVICE=no_driver, old_driver, no_gpu, old_gpu or no_code is a machine that cannot run Mesa; MESA_EMULATION_GPUS=4 one
+// with four GPUs.
 #include <cuda_runtime_api.h>
 
 #include <algorithm>
@@ -111,6 +112,28 @@ Machine machine() {
   return found->second;
 }
 
+/// The GPUs that this process sees, by their numbers in a machine of MESA_EMULATION_GPUS (one if that is not set). As CUDA does it:
+/// CUDA_VISIBLE_DEVICES is read once, when the first function is called, and its list ends where there is no such GPU.
+const std::vector<int>& gpus() {
+  static const std::vector<int> seen = [] {
+    const char *const in_machine = std::getenv("MESA_EMULATION_GPUS"), *const list = std::getenv("CUDA_VISIBLE_DEVICES");
+    const int count = in_machine ? std::atoi(in_machine) : 1;
+    std::vector<int> all;
+    if (list == nullptr)
+      for (int i = 0; i < count; ++i) all.push_back(i);
+    else
+      for (const char* at = list; *at != 0;) {
+        char* end = nullptr;
+        const auto gpu = static_cast<int>(std::strtol(at, &end, 10));
+        if (end == at || gpu < 0 || gpu >= count) break;
+        all.push_back(gpu);
+        at = *end == ',' ? end + 1 : "";
+      }
+    return all;
+  }();
+  return seen;
+}
+
 struct Words {
   cudaError_t status;
   const char *name, *text;
@@ -146,7 +169,7 @@ cudaError_t result(cudaError_t status) {
 }
 
 cudaError_t ready() {
-  if (machine() == Machine::no_gpu) return result(cudaErrorNoDevice);
+  if (machine() == Machine::no_gpu || gpus().empty()) return result(cudaErrorNoDevice);
   if (machine() == Machine::no_driver || machine() == Machine::old_driver) return result(cudaErrorInsufficientDriver);
   return cudaSuccess;
 }
@@ -181,14 +204,14 @@ cudaError_t cudaRuntimeGetVersion(int* version) {
   return cudaSuccess;
 }
 cudaError_t cudaGetDeviceCount(int* count) {
-  *count = ready() == cudaSuccess ? 1 : 0;
+  *count = ready() == cudaSuccess ? static_cast<int>(gpus().size()) : 0;
   return ready();
 }
 cudaError_t cudaGetDevice(int* device) {
   *device = 0;
   return ready();
 }
-cudaError_t cudaSetDevice(int device) {
+cudaError_t cudaSetDevice(int device) {  // a process uses its first one
   if (ready() != cudaSuccess) return ready();
   return device == 0 ? cudaSuccess : result(cudaErrorInvalidDevice);
 }
@@ -197,6 +220,7 @@ cudaError_t cudaGetDeviceProperties(cudaDeviceProp* properties, int device) {
   *properties = {};
   cudaDeviceProp& p = *properties;
   std::strcpy(p.name, "emulated");
+  p.pciBusID = gpus().front();
   p.major = machine() == Machine::old_gpu ? 7 : 9;
   p.totalGlobalMem = device_use().limit;
   p.multiProcessorCount = 132;

@@ -6,6 +6,7 @@
 #include "device_primitives.h"
 #include "emulated.h"
 #include "mesa/base/cuda.h"
+#include "streams.h"
 #include "support/errors.h"
 
 using namespace mesa;
@@ -210,6 +211,23 @@ TEST_CASE("emulation: what nobody waits for has not happened", "[emulation]") {
     CHECK(cudaStreamQuery(copies.handle) == cudaErrorNotReady);
     CHECK(cudaStreamQuery(copies.handle) == cudaSuccess);
     CHECK(x.get()[0] == 2);
+  }
+  SECTION("what another process takes part in is not done as soon as somebody asks") {
+    bool there = false;
+    emulation::enqueue(
+        *emulation::stream_of(other.handle), [] {}, [&] { return there; });
+    Event event;
+    CHECK(cudaEventRecord(event.handle, other.handle) == cudaSuccess);
+    CHECK(cudaStreamWaitEvent(copies.handle, event.handle, 0) == cudaSuccess);
+    for (int i = 0; i < 3; ++i) {
+      CHECK(cudaEventQuery(event.handle) == cudaErrorNotReady);
+      CHECK(cudaStreamQuery(other.handle) == cudaErrorNotReady);
+      CHECK(cudaStreamQuery(copies.handle) == cudaErrorNotReady);
+    }
+    there = true;
+    CHECK(cudaStreamSynchronize(copies.handle) == cudaSuccess);
+    CHECK(cudaEventQuery(event.handle) == cudaSuccess);
+    CHECK(cudaStreamQuery(other.handle) == cudaSuccess);
   }
   SECTION("a kernel waits for its own stream only") {
     cuda::copy_to_device(x.data(), from.data, 4);  // pinned, on the compute stream

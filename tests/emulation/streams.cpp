@@ -3,6 +3,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <string>
+#include <thread>
 #include <utility>
 
 #include "device_memory.h"
@@ -12,7 +13,7 @@ namespace mesa::emulation {
 namespace {
 
 using Clock = std::chrono::steady_clock;
-using Work = std::vector<std::function<void()>>;  // what a graph is
+using Graph = std::vector<std::function<void()>>;
 
 /// One cudaEventRecord.
 struct Record {
@@ -46,20 +47,35 @@ bool late() {
 int at_work = 0;  // work may wait for other work
 bool lost = false;
 
-void advance(Stream& stream) {
-  const std::function<void()> work = std::move(stream.waiting.front());
+void wait_until(const std::function<bool()>& may_begin) {
+  while (!may_begin()) std::this_thread::sleep_for(std::chrono::microseconds(20));
+}
+
+/// Does what stands first. False if it may not begin yet and `wait` is false, too.
+bool advance(Stream& stream, bool wait) {
+  if (const auto& may_begin = stream.waiting.front().may_begin) {
+    if (wait)
+      wait_until(may_begin);
+    else if (!may_begin())
+      return false;
+  }
+  const std::function<void()> work = std::move(stream.waiting.front().run);
   stream.waiting.pop_front();
   struct AtWork {
     AtWork() { ++at_work; }
     ~AtWork() { --at_work; }
   } const here;
   work();
+  return true;
 }
 
 /// Does what stands before the event in its own stream; that may wait for other streams in turn, but only for what was recorded earlier.
-void reach(const Record& record) {
+/// False if there is something that may not begin yet, and `wait` is false.
+bool reach(const Record& record, bool wait) {
   const DeviceAccess access;
-  while (!record.done) advance(*record.stream);
+  while (!record.done)
+    if (!advance(*record.stream, wait)) return false;
+  return true;
 }
 
 }  // namespace
@@ -94,20 +110,22 @@ void finish(Stream& stream) {
   const DeviceAccess access;
   if (late())
     for (Stream* other : streams().all)
-      while (other != &stream && !other->waiting.empty()) advance(*other);
-  while (!stream.waiting.empty()) advance(stream);
+      while (other != &stream && !other->waiting.empty() && advance(*other, false)) {
+      }
+  while (!stream.waiting.empty()) advance(stream, true);
 }
 
 void finish_all() {
   for (Stream* stream : streams().all) finish(*stream);
 }
 
-void enqueue(Stream& stream, std::function<void()> work) {
+void enqueue(Stream& stream, std::function<void()> work, std::function<bool()> may_begin) {
   if (stream.recording) return stream.recorded.push_back(std::move(work));
-  if (&stream != &streams().legacy) return stream.waiting.push_back(std::move(work));
+  if (&stream != &streams().legacy) return stream.waiting.push_back({std::move(work), std::move(may_begin)});
   for (Stream* other : streams().all)
     if (other->blocking) finish(*other);
   const DeviceAccess access;
+  if (may_begin) wait_until(may_begin);
   work();
 }
 
@@ -190,7 +208,9 @@ cudaError_t cudaStreamQuery(cudaStream_t handle) {  // not ready the first time,
   if (stream == nullptr) return result(cudaErrorInvalidResourceHandle);
   if (stream->recording) return spoil(*stream);
   if (stream->waiting.empty()) return cudaSuccess;
-  finish(*stream);
+  const DeviceAccess access;
+  while (!stream->waiting.empty() && advance(*stream, false)) {
+  }
   return result(cudaErrorNotReady);
 }
 cudaError_t cudaStreamWaitEvent(cudaStream_t handle, cudaEvent_t event_handle, unsigned) {
@@ -200,7 +220,9 @@ cudaError_t cudaStreamWaitEvent(cudaStream_t handle, cudaEvent_t event_handle, u
   if (stream == nullptr || event == nullptr) return result(cudaErrorInvalidResourceHandle);
   if (stream->recording) return spoil(*stream);
   if (alive() != cudaSuccess) return alive();
-  if (event->last) enqueue(*stream, [record = event->last] { reach(*record); });
+  if (event->last)
+    enqueue(
+        *stream, [] {}, [record = event->last] { return reach(*record, false); });
   return cudaSuccess;
 }
 
@@ -243,7 +265,7 @@ cudaError_t cudaEventSynchronize(cudaEvent_t handle) {
   const std::lock_guard lock(streams().mutex);
   const Event* const event = event_of(handle);
   if (event == nullptr) return result(cudaErrorInvalidResourceHandle);
-  if (event->last) reach(*event->last);
+  if (event->last) reach(*event->last, true);
   return state_of_device();
 }
 cudaError_t cudaEventQuery(cudaEvent_t handle) {  // not ready the first time, then done
@@ -252,7 +274,7 @@ cudaError_t cudaEventQuery(cudaEvent_t handle) {  // not ready the first time, t
   if (event == nullptr) return result(cudaErrorInvalidResourceHandle);
   if (alive() != cudaSuccess) return alive();
   if (!event->last || event->last->done) return cudaSuccess;
-  reach(*event->last);
+  reach(*event->last, false);
   return result(cudaErrorNotReady);
 }
 cudaError_t cudaEventElapsedTime(float* milliseconds, cudaEvent_t from_handle, cudaEvent_t to_handle) {
@@ -285,7 +307,7 @@ cudaError_t cudaStreamEndCapture(cudaStream_t handle, cudaGraph_t* graph) {
   auto recorded = std::exchange(stream->recorded, {});
   stream->recording = false;
   if (stream->spoiled) return result(cudaErrorStreamCaptureInvalidated);
-  *graph = reinterpret_cast<cudaGraph_t>(new Work(std::move(recorded)));
+  *graph = reinterpret_cast<cudaGraph_t>(new Graph(std::move(recorded)));
   return cudaSuccess;
 }
 cudaError_t cudaStreamIsCapturing(cudaStream_t handle, cudaStreamCaptureStatus* status) {
@@ -295,7 +317,7 @@ cudaError_t cudaStreamIsCapturing(cudaStream_t handle, cudaStreamCaptureStatus* 
 }
 cudaError_t cudaGraphInstantiate(cudaGraphExec_t* ready, cudaGraph_t graph, unsigned long long) {
   ++made_count;
-  *ready = reinterpret_cast<cudaGraphExec_t>(new Work(*reinterpret_cast<Work*>(graph)));
+  *ready = reinterpret_cast<cudaGraphExec_t>(new Graph(*reinterpret_cast<Graph*>(graph)));
   return cudaSuccess;
 }
 cudaError_t cudaGraphLaunch(cudaGraphExec_t ready, cudaStream_t handle) {
@@ -304,18 +326,18 @@ cudaError_t cudaGraphLaunch(cudaGraphExec_t ready, cudaStream_t handle) {
   if (stream == nullptr) return result(cudaErrorInvalidResourceHandle);
   if (stream->recording) return spoil(*stream);
   ++graph_count;
-  enqueue(*stream, [all = *reinterpret_cast<Work*>(ready)] {
+  enqueue(*stream, [all = *reinterpret_cast<Graph*>(ready)] {
     for (const auto& work : all) work();
   });
   if (!late()) finish(*stream);
   return cudaSuccess;
 }
 cudaError_t cudaGraphExecDestroy(cudaGraphExec_t ready) {
-  delete reinterpret_cast<Work*>(ready);
+  delete reinterpret_cast<Graph*>(ready);
   return cudaSuccess;
 }
 cudaError_t cudaGraphDestroy(cudaGraph_t graph) {
-  delete reinterpret_cast<Work*>(graph);
+  delete reinterpret_cast<Graph*>(graph);
   return cudaSuccess;
 }
 

@@ -15,9 +15,15 @@
 
 namespace mesa::emulation {
 
+/// `may_begin`, if any, is asked until it says yes: what other processes take part in is not done as soon as somebody waits for it.
+struct Work {
+  std::function<void()> run;
+  std::function<bool()> may_begin;
+};
+
 struct Stream {
   bool blocking = true;  // waits for the legacy default stream, and it for this one
-  std::deque<std::function<void()>> waiting;
+  std::deque<Work> waiting;
   bool recording = false, spoiled = false;  // work is kept in `recorded` and not done; something could not be
   std::vector<std::function<void()>> recorded;
 };
@@ -33,7 +39,7 @@ Streams& streams();
 /// Null for no stream of ours.
 Stream* stream_of(cudaStream_t handle);
 /// Adds work at the end of a stream. The legacy stream is not a queue: it waits for all blocking streams, and they for it.
-void enqueue(Stream& stream, std::function<void()> work);
+void enqueue(Stream& stream, std::function<void()> work, std::function<bool()> may_begin = nullptr);
 /// What a call answers that cannot be recorded, on a stream that records.
 cudaError_t spoil(Stream& stream);
 /// Does what waits.

@@ -31,6 +31,8 @@ class Communicator {
   virtual void broadcast(const Tensor& x, int64_t root) = 0;
   /// Returns when everything begun has been done. On a GPU: when work given to its stream from now on will see it.
   virtual void finish() = 0;
+  /// False of one rank alone, which has nothing to add to what it has. One that is connected runs through all that several do.
+  virtual bool connected() const { return true; }
   /// Where the tensors live that it takes.
   virtual Device device() const { return kCpu; }
   /// Returns when all ranks have come here.

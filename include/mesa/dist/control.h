@@ -94,8 +94,12 @@ class Control {
   int64_t signal();
   /// After a failure: whether this is the rank that tells the user. One message is enough, and one a host where rank 0 is lost.
   bool speaks();
-  /// Throws RankFailure if the run has failed.
-  void throw_if_failed();
+  /// Throws RankFailure if the run has failed, or fails within so many seconds: where a rank is lost, a library may complain before the
+  /// wire knows, and what the wire says is the reason.
+  void throw_if_failed(double seconds = 0);
+  /// Within so many seconds the wire knows of a rank that died, or of one that fell silent.
+  static constexpr double kDeath = 3;
+  double silence() const;
 
  private:
   class Impl;

@@ -12,7 +12,8 @@ class Transport;
 inline constexpr double kLeastRankTimeout = 8;
 
 /// One rank alone, unless the process was started as one of several: by mpirun, or by srun with MPI; or by anything that sets RANK,
-/// WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT, which needs no MPI and serves GPUs; rank 0 listens on that port.
+/// WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT, which needs no MPI and serves GPUs; rank 0 listens on that port. With WORLD_SIZE 1 these also
+/// make a run of one rank that has all that several have, so that its cost can be measured.
 class World {
  public:
   /// Connects the ranks. `timeout`: seconds that a rank may stay silent or keep others waiting; MESA_RANK_TIMEOUT goes before it. Throws
@@ -23,9 +24,10 @@ class World {
   World& operator=(const World&) = delete;
 
   const RankInfo& me() const { return me_; }
-  bool alone() const { return me_.world == 1; }
+  /// True where no rank need be asked for anything.
+  bool alone() const { return control_ == nullptr; }
   bool leads() const { return me_.rank == 0; }
-  /// Null where there is one rank only.
+  /// Null where this rank is alone.
   Control* control() { return control_.get(); }
   /// For tensors on this device; made by the first call, which all ranks must make.
   Communicator& communicator(Device device);
