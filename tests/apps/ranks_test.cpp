@@ -1,17 +1,11 @@
-// Training on several ranks: the same numbers as on one, stops and resumes in common, and an end for all when one is lost.
+// Training on several ranks: the same numbers as on one, and stops and resumes in common.
 #include <signal.h>
 
-#include <algorithm>
 #include <cmath>
-#include <cstring>
 #include <filesystem>
-#include <random>
-#include <thread>
 
-#include "apps/tiny_run.h"
-#include "mesa/dist/control.h"
+#include "apps/rank_run.h"
 #include "mesa/train/files.h"
-#include "support/mpirun.h"
 
 using namespace mesa::testing;
 using Catch::Matchers::Contains;
@@ -23,45 +17,6 @@ namespace {
 const Args kRandom{"model.drop_path=0.2", "model.drop_rate=0.1", "data.mixup=0.8", "data.cutmix=1",
                    "data.mix_mode=elem",  "data.flip=0.5",       "data.repeats=2", "storage=exact",
                    "train.ema_decay=0.9", "train.clip_norm=1",   "train.epochs=9", "schedule.warmup_epochs=1"};
-
-Args with(Args args, const Args& more) {
-  args.insert(args.end(), more.begin(), more.end());
-  return args;
-}
-std::string batch_of(int ranks) { return mesa::concat("train.batch_size=", 16 / ranks); }
-
-struct RankRun : TinyRun {
-  ProcessResult train_on(int ranks, const Args& sets, const std::string& output, const Args& more = {}) const {
-    return mpirun(ranks, "mesa-train", train_args(with(sets, {batch_of(ranks)}), output, more), {}, path("."));
-  }
-  std::unique_ptr<Process> start_on(int ranks, const Args& sets, const std::string& output, const Args& more = {}) const {
-    Args args{"mpirun"};
-    for (std::string& arg : mpirun_args(ranks)) args.push_back(std::move(arg));
-    args.push_back(std::string(MESA_BIN_DIR) + "/mesa-train");
-    for (std::string& arg : train_args(with(sets, {batch_of(ranks)}), output, more)) args.push_back(std::move(arg));
-    return std::make_unique<Process>("/usr/bin/env", args, mpirun_environment({{"MESA_RANK_TIMEOUT", "8"}}), path("."));
-  }
-  std::string weights(const std::string& run) const {
-    const std::string text = read_text(path(run + "/checkpoints/last/model.safetensors"));
-    uint64_t header = 0;
-    std::memcpy(&header, text.data(), 8);
-    return text.substr(8 + header);  // the metadata before it hold the config
-  }
-};
-
-/// The processes of a run, found by the folder that they write to.
-std::vector<pid_t> ranks_of(const std::string& output) {
-  std::vector<pid_t> found;
-  for (const auto& entry : fs::directory_iterator("/proc")) {
-    const std::string name = entry.path().filename();
-    if (!std::all_of(name.begin(), name.end(), ::isdigit)) continue;
-    std::ifstream file(entry.path() / "cmdline", std::ios::binary);
-    const std::string line((std::istreambuf_iterator<char>(file)), {});
-    if (line.find("mesa-train") < line.find('\0') && line.find(output) != std::string::npos) found.push_back(std::stoi(name));
-  }
-  std::sort(found.begin(), found.end());
-  return found;
-}
 
 }  // namespace
 
@@ -329,51 +284,6 @@ TEST_CASE("ranks: a signal stops all after one step, and any number of ranks goe
   INFO(three.err);
   CHECK(three.code == 0);  // another global batch: not the same curve
   CHECK(run.json("on3/summary.json")["epochs"] == 40);
-}
-
-TEST_CASE("ranks: one that is killed or stopped ends the run soon, and its checkpoint resumes", "[ranks]") {
-  if (!has_mpirun()) return;
-  std::mt19937 random{std::random_device{}()};
-  const char* wish = std::getenv("MESA_TEST_LOST_RANKS");
-  const int times = wish != nullptr ? std::stoi(wish) : 1;
-  const Args sets{"train.epochs=100000", "train.checkpoint_interval=3", "storage=exact", "schedule.name=constant"};
-  const RankRun straight;
-  REQUIRE(straight.train_on(3, {"train.steps=400", "train.epochs=100000", "storage=exact", "schedule.name=constant"}, "run").code == 0);
-  for (int i = 0; i < times; ++i)
-    for (const int signal : {SIGKILL, SIGSTOP}) {
-      const RankRun run;
-      const auto lost = run.start_on(3, sets, "run-to-be-lost");
-      REQUIRE(lost->wait_for("epoch 2/"));  // there is a checkpoint
-      std::this_thread::sleep_for(std::chrono::milliseconds(random() % 500));
-      const std::vector<pid_t> ranks = ranks_of("run-to-be-lost");
-      REQUIRE(ranks.size() == 3);
-      const size_t victim = random() % 3;
-      CAPTURE(i, signal, victim);
-      const auto start = std::chrono::steady_clock::now();
-      kill(ranks[victim], signal);
-      const ProcessResult result = lost->finish(std::chrono::seconds(60));
-      INFO(result.err);
-      CHECK_FALSE(result.timed_out);
-      CHECK(result.code != 0);
-      CHECK(std::chrono::steady_clock::now() - start < std::chrono::seconds(30));
-      const std::string lost_one = mesa::concat("rank ", victim, " (");
-      if (signal == SIGSTOP)
-        CHECK_THAT(result.err, Contains(lost_one) && Contains("has not answered for") && Contains("last heard of at step"));
-      // Once at most: mpirun may be quicker with a killed one. A leader that is let go on for its end says it, too.
-      if (victim != 0) CHECK(result.err.find("last heard of") == result.err.rfind("last heard of"));
-      for (int wait = 0; wait < 50 && !ranks_of("run-to-be-lost").empty(); ++wait)
-        std::this_thread::sleep_for(std::chrono::milliseconds(100));
-      CHECK(ranks_of("run-to-be-lost").empty());
-      CHECK_NOTHROW(mesa::verify_folder(run.path("run-to-be-lost/checkpoints/last")));
-      const int64_t step = run.json("run-to-be-lost/checkpoints/last/state.json")["step"];
-      const std::string steps = mesa::concat("train.steps=", std::max<int64_t>(400, step + 3));
-      const ProcessResult resumed = run.train_on(3, with(sets, {steps}), "run-to-be-lost", {"--resume"});
-      INFO(resumed.err);
-      REQUIRE(resumed.code == 0);
-      auto expected = straight.metrics("run"), found = run.metrics("run-to-be-lost");
-      found.resize(400);
-      CHECK(found == expected);
-    }
 }
 
 TEST_CASE("ranks: an error on one of them is told once, with its rank", "[ranks]") {
