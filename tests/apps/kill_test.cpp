@@ -2,13 +2,11 @@
 #include <signal.h>
 
 #include <chrono>
-#include <cstdlib>
 #include <random>
 #include <set>
 #include <thread>
 
-#include "apps/tiny_run.h"
-#include "mesa/train/files.h"
+#include "apps/cut_off.h"
 
 using namespace mesa::testing;
 using Catch::Matchers::Contains;
@@ -18,18 +16,6 @@ namespace {
 
 const Args kSets{"train.checkpoint_interval=1", "train.keep=2",      "train.epochs=40",    "train.ema_decay=0.9", "storage=mesa",
                  "data.train_size=128",         "data.test_size=16", "model.drop_rate=0.1"};
-
-/// The lines of metrics.jsonl that are whole, by step.
-std::map<int64_t, Json> curve_so_far(const TinyRun& tiny, const std::string& run) {
-  std::map<int64_t, Json> rows;
-  if (!tiny.exists(run + "/metrics.jsonl")) return rows;
-  std::istringstream lines(read_text(tiny.path(run + "/metrics.jsonl")));
-  for (std::string line; std::getline(lines, line);) {
-    const Json row = Json::parse(line, nullptr, false);
-    if (row.is_object()) rows[row["step"]] = {row["loss"], row["grad_norm"], row["lr"]};
-  }
-  return rows;
-}
 
 struct Killer {
   TinyRun tiny;
@@ -55,31 +41,9 @@ struct Killer {
     CHECK_THAT(result.err, !Contains("cannot be used"));
     if (result.code == 0) return false;
     ++kills;
-    check_left(run);
+    reached = check_left(tiny, run, straight, reached);
+    resumable += reached > 0;
     return true;
-  }
-
-  /// What a run that was killed has left: whole checkpoints, none older than before, and a curve that is that of the straight run.
-  void check_left(const std::string& run) {
-    for (const auto& [step, row] : curve_so_far(tiny, run)) {
-      CAPTURE(step);
-      CHECK(row == straight.at(step));
-    }
-    const fs::path folder = tiny.path(run + "/checkpoints");
-    if (!fs::exists(folder)) return;  // killed before the first step
-    int left = 0;
-    for (const auto& entry : fs::directory_iterator(folder)) {
-      CAPTURE(entry.path().string());
-      const bool leftover = entry.path().extension() == ".tmp";  // which the next process clears
-      left += !leftover;
-      if (!leftover) CHECK_NOTHROW(mesa::verify_folder(entry.path().string()));
-    }
-    CHECK(left <= 5);  // the oldest goes once the newest is there
-    if (!fs::exists(folder / "last")) return;
-    const int64_t step = tiny.json(run + "/checkpoints/last/state.json")["step"];
-    CHECK(step >= reached);
-    reached = step;
-    ++resumable;
   }
 
   void check_end(const std::string& run) {
@@ -103,10 +67,8 @@ struct Killer {
 }  // namespace
 
 TEST_CASE("kill: a run that is killed again and again ends as one that never was", "[slow]") {
-  const char* number = std::getenv("MESA_TEST_KILLS");
-  const char* chosen = std::getenv("MESA_TEST_SEED");
-  const int wanted = number != nullptr ? std::atoi(number) : 200;
-  const uint64_t seed = chosen != nullptr ? std::strtoull(chosen, nullptr, 10) : std::random_device{}();
+  const int wanted = static_cast<int>(wish("MESA_TEST_KILLS", 200));
+  const uint64_t seed = test_seed();
   CAPTURE(seed);
   Killer killer(seed);
   int in_this_run = 0;

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cctype>
 #include <cstring>
+#include <map>
 #include <memory>
 
 #include "apps/tiny_run.h"
@@ -16,7 +17,8 @@ inline Args with(Args args, const Args& more) {
 }
 
 struct RankRun : TinyRun {
-  int batch = 16;  ///< images that the weights see at once, whatever the number of ranks
+  int batch = 16;   ///< images that the weights see at once, whatever the number of ranks
+  int timeout = 8;  ///< MESA_RANK_TIMEOUT of runs that are started, seconds
 
   std::string batch_of(int ranks) const { return mesa::concat("train.batch_size=", batch / ranks); }
   ProcessResult train_on(int ranks, const Args& sets, const std::string& output, const Args& more = {}) const {
@@ -42,22 +44,29 @@ struct RankRun : TinyRun {
 
  private:
   std::unique_ptr<Process> launch(const Args& args) const {
-    return std::make_unique<Process>("/usr/bin/env", args, mpirun_environment({{"MESA_RANK_TIMEOUT", "8"}}), path("."));
+    return std::make_unique<Process>("/usr/bin/env", args, mpirun_environment({{"MESA_RANK_TIMEOUT", std::to_string(timeout)}}), path("."));
   }
 };
 
-/// The processes of a run, found by the folder that they write to.
+/// The processes of the run that writes to `output`, by rank; empty until all have begun.
 inline std::vector<pid_t> ranks_of(const std::string& output) {
-  std::vector<pid_t> found;
+  std::map<int, pid_t> found;
   for (const auto& entry : std::filesystem::directory_iterator("/proc")) {
     const std::string name = entry.path().filename();
     if (!std::all_of(name.begin(), name.end(), [](unsigned char c) { return std::isdigit(c) != 0; })) continue;
-    std::ifstream file(entry.path() / "cmdline", std::ios::binary);
-    const std::string line((std::istreambuf_iterator<char>(file)), {});
-    if (line.find("mesa-train") < line.find('\0') && line.find(output) != std::string::npos) found.push_back(std::stoi(name));
+    const auto read = [&](const char* file) {
+      std::ifstream stream(entry.path() / file, std::ios::binary);
+      return std::string((std::istreambuf_iterator<char>(stream)), {});
+    };
+    const std::string line = read("cmdline");
+    if (line.find("mesa-train") >= line.find('\0') || line.find(output) == std::string::npos) continue;
+    const std::string environment = read("environ"), key = std::string(1, '\0') + "OMPI_COMM_WORLD_RANK=";
+    const size_t place = environment.find(key);
+    if (place != std::string::npos) found[std::atoi(environment.c_str() + place + key.size())] = std::stoi(name);
   }
-  std::sort(found.begin(), found.end());
-  return found;
+  std::vector<pid_t> pids;
+  for (const auto& [rank, pid] : found) pids.push_back(pid);
+  return pids;
 }
 
 }  // namespace mesa::testing

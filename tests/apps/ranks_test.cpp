@@ -1,10 +1,8 @@
-// Training on several ranks: the same numbers as on one, stops and resumes in common, and an end for all when one is lost.
+// Training on several ranks: the same numbers as on one, and stops and resumes in common.
 #include <signal.h>
 
 #include <cmath>
 #include <filesystem>
-#include <random>
-#include <thread>
 
 #include "apps/rank_run.h"
 #include "mesa/train/files.h"
@@ -302,51 +300,6 @@ TEST_CASE("ranks: with batches of another size a run goes on, and says how many 
   CHECK(rest.code == 0);
   CHECK_THAT(rest.err, Contains("batches of 18 images in place of 16: 8 images of this epoch are seen twice"));
   CHECK(run.json("run/summary.json")["epochs"] == 2);
-}
-
-TEST_CASE("ranks: one that is killed or stopped ends the run soon, and its checkpoint resumes", "[ranks]") {
-  if (!has_mpirun()) return;
-  std::mt19937 random{std::random_device{}()};
-  const char* wish = std::getenv("MESA_TEST_LOST_RANKS");
-  const int times = wish != nullptr ? std::stoi(wish) : 1;
-  const Args sets{"train.epochs=100000", "train.checkpoint_interval=3", "storage=exact", "schedule.name=constant"};
-  const RankRun straight;
-  REQUIRE(straight.train_on(3, {"train.steps=400", "train.epochs=100000", "storage=exact", "schedule.name=constant"}, "run").code == 0);
-  for (int i = 0; i < times; ++i)
-    for (const int signal : {SIGKILL, SIGSTOP}) {
-      const RankRun run;
-      const auto lost = run.start_on(3, sets, "run-to-be-lost");
-      REQUIRE(lost->wait_for("epoch 2/"));  // there is a checkpoint
-      std::this_thread::sleep_for(std::chrono::milliseconds(random() % 500));
-      const std::vector<pid_t> ranks = ranks_of("run-to-be-lost");
-      REQUIRE(ranks.size() == 3);
-      const size_t victim = random() % 3;
-      CAPTURE(i, signal, victim);
-      const auto start = std::chrono::steady_clock::now();
-      kill(ranks[victim], signal);
-      const ProcessResult result = lost->finish(std::chrono::seconds(60));
-      INFO(result.err);
-      CHECK_FALSE(result.timed_out);
-      CHECK(result.code != 0);
-      CHECK(std::chrono::steady_clock::now() - start < std::chrono::seconds(30));
-      const std::string lost_one = mesa::concat("rank ", victim, " (");
-      if (signal == SIGSTOP)
-        CHECK_THAT(result.err, Contains(lost_one) && Contains("has not answered for") && Contains("last heard of at step"));
-      // Once at most: mpirun may be quicker with a killed one. A leader that is let go on for its end says it, too.
-      if (victim != 0) CHECK(result.err.find("last heard of") == result.err.rfind("last heard of"));
-      for (int wait = 0; wait < 50 && !ranks_of("run-to-be-lost").empty(); ++wait)
-        std::this_thread::sleep_for(std::chrono::milliseconds(100));
-      CHECK(ranks_of("run-to-be-lost").empty());
-      CHECK_NOTHROW(mesa::verify_folder(run.path("run-to-be-lost/checkpoints/last")));
-      const int64_t step = run.json("run-to-be-lost/checkpoints/last/state.json")["step"];
-      const std::string steps = mesa::concat("train.steps=", std::max<int64_t>(400, step + 3));
-      const ProcessResult resumed = run.train_on(3, with(sets, {steps}), "run-to-be-lost", {"--resume"});
-      INFO(resumed.err);
-      REQUIRE(resumed.code == 0);
-      auto expected = straight.metrics("run"), found = run.metrics("run-to-be-lost");
-      found.resize(400);
-      CHECK(found == expected);
-    }
 }
 
 TEST_CASE("ranks: an error on one of them is told once, with its rank", "[ranks]") {

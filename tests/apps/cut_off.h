@@ -1,0 +1,55 @@
+// Runs that are cut off at any moment: what they must leave on the disk, and how their tests draw the moments.
+#pragma once
+#include <cstdlib>
+#include <map>
+#include <random>
+
+#include "apps/tiny_run.h"
+#include "mesa/train/files.h"
+
+namespace mesa::testing {
+
+/// A whole number from the environment.
+inline uint64_t wish(const char* variable, uint64_t otherwise) {
+  const char* text = std::getenv(variable);
+  return text != nullptr ? std::strtoull(text, nullptr, 10) : otherwise;
+}
+/// Of a test that draws: MESA_TEST_SEED, or anything.
+inline uint64_t test_seed() { return wish("MESA_TEST_SEED", std::random_device{}()); }
+
+/// The lines of metrics.jsonl that are whole, by step.
+inline std::map<int64_t, Json> curve_so_far(const TinyRun& tiny, const std::string& run) {
+  std::map<int64_t, Json> rows;
+  if (!tiny.exists(run + "/metrics.jsonl")) return rows;
+  std::istringstream lines(read_text(tiny.path(run + "/metrics.jsonl")));
+  for (std::string line; std::getline(lines, line);) {
+    const Json row = Json::parse(line, nullptr, false);
+    if (row.is_object()) rows[row["step"]] = {row["loss"], row["grad_norm"], row["lr"]};
+  }
+  return rows;
+}
+
+/// A run that was cut off has left whole checkpoints, none older than at step `reached`, and a curve that is that of `straight`.
+/// Returns the step to resume from, 0 without a checkpoint.
+inline int64_t check_left(const TinyRun& tiny, const std::string& run, const std::map<int64_t, Json>& straight, int64_t reached) {
+  for (const auto& [step, row] : curve_so_far(tiny, run)) {
+    CAPTURE(step);
+    CHECK(row == straight.at(step));
+  }
+  const std::filesystem::path folder = tiny.path(run + "/checkpoints");
+  int left = 0;
+  if (std::filesystem::exists(folder))
+    for (const auto& entry : std::filesystem::directory_iterator(folder)) {
+      CAPTURE(entry.path().string());
+      const bool leftover = entry.path().extension() == ".tmp";  // which the next process clears
+      left += !leftover;
+      if (!leftover) CHECK_NOTHROW(mesa::verify_folder(entry.path().string()));
+    }
+  CHECK(left <= 5);  // the oldest goes once the newest is there
+  int64_t step = 0;
+  if (std::filesystem::exists(folder / "last")) step = tiny.json(run + "/checkpoints/last/state.json")["step"];
+  CHECK(step >= reached);
+  return step;
+}
+
+}  // namespace mesa::testing
