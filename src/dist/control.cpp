@@ -111,10 +111,10 @@ class Control::Impl {
     change(place_);
     moved_ = Clock::now();
   }
-  RankFailure report(const std::string& reason) {
+  RankFailure report(const std::string& reason, bool lost) {
     const std::lock_guard lock(mutex_);
     fail_run(concat(name(me_.rank), " failed at step ", place_.step, ", collective ", place_.collective, ": ", reason),
-             culprit_for(me_.rank), false);
+             culprit_for(me_.rank), lost);
     return failure();
   }
   /// The leader does, or where it is lost the first rank of each host: its side may be cut off from the others.
@@ -442,7 +442,7 @@ Control::Control(const RankInfo& me, const Listener& listener, double timeout) :
   try {
     impl_->wait_for_all(listener);
   } catch (const Error& e) {
-    impl_->report(e.what());  // to those that came
+    impl_->report(e.what(), false);  // to those that came
     throw;
   }
   impl_->start();
@@ -465,7 +465,7 @@ Control::Busy::Busy(Control& control) : control_(control) {
 Control::Busy::~Busy() {
   control_.impl_->move([](Place& place) { --place.busy; });
 }
-RankFailure Control::report(const std::string& reason) { return impl_->report(reason); }
+RankFailure Control::report(const std::string& reason, bool lost) { return impl_->report(reason, lost); }
 void Control::hear_signals(std::function<int64_t()> asked) { impl_->hear_signals(std::move(asked)); }
 int64_t Control::signal() { return impl_->signal(); }
 bool Control::failed() { return impl_->failed(); }

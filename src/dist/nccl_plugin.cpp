@@ -195,7 +195,7 @@ class NcclCommunicator : public Communicator {
     const std::string why = concat("nccl: ", what, ": ", words_of(code, comm_));
     const bool network = code == ncclRemoteError || code == ncclSystemError;
     control_.throw_if_failed(network ? control_.silence() : Control::kDeath);
-    if (code == ncclRemoteError) throw RankFailure("has lost another rank: " + why);
+    if (code == ncclRemoteError) throw control_.report("has lost another rank: " + why, true);
     throw Error(why);
   }
 

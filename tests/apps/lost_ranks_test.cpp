@@ -130,12 +130,12 @@ class LosingRun {
   void check_words(const ProcessResult& result) const {
     const std::string lost = mesa::concat("rank ", victim_, " (");
     if (signal_ == SIGSTOP) {
-      CHECK(result.code == mesa::kExitRankFailed);
+      CHECK(result.code == mesa::kExitRankLost);
       CHECK_THAT(result.err,
                  Contains(lost) && Contains("has not answered for") && Contains("last heard of at step") && Contains("collective"));
       CHECK(count(result.err, lost) <= (victim_ == 0 ? 2u : 1u));  // a leader that is let go on for its end passes on what it was told
     } else {                                                       // mpirun may be quicker
-      CHECK((result.code == 128 + SIGKILL || result.code == mesa::kExitRankFailed));
+      CHECK((result.code == 128 + SIGKILL || result.code == mesa::kExitRankLost));
       const bool early = moment_ == Moment::start;  // of a process that has not called MPI yet mpirun tells no rank
       CHECK_THAT(result.err, Contains(lost) || Contains(mesa::concat("process rank ", victim_, " with PID")) ||
                                  Contains(early ? "1 process returned" : lost));

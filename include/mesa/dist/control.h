@@ -83,8 +83,9 @@ class Control {
    private:
     Control& control_;
   };
-  /// Tells all ranks that this one ends, and why. Returns what the run ends of: this, with the rank's name and place, or what came first.
-  RankFailure report(const std::string& reason);
+  /// Tells all ranks that this one ends, and why (`lost`: of the loss of another one). Returns what the run ends of: this, with the rank's
+  /// name and place, or what came first.
+  RankFailure report(const std::string& reason, bool lost = false);
   bool failed();
   /// `asked` (called from another thread) tells the number of the signal that asks this process to end, or 0. From then on silent ranks are
   /// given up after a few seconds: a launcher that lost a host ends its processes, and they have little time left to say why.
