@@ -150,6 +150,7 @@ TEST_CASE("NCCL: training on 2 ranks has the curve of 1, also with a shared opti
   CHECK_THAT(read_text(run.path("one/log.txt")), Contains("ranks: 1, 16 images a batch"));
   check_all(run.train_on(1, {"train.shard=optimizer"}, "one-shared"));
   check_close(expected, run.metrics("one-shared"), 1e-5);
+  check_all(run.train_on(1, {"device=cpu"}, "cpu"));  // which needs nobody, whatever is set
   check_all(run.train_on(2, {}, "two"));
   check_close(expected, run.metrics("two"), 1e-5);
   check_all(run.train_on(2, {"train.shard=optimizer", "train.cuda_graph=true"}, "shared"));

@@ -47,17 +47,22 @@ bool late() {
 int at_work = 0;  // work may wait for other work
 bool lost = false;
 
+/// Whoever asks again and again leaves the processor to those that it waits for.
+void nap() { std::this_thread::sleep_for(std::chrono::microseconds(20)); }
+
 void wait_until(const std::function<bool()>& may_begin) {
-  while (!may_begin()) std::this_thread::sleep_for(std::chrono::microseconds(20));
+  while (!may_begin()) nap();
 }
 
 /// Does what stands first. False if it may not begin yet and `wait` is false, too.
 bool advance(Stream& stream, bool wait) {
   if (const auto& may_begin = stream.waiting.front().may_begin) {
-    if (wait)
+    if (wait) {
       wait_until(may_begin);
-    else if (!may_begin())
+    } else if (!may_begin()) {
+      nap();
       return false;
+    }
   }
   const std::function<void()> work = std::move(stream.waiting.front().run);
   stream.waiting.pop_front();
