@@ -186,6 +186,14 @@ TEST_CASE("trainer: the system is asked for no memory after the first epoch") {
   fs::remove_all(t.path("run"));
   REQUIRE(t.run({"train.epochs=6"}) == 0);
   CHECK(Allocator::of(testing::test_device()).use().system_allocations == short_run);
+  // Of a GPU the log tells what was taken, which is never less than what was in use.
+  const std::string log = t.text("run/log.txt"), mark = "GPU memory: ", middle = " bytes taken, ";
+  const size_t at = log.find(mark);
+  REQUIRE((at != std::string::npos) == (test_device() == kCuda));
+  if (at == std::string::npos) return;
+  const int64_t taken = std::stoll(log.substr(at + mark.size())), used = std::stoll(log.substr(log.find(middle, at) + middle.size()));
+  CHECK(taken == Allocator::of(kCuda).use().reserved);
+  CHECK(taken >= used);
 }
 
 TEST_CASE("trainer: recorded passes train bit for bit like those that are handed over one by one") {
