@@ -1,7 +1,6 @@
 // One update: whatever batches it is made of, and of however many ranks, it is that of all their images at once.
 #include "../../src/train/updater.h"
 
-#include <algorithm>
 #include <catch2/catch.hpp>
 #include <cstdio>
 #include <cstdlib>
@@ -25,19 +24,15 @@ Pictures range(int64_t from, int64_t to) {
   return out;
 }
 
-Batch batch_of(const Dataset& data, const Pictures& pictures) {
-  const Dataset::Sample first = data.get(0);
-  const int64_t n = static_cast<int64_t>(pictures.size()), bytes = static_cast<int64_t>(first.image.pixels.size());
-  Batch batch{Tensor::empty({n, first.image.height, first.image.width, first.image.channels}, DType::u8),
-              Tensor::empty({n}, DType::i64),
-              {},
-              0,
-              0,
-              pictures,
-              {}};
+Batch batch_of(const Dataset& data, const Pictures& pictures, const TransformOptions& transform) {
+  const int64_t n = static_cast<int64_t>(pictures.size()), side = transform.image_size;
+  Batch batch;
+  batch.images = Tensor::empty({n, side, side, transform.channels}, DType::u8);
+  batch.labels = Tensor::empty({n}, DType::i64);
+  batch.sample_indices = pictures;
   for (int64_t i = 0; i < n; ++i) {
     const Dataset::Sample sample = data.get(pictures[static_cast<size_t>(i)]);
-    std::copy(sample.image.pixels.begin(), sample.image.pixels.end(), batch.images.data<uint8_t>() + i * bytes);
+    transform_for_evaluation(sample.image, transform, batch.images.data<uint8_t>() + i * transform.bytes());
     batch.labels.data<int64_t>()[i] = sample.label;
   }
   return batch;
@@ -56,18 +51,18 @@ Made update(World& world, int64_t full, const std::vector<Pictures>& batches) {
   config.rank = world.me().rank, config.ranks = world.me().world;
   const NetConfig net = model_config(config, known_classes(config));
   const DatasetPair data = make_training_data(config, net.input());
+  const TransformOptions transform = make_transform(config, net.input());
   BuiltModel model(config, net);
   StoragePolicy policy = make_policy(reference_storage());
   Team team(world, kCpu);
   const auto sync = share_gradients(config, model.params, team.communicator());
   const auto optimizer = make_optimizer(config, model.params, shard_of(sync.get(), team.communicator()));
-  Updater updater(config, model, policy, sync.get(), *optimizer, nullptr, make_schedule(config, 1), make_transform(config, net.input()),
-                  team);
+  Updater updater(config, model, policy, sync.get(), *optimizer, nullptr, make_schedule(config, 1), transform, team);
   TrainingState state;
   size_t next = 0;
   const UpdateResult result = updater(
-      static_cast<int64_t>(batches.size()), [&] { return send(batch_of(*data.train, batches[next++]), net.input().classes, kCpu); },
-      [](const cuda::Mark&) {}, state);
+      static_cast<int64_t>(batches.size()),
+      [&] { return send(batch_of(*data.train, batches[next++], transform), net.input().classes, kCpu); }, [](const cuda::Mark&) {}, state);
   Made made{result.loss, result.gradient_norm, 0, result.images};
   int64_t place = 0;
   for (const Param& param : model.params.params())
