@@ -17,7 +17,12 @@ namespace fs = std::filesystem;
 
 CheckpointWriter::CheckpointWriter(std::string folder, int64_t keep, const std::string& resumed) : folder_(std::move(folder)), keep_(keep) {
   std::error_code ignored;
-  if (!resumed.empty() && fs::equivalent(resumed, folder_ + "/last", ignored)) written_step_ = whole_last_ = step_of(resumed);
+  if (resumed.empty() || !fs::equivalent(resumed, folder_ + "/last", ignored)) return;
+  written_step_ = whole_last_ = step_of(resumed);
+  try {
+    prune(written_step_);   // a process that ended between the newest and the end of the oldest has left one more
+  } catch (const Error&) {  // the next checkpoint tries it again
+  }
 }
 
 CheckpointWriter::~CheckpointWriter() {

@@ -23,7 +23,7 @@ constexpr int kTimeout = 12;
 constexpr auto kSoon = std::chrono::seconds(60);  // as docs/distributed.md promises of timeouts no longer than the default one
 constexpr int64_t kSteps = 600;
 #ifdef __SANITIZE_ADDRESS__
-constexpr int kRounds = 4;
+constexpr int kRounds = 8;
 #else
 constexpr int kRounds = 50;
 #endif
@@ -88,18 +88,22 @@ class LosingRun {
     struck_ = true;
   }
 
+  void wait_for_end() {
+    result_ = process_->finish(kSoon);
+    ended_ = Clock::now();
+  }
+
   /// False if the run came to its end before the signal did.
   bool check_loss(const std::map<int64_t, Json>& straight) {
-    const ProcessResult result = process_->finish(kSoon);
     CAPTURE(name_, rounds_, victim_, kMoments[static_cast<int>(moment_)]);
-    INFO(result.err);
-    CHECK_FALSE(result.timed_out);
-    CHECK(Clock::now() - at_ < kSoon);
+    INFO(result_.err);
+    CHECK_FALSE(result_.timed_out);
+    CHECK(ended_ - at_ < kSoon);
     for (int wait = 0; wait < 200 && !ranks_of(name_).empty(); ++wait) std::this_thread::sleep_for(std::chrono::milliseconds(100));
     CHECK(ranks_of(name_).empty());
-    if (result.code == 0) return false;
-    check_words(result);
-    CHECK_THAT(result.err, !Contains("cannot be used"));  // the checkpoint that the round before has left
+    if (result_.code == 0) return false;
+    check_words();
+    CHECK_THAT(result_.err, !Contains("cannot be used"));  // the checkpoint that the round before has left
     reached_ = check_left(tiny_, name_, straight, reached_);
     ++rounds_;
     return true;
@@ -113,9 +117,9 @@ class LosingRun {
     return absent ? 0 : size;
   }
 
-  /// Of a stopped rank the others know only once they have found each other: before that MPI's own set-up is in their place.
+  /// Ranks know of each other from the moment when they write to the run's folder. Before it mpirun stands in their place, which waits for
+  /// ever if a process dies while the two shake hands (4.1.4: "PMIX ERROR: UNREACHABLE", one in a hundred).
   bool has_come() {
-    if (moment_ == Moment::start && signal_ == SIGKILL) return true;
     const uintmax_t size = watched_size();
     if (size != size_) ++changes_;
     size_ = size;
@@ -127,21 +131,19 @@ class LosingRun {
     return false;
   }
 
-  void check_words(const ProcessResult& result) const {
+  void check_words() const {
     const std::string lost = mesa::concat("rank ", victim_, " (");
     if (signal_ == SIGSTOP) {
-      CHECK(result.code == mesa::kExitRankLost);
-      CHECK_THAT(result.err,
+      CHECK(result_.code == mesa::kExitRankLost);
+      CHECK_THAT(result_.err,
                  Contains(lost) && Contains("has not answered for") && Contains("last heard of at step") && Contains("collective"));
-      CHECK(count(result.err, lost) <= (victim_ == 0 ? 2u : 1u));  // a leader that is let go on for its end passes on what it was told
-    } else {                                                       // mpirun may be quicker
-      CHECK((result.code == 128 + SIGKILL || result.code == mesa::kExitRankLost));
-      const bool early = moment_ == Moment::start;  // of a process that has not called MPI yet mpirun tells no rank
-      CHECK_THAT(result.err, Contains(lost) || Contains(mesa::concat("process rank ", victim_, " with PID")) ||
-                                 Contains(early ? "1 process returned" : lost));
-      CHECK(count(result.err, lost) <= 1);
+      CHECK(count(result_.err, lost) <= (victim_ == 0 ? 2u : 1u));  // a leader that is let go on for its end passes on what it was told
+    } else {                                                        // mpirun may be quicker
+      CHECK((result_.code == 128 + SIGKILL || result_.code == mesa::kExitRankLost));
+      CHECK_THAT(result_.err, Contains(lost) || Contains(mesa::concat("process rank ", victim_, " with PID")));
+      CHECK(count(result_.err, lost) <= 1);
     }
-    if (victim_ != 0) CHECK(count(result.err, "last heard of") <= 1);
+    if (victim_ != 0) CHECK(count(result_.err, "last heard of") <= 1);
     if (victim_ == 0 && signal_ == SIGSTOP) CHECK_THAT(read_text(tiny_.path(name_ + "/errors.txt")), Contains(lost));
   }
 
@@ -150,6 +152,7 @@ class LosingRun {
   std::mt19937_64& random_;
   const std::string name_;
   std::unique_ptr<Process> process_;
+  ProcessResult result_;
   Moment moment_ = Moment::start;
   int rounds_ = 0, moves_ = 0, changes_ = 0;
   size_t victim_ = 0;
@@ -157,7 +160,7 @@ class LosingRun {
   std::vector<pid_t> pids_;
   uintmax_t size_ = 0;
   bool struck_ = false, came_ = false;
-  Clock::time_point at_;
+  Clock::time_point at_, ended_;
   int64_t reached_ = 0;  // the step of the checkpoint that is left
 };
 
@@ -181,7 +184,7 @@ void lose_ranks(int signal, int together) {
     CHECK((curve_so_far(tiny, run) == straight));  // in parentheses, lest 600 lines be printed
     CHECK(tiny.weights(run) == tiny.weights("straight"));
   };
-  const int rounds_of_run = std::max(1, std::min(10, wanted / together));
+  const int rounds_of_run = std::clamp(wanted / together, 2, 10);
   std::vector<std::unique_ptr<LosingRun>> runs(static_cast<size_t>(together));
   while (lost < wanted) {
     for (auto& run : runs) {
@@ -194,6 +197,7 @@ void lose_ranks(int signal, int together) {
       for (auto& run : runs) run->strike_if_time();
       all = std::all_of(runs.begin(), runs.end(), ready);
     }
+    for (auto& run : runs) run->wait_for_end();
     for (auto& run : runs) {
       const bool was_lost = run->check_loss(straight);
       if (was_lost) ++lost, ++at[static_cast<int>(run->moment())], resumable += run->reached() > 0;
@@ -208,7 +212,7 @@ void lose_ranks(int signal, int together) {
                << at[2] << " " << kMoments[2] << "), " << resumable << " times with a checkpoint on the disk; " << begun
                << " runs ended bit for bit as the one that lost nobody");
   CHECK(resumable < lost);
-  if (rounds_of_run > 2) CHECK(resumable > lost / 2);
+  if (wanted >= 50) CHECK(resumable > lost / 2);
 }
 
 }  // namespace

@@ -197,7 +197,7 @@ TEST_CASE("ranks: where MPI waits for one that does not come, all others say who
 TEST_CASE("ranks: one that all wait for is named in metrics.jsonl, and warned of once", "[ranks]") {
   if (!has_mpirun()) return;
   const PictureRun run;
-  const Bytes large = encode_png(test_image(600, 600, 3));  // that rank 1 reads in place of the small ones
+  const Bytes large = encode_png(test_image(1300, 1300, 3));  // that rank 1 reads in place of the small ones
   for (int i = 0; i < 36; ++i) run.write("slow/" + PictureRun::name(i), {large.begin(), large.end()});
   std::string command = "[[ $OMPI_COMM_WORLD_RANK != 1 ]] || cd slow; exec $BIN/mesa-train";
   Args args = run.train_args(with(kPictures, {run.batch_of(2), "train.epochs=20", "train.log_interval=10"}), run.path("out"));
