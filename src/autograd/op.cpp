@@ -94,7 +94,7 @@ std::vector<Var> Op::record(const std::vector<Tensor>& ys, Backward backward) co
     y.tape_ = tape_->id_;
     tape_->gradients_.emplace_back();
     step.outputs.push_back(y.slot_);
-    if (tape_->check_finite_) tape_->inspect(y.value(), step.path);
+    if (tape_->inspection_) tape_->inspection_(y.value(), step.path);
   }
   for (const Var& x : inputs_) {
     check(x.slot_ < 0 || x.tape_ == tape_->id_, name_, " uses a value that another tape recorded");

@@ -83,8 +83,9 @@ void Tape::run(const std::function<void(Param&)>& ready) {
       dy.clear();
       check(grads.size() == step.inputs.size(), "the backward formula returned ", grads.size(), " gradients for ", step.inputs.size(), " inputs");
       for (size_t i = 0; i < grads.size(); ++i) {
-        if (check_finite_ && grads[i].defined()) inspect(grads[i], "gradient of " + step.path);
-        if (check_finite_ && step.params[i] && step.params[i]->grad_written) inspect(step.params[i]->grad, "gradient of " + step.params[i]->name);
+        if (inspection_ && grads[i].defined()) inspection_(grads[i], "gradient of " + step.path);
+        if (inspection_ && step.params[i] && step.params[i]->grad_written)
+          inspection_(step.params[i]->grad, "gradient of " + step.params[i]->name);
         if (!grads[i].defined()) continue;
         if (step.inputs[i] >= 0) accumulate(step.inputs[i], std::move(grads[i]));
         else if (step.params[i] != nullptr) add_to_parameter(*step.params[i], grads[i]);
@@ -109,11 +110,13 @@ void Tape::accumulate(int slot, Tensor gradient) {
   have = sum;
 }
 
-void Tape::inspect(const Tensor& t, const std::string& what) {
-  if (!first_bad_.empty() || !is_floating(t.dtype()) || t.is_meta() || !t.is_contiguous()) return;
-  int64_t at = -1;
-  kernels::first_nonfinite(t, &at);
-  if (at >= 0) first_bad_ = what;
+void Tape::check_finite() {
+  inspect([this](const Tensor& t, const std::string& name) {
+    if (!first_bad_.empty() || !is_floating(t.dtype()) || t.is_meta() || !t.is_contiguous()) return;
+    int64_t at = -1;
+    kernels::first_nonfinite(t, &at);
+    if (at >= 0) first_bad_ = name;
+  });
 }
 
 }  // namespace mesa

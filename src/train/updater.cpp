@@ -168,7 +168,7 @@ std::string Updater::find_culprit(const SentBatch& batch, uint64_t micro_step, c
   const Prepared data = prepare(batch, transform_);
   const Targets targets = objective_.targets(data);
   Tape tape(exact, static_cast<uint64_t>(config_.seed), micro_step, nullptr, static_cast<uint64_t>(config_.rank));
-  tape.check_finite(true);
+  tape.check_finite();
   const Var loss = objective_(model_.net, data.images, targets);
   if (tape.first_bad().empty()) tape.backward(loss);
   model_.params.clear_gradients();

@@ -290,12 +290,19 @@ void batch_norms(std::vector<Case>& t) {
   t.push_back({"batch_norm, frozen", {spread(2, 3, 4), frozen, frozen}, norm});
   t.push_back({"batch_norm, beta alone learns", {spread(2, 3, 4), frozen, weight(4)}, norm});
   t.push_back({"batch_norm of a constant", {{Input::Role::constant, Input::Fill::spread, {2, 3, 4}}, weight(4), weight(4)}, norm});
-  t.push_back({"residual block", {spread(1, 12, 3), weight(3, 3, 3, 3), weight(3), weight(3), weight(3, 3, 3, 3)}, [](Vars& v) {
-                 const Var h = within("conv1", [&] { return conv2d(v[0], v[1], {}, {4, 3, 3, 3, 1, 1}, v[0].dtype()); });
-                 const Var n = within("bn1", [&] { return batch_norm(h, v[2], v[3], running(v[2]), 1e-5); });
+  const auto normalized = [](Vars& v) {
+    const Var h = within("conv1", [&] { return conv2d(v[0], v[1], {}, {4, 3, 3, 3, 1, 1}, v[0].dtype()); });
+    return within("bn1", [&] { return batch_norm(h, v[2], v[3], running(v[2]), 1e-5); });
+  };
+  t.push_back({"residual block",
+               {spread(1, 12, 3), weight(3, 3, 3, 3), weight(3), weight(3), weight(3, 3, 3, 3)},
+               [normalized](Vars& v) {
+                 const Var n = normalized(v);
                  const Var a = within("act1", [&] { return relu(n); });
                  return v[0] + within("conv2", [&] { return conv2d(a, v[4], {}, {4, 3, 3, 3, 1, 1}, v[0].dtype()); });
-               }});
+               },
+               true,
+               normalized});
 }
 
 void tokens(std::vector<Case>& t) {
@@ -374,6 +381,8 @@ const std::vector<Case>& cases() {
     batch_norms(t);
     tokens(t);
     losses(t);
+    for (Case& row : t)  // LayerScale's gamma goes into the weight
+      if (row.name.starts_with("scaled_linear") || row.name.find("LayerScale") != std::string::npos) row.folded = {1};
     return t;
   }();
   return table;

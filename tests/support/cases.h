@@ -51,6 +51,11 @@ struct Case {
   std::vector<Input> inputs;
   std::function<Outputs(std::vector<Var>&)> run;
   bool bf16 = true;  ///< false where the op takes f32 and f64 only
+  /// What an op inside gets that has a kink at zero: the inputs are drawn anew until none of it lies within 1/16 of zero, since a rounding
+  /// that crosses a kink changes gradients at once.
+  std::function<Var(std::vector<Var>&)> kinked = {};
+  /// Weights that an op multiplies by another before it rounds them to bf16: one more rounding than those of results and gradients.
+  std::vector<size_t> folded = {};
 
   /// "linear [2, 5, 8] [3, 8]"
   std::string title() const;

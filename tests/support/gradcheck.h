@@ -25,6 +25,8 @@ struct RunOptions {
   uint64_t step = 3;
   /// Passes whose gradients add up.
   int passes = 1;
+  /// Sees what the row's own ops compute; see Tape::inspect.
+  Tape::Inspection inspection = {};
 };
 
 struct RunResult {

@@ -38,8 +38,12 @@ class Tape {
   RandomKey random(const std::string& stream, int64_t elements, int64_t at_once) const;
   int64_t steps() const { return static_cast<int64_t>(steps_.size()); }
 
-  /// Checks every op's result and gradient for NaN and infinity; the first bad one is named by first_bad(). Slow: for finding a culprit.
-  void check_finite(bool on) { check_finite_ = on; }
+  /// Called with every op's result and each gradient that a backward formula made, with its name ("blocks.3.mlp.fc1.linear", "gradient of
+  /// ..."). Slow: for finding a culprit. It may change a value in place, as storing it with fewer bits would.
+  using Inspection = std::function<void(const Tensor& value, const std::string& name)>;
+  void inspect(Inspection inspection) { inspection_ = std::move(inspection); }
+  /// Checks all these for NaN and infinity; the first bad one is named by first_bad().
+  void check_finite();
   const std::string& first_bad() const { return first_bad_; }
 
  private:
@@ -54,7 +58,6 @@ class Tape {
 
   void run(const std::function<void(Param&)>& ready);
   void accumulate(int slot, Tensor gradient);
-  void inspect(const Tensor& t, const std::string& what);
 
   StoragePolicy& policy_;
   uint64_t id_, seed_, step_, part_;
@@ -62,7 +65,8 @@ class Tape {
   std::vector<Step> steps_;
   std::vector<Tensor> gradients_;  // by slot
   std::unordered_map<Param*, int> uses_;
-  bool run_ = false, check_finite_ = false;
+  bool run_ = false;
+  Inspection inspection_;
   std::string first_bad_;
   Tape* previous_;
 };
