@@ -15,8 +15,7 @@ uint64_t samples_of(const Case& row) { return row.inputs[0].shape.numel() < 500 
 
 constexpr double kSingle = 1e-5;  // of the largest element: what arithmetic in f32 adds (the bound of the test of f32)
 // Rounding up or down at random has at least the variance of rounding to nearest (f (1 - f) and min(f, 1 - f)^2 of a step), so the share of
-// the error that is explained lies near 1, above it only where few roundings make the error, or where kernels round inside, too: fused
-// attention its probabilities.
+// the error that is explained lies near 1, and above it only where few roundings make the error.
 constexpr double kMost = 1.5, kMostOfFew = 4, kMostOfOne = 20;
 
 /// Rounds a double up or down to bf16 at random, without bias: random bits are added below the last one that stays.
@@ -39,9 +38,15 @@ class RandomRounding {
 /// The row in double with every result and gradient rounded where bf16 rounds it. Gradients of weights stay: masters are f32.
 RunResult rounded_run(const Case& row, Values values, uint64_t sample) {
   RandomRounding round(sample);
-  RandomStream random(RandomKey::of(test_seed(), row.title() + " folded", sample));
-  for (const size_t i : row.folded)
-    for (double& w : values.inputs[i]) w *= 1 + (random.next() % 2 ? 0x1p-8 : -0x1p-8);
+  RandomStream random(RandomKey::of(test_seed(), row.title() + " inside", sample));
+  const auto move = [&](double& v) { v *= 1 + (random.next() % 2 ? 0x1p-8 : -0x1p-8); };
+  for (const Case::Inside& part : row.inside) {  // as an error of the other factor: in the forward pass, and in the backward pass of dy
+    Numbers& x = values.inputs[part.input];
+    for (size_t i = 0; i < x.size(); ++i)
+      if (static_cast<int64_t>(i) % part.period >= part.from) move(x[i]);
+    for (Numbers& dy : values.projections)
+      for (double& v : dy) move(v);
+  }
   const auto inspection = [&](const Tensor& t, const std::string& name) {
     const bool own = !name.ends_with("project") && !name.starts_with("gradient of input");
     if (own && t.is_contiguous()) round(t);  // views are of what is rounded already

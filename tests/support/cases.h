@@ -54,8 +54,12 @@ struct Case {
   /// What an op inside gets that has a kink at zero: the inputs are drawn anew until none of it lies within 1/16 of zero, since a rounding
   /// that crosses a kink changes gradients at once.
   std::function<Var(std::vector<Var>&)> kinked = {};
-  /// Weights that an op multiplies by another before it rounds them to bf16: one more rounding than those of results and gradients.
-  std::vector<size_t> folded = {};
+  /// Inputs of products that an op rounds to bf16 inside, where no other op sees it: of each `period` elements those from `from` on.
+  struct Inside {
+    size_t input = 0;
+    int64_t period = 1, from = 0;
+  };
+  std::vector<Inside> inside = {};
 
   /// "linear [2, 5, 8] [3, 8]"
   std::string title() const;
