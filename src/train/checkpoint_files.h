@@ -26,7 +26,7 @@ void each_field(State& s, F&& f) {
 template <class State, class F>
 void each_later_field(State& s, F&& f) {
   f("eval_top1_ema", s.eval_top1_ema), f("eval_top5_ema", s.eval_top5_ema), f("eval_loss_ema", s.eval_loss_ema);
-  f("ranks", s.ranks);
+  f("ranks", s.ranks), f("branch", s.branch);
 }
 
 /// "step-00000120" of checkpoints/, where an older checkpoint stays.
@@ -39,5 +39,7 @@ void remove_history_leftovers(const std::string& folder);
 int64_t step_of(const std::string& checkpoint);
 /// A number of its state.json likewise.
 double number_of(const std::string& checkpoint, const char* field, double otherwise);
+/// The branch on which a run goes on that takes up `resumed`: a new one where `folder` (checkpoints/ of the run) has anything later.
+int64_t branch_after(const std::string& resumed, const std::string& folder);
 
 }  // namespace mesa

@@ -3,6 +3,7 @@
 #include <charconv>
 #include <cstdio>
 #include <filesystem>
+#include <limits>
 #include <nlohmann/json.hpp>
 
 #include "checkpoint_files.h"
@@ -33,12 +34,11 @@ std::vector<int64_t> history_of(const std::string& folder) {
   return steps;
 }
 
-/// What cannot be removed, such as another user's file, keeps nobody from what is whole. False if there is no such folder.
-static bool recover_if_possible(const std::string& folder) {
+/// What cannot be removed, such as another user's file, keeps nobody from what is whole.
+static void recover_if_possible(const std::string& folder) {
   try {
-    return recover_folder(folder);
+    recover_folder(folder);
   } catch (const Error&) {
-    return fs::is_directory(folder);
   }
 }
 
@@ -60,18 +60,47 @@ double number_of(const std::string& checkpoint, const char* field, double otherw
   return otherwise;
 }
 
+/// By which the newer of two checkpoints is told: a later step of a branch that was left does not count.
+static std::pair<int64_t, int64_t> age_of(const std::string& checkpoint) {
+  return {static_cast<int64_t>(number_of(checkpoint, "branch", 0)), step_of(checkpoint)};
+}
+
+/// The checkpoints in checkpoints/ of a run from the newest; of two of one moment `last` goes first.
+static std::vector<std::string> from_newest(const std::string& folder) {
+  constexpr int64_t kUnknown =
+      std::numeric_limits<int64_t>::max();  // `last` is by its name the newest: whoever tries it tells what is wrong
+  std::vector<std::pair<std::pair<int64_t, int64_t>, std::string>> found;
+  const auto add = [&](const std::string& name) {
+    const std::string path = folder + "/" + name;
+    if (!fs::is_directory(path)) return;
+    found.emplace_back(name == "last" && step_of(path) < 0 ? std::pair(kUnknown, kUnknown) : age_of(path), path);
+  };
+  // ".old": where a folder waits while it is being replaced on file systems that cannot exchange two.
+  for (const char* name : {"last", "last.old", "best", "best.old"}) add(name);
+  for (const int64_t step : history_of(folder)) add(history_name(step));
+  std::stable_sort(found.begin(), found.end(), [](const auto& a, const auto& b) { return a.first > b.first; });
+  std::vector<std::string> out;
+  for (auto& [age, path] : found) out.push_back(std::move(path));
+  return out;
+}
+
+int64_t branch_after(const std::string& resumed, const std::string& folder) {
+  const auto from = age_of(resumed);
+  int64_t branch = from.first;
+  for (const std::string& checkpoint : from_newest(folder))
+    if (const auto age = age_of(checkpoint); age > from) branch = std::max(branch, age.first + 1);
+  return branch;
+}
+
 std::string resolve_checkpoint(const std::string& path, const std::string& prefer) {
   check(fs::exists(path), "there is no checkpoint at ", path);
   if (fs::is_regular_file(path)) return path;
-  const std::string run = path + "/checkpoints/", other = prefer == "best" ? "last" : "best";
-  // ".old": where a folder waits while it is being replaced on file systems that cannot exchange two.
-  std::vector<std::string> candidates{path, run + prefer, run + prefer + ".old"};
-  if (const std::vector<int64_t> older = history_of(run); prefer == "last" && !older.empty())
-    candidates.push_back(run + history_name(older.front()));  // what a crash between two renames leaves
-  candidates.insert(candidates.end(), {run + other, run + other + ".old"});
+  const std::string run = path + "/checkpoints";
+  std::vector<std::string> candidates{path};
+  if (prefer == "best") candidates.insert(candidates.end(), {run + "/best", run + "/best.old"});
+  for (std::string& checkpoint : from_newest(run)) candidates.push_back(std::move(checkpoint));
   for (const std::string& candidate : candidates)
     if (fs::is_regular_file(candidate + "/" + kModelFile)) return candidate;
-  for (const int64_t step : history_of(run)) return run + history_name(step);  // the newest
   fail("", path, " is neither a checkpoint (no ", kModelFile, " in it) nor a run's folder (no checkpoints/last)");
 }
 
@@ -90,18 +119,12 @@ std::string weights_file(const std::string& path, WeightsKind kind, bool verify)
   return file;
 }
 
-/// What --resume considers in a run's folder: `last`, then the others from the newest. Mends what a crash left of `last` and `best`.
+/// What --resume considers in a run's folder, from the newest. Mends what a crash left of `last` and `best`.
 static std::vector<std::string> candidates(const std::string& folder) {
   if (!fs::is_directory(folder)) return {};
   remove_history_leftovers(folder);
-  std::vector<std::pair<int64_t, std::string>> others;
-  if (recover_if_possible(folder + "/best")) others.emplace_back(step_of(folder + "/best"), folder + "/best");
-  for (const int64_t step : history_of(folder)) others.emplace_back(step, folder + "/" + history_name(step));
-  std::stable_sort(others.begin(), others.end(), [](const auto& a, const auto& b) { return a.first > b.first; });
-  std::vector<std::string> out;
-  if (recover_if_possible(folder + "/last")) out.push_back(folder + "/last");
-  for (auto& [step, path] : others) out.push_back(std::move(path));
-  return out;
+  for (const char* name : {"/last", "/best"}) recover_if_possible(folder + name);
+  return from_newest(folder);
 }
 
 std::string find_checkpoint(const std::string& wish, const std::string& output, const std::function<void(const std::string&)>& warn) {

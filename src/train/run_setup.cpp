@@ -114,6 +114,7 @@ void Run::open_folder() {
   }
   folder_ = std::make_unique<RunFolder>(config_, position, options_.resume == "auto" && resume_.empty());
   for (const std::string& why : rejected_) folder_->warn(why);
+  if (position) state_.branch = branch_after(resume_, config_.output + "/checkpoints");
   writer_ = std::make_unique<CheckpointWriter>(config_.output + "/checkpoints", config_.train.keep, resume_);
   saved_best_ = number_of(folder_->checkpoint("best"), "best_top1", -1);
   const RunWatch::Parts parts{config_, *folder_, policy_, model_.params, *data_.train, model_.device};

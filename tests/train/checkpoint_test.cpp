@@ -58,7 +58,7 @@ TEST_CASE("checkpoint: every field of the state comes back, NaN too") {
   TrainingState state;
   state.epoch = 3, state.batch = 7, state.step = 1234567890123, state.micro_step = 4, state.bad_steps = 5, state.bad_in_a_row = 2;
   state.epoch_loss = 0.1, state.interval_loss = 1e-300, state.best_top1 = 99.9, state.evaluated_step = 11;
-  state.eval_loss = std::nan(""), state.train_loss = std::numeric_limits<double>::infinity(), state.peak_bytes = 1 << 30;
+  state.branch = 2, state.eval_loss = std::nan(""), state.train_loss = std::numeric_limits<double>::infinity(), state.peak_bytes = 1 << 30;
   parts.save(path, state);
   const TrainingState back = parts.load(path);
   CHECK(back.epoch == 3);
@@ -68,6 +68,7 @@ TEST_CASE("checkpoint: every field of the state comes back, NaN too") {
   CHECK(back.interval_loss == 1e-300);
   CHECK(back.best_top1 == 99.9);
   CHECK(back.evaluated_step == 11);
+  CHECK(back.branch == 2);
   CHECK(std::isnan(back.eval_loss));
   CHECK(back.peak_bytes == 1 << 30);
 }

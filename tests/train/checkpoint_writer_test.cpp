@@ -1,16 +1,17 @@
 // Checkpoints written beside training, against disks that fail and processes that die at each operation of a save.
-#include "mesa/train/checkpoint_writer.h"
-
 #include <sys/wait.h>
 #include <unistd.h>
 
 #include <catch2/catch.hpp>
 #include <cerrno>
 #include <filesystem>
+#include <nlohmann/json.hpp>
 #include <set>
 
+#include "mesa/base/files.h"
 #include "mesa/kernels/elementwise.h"
 #include "mesa/optim/adamw.h"
+#include "mesa/train/checkpoint_writer.h"
 #include "mesa/train/files.h"
 #include "mesa/train/setup.h"
 #include "support/data_files.h"
@@ -29,6 +30,7 @@ struct Model {
   RunConfig config = parse_config(kConfig, "c.yaml");
   BuiltModel model{config, model_config(config, 4)};
   StoragePolicy policy = make_policy(config.storage);
+  int64_t branch = 0;
   AdamW optimizer{(model.params.allocate_gradients(), model.params.params()), {}};
   std::vector<std::string> classes{"a", "b", "c", "d"};
 
@@ -39,7 +41,7 @@ struct Model {
     for (const Param& param : model.params.params()) kernels::fill(param.value, static_cast<double>(step));
     for (const auto& [name, moment] : optimizer.state()) kernels::fill(moment, 0.5 * static_cast<double>(step));
     TrainingState state;
-    state.step = step;
+    state.step = step, state.branch = branch;
     return state;
   }
   /// The step of a checkpoint, all of whose numbers must be of it.
@@ -140,6 +142,8 @@ int64_t check_goes_on(History& h) {
   CHECK((step == 3 || step == 4));
   for (const std::string& name : h.names()) {  // what has a name is whole
     CHECK_NOTHROW(verify_folder(h.at + "/" + name));
+    const auto state = nlohmann::json::parse(read_text(h.at + "/" + name + "/state.json"));
+    CHECK(state["step"] <= step);  // no update is made twice that a whole checkpoint has
     CHECK_FALSE((name.ends_with(".tmp") || name.ends_with(".old")));
   }
   CheckpointWriter writer(h.at, 2, found);
@@ -258,6 +262,7 @@ TEST_CASE("checkpoint writer: the older ones stay as many as asked for, and are 
   CHECK_THAT(rejected[3], Contains("going back to "));
 
   // A damaged `last` does not become an older checkpoint, nor does one of a future that was left.
+  h.model.branch = 1;
   CheckpointWriter resumed(h.at, 2, h.at + "/step-00000002");
   h.write(resumed, 3, {"last"});
   CHECK(h.names() == std::set<std::string>{"best", "last", "step-00000002"});

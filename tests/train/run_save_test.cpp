@@ -136,11 +136,31 @@ TEST_CASE("run: the steps of the checkpoints are those asked for, and the older 
   CHECK_THAT(log, Contains("last cannot be used: ") && Contains("manifest.json is missing") && Contains("resumed from ") &&
                       Contains("step-00000010 after epoch 1, step 10"));
   CHECK(t.text("run/checkpoints/last/model.safetensors") == whole);
+  fs::remove_all(t.path("run/checkpoints/best"));
+  fs::copy(t.path("run/checkpoints/last"), t.path("run/checkpoints/best"));
   // With a smaller number the oldest go, and by hand any of them is resumed; what came after it is then of a past that is no more.
   const std::string old = t.path("run/checkpoints/step-00000008");
   REQUIRE(fs::exists(old));
   REQUIRE(t.run({"train.checkpoint_interval=2", "train.keep=1", "train.steps=9"}, "run", old) == 0);
   CHECK(t.checkpoints() == std::set<std::string>{"best", "last", "step-00000008"});
+  // `best` is of a later step of that past: it stays, and nobody goes on from it.
+  CHECK(step("best") == 12);
+  REQUIRE(t.run({"train.checkpoint_interval=2", "train.keep=1", "train.steps=10"}, "run", "auto") == 0);
+  CHECK_THAT(t.text("run/log.txt"), Contains("checkpoints/last after epoch 1, step 9"));
+  CHECK(step("last") == 10);
+}
+
+TEST_CASE("run: one that dies between the two renames at the end of an epoch goes on from the newer checkpoint") {
+  const SavedRun straight, t;
+  REQUIRE(straight.run() == 0);
+  REQUIRE(t.run({"train.steps=6"}) == 0);
+  int resumed = 0;
+  for (const std::string& wish : {std::string("auto"), t.path("run")}) {  // as if `last` of the second epoch had not come to the disk
+    fs::remove_all(t.path("run/checkpoints/best"));
+    fs::copy(straight.path("run/checkpoints/last"), t.path("run/checkpoints/best"));
+    REQUIRE(t.run({}, "run", wish) == 0);
+    CHECK(occurrences(t.text("run/log.txt"), "resumed from " + t.path("run/checkpoints/best") + " after epoch 2, step 12") == ++resumed);
+  }
 }
 
 TEST_CASE("run: a checkpoint that cannot be written is warned of and tried again, training goes on") {

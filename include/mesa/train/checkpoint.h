@@ -32,7 +32,8 @@ struct TrainingState {
   double eval_top1 = 0, eval_top5 = 0, eval_loss = 0, train_loss = 0;
   double eval_top1_ema = kNoResult, eval_top5_ema = kNoResult, eval_loss_ema = kNoResult;  ///< of the average of the weights
   int64_t peak_bytes = 0;
-  int64_t ranks = 1;  ///< `batch` counts batches of all of them
+  int64_t ranks = 1;   ///< `batch` counts batches of all of them
+  int64_t branch = 0;  ///< how often the run was taken up from an earlier checkpoint than its newest
 
   static constexpr double kNoResult = std::numeric_limits<double>::quiet_NaN();
 };
