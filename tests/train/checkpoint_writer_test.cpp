@@ -1,4 +1,6 @@
 // Checkpoints written beside training, against disks that fail and processes that die at each operation of a save.
+#include "mesa/train/checkpoint_writer.h"
+
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -6,15 +8,16 @@
 #include <cerrno>
 #include <filesystem>
 #include <nlohmann/json.hpp>
+#include <optional>
 #include <set>
 
 #include "mesa/base/files.h"
 #include "mesa/kernels/elementwise.h"
 #include "mesa/optim/adamw.h"
-#include "mesa/train/checkpoint_writer.h"
 #include "mesa/train/files.h"
 #include "mesa/train/setup.h"
 #include "support/data_files.h"
+#include "support/disk.h"
 
 using namespace mesa;
 using namespace mesa::testing;
@@ -93,45 +96,32 @@ struct History {
 
 bool exchange_fails(std::string_view operation) { return operation == "exchange"; }
 
-/// What a power failure may leave: of the files that were written since they were last synced, half.
-struct Unsynced {
-  std::set<std::string> files;
-  void note(std::string_view operation, const std::string& path) {
-    if (operation == "write") files.insert(path);
-    if (operation == "sync") files.erase(path);
-  }
-  void lose() const {
-    for (std::string path : files) {
-      if (const size_t tmp = path.find(".tmp/"); !fs::exists(path) && tmp != std::string::npos) path.erase(tmp, 4);  // renamed since
-      if (fs::exists(path)) fs::resize_file(path, fs::file_size(path) / 2);
-    }
-  }
-};
-
-enum class Death { crash, power_failure };
-
-/// Saves step 4 in a process that dies at the operation number `at`. False if the save had no such operation.
-bool dies(const History& h, CheckpointWriter& writer, int at, Death death, bool exchange_works) {
+/// Saves step 4 in a process that dies at the operation number `at`, or right behind the last one, of a power failure where there is
+/// something to lose. False if the save had no such operation.
+bool dies(const History& h, CheckpointWriter& writer, int at, std::optional<Disk::Loss> loss, bool exchange_works) {
   const pid_t child = fork();
   if (child == 0) {
     int count = 0;
-    Unsynced unsynced;
+    Disk disk(h.at);
+    const auto die = [&] {
+      if (loss) disk.lose(*loss);
+      _exit(9);
+    };
     set_file_fault([&](std::string_view operation, const std::string& path) {
-      if (++count == at) {
-        if (death == Death::power_failure) unsynced.lose();
-        _exit(9);
-      }
-      unsynced.note(operation, path);
+      if (++count == at) die();
+      disk.note(operation, path);
       return exchange_fails(operation) && !exchange_works ? EINVAL : 0;
     });
     writer.write({"best", "last"}, at % 2 == 0);  // beside training and not
     writer.wait();
+    set_file_fault({});
+    if (++count == at) die();
     _exit(0);
   }
   int status = 0;
   REQUIRE(waitpid(child, &status, 0) == child);
   REQUIRE(WIFEXITED(status));
-  static_cast<void>(h);
+  REQUIRE((WEXITSTATUS(status) == 9 || WEXITSTATUS(status) == 0));
   return WEXITSTATUS(status) == 9;
 }
 
@@ -160,16 +150,18 @@ int64_t check_goes_on(History& h) {
 
 TEST_CASE("checkpoint writer: a process that dies at any operation of a save leaves checkpoints to resume") {
   History h;
+  using Loss = std::optional<Disk::Loss>;
+  const Loss killed, bytes_lost = Disk::Loss{false, false}, all_lost = Disk::Loss{true, true};
   for (const bool exchange_works : {true, false})
-    for (const Death death : {Death::crash, Death::power_failure}) {
+    for (const Loss& loss : {killed, bytes_lost, all_lost, Loss({true, false}), Loss({false, true})}) {
       std::set<int64_t> found;
       int at = 1;
       for (;; ++at) {
-        CAPTURE(exchange_works, static_cast<int>(death), at);
+        CAPTURE(exchange_works, loss.has_value(), loss && loss->outer, loss && loss->inner, at);
         h.reset();
         CheckpointWriter writer(h.at, 2, h.at + "/last");
         writer.copy(h.model.parts(), h.model.at(4));
-        if (!dies(h, writer, at, death, exchange_works)) break;
+        if (!dies(h, writer, at, loss, exchange_works)) break;
         found.insert(check_goes_on(h));
       }
       CHECK(at > 40);
