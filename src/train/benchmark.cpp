@@ -12,6 +12,7 @@
 #include "mesa/base/cuda.h"
 #include "mesa/kernels/elementwise.h"
 #include "mesa/kernels/matmul.h"
+#include "mesa/train/objective.h"
 #include "mesa/train/optimizer_setup.h"
 
 namespace mesa {
@@ -57,6 +58,7 @@ class Contestant {
         memory_(Allocator::of(device)),
         before_(memory_.use().live),
         built_(config, model, device),
+        objective_(config, model.input(), device),
         policy_(make_policy(storage)) {
     built_.params.allocate_gradients();
     optimizer_ = make_optimizer(config, built_.params);
@@ -96,8 +98,9 @@ class Contestant {
     Clock::time_point forward_done;
     double loss_value = 0;
     {
+      const Targets targets = objective_.targets({batch.images, batch.labels, Tensor()});
       Tape tape(policy_, static_cast<uint64_t>(config_.seed), step);
-      const Var loss = cross_entropy(built_.net(batch.images), batch.labels, config_.train.label_smoothing);
+      const Var loss = objective_(built_.net, batch.images, targets);
       sample.activation_bytes = memory_.use().of(MemoryKind::activations) - before_[static_cast<int>(MemoryKind::activations)];
       forward_done = phase_done();
       tape.backward(loss);
@@ -140,6 +143,7 @@ class Contestant {
   Allocator& memory_;
   BytesByKind before_, held_{};
   BuiltModel built_;
+  Objective objective_;
   StoragePolicy policy_;
   std::unique_ptr<Optimizer> optimizer_;
   std::unique_ptr<Ema> ema_;  // or null

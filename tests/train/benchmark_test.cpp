@@ -3,8 +3,10 @@
 #include <algorithm>
 #include <catch2/catch.hpp>
 #include <nlohmann/json.hpp>
+#include <set>
 
 #include "mesa/train/kernel_benchmark.h"
+#include "mesa/train/plan.h"
 #include "mesa/train/version.h"
 #include "support/device.h"
 
@@ -109,6 +111,25 @@ TEST_CASE("benchmark: phases are parts of a step, on a GPU of steps of their own
     if (!gpu) CHECK(least <= p.step_ms.minimum);
     CHECK(p.images_per_second.maximum == Approx(4e3 / p.step_ms.minimum));
   }
+}
+
+TEST_CASE("benchmark: the loss is the config's") {
+  const auto kept = [](const std::vector<std::string>& sets) {
+    std::set<std::string> slots;
+    const BenchmarkResult result = run_benchmark(tiny(sets), one_step({storage("exact")}));
+    for (const SiteRecord& site : result.policies[0].sites) slots.insert(site.site.name());
+    return slots;
+  };
+  const std::set<std::string> one_right = kept({}), yes_or_no = kept({"train.loss=bce"}), mixed = kept({"data.mixup=0.8"});
+  CHECK((one_right.count("cross_entropy:logits") == 1 && one_right.count("cross_entropy:targets") == 0));
+  CHECK((yes_or_no.count("cross_entropy:logits") == 0 && yes_or_no.count("binary_cross_entropy:logits") == 1));
+  CHECK(mixed.count("cross_entropy:targets") == 1);  // labels that may be mixed are dense
+  CHECK_THROWS_WITH(kept({"train.bce_threshold=0.2"}), Contains("train.bce_threshold"));
+  // What the plan counts of the same config.
+  const RunConfig config = tiny({"train.loss=bce", "data.mixup=0.8"});
+  const BenchmarkResult result = run_benchmark(config, one_step({config.storage}));
+  const Plan plan = plan_run(config, model_config(config, known_classes(config)));
+  CHECK(result.policies[0].activation_bytes_per_image.median * 4 == static_cast<double>(plan.activation_bytes));
 }
 
 TEST_CASE("benchmark: the JSON and the table") {
