@@ -1,4 +1,4 @@
-// Policies: which rule wins, what is kept once, what is refused and how, what is told of bad values, and state that survives a restart.
+// Policies: which rule wins, what is kept once, what is refused and how, and what is told of bad values.
 #include <catch2/catch.hpp>
 #include <cmath>
 #include <functional>
@@ -13,19 +13,6 @@ using namespace mesa;
 using namespace mesa::testing;
 using Catch::Matchers::Contains;
 using Catch::Matchers::StartsWith;
-
-namespace {
-
-SiteRecord record_of(const StoragePolicy& policy, const std::string& name) {
-  for (const SiteRecord& record : policy.sites())
-    if (record.site.name() == name) return record;
-  FAIL("no site " << name);
-  return {};
-}
-
-const CodecOptions kRunning{{"groups", "layer"}, {"range", "running"}, {"decay", "0.9"}, {"rounding", "nearest"}};
-
-}  // namespace
 
 TEST_CASE("policy: the last rule that matches wins") {
   StoragePolicy policy =
@@ -55,7 +42,7 @@ TEST_CASE("policy: mistakes in rules are refused with their place and the neares
     return make_codec("int8", {{"groups", "4 channels"}})->packed_bytes(shape, DType::f32, {"a", "x", 3});
   };
   CHECK(bytes({5, 8}) == 40 + 8 * 2);
-  CHECK(bytes({5, 6}) == 30 + 8 * 3);  // blocks of 2, which divides both
+  CHECK(bytes({5, 6}) == 30 + 8 * 3);         // blocks of 2, which divides both
   CHECK(bytes({2, 3, 5, 4}) == 120 + 8 * 3);  // by the second axis
   CHECK_THAT(refusal({"*:x", "int8", {{"groups", "32 canals"}}, ""}), Contains("groups is '32 canals'"));
   CHECK_THAT(refusal({"*:x", "int8", {{"rounding", "up"}}, ""}), Contains("rounding is 'up'") && Contains("stochastic or nearest"));
@@ -177,88 +164,6 @@ TEST_CASE("codecs: a range too small to divide by is kept as one value, and the 
     }
 }
 
-TEST_CASE("running ranges: values outside are clamped at both ends and counted") {
-  StoragePolicy policy = simple_policy({{"*", "int8", kRunning, ""}});
-  policy.begin(1, 1);
-  const Tensor first = Tensor::from<float>({4}, {-1, 0, 0.5, 1});
-  policy.save(first, {"a", "x"}, nullptr);
-  const Saved saved = policy.save(Tensor::from<float>({4}, {-100, 100, 0.25, 1.25}), {"a", "x"}, nullptr);
-  const Numbers x = saved.get().to_vector<double>();
-  CHECK(x[0] == Approx(-1));
-  CHECK(x[1] == Approx(1));  // a wrapped code would give the other end, -1
-  CHECK(x[2] == Approx(0.25).margin(1.0 / 255));
-  CHECK(x[3] == Approx(1));
-  CHECK(record_of(policy, "a:x").saturated == 3);
-  CHECK(record_of(policy, "a:x").elements == 8);
-  policy.reset_counts();
-  CHECK(record_of(policy, "a:x").saturated == 0);
-}
-
-TEST_CASE("running ranges: the estimate follows the formula, and a packed value carries the scale of its own time") {
-  StoragePolicy policy = simple_policy({{"*", "int8", kRunning, ""}});
-  policy.begin(1, 1);
-  const Saved first = policy.save(Tensor::from<float>({3}, {-1, 0, 3}), {"a", "x"}, nullptr);
-  const Numbers before = first.get().to_vector<double>();
-  for (int i = 0; i < 3; ++i) policy.save(Tensor::from<float>({3}, {-10, 0, 90}), {"a", "x"}, nullptr);
-  CHECK(first.get().to_vector<double>() == before);
-  CHECK(before[0] == Approx(-1).margin(1e-6));
-  CHECK(before[2] == Approx(3).margin(1e-6));
-  double range = 4, low = -1;
-  for (int i = 0; i < 3; ++i) range = 0.9 * range + 0.1 * 100, low = 0.9 * low + 0.1 * -10;
-  CHECK(policy.state().at("a:x/alpha").to_vector<double>()[0] == Approx(range));
-  CHECK(policy.state().at("a:x/beta").to_vector<double>()[0] == Approx(low));
-}
-
-TEST_CASE("running ranges: a second forward before the backward changes no gradient") {
-  INFO(seed_note());
-  TinyVit net;
-  const auto gradients = [&](bool second) {
-    StoragePolicy policy = simple_policy({{"*", "int8", {{"groups", "heads"}, {"range", "running"}}, ""}});
-    net.store.clear_gradients();
-    Tape tape(policy, 3, 1);
-    const Var loss = net.loss();
-    if (second) {
-      Tape other(policy, 3, 2);
-      net.loss();
-    }
-    tape.backward(loss);
-    std::vector<Numbers> all;
-    for (const Param& p : net.store.params()) all.push_back(p.grad.to_vector<double>());
-    return all;
-  };
-  CHECK(gradients(false) == gradients(true));
-}
-
-TEST_CASE("running ranges: state saved and loaded goes on bit for bit, and belongs to its policy alone") {
-  INFO(seed_note());
-  const std::vector<StorageRule> rules{{"*", "int4", {{"groups", "heads"}, {"range", "running"}}, ""}};
-  const auto pass = [](StoragePolicy& policy, int step) {
-    policy.begin(9, step);
-    const Tensor x = normal_tensor({5, 12}, "pass " + std::to_string(step));
-    return policy.save(x, {"blocks.0", "x", 3}, nullptr).get().to_vector<double>();
-  };
-  const auto copy_of = [](const std::map<std::string, Tensor>& state) {
-    std::map<std::string, Tensor> copy;
-    for (const auto& [name, t] : state) copy[name] = Tensor::from(t.shape(), t.to_vector<float>());
-    return copy;
-  };
-  StoragePolicy whole = simple_policy(rules);
-  pass(whole, 0), pass(whole, 1);
-  const auto state = copy_of(whole.state());
-  CHECK(state.size() == 2);
-  StoragePolicy resumed = simple_policy(rules);
-  resumed.load_state(state);
-  CHECK(resumed.state().size() == 2);  // also while no site has been seen yet: a checkpoint written at once is complete
-  for (int step : {2, 3}) CHECK(pass(whole, step) == pass(resumed, step));
-  CHECK(state.at("blocks.0:x/alpha").to_vector<float>() != resumed.state().at("blocks.0:x/alpha").to_vector<float>());
-  StoragePolicy wrong = simple_policy({{"*", "int4", {{"groups", "layer"}, {"range", "running"}}, ""}});
-  wrong.load_state(state);
-  CHECK_THAT(error_of([&] { pass(wrong, 2); }), Contains("blocks.0:x has 3 groups but the tensor has 1"));
-  StoragePolicy none = simple_policy({{"*", "exact", {}, ""}});
-  none.load_state(state);
-  CHECK_THAT(error_of([&] { pass(none, 2); }), Contains("keeps no running state"));
-}
-
 TEST_CASE("policy: NaN and infinity do not hide in a code") {
   for (const char* codec : {"int8", "int4", "int2", "bf16"})
     for (float bad : {NAN, INFINITY, -INFINITY}) {
@@ -274,14 +179,6 @@ TEST_CASE("policy: NaN and infinity do not hide in a code") {
       policy.begin(1, 2);
       CHECK(policy.first_nonfinite().empty());
     }
-}
-
-TEST_CASE("policy: running ranges are not ruined by a step with NaN") {
-  StoragePolicy policy = simple_policy({{"*", "int8", kRunning, ""}});
-  policy.begin(1, 1);
-  policy.save(Tensor::from<float>({3}, {-1, 0, 1}), {"a", "x"}, nullptr);
-  policy.save(Tensor::from<float>({3}, {-1, NAN, INFINITY}), {"a", "x"}, nullptr);
-  for (const auto& [name, t] : policy.state()) CHECK(std::isfinite(t.to_vector<double>()[0]));
 }
 
 TEST_CASE("policy: stochastic rounding depends on seed, step and site alone") {
@@ -339,36 +236,6 @@ TEST_CASE("stochastic rounding leaves the gradient of a linear layer unbiased") 
     z_nearest = std::max(z_nearest, std::abs(nearest[i] - exact[i]) / deviation[i]);
   }
   CHECK(z_nearest > 6);  // the same test finds the bias of rounding to nearest
-}
-
-TEST_CASE("running ranges: a bad update leaves no trace") {
-  StoragePolicy policy = simple_policy({{"*", "int8", kRunning, ""}});
-  const auto save = [&](const char* path, std::vector<float> values) {
-    return policy.save(Tensor::from<float>({static_cast<int64_t>(values.size())}, values), {path, "x"}, nullptr);
-  };
-  const auto alpha = [&](const char* path) {
-    const auto state = policy.state();
-    const auto found = state.find(std::string(path) + ":x/alpha");
-    return found == state.end() ? -1.0 : found->second.to_vector<double>()[0];
-  };
-  policy.begin(1, 1);
-  save("a", {-1, 3});
-  policy.commit();
-  policy.begin(1, 2);
-  save("a", {-1e20f, 1e20f});
-  save("new", {0, 1});
-  CHECK(alpha("a") > 1e18);
-  policy.roll_back();
-  CHECK(alpha("a") == 4);
-  CHECK(alpha("new") == -1);  // calibrates at its first good update
-  save("a", {-1, 3});
-  save("new", {0, 2});
-  CHECK(alpha("a") == 4);
-  CHECK(alpha("new") == 2);
-  StoragePolicy extreme = simple_policy({{"*", "int8", kRunning, ""}});
-  extreme.begin(1, 1);
-  extreme.save(Tensor::from<float>({2}, {-3e38f, 3e38f}), {"a", "x"}, nullptr);
-  CHECK(std::isfinite(extreme.state().at("a:x/alpha").to_vector<double>()[0]));
 }
 
 TEST_CASE("policy: a rule for an exact statistic matches no site") {

@@ -20,8 +20,8 @@ struct TinyVit {
 
   explicit TinyVit(const VitConfig& config = tiny_config(), int64_t batch = 4, DType dtype = DType::f32)
       : model(Builder(store, 11, dtype, dtype, test_device()), config) {
-    images = to(normal_tensor({batch, config.channels, config.image_size, config.image_size}, "images", dtype, MemoryKind::inputs), test_device(),
-                MemoryKind::inputs);
+    images = to(normal_tensor({batch, config.channels, config.image_size, config.image_size}, "images", dtype, MemoryKind::inputs),
+                test_device(), MemoryKind::inputs);
     std::vector<int64_t> classes;
     for (int64_t i = 0; i < batch; ++i) classes.push_back(i % config.classes);
     labels = to(Tensor::from<int64_t>({batch}, classes, MemoryKind::inputs), test_device(), MemoryKind::inputs);
@@ -34,5 +34,12 @@ struct TinyVit {
 inline StoragePolicy simple_policy(std::vector<StorageRule> rules) { return StoragePolicy("test", std::move(rules)); }
 
 inline int64_t live_activations() { return Allocator::of(test_device()).use().of(MemoryKind::activations); }
+
+/// Throws Error if the policy has not met the site.
+inline SiteRecord record_of(const StoragePolicy& policy, const std::string& name) {
+  for (const SiteRecord& record : policy.sites())
+    if (record.site.name() == name) return record;
+  fail("no site ", name);
+}
 
 }  // namespace mesa::testing
