@@ -1,11 +1,11 @@
-// Runs that are cut off at any moment: what they must leave on the disk, and how their tests draw the moments.
+// Runs that are cut off at any moment: what they must leave on the disk.
 #pragma once
 #include <cstdlib>
 #include <map>
-#include <random>
 
 #include "apps/tiny_run.h"
 #include "mesa/train/files.h"
+#include "support/random.h"
 
 namespace mesa::testing {
 
@@ -14,8 +14,6 @@ inline uint64_t wish(const char* variable, uint64_t otherwise) {
   const char* text = std::getenv(variable);
   return text != nullptr ? std::strtoull(text, nullptr, 10) : otherwise;
 }
-/// Of a test that draws: MESA_TEST_SEED, or anything.
-inline uint64_t test_seed() { return wish("MESA_TEST_SEED", std::random_device{}()); }
 
 /// The lines of metrics.jsonl that are whole, by step.
 inline std::map<int64_t, Json> curve_so_far(const TinyRun& tiny, const std::string& run) {
