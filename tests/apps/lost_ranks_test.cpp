@@ -140,8 +140,8 @@ class LosingRun {
     return absent ? 0 : size;
   }
 
-  /// Ranks know of each other from the moment when they write to the run's folder. Before it mpirun stands in their place, which waits for
-  /// ever if a process dies while the two shake hands (4.1.4: "PMIX ERROR: UNREACHABLE", one in a hundred).
+  /// Ranks know of each other from the moment when they write to the run's folder. Before it mpirun stands in their place, which may wait
+  /// for ever if a process dies while the two shake hands (4.1.4: "PMIX ERROR: UNREACHABLE", once in 62 kills).
   bool has_come() {
     const uintmax_t size = watched_size();
     if (size != size_) ++changes_;
