@@ -1,4 +1,4 @@
-// Runs that are cut off at any moment: what they must leave on the disk, and how their tests draw the moments.
+// Runs that are cut off at any moment: what they must leave on the disk.
 #pragma once
 #include <cstdlib>
 #include <map>

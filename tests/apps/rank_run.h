@@ -55,11 +55,12 @@ inline std::vector<pid_t> ranks_of(const std::string& output) {
     const std::string name = entry.path().filename();
     if (!std::all_of(name.begin(), name.end(), [](unsigned char c) { return std::isdigit(c) != 0; })) continue;
     const auto read = [&](const char* file) {
-      std::ifstream stream(entry.path() / file, std::ios::binary);
-      return std::string((std::istreambuf_iterator<char>(stream)), {});
+      std::ostringstream text;  // which stays empty where the process has just gone
+      text << std::ifstream(entry.path() / file, std::ios::binary).rdbuf();
+      return text.str();
     };
     const std::string line = read("cmdline");
-    if (line.find("mesa-train") >= line.find('\0') || line.find(output) == std::string::npos) continue;
+    if (line.find("mesa-train") >= line.find('\0') || line.find(output + '\0') == std::string::npos) continue;
     const std::string environment = read("environ"), key = std::string(1, '\0') + "OMPI_COMM_WORLD_RANK=";
     const size_t place = environment.find(key);
     if (place != std::string::npos) found[std::atoi(environment.c_str() + place + key.size())] = std::stoi(name);
