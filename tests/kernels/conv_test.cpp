@@ -147,13 +147,13 @@ TEST_CASE("unfold lays windows side by side and fold adds them up again", "[kern
       const Tensor x = random({s.B, N, s.I}, dtype, "x"), columns = Tensor::empty({s.g.groups, s.B * M, T * c}, dtype), dx = empty_like(x);
       const Tensor back = random(columns.shape(), dtype, "back");
       const Numbers vx = x.to_vector<double>(), vb = back.to_vector<double>();
-      Numbers want(columns.numel()), sums(vx.size());
+      Numbers want(columns.numel()), sums(vx.size()), terms(vx.size());
       Size one = s;
       one.O = s.g.groups;  // one result for each group reads each input once
       each_term(one, [&](int64_t b, int64_t place, int64_t group, int64_t token, int64_t tap, int64_t i, int64_t within) {
         const size_t at = ((group * s.B * M + b * M + place) * T + tap) * c + within, from = (b * N + token) * s.I + i;
         want[at] = vx[from];
-        sums[from] += vb[at];
+        sums[from] += vb[at], terms[from] += std::fabs(vb[at]);
       });
       for (const auto& run : implementations(kernels::unfold)) {
         kernels::fill(columns, 9);
@@ -162,7 +162,7 @@ TEST_CASE("unfold lays windows side by side and fold adds them up again", "[kern
       }
       for (const auto& run : implementations(kernels::fold)) {
         run(back, s.g, dx);
-        expect(dx, sums, dtype == DType::f64 ? 1e-14 : dtype == DType::f32 ? 1e-6 : 0.0041);
+        expect(dx, sums, dtype == DType::f64 ? 1e-14 : dtype == DType::f32 ? 1e-6 : 0.0041, terms);
       }
     }
 }
