@@ -12,7 +12,7 @@ using namespace mesa::testing;
 namespace {
 
 /// Of many elements few samples tell enough.
-uint64_t samples_of(const Case& row) { return row.inputs[0].shape.numel() < 500 ? 8 : 2; }
+uint64_t samples_of(const Case& row) { return row.inputs[0].shape.numel() < 500 ? 32 : 2; }
 
 constexpr double kSingle = 1e-5;  // of the largest element: what arithmetic in f32 adds (the bound of the test of f32)
 // Rounding up or down at random has at least the variance of rounding to nearest (f (1 - f) and min(f, 1 - f)^2 of a step), so the share of
