@@ -108,7 +108,7 @@ TEST_CASE("benchmark: phases are parts of a step, on a GPU of steps of their own
   for (const PolicyResult& p : result.policies) {
     const double least = p.forward_ms.minimum + p.backward_ms.minimum + p.optimizer_ms.minimum;
     CHECK(least > 0);
-    if (!gpu) CHECK(least <= p.step_ms.minimum);
+    if (!gpu) CHECK(least <= p.step_ms.minimum * (1 + 1e-9));  // a sum of doubles
     CHECK(p.images_per_second.maximum == Approx(4e3 / p.step_ms.minimum));
   }
 }
