@@ -150,9 +150,8 @@ TEST_CASE("running codes: gelu codes what it reads", "[kernels][codec]") {
 
 TEST_CASE("codes by own ranges: layer norm and gelu write what quantize_current would", "[kernels][codec]") {
   if (test_device() != kCuda) return;
-  for (const auto& [rows, width] :
-       {std::array<int64_t, 2>{41, 384}, {3, 384}, {17, 192}, {8, 768}, {5, 1024}, {9, 64}, {33, 1536}, {6, 50}})
-    for (const int64_t inner : {256, 192, 64, 8, 2048, 100})
+  for (const auto& [rows, width] : {std::array<int64_t, 2>{17, 384}, {3, 384}, {11, 192}, {8, 768}, {3, 1024}, {9, 64}, {3, 1536}, {6, 50}})
+    for (const int64_t inner : {256, 192, 8, 2048, 100})
       for (const DType type : {DType::f32, DType::bf16})
         for (const auto& [bits, stochastic, odd] : kSettings) {
           if (width > 500 && bits == 4) continue;  // enough of the large ones
@@ -255,7 +254,7 @@ TEST_CASE("coded operands: kernels that decode as they read compute what they wo
 
 TEST_CASE("coded operands: layer norm's gradient from codes is that from the decoded tensor", "[kernels][codec]") {
   if (test_device() != kCuda) return;
-  for (const auto& [rows, width] : {std::array<int64_t, 2>{300, 384}, {70, 192}, {19, 768}, {40, 64}, {7, 50}, {3, 2048}, {1, 8}})
+  for (const auto& [rows, width] : {std::array<int64_t, 2>{40, 384}, {20, 192}, {9, 768}, {40, 64}, {7, 50}, {3, 2048}, {1, 8}})
     for (const auto& [type_dy, type_dx] : {std::pair{DType::bf16, DType::f32}, {DType::f32, DType::f32}, {DType::bf16, DType::bf16}})
       for (const int bits : {8, 4, 2})
         for (const GroupLayout& layout : {GroupLayout{1, (rows * width + 255) / 256, 256, true}, GroupLayout{rows, 2, width / 2, false},
