@@ -266,6 +266,16 @@ TEST_CASE("checkpoint writer: the older ones stay as many as asked for, and are 
   CHECK(h.names() == std::set<std::string>{"best", "last"});
 }
 
+TEST_CASE("checkpoint writer: who resumes `last` removes the older one that a killed process kept too many") {
+  History h;  // the newest two beside `last`, of step 3
+  fs::copy(h.at + "/step-00000001", h.at + "/step-00000000", fs::copy_options::recursive);
+  fs::copy(h.at + "/step-00000001", h.at + "/step-00000009", fs::copy_options::recursive);  // of a future that was left
+  CheckpointWriter elsewhere(h.at, 2, h.at + "/step-00000002");
+  CHECK(h.names().size() == 6);  // what it goes on from is not the newest: nothing goes before the next is whole
+  CheckpointWriter writer(h.at, 2, h.at + "/last");
+  CHECK(h.names() == std::set<std::string>{"best", "last", "step-00000001", "step-00000002"});
+}
+
 TEST_CASE("checkpoint writer: another process's `last` is kept only if it is whole") {
   History h;
   CheckpointWriter writer(h.at, 5, "");  // resumed from elsewhere

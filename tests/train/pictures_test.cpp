@@ -5,6 +5,7 @@
 #include <fstream>
 #include <limits>
 
+#include "mesa/data/pixels.h"
 #include "support/data_files.h"
 
 using namespace mesa;
@@ -26,6 +27,18 @@ Batch batch_of(int count, int side, int channels) {
 }
 
 }  // namespace
+
+TEST_CASE("pictures: samples are shown as the model sees them, mirrored where it reads them so") {
+  Batch batch = batch_of(2, 8, 3);
+  batch.mirrored = Tensor::from<uint8_t>({2}, {0, 1});
+  const PictureList list = sample_pictures(batch, {});
+  for (const size_t i : {0, 1}) {
+    Bytes want(batch.images.data<uint8_t>() + i * 8 * 8 * 3, batch.images.data<uint8_t>() + (i + 1) * 8 * 8 * 3);
+    if (i == 1) pixels::mirror({want.data(), 8, 8, 3});
+    const Bytes& png = list.pictures.at(i).png;
+    CHECK(decode_image(png.data(), png.size(), "picture").pixels == want);
+  }
+}
 
 TEST_CASE("pictures: PNG keeps every byte") {
   for (const int channels : {1, 3}) {

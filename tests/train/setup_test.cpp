@@ -4,7 +4,9 @@
 #include <catch2/catch.hpp>
 
 #include "mesa/base/cuda.h"
+#include "mesa/data/pixels.h"
 #include "support/data_files.h"
+#include "support/device.h"
 
 using namespace mesa;
 using namespace mesa::testing;
@@ -68,8 +70,9 @@ TEST_CASE("setup: of a ResNet the depths, the width and the image may change, an
   CHECK(net.image_size == 65);
   CHECK(net.classes == 7);
   CHECK((net.drop_path == 0.1 && net.drop_rate == 0.2 && net.bottleneck));
-  for (const char* key : {"model.patch_size=8", "model.heads=2", "model.window=7", "model.registers=1", "model.mlp_ratio=2", "model.pad=true",
-                          "model.qkv_bias=false", "model.layer_scale=1e-6", "model.distilled=true", "model.token_positions=false", "model.depth=3"})
+  for (const char* key :
+       {"model.patch_size=8", "model.heads=2", "model.window=7", "model.registers=1", "model.mlp_ratio=2", "model.pad=true",
+        "model.qkv_bias=false", "model.layer_scale=1e-6", "model.distilled=true", "model.token_positions=false", "model.depth=3"})
     CHECK_THROWS_WITH(of({key}), Contains(concat("--set ", key)) && Contains("ResNet"));
   CHECK_THROWS_WITH(of({"model.attention=explicit"}), Contains("has no attention"));
   CHECK_THROWS_WITH(of({"model.attn_drop_rate=0.1"}), Contains("has no attention"));
@@ -146,4 +149,36 @@ TEST_CASE("setup: the augmentations of a recipe reach the transform and the load
   const RunConfig small = config_of({"data.crop=simple", "data.crop_padding=16", "model.image_size=32"});
   CHECK_THAT(error_of([&] { make_transform(small, model_config(small, 10).input()); }),
              Contains("data.crop_padding") && Contains("half of the picture's side of 32"));
+}
+
+TEST_CASE("setup: a flip that is the last step of augmentation reaches the model, from the loader on") {
+  const RunConfig config = config_of({"data.kind=shapes", "data.train_size=64", "data.test_size=8", "data.workers=1", "train.batch_size=64",
+                                      "data.flip=0.5", "data.crop=none"});
+  const ImageConfig model = model_config(config, 10).input();
+  const Device device = test_device();
+  const DatasetPair data = make_training_data(config, model);
+  const TransformOptions flipping = make_transform(config, model);
+  REQUIRE(flipping.flips_last());
+  TransformOptions still = flipping, always = flipping;
+  still.flip = 0, always.flip = 1;
+  const auto seen = [&](const TransformOptions& transform) {
+    Loader loader(data.train, transform, make_loader_options(config, true, device));
+    loader.start_epoch(0);
+    return prepare(send(*loader.next(), 10, device), transform).images.to_vector<double>();
+  };
+  const auto plain = seen(still), all = seen(always), some = seen(flipping);
+  const size_t side = 16, picture = 3 * side * side;
+  size_t flipped = 0;
+  for (size_t b = 0; b < 64; ++b) {
+    std::vector<double> turned(picture);
+    for (size_t i = 0; i < picture; ++i) turned[i] = plain[b * picture + i - i % side + side - 1 - i % side];
+    const auto is = [&](const std::vector<double>& images, const std::vector<double>& want, size_t from) {
+      return std::equal(want.begin() + from, want.begin() + from + picture, images.begin() + b * picture);
+    };
+    CHECK(is(all, turned, 0));
+    const bool mirror = is(some, turned, 0);
+    CHECK((mirror || is(some, plain, b * picture)));
+    flipped += mirror;
+  }
+  CHECK((flipped > 16 && flipped < 48));
 }
