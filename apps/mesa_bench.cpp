@@ -65,8 +65,10 @@ mesa::BenchmarkResult measure(const mesa::RunConfig& config, mesa::BenchmarkOpti
   try {
     return mesa::run_benchmark(config, options);
   } catch (const mesa::OutOfMemory& e) {
-    throw mesa::Error(mesa::concat(e.what(), "\n", mesa::explain_out_of_memory(config),
-                                   options.policies.size() > 1 ? "\nevery policy has a model of its own: fewer at a time need less" : ""));
+    mesa::RunConfig one = config;
+    one.storage = options.policies.front();
+    const char* several = options.policies.size() > 1 ? "\nevery policy has a model of its own: fewer at a time need less" : "";
+    throw mesa::Error(mesa::concat(e.what(), "\nwith storage ", one.storage.name, " ", mesa::explain_out_of_memory(one), several));
   }
 }
 
