@@ -33,7 +33,8 @@ std::string run_of(const std::string& checkpoint) {
 void find_config(Arguments& args) {
   const std::string& resume = args.options.resume;
   const std::string run = resume.empty() || resume == "auto" ? args.output : run_of(resume);
-  if (resume.empty() || run.empty()) throw mesa::UsageError("--config is needed (or --resume with --output of an earlier run, or with a checkpoint)");
+  if (resume.empty() || run.empty())
+    throw mesa::UsageError("--config is needed (or --resume with --output of an earlier run, or with a checkpoint)");
   args.config = run + "/config.yaml";
   if (args.output.empty()) args.output = run;
 }
@@ -77,31 +78,47 @@ int main(int argc, char** argv) {
   CLI::App app("Trains a vision transformer while keeping compressed activations.", "mesa-train");
   Arguments args;
   std::string resume;
-  app.add_option("--config", args.config, "config file, or the name of a shipped one (deit_s.yaml); with --resume the run's own is the default")
+  app.add_option("--config", args.config,
+                 "config file, or the name of a shipped one (deit_s.yaml); with --resume the run's own is the default")
       ->type_name("CONFIG");
   app.add_option("--set", args.overrides, "override one key of the config, e.g. train.epochs=3 (repeatable)")
-      ->type_name("KEY=VALUE")->expected(1)->take_all();
+      ->type_name("KEY=VALUE")
+      ->expected(1)
+      ->take_all();
   app.add_option("--output", args.output, "folder of the run (default: runs/<date>-<model>)")->type_name("FOLDER");
   CLI::Option* resume_option =
       app.add_option("--resume", resume, "continue: 'auto' (the default value) takes the newest whole checkpoint of --output")
-          ->expected(0, 1)->type_name("[auto|CHECKPOINT]");
+          ->expected(0, 1)
+          ->type_name("[auto|CHECKPOINT]");
   app.add_option("--weights", args.weights, "begin with the weights of this checkpoint or safetensors file (train.weights)");
   app.add_option("--device", args.device, "auto, cpu or cuda")->check(CLI::IsMember({"auto", "cpu", "cuda"}));
-  CLI::Option* dry = app.add_flag("--dry-run", args.dry, "print the resolved config, the plan of kept activations and the predicted peak memory; train nothing");
-  app.add_option("--fit", args.fit, "with --dry-run: also the largest train.batch_size that fits so many bytes, the allocator's rounding included")
+  CLI::Option* dry = app.add_flag("--dry-run", args.dry,
+                                  "print the resolved config, the plan of kept activations and the predicted peak memory; train nothing");
+  app.add_option("--fit", args.fit,
+                 "with --dry-run: also the largest train.batch_size that fits so many bytes, the allocator's rounding included")
       ->check(CLI::Range(1.0, 1e15))
       ->type_name("BYTES")
       ->needs(dry);
-  app.add_option("--ranks", args.ranks, "with --dry-run: plan for one of so many ranks")->check(CLI::Range(int64_t{1}, int64_t{1} << 20))->needs(dry);
-  CLI::Option* check = app.add_flag("--check-data", args.check_data, "read and decode every picture once, list the damaged ones and count the classes; train nothing")
-      ->excludes(dry);
+  app.add_option("--ranks", args.ranks, "with --dry-run: plan for one of so many ranks")
+      ->check(CLI::Range(int64_t{1}, int64_t{1} << 20))
+      ->needs(dry);
+  CLI::Option* check = app.add_flag("--check-data", args.check_data,
+                                    "read and decode every picture once, list the damaged ones and count the classes; train nothing")
+                           ->excludes(dry);
   CLI::Option* pack = app.add_option("--pack", args.pack.path, "write the data into one file for data.kind: packed; train nothing")
-      ->type_name("FILE")->excludes(dry)->excludes(check);
-  app.add_option("--pack-size", args.pack.size, "with --pack: reduce larger pictures until their shorter side has so many pixels; 0 keeps all as they are")
-      ->check(CLI::Range(int64_t{0}, int64_t{65536}))->type_name("PIXELS")->needs(pack)->capture_default_str();
+                          ->type_name("FILE")
+                          ->excludes(dry)
+                          ->excludes(check);
+  app.add_option("--pack-size", args.pack.size,
+                 "with --pack: reduce larger pictures until their shorter side has so many pixels; 0 keeps all as they are")
+      ->check(CLI::Range(int64_t{0}, int64_t{65536}))
+      ->type_name("PIXELS")
+      ->needs(pack)
+      ->capture_default_str();
   app.add_flag("--pack-raw", args.pack.raw, "with --pack: store pixels, which need no decoding, in place of JPEG")->needs(pack);
   app.add_flag("--list-models", args.list, "print the models that model.name may name, with their sizes and what they keep; train nothing");
-  app.add_flag("--check-comm", args.check_comm, "print who the ranks of this run are and how fast they add up, refuse those that differ; train nothing");
+  app.add_flag("--check-comm", args.check_comm,
+               "print who the ranks of this run are and how fast they add up, refuse those that differ; train nothing");
   app.add_flag("--quiet", args.options.quiet, "no progress, only warnings and the summary");
   app.footer(
       "Examples:\n"

@@ -12,9 +12,12 @@ std::atomic<uint64_t> next_tape_id{1};
 
 /// For ops that return the gradient of an input instead of writing through a Target.
 void add_to_parameter(Param& param, const Tensor& gradient) {
-  if (!param.grad.defined()) param.grad = Tensor::empty(param.value.shape(), param.value.dtype(), param.value.device(), MemoryKind::gradients);
-  if (param.grad_written) kernels::add(param.grad, gradient, param.grad);
-  else kernels::copy(gradient, param.grad);
+  if (!param.grad.defined())
+    param.grad = Tensor::empty(param.value.shape(), param.value.dtype(), param.value.device(), MemoryKind::gradients);
+  if (param.grad_written)
+    kernels::add(param.grad, gradient, param.grad);
+  else
+    kernels::copy(gradient, param.grad);
   param.grad_written = true;
 }
 }  // namespace
@@ -50,10 +53,10 @@ void Tape::backward(const std::vector<Var>& outputs, const std::vector<Tensor>& 
   check(!run_, "this tape was run back already: backward consumes it");
   run_ = true;
   for (size_t i = 0; i < outputs.size(); ++i) {
-    check(outputs[i].slot_ >= 0 && outputs[i].tape_ == id_,
-          "backward from a value that this tape did not compute from anything trainable");
-    check(gradients[i].shape() == outputs[i].shape() && gradients[i].dtype() == outputs[i].dtype(), "a gradient of shape ", gradients[i].shape(), " ",
-          to_string(gradients[i].dtype()), " for an output of shape ", outputs[i].shape(), " ", to_string(outputs[i].dtype()));
+    check(outputs[i].slot_ >= 0 && outputs[i].tape_ == id_, "backward from a value that this tape did not compute from anything trainable");
+    check(gradients[i].shape() == outputs[i].shape() && gradients[i].dtype() == outputs[i].dtype(), "a gradient of shape ",
+          gradients[i].shape(), " ", to_string(gradients[i].dtype()), " for an output of shape ", outputs[i].shape(), " ",
+          to_string(outputs[i].dtype()));
     accumulate(outputs[i].slot_, gradients[i]);
   }
   run(ready);
@@ -81,14 +84,17 @@ void Tape::run(const std::function<void(Param&)>& ready) {
       Grads grads = step.backward(dy);
       step.backward = nullptr;
       dy.clear();
-      check(grads.size() == step.inputs.size(), "the backward formula returned ", grads.size(), " gradients for ", step.inputs.size(), " inputs");
+      check(grads.size() == step.inputs.size(), "the backward formula returned ", grads.size(), " gradients for ", step.inputs.size(),
+            " inputs");
       for (size_t i = 0; i < grads.size(); ++i) {
         if (inspection_ && grads[i].defined()) inspection_(grads[i], "gradient of " + step.path);
         if (inspection_ && step.params[i] && step.params[i]->grad_written)
           inspection_(step.params[i]->grad, "gradient of " + step.params[i]->name);
         if (!grads[i].defined()) continue;
-        if (step.inputs[i] >= 0) accumulate(step.inputs[i], std::move(grads[i]));
-        else if (step.params[i] != nullptr) add_to_parameter(*step.params[i], grads[i]);
+        if (step.inputs[i] >= 0)
+          accumulate(step.inputs[i], std::move(grads[i]));
+        else if (step.params[i] != nullptr)
+          add_to_parameter(*step.params[i], grads[i]);
       }
     }
     for (Param* param : step.params)

@@ -192,7 +192,7 @@ void put_in_place(const std::string& temporary, const std::string& path, const s
     return sync_path(parent_of(path));
   }
   if (former.empty() && exchange_paths(temporary, path)) {
-    sync_path(parent_of(path));         // where this fails the previous folder stays until the next write: which is on the disk, nobody knows
+    sync_path(parent_of(path));  // where this fails the previous folder stays until the next write: which is on the disk, nobody knows
     return remove_leftover(temporary);  // now the previous folder
   }
   const std::string aside = former.empty() ? path + ".old" : former;
@@ -210,9 +210,7 @@ void put_in_place(const std::string& temporary, const std::string& path, const s
 
 }  // namespace
 
-void set_file_fault(FileFault hook) {
-  fault() = hook ? std::make_shared<const FileFault>(std::move(hook)) : nullptr;
-}
+void set_file_fault(FileFault hook) { fault() = hook ? std::make_shared<const FileFault>(std::move(hook)) : nullptr; }
 
 OutputFile::OutputFile(const std::string& path, Mode mode) : path_(path) {
   int code = injected("open", path);

@@ -17,11 +17,11 @@ class RecordedSteps {
   /// All that a pass gives to the device, from a batch that has arrived to gradients; the result is its loss. It must wait for nothing.
   using Pass = std::function<Tensor(const SentBatch& batch, const uint64_t* live_step)>;
   struct Result {
-    Tensor loss;  ///< on the device
+    Tensor loss;               ///< on the device
     bool from_record = false;  ///< so that the device works in memory which nothing else is given
   };
-  /// The first passes really run; then each kind of pass is recorded once, in memory of its own, and run from that record for ever. `variant`
-  /// tells passes apart that differ in what they were recorded with.
+  /// The first passes really run; then each kind of pass is recorded once, in memory of its own, and run from that record for ever.
+  /// `variant` tells passes apart that differ in what they were recorded with.
   Result run(const SentBatch& batch, uint64_t step, uint64_t variant, const Pass& pass);
 
  private:

@@ -87,11 +87,11 @@ class Run {
   std::unique_ptr<CheckpointWriter> writer_;  // the leader's
   std::unique_ptr<RunWatch> watch_;
   std::unique_ptr<Progress> progress_;
-  std::string changes_;  // against the checkpoint
-  std::string start_;    // what was begun with
-  int64_t signal_ = 0;   // that all ranks know of
-  std::vector<std::string> rejected_;  // checkpoints that could not be resumed, and why
-  double interval_writing_ = 0;        // seconds of the interval's steps beside which a checkpoint was written
+  std::string changes_;                   // against the checkpoint
+  std::string start_;                     // what was begun with
+  int64_t signal_ = 0;                    // that all ranks know of
+  std::vector<std::string> rejected_;     // checkpoints that could not be resumed, and why
+  double interval_writing_ = 0;           // seconds of the interval's steps beside which a checkpoint was written
   double saved_best_ = -1, judged_ = -1;  // top-1 of what is on the disk as `best`, and of the last evaluation
   bool finished_before_ = false, saved_ = true, first_update_done_ = false, copied_ = false, told_of_waiting_ = false;
   int64_t bad_samples_before_ = 0;

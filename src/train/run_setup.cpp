@@ -5,9 +5,9 @@
 #include <cstdio>
 #include <ctime>
 
+#include "checkpoint_files.h"
 #include "mesa/train/lora.h"
 #include "mesa/train/version.h"
-#include "checkpoint_files.h"
 #include "run.h"
 
 namespace mesa {

@@ -322,7 +322,8 @@ int Run::finish() {
   if (state_.bad_steps > 0) warn(concat(state_.bad_steps, " steps were skipped because they were not finite"));
   if (state_.bad_samples > 0) warn(concat(state_.bad_samples, " bad samples were replaced"));
   if (is_gpu(model_.device) && first_update_done_)
-    folder_->log(concat("GPU memory: ", Allocator::of(model_.device).use().reserved, " bytes taken, ", summary.peak_bytes, " in use at most"));
+    folder_->log(
+        concat("GPU memory: ", Allocator::of(model_.device).use().reserved, " bytes taken, ", summary.peak_bytes, " in use at most"));
   const std::string text = concat("done: ", to_string(summary, state_.best_top1));
   folder_->log(text);
   std::fprintf(stderr, "%s\n", (text + "; " + config_.output).c_str());

@@ -52,7 +52,7 @@ TEST_CASE("tape: exact activations die after forward, only what the sites keep s
     int64_t kept = 0, exact = 0;
     for (const SiteRecord& site : policy.sites()) kept += site.kept_bytes, exact += site.exact_bytes;
     CHECK(live_activations() - before == kept);
-    CHECK(kept * 3 < exact);                                             // statistics and logits stay exact, all else is a quarter
+    CHECK(kept * 3 < exact);  // statistics and logits stay exact, all else is a quarter
     // Nothing hides under another kind: the loss itself is 4 bytes, and a site has two counters.
     CHECK(Allocator::of(test_device()).use().total - total_before <= kept + 64 + 32 * static_cast<int64_t>(policy.sites().size()));
     tape.backward(loss);

@@ -31,7 +31,9 @@ namespace fs = std::filesystem;
 
 namespace {
 
-const std::string kTiny = kTinyTraining + "storage: [{match: \"*\", codec: int8, groups: heads, range: running}, {match: \"patch_embed.proj:x\", codec: exact}]\n";
+const std::string kTiny =
+    kTinyTraining +
+    "storage: [{match: \"*\", codec: int8, groups: heads, range: running}, {match: \"patch_embed.proj:x\", codec: exact}]\n";
 
 struct Trainer {
   TemporaryFolder folder;

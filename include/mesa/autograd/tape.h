@@ -17,8 +17,8 @@ using Backward = std::function<Grads(const std::vector<Tensor>& dy)>;
 class Tape {
  public:
   /// Random numbers of dropout, drop path and stochastic rounding come from (seed, step) and the site.
-  /// `live_step`: see RandomKey. `part`: which of several ranks' equal parts of a batch this pass takes; dropout and drop path draw what one
-  /// rank with the whole batch would.
+  /// `live_step`: see RandomKey. `part`: which of several ranks' equal parts of a batch this pass takes; dropout and drop path draw what
+  /// one rank with the whole batch would.
   explicit Tape(StoragePolicy& policy, uint64_t seed = 0, uint64_t step = 0, const uint64_t* live_step = nullptr, uint64_t part = 0);
   ~Tape();
   Tape(const Tape&) = delete;
@@ -51,7 +51,7 @@ class Tape {
   struct Step {
     std::string path;  // scope and op, for errors
     std::vector<int> outputs;
-    std::vector<int> inputs;  // -1: no gradient wanted
+    std::vector<int> inputs;     // -1: no gradient wanted
     std::vector<Param*> params;  // same length; null where the input is no parameter
     Backward backward;
   };

@@ -1,5 +1,5 @@
-// The door to NVIDIA GPUs for code that is no kernel: memory, copies, waiting. No CUDA header is needed here; a build without CUDA lacks the
-// source file behind it (src/base/device_cuda.cpp), and the weak symbols below are then null: only available() may be asked.
+// The door to NVIDIA GPUs for code that is no kernel: memory, copies, waiting. No CUDA header is needed here; a build without CUDA lacks
+// the source file behind it (src/base/device_cuda.cpp), and the weak symbols below are then null: only available() may be asked.
 #pragma once
 #include <cstdint>
 #include <memory>
@@ -45,8 +45,8 @@ using Mark = std::shared_ptr<void>;
 /// What stream() gets from now on begins when the mark is passed; the host does not wait.
 [[gnu::weak]] void wait_for(const Mark& mark);
 
-/// Work that is recorded instead of done: everything that stream() gets between begin_recording and end_recording, to be run again and again
-/// on the same memory (a CUDA graph). Nothing may wait for the device meanwhile, nor copy from the host.
+/// Work that is recorded instead of done: everything that stream() gets between begin_recording and end_recording, to be run again and
+/// again on the same memory (a CUDA graph). Nothing may wait for the device meanwhile, nor copy from the host.
 using Recording = std::shared_ptr<void>;
 [[gnu::weak]] void begin_recording();
 /// Throws if something was asked for that cannot be recorded; `keep` false drops what there is.
@@ -69,6 +69,6 @@ struct DeviceMemory {
 namespace detail {
 [[gnu::weak]] std::string find_device();
 [[gnu::weak]] int probe_status();  // kernels/cuda/probe.cu: cudaSuccess if there is code for the GPU
-}
+}  // namespace detail
 
 }  // namespace mesa::cuda

@@ -12,8 +12,8 @@ class Transport;
 inline constexpr double kLeastRankTimeout = 8;
 
 /// One rank alone, unless the process was started as one of several: by mpirun, or by srun with MPI; or by anything that sets RANK,
-/// WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT, which needs no MPI and serves GPUs; rank 0 listens on that port. With WORLD_SIZE 1 these also
-/// make a run of one rank that has all that several have, so that its cost can be measured.
+/// WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT, which needs no MPI and serves GPUs; rank 0 listens on that port. With WORLD_SIZE 1
+/// these also make a run of one rank that has all that several have, so that its cost can be measured.
 class World {
  public:
   /// Connects the ranks. `timeout`: seconds that a rank may stay silent or keep others waiting; MESA_RANK_TIMEOUT goes before it. Throws

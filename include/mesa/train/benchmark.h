@@ -46,8 +46,8 @@ struct BenchmarkResult {
 
 /// Trains one model for each policy, from the same weights on the same random batch, a step of each in turn (A B C A B C), so that whatever
 /// else the machine does falls on all of them alike. The policy `exact` is the reference of the gradients, listed or not.
-/// The loss is the config's, a teacher's part included; the labels are not mixed. train.accumulation is ignored. Sets the number of OpenMP threads from train.threads. Throws UsageError for options, rules or values that
-/// do not fit, Error if a loss is not finite.
+/// The loss is the config's, a teacher's part included; the labels are not mixed. train.accumulation is ignored. Sets the number of OpenMP
+/// threads from train.threads. Throws UsageError for options, rules or values that do not fit, Error if a loss is not finite.
 BenchmarkResult run_benchmark(const RunConfig& config, const BenchmarkOptions& options);
 
 /// Tables for people: one of speed, bytes and errors, and one of bytes by kind.

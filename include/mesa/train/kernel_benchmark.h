@@ -18,8 +18,8 @@ struct KernelReport {
   std::vector<KernelResult> kernels;
 };
 
-/// Every kernel that a training step of this config runs, and those of other losses, codes and families, each alone, on random values of the
-/// config's model, batch and precision. On a GPU each on several sets of operands in turns, so that none is found in the cache.
+/// Every kernel that a training step of this config runs, and those of other losses, codes and families, each alone, on random values of
+/// the config's model, batch and precision. On a GPU each on several sets of operands in turns, so that none is found in the cache.
 /// `copy_bytes` is the size of each side of the copy that they are compared with; 0 takes one far beyond the device's caches.
 KernelReport run_kernel_benchmark(const RunConfig& config, const std::function<void(const std::string&)>& progress = {},
                                   int64_t copy_bytes = 0);

@@ -1,5 +1,5 @@
-// What CUDA C++ has beyond C++: how a kernel starts, dynamic shared memory, and the PTX instructions used here, each behind a small function.
-// tests/emulation has a twin of this file, through which the same .cu sources run on a machine without a GPU.
+// What CUDA C++ has beyond C++: how a kernel starts, dynamic shared memory, and the PTX instructions used here, each behind a small
+// function. tests/emulation has a twin of this file, through which the same .cu sources run on a machine without a GPU.
 #pragma once
 #include <cuda_runtime.h>
 
@@ -15,7 +15,8 @@ template <class... Parameters, class... Arguments>
 void launch(const char* name, void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, Arguments&&... arguments) {
   if (shared_bytes > 40 * 1024)  // with the kernel's static memory there may be 48 KB without it
     mesa::cuda::check_status(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                                  static_cast<int>(shared_bytes)), name);
+                                                  static_cast<int>(shared_bytes)),
+                             name);
   cudaLaunchConfig_t config{};
   config.gridDim = grid;
   config.blockDim = block;
@@ -74,14 +75,17 @@ __device__ inline uint32_t maximum_bf16(uint32_t a, uint32_t b) {
 template <int bits>
 __device__ inline uint32_t pack_clamped(int32_t low, int32_t high, uint32_t rest) {
   uint32_t out;
-  if constexpr (bits == 8) asm("cvt.pack.sat.u8.s32.b32 %0, %1, %2, %3;" : "=r"(out) : "r"(high), "r"(low), "r"(rest));
-  else if constexpr (bits == 4) asm("cvt.pack.sat.u4.s32.b32 %0, %1, %2, %3;" : "=r"(out) : "r"(high), "r"(low), "r"(rest));
-  else asm("cvt.pack.sat.u2.s32.b32 %0, %1, %2, %3;" : "=r"(out) : "r"(high), "r"(low), "r"(rest));
+  if constexpr (bits == 8)
+    asm("cvt.pack.sat.u8.s32.b32 %0, %1, %2, %3;" : "=r"(out) : "r"(high), "r"(low), "r"(rest));
+  else if constexpr (bits == 4)
+    asm("cvt.pack.sat.u4.s32.b32 %0, %1, %2, %3;" : "=r"(out) : "r"(high), "r"(low), "r"(rest));
+  else
+    asm("cvt.pack.sat.u2.s32.b32 %0, %1, %2, %3;" : "=r"(out) : "r"(high), "r"(low), "r"(rest));
   return out;
 }
 
-/// d += a b for one warp: a 16 x 16 (row), b 16 x 8 (column), bf16 in pairs, d 16 x 8 f32; lane l holds the elements that PTX's mma.m16n8k16
-/// gives it: d[0], d[1] row l / 4, columns 2 (l % 4) and + 1; d[2], d[3] row l / 4 + 8.
+/// d += a b for one warp: a 16 x 16 (row), b 16 x 8 (column), bf16 in pairs, d 16 x 8 f32; lane l holds the elements that PTX's
+/// mma.m16n8k16 gives it: d[0], d[1] row l / 4, columns 2 (l % 4) and + 1; d[2], d[3] row l / 4 + 8.
 __device__ inline void mma_bf16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
   asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
                : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
