@@ -75,3 +75,33 @@ TEST_CASE("matmul: a bias of another dtype or with gaps is refused", "[kernels]"
   CHECK_THAT(error_of([&] { kernels::matmul(a, b, c, random({4, 2}, DType::f32, "bias").select(1, 0)); }), Contains("does not fit"));
   CHECK_THAT(error_of([&] { kernels::matmul(a, b, c, random({3}, DType::f32, "bias")); }), Contains("does not fit"));
 }
+
+TEST_CASE("matmul: the weight's gradient and the sums of dy, written or added to what is there", "[kernels]") {
+  for (const DType in : {DType::f64, DType::f32, DType::bf16})
+    for (const auto& [M, O, I] : {std::tuple<int64_t, int64_t, int64_t>{1, 1, 1}, {33, 7, 5}, {600, 17, 20}, {0, 3, 4}, {64, 64, 32}})
+      for (int variant = 0; variant < 8; ++variant) {
+        const bool add_w = variant & 1, add_b = variant & 2, wants_b = variant & 4;
+        CAPTURE(to_string(in), M, O, I, add_w, add_b, wants_b);
+        const DType wide = in == DType::f64 ? DType::f64 : DType::f32;
+        const Tensor dy = random({M, O}, in, "dy"), x = random({M, I}, in, "x"), dw = random({O, I}, wide, "dw");
+        const Tensor db = wants_b ? random({O}, wide, "db") : Tensor();
+        const std::vector<double> y = dy.to_vector<double>(), v = x.to_vector<double>();
+        const auto begin = [](const Tensor& t, bool add) { return add ? t.to_vector<double>() : std::vector<double>(t.numel()); };
+        std::vector<double> want_w = begin(dw, add_w), terms_w(want_w.size()), want_b, terms_b(O);
+        if (wants_b) want_b = begin(db, add_b);
+        for (int64_t m = 0; m < M; ++m)
+          for (int64_t o = 0; o < O; ++o) {
+            const double d = y[m * O + o];
+            if (wants_b) want_b[o] += d, terms_b[o] += std::fabs(d);
+            for (int64_t i = 0; i < I; ++i) want_w[o * I + i] += d * v[m * I + i], terms_w[o * I + i] += std::fabs(d * v[m * I + i]);
+          }
+        Staging at;
+        if (test_device() == kCuda)
+          kernels::matmul_weight_grad(at(dy), at(x), at(dw), add_w, at(db), add_b), at.bring_back();
+        else
+          kernels::matmul_weight_grad(dy, x, dw, add_w, db, add_b);
+        const double tolerance = in == DType::f64 ? 1e-13 : 2e-6;
+        expect(dw, want_w, tolerance, terms_w);
+        if (wants_b) expect(db, want_b, tolerance, terms_b);
+      }
+}
