@@ -53,6 +53,7 @@ class NcclCommunicator : public Communicator {
       connect(id);
     } catch (const RankFailure& e) {
       release();
+      if (!e.lost()) throw;
       throw RankFailure(concat(e.what(),
                                " (NCCL was connecting the ranks' GPUs: with NCCL_DEBUG=INFO it says how, NCCL_SOCKET_IFNAME names "
                                "the network)"));

@@ -25,6 +25,7 @@ inline constexpr int kExitRankLost = 69;
 class RankFailure : public Error {
  public:
   explicit RankFailure(const std::string& text, bool lost = true) : Error(text), lost_(lost) {}
+  bool lost() const { return lost_; }
   int exit_code() const { return lost_ ? kExitRankLost : 1; }
 
  private:
