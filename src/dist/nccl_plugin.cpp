@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cstdio>
+#include <initializer_list>
 #include <thread>
 #include <utility>
 #include <vector>
@@ -72,20 +73,20 @@ class NcclCommunicator : public Communicator {
   }
 
   void all_reduce(const Tensor& x) override {
-    const cudaStream_t stream = ready(x);
+    const cudaStream_t stream = ready({x});
     begin("ncclAllReduce", [&] { return ncclAllReduce(x.raw(), x.raw(), count(x), type_of(x.dtype()), ncclSum, comm_, stream); });
   }
   void reduce_scatter(const Tensor& x, const Tensor& part) override {
-    const cudaStream_t stream = ready(x);
+    const cudaStream_t stream = ready({x, part});
     begin("ncclReduceScatter",
           [&] { return ncclReduceScatter(x.raw(), part.raw(), count(part), type_of(x.dtype()), ncclSum, comm_, stream); });
   }
   void all_gather(const Tensor& part, const Tensor& x) override {
-    const cudaStream_t stream = ready(x);
+    const cudaStream_t stream = ready({part, x});
     begin("ncclAllGather", [&] { return ncclAllGather(part.raw(), x.raw(), bytes(part), ncclUint8, comm_, stream); });
   }
   void broadcast(const Tensor& x, int64_t root) override {
-    const cudaStream_t stream = ready(x);
+    const cudaStream_t stream = ready({x});
     begin("ncclBroadcast", [&] { return ncclBroadcast(x.raw(), x.raw(), bytes(x), ncclUint8, static_cast<int>(root), comm_, stream); });
   }
 
@@ -125,6 +126,7 @@ class NcclCommunicator : public Communicator {
       return true;
     });
     cuda::check_status(cudaStreamWaitEvent(static_cast<cudaStream_t>(cuda::stream()), done_, 0), "waiting for an event");
+    under_way_.clear();
   }
 
  private:
@@ -149,21 +151,29 @@ class NcclCommunicator : public Communicator {
 
   /// All together, and watched like a collective.
   void leave() {
-    if (control_.failed()) return;
+    if (control_.failed() || comm_ == nullptr) return;
     for (void* handle : registered_) ncclCommDeregister(comm_, handle);
     begin("ncclCommFinalize", [this] { return ncclCommFinalize(comm_); });
     ncclCommDestroy(std::exchange(comm_, nullptr));
   }
+  /// What waits for a rank that is gone never ends by itself, and freeing memory would wait for it.
+  void abort() {
+    if (comm_ != nullptr) ncclCommAbort(std::exchange(comm_, nullptr));
+  }
   void release() {
-    if (comm_ != nullptr) ncclCommAbort(comm_);  // what waits for a rank that is gone never ends by itself
+    abort();
     for (cudaEvent_t event : {asked_, done_})
       if (event != nullptr) cudaEventDestroy(event);
     if (stream_ != nullptr) cudaStreamDestroy(stream_);
   }
 
   /// The stream, once all that the compute stream has by now is before it.
-  cudaStream_t ready(const Tensor& x) {
-    check(x.is_contiguous() && x.device().kind == DeviceKind::cuda, "NCCL takes contiguous tensors on a GPU");
+  cudaStream_t ready(std::initializer_list<Tensor> tensors) {
+    check(comm_ != nullptr, "NCCL was given up after an error");
+    for (const Tensor& x : tensors) {
+      check(x.is_contiguous() && x.device().kind == DeviceKind::cuda, "NCCL takes contiguous tensors on a GPU");
+      under_way_.push_back(x);
+    }
     cuda::check_status(cudaEventRecord(asked_, static_cast<cudaStream_t>(cuda::stream())), "recording an event");
     cuda::check_status(cudaStreamWaitEvent(stream_, asked_, 0), "waiting for an event");
     return stream_;
@@ -182,7 +192,7 @@ class NcclCommunicator : public Communicator {
   }
   /// Until NCCL, which has answered `code`, is not busy any more and `done`; leaves by an exception when NCCL or another rank fails.
   template <class Done>
-  void poll(const char* what, ncclResult_t code, const Done& done) {
+  void poll(const char* what, ncclResult_t code, const Done& done) try {
     for (int i = 0;; ++i) {
       if (failed(code)) give_up(what, code);
       if (code == ncclSuccess && done()) return;
@@ -190,6 +200,9 @@ class NcclCommunicator : public Communicator {
       std::this_thread::yield();
       code = state();
     }
+  } catch (...) {
+    abort();
+    throw;
   }
   /// NCCL notices a lost rank by its connections, and may do so long before the wire, which knows which rank it was.
   [[noreturn]] void give_up(const char* what, ncclResult_t code) {
@@ -206,7 +219,8 @@ class NcclCommunicator : public Communicator {
   cudaEvent_t asked_ = nullptr, done_ = nullptr;
   int64_t begun_ = 0;
   std::vector<void*> registered_;
-  std::vector<Tensor> kept_;  // what is registered outlives the registration
+  std::vector<Tensor> kept_;       // what is registered outlives the registration
+  std::vector<Tensor> under_way_;  // and what collectives read and write, their end
 };
 
 }  // namespace

@@ -7,6 +7,7 @@
 #include <nccl.h>
 #include <signal.h>
 
+#include <algorithm>
 #include <condition_variable>
 #include <cstdlib>
 #include <cstring>
@@ -86,7 +87,7 @@ class Rank {
   }
   /// From the first call on `job` is on its way; true when its result is there, or never will be.
   bool passed(Job& job) {
-    if (!job.begun) {
+    if (!job.begun && !ended_) {
       job.begun = true;
       const auto* from = static_cast<const char*>(job.from);
       const DeviceAccess access;
@@ -193,7 +194,7 @@ ncclResult_t launch(ncclComm_t comm, Call call, const void* from, void* to, size
   const auto enqueue_now = [rank = comm->rank, job, handle] {
     const std::lock_guard lock(streams().mutex);
     enqueue(
-        *stream_of(handle), [job] { std::memcpy(job->to, job->result.data(), job->result.size()); },
+        *stream_of(handle), [job] { std::copy(job->result.begin(), job->result.end(), static_cast<char*>(job->to)); },
         [rank, job] { return rank->passed(*job); });
   };
   if (!comm->used.insert(call.what).second) {
