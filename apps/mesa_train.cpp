@@ -95,7 +95,7 @@ int main(int argc, char** argv) {
   CLI::Option* dry = app.add_flag("--dry-run", args.dry,
                                   "print the resolved config, the plan of kept activations and the predicted peak memory; train nothing");
   app.add_option("--fit", args.fit,
-                 "with --dry-run: also the largest train.batch_size that fits so many bytes, the allocator's rounding included")
+                 "with --dry-run: also the largest train.batch_size that fits so many bytes, what is lost between blocks included")
       ->check(CLI::Range(1.0, 1e15))
       ->type_name("BYTES")
       ->needs(dry);

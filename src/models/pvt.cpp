@@ -1,6 +1,7 @@
 #include "mesa/models/pvt.h"
 
 #include <numeric>
+#include <utility>
 
 #include "mesa/base/scope.h"
 
@@ -118,7 +119,7 @@ Var Pvt::operator()(const Var& images) const {
   for (size_t i = 0; i < stages_.size(); ++i) {
     const Scope scope("", stages_[i].heads);
     x = embed(i, x);
-    for (const auto& block : stages_[i].blocks) x = block(x);
+    for (const auto& block : stages_[i].blocks) x = block(std::move(x));
   }
   const Scope last("", stages_.back().heads);
   // A layer norm works token by token, so the class token alone is normalized.

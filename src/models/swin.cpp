@@ -1,6 +1,7 @@
 #include "mesa/models/swin.h"
 
 #include <algorithm>
+#include <utility>
 
 #include "mesa/base/scope.h"
 
@@ -165,7 +166,7 @@ Var Swin::operator()(const Var& images) const {
   for (const Stage& stage : stages_) {
     const Scope scope(stage.name, stage.heads);
     if (stage.height > 0) x = downsample(stage, x);
-    for (const EncoderBlock& block : stage.blocks) x = block(x);
+    for (const EncoderBlock& block : stage.blocks) x = block(std::move(x));
   }
   const Scope last("", stages_.back().heads);
   const Var pooled = mean_pool(norm_(x), 0);

@@ -1,5 +1,7 @@
 #include "mesa/models/vit.h"
 
+#include <utility>
+
 #include "mesa/base/scope.h"
 
 namespace mesa {
@@ -85,7 +87,7 @@ std::vector<Var> Vit::heads(const Var& images) const {
   const Scope scope("", config_.heads);
   config_.check_images(images.shape());
   Var x = embed(images);
-  for (const EncoderBlock& block : blocks_) x = block(x);
+  for (const EncoderBlock& block : blocks_) x = block(std::move(x));
   // A layer norm works token by token, so pooling first gives the same result and keeps what is read instead of all.
   if (head_dist_) {
     const Var both = norm_(first_tokens(x, 2));

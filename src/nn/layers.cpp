@@ -67,13 +67,16 @@ Mlp Mlp::make(const Builder& build, const std::string& name, int64_t width, int6
   return layer;
 }
 
-Var Mlp::operator()(const Var& x, const Var& residual) const {
+Var Mlp::operator()(Var x, const Var& residual) const {
   const Scope scope(name);
-  const auto act = [&](const Var& h) {
+  Var h = fc1(x);
+  x = {};
+  {
     const Scope scope("act");
-    return gelu(h);
-  };
-  return onto(residual, fc2, scoped_dropout("drop1", act(fc1(x)), drop), "drop2", drop);
+    h = gelu(h);
+  }
+  h = scoped_dropout("drop1", h, drop);
+  return onto(residual, fc2, h, "drop2", drop);
 }
 
 Attention Attention::make(const Builder& build, const std::string& name, int64_t width, int64_t heads, const AttentionOptions& options,
@@ -118,7 +121,7 @@ Var explicit_attention(const Var& qkv, int64_t heads, double scale_by, double at
 
 }  // namespace
 
-Var Attention::operator()(const Var& x, const Var& residual) const {
+Var Attention::operator()(Var x, const Var& residual) const {
   const Scope scope(name);
   const double scale_by = 1.0 / std::sqrt(static_cast<double>(x.dim(-1) / heads));
   const auto mixed = [&](const Var& packed) {  // [B, N, 3C] -> [B, N, C]
@@ -133,10 +136,14 @@ Var Attention::operator()(const Var& x, const Var& residual) const {
     return attention(packed, heads, scale_by,
                      options.kind == AttentionKind::cudnn ? kernels::AttentionBy::cudnn : kernels::AttentionBy::engine);
   };
-  const int64_t h = windows.inner_height, w = windows.inner_width, H = windows.height, W = windows.width;
-  if (h == H && w == W) return onto(residual, proj, mixed(qkv(x)), "proj_drop", options.drop);
   // Padding is zeros in front of the projection, as in the original: it takes part as the projection's bias.
-  return onto(residual, proj, crop_grid(mixed(qkv(pad_grid(x, h, w, H, W))), H, W, h, w), "proj_drop", options.drop);
+  const int64_t h = windows.inner_height, w = windows.inner_width, H = windows.height, W = windows.width;
+  const bool padded = h != H || w != W;
+  if (padded) x = pad_grid(x, h, w, H, W);
+  x = qkv(x);
+  x = mixed(x);
+  if (padded) x = crop_grid(x, H, W, h, w);
+  return onto(residual, proj, x, "proj_drop", options.drop);
 }
 
 ReducedAttention ReducedAttention::make(const Builder& build, const std::string& name, int64_t channels, int64_t heads, int64_t height,
@@ -163,23 +170,25 @@ ReducedAttention ReducedAttention::make(const Builder& build, const std::string&
   return layer;
 }
 
-Var ReducedAttention::operator()(const Var& x, const Var& residual) const {
+Var ReducedAttention::operator()(Var x, const Var& residual) const {
   const Scope scope(name);
+  const double scale_by = 1.0 / std::sqrt(static_cast<double>(x.dim(-1) / heads));
   const auto reduced = [&] {
     const Var smaller = within("sr", [&] { return patch_conv(x, height, width, *reduce_weight, *reduce_bias, compute, compute); });
     return norm(smaller);
   };
-  const Var queries = q(x), keys = kv(reduce_weight ? reduced() : x);
-  const double scale_by = 1.0 / std::sqrt(static_cast<double>(x.dim(-1) / heads));
-  const Var mixed = within("attention", [&] { return attention(queries, keys, heads, scale_by); });
-  return onto(residual, proj, mixed, "proj_drop", drop);
+  Var queries = q(x), keys = kv(reduce_weight ? reduced() : x);
+  x = within("attention", [&] { return attention(queries, keys, heads, scale_by); });
+  queries = keys = {};
+  return onto(residual, proj, x, "proj_drop", drop);
 }
 
 template <class AttentionLayer>
-Var Block<AttentionLayer>::operator()(const Var& x) const {
+Var Block<AttentionLayer>::operator()(Var x) const {
   const Scope scope(name, heads);
   if (drop_path == 0 || Tape::current() == nullptr) {  // the last product of each branch adds
     const Var h = attn(norm1(x), x);
+    x = {};
     return mlp(norm2(h), h);
   }
   const auto drop = [&](const char* which, const Var& branch) {
@@ -187,6 +196,7 @@ Var Block<AttentionLayer>::operator()(const Var& x) const {
     return mesa::drop_path(branch, drop_path);
   };
   const Var h = x + drop("drop_path1", attn(norm1(x)));
+  x = {};
   return h + drop("drop_path2", mlp(norm2(h)));
 }
 

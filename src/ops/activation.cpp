@@ -16,7 +16,8 @@ Var gelu(const Var& x) {
   // Rebuilding y for the layer behind comes just before this op's own backward: it leaves the slope here, so that x is decoded once.
   const auto slope = std::make_shared<Tensor>();
   const Var result = op.record(y, [saved, slope](const Tensor& dy) -> Grads {
-    const Tensor dx = empty_like(dy);
+    const bool over_slope = slope->defined() && slope->dtype() == dy.dtype();  // whose last use this is: memory is scarcest here
+    const Tensor dx = over_slope ? *slope : empty_like(dy);
     if (slope->defined())
       kernels::mul(dy, *slope, dx);
     else if (const auto coded = saved.coded_on_gpu())

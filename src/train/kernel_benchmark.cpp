@@ -251,7 +251,7 @@ std::vector<std::vector<Work>> sets_of_operands(const Extents& extents) {
   const int64_t before = memory.use().total;
   std::vector<std::vector<Work>> sets{all_kernels(extents, drawn)};
   if (extents.device.kind != DeviceKind::cuda) return sets;
-  const int64_t room = available_memory(extents.device) * 3 / 4 - memory.use().reserved;  // attention by products needs scratch
+  const int64_t room = available_memory(extents.device) * 3 / 4;  // attention by products needs scratch
   const int64_t more = std::min(kMostSets - 1, room / std::max<int64_t>(1, memory.use().total - before));
   for (int64_t i = 0; i < more; ++i) sets.push_back(all_kernels(extents, drawn));
   return sets;

@@ -15,6 +15,9 @@
 namespace mesa {
 namespace {
 
+/// What kernels and matrix products take beside a plan, and where it lies between its blocks: 32 MiB for cuBLASLt, sums of blocks.
+constexpr int64_t kScratch = 128 << 20;
+
 struct MetaStep {
   std::vector<SiteRecord> sites;
   int64_t parameters = 0, trained = 0, activation_bytes = 0, checkpoint_bytes = 0;
@@ -129,6 +132,7 @@ Plan plan_run(const RunConfig& config, const NetConfig& model) try {
   plan.sites = step.sites;
   plan.activation_bytes = step.activation_bytes;
   plan.peak = step.peak;
+  plan.reserved = step.reserved;
   plan.checkpoint_bytes = step.checkpoint_bytes;
   StoragePolicy exact = make_policy(reference_storage());
   plan.exact_activation_bytes = meta_step(config, model, exact).activation_bytes;
@@ -165,12 +169,13 @@ std::vector<Line> lines_of(const Plan& plan, bool all) {
 }  // namespace
 
 int64_t largest_batch(const RunConfig& config, const NetConfig& model, int64_t bytes) {
+  const int64_t room = bytes - std::min(bytes / 32, kScratch);
   const auto fits = [&](int64_t batch) {
     RunConfig other = config;
     other.train.batch_size = batch;
     other.train.eval_batch_size = std::min(config.train.eval_batch_size > 0 ? config.train.eval_batch_size : batch, batch);
     StoragePolicy policy = make_policy(config.storage);
-    return meta_step(other, model, policy).reserved <= bytes;
+    return meta_step(other, model, policy).reserved <= room;
   };
   const int64_t unit = LoaderRing::mixes(config) ? 2 : 1;  // samples are mixed in pairs
   if (!fits(unit)) return 0;
@@ -184,14 +189,15 @@ int64_t largest_batch(const RunConfig& config, const NetConfig& model, int64_t b
 }
 
 int64_t available_memory(Device device) {
-  const int64_t reserved = Allocator::of(device).use().reserved;
-  if (device.kind == DeviceKind::cuda) return cuda::device_memory().free + reserved;
+  const MemoryUse use = Allocator::of(device).use();
+  const int64_t cached = use.reserved - use.total;
+  if (device.kind == DeviceKind::cuda) return cuda::device_memory().free + cached;
   std::ifstream meminfo("/proc/meminfo");
   for (std::string name, rest; meminfo >> name; std::getline(meminfo, rest))
     if (name == "MemAvailable:") {
       int64_t kilobytes = 0;
       meminfo >> kilobytes;
-      return kilobytes * 1024 + reserved;
+      return kilobytes * 1024 + cached;
     }
   return static_cast<int64_t>(sysconf(_SC_PHYS_PAGES)) * sysconf(_SC_PAGESIZE);
 }
@@ -208,7 +214,7 @@ std::string explain_out_of_memory(const RunConfig& config) try {
   std::stable_sort(lines.begin(), lines.end(), [](const Line& a, const Line& b) { return a.kept * a.count > b.kept * b.count; });
   for (size_t i = 0; i < lines.size() && i < 4 && lines[i].kept > 0; ++i)
     out += concat(i ? ", " : "\nkeeping most: ", lines[i].site, " ", format_bytes(lines[i].kept * lines[i].count), " as ", lines[i].codec);
-  const int64_t batch = largest_batch(config, model, bytes - bytes / 32);  // the scratch of kernels
+  const int64_t batch = largest_batch(config, model, bytes);
   if (batch > 0 && batch < config.train.batch_size)
     out += concat("\ntrain.batch_size=", batch, " would fit");
   else if (batch == 0)
@@ -232,6 +238,7 @@ std::string format_plan(const Plan& plan, int64_t batch_size, bool all) {
   MemoryUse at_peak;
   at_peak.live = plan.peak.peak_kind;
   out += concat("predicted peak    ", plan.peak.peak, " bytes (", format_bytes(plan.peak.peak), "): ", describe(at_peak), "\n");
+  out += concat("memory taken      ", format_bytes(plan.reserved), ", with what is lost between blocks\n");
   if (plan.checkpoint_bytes > 0)
     out += concat("checkpoints       ", format_bytes(plan.checkpoint_bytes), " of the workspace: the copy that is written beside training\n");
   out += "\n";

@@ -26,6 +26,7 @@ RecordedSteps::RecordedSteps(const RunConfig& config, BuiltModel& model, Storage
 RecordedSteps::Result RecordedSteps::run(const SentBatch& batch, uint64_t step, uint64_t variant, const Pass& pass) {
   if (eager_ > 0) {
     --eager_;
+    const Allocator::Using own(Allocator::of(model_.device), memory_);  // the record will need as much
     return {pass(batch, nullptr), false};
   }
   take_in(batch, step);
@@ -69,7 +70,6 @@ void RecordedSteps::take_in(const SentBatch& batch, uint64_t step) {
 
 RecordedSteps::Recorded RecordedSteps::record(const Pass& pass) {
   Allocator& allocator = Allocator::of(model_.device);
-  if (recorded_.empty()) allocator.release_cached();  // what passes used so far
   const Allocator::Using own(allocator, memory_);
   Recorded out;
   cuda::begin_recording();

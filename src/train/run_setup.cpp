@@ -19,6 +19,14 @@ static std::string default_output(const std::string& name, const ImageConfig& mo
   return concat("runs/", stamp, "-", name, "-", model.image_size);
 }
 
+/// The plan, and on a GPU the memory for it before anything else takes some. Recorded passes have memory of their own.
+static Plan plan_and_reserve(const RunConfig& config, const NetConfig& model) {
+  const Plan plan = plan_run(config, model);
+  if (const Device device = choose_device(config.device); is_gpu(device) && !config.train.cuda_graph)
+    Allocator::of(device).reserve(plan.reserved);
+  return plan;
+}
+
 Run::Run(RunConfig config, const TrainOptions& options, World& world)
     : config_(std::move(config)),
       options_(options),
@@ -26,7 +34,7 @@ Run::Run(RunConfig config, const TrainOptions& options, World& world)
       data_(make_training_data(config_, model_config(config_, known_classes(config_)).input())),
       net_(model_config(config_, data_.train->classes())),
       transform_(make_transform(config_, net_.input())),
-      plan_(plan_run(config_, net_)),
+      plan_(plan_and_reserve(config_, net_)),
       train_loader_(data_.train, transform_, make_loader_options(config_, true, choose_device(config_.device))),
       eval_loader_(data_.test, transform_, make_loader_options(config_, false, choose_device(config_.device))),
       predictions_(data_.test->size(), net_.input().classes, data_.test->class_names()),

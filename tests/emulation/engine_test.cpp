@@ -208,7 +208,7 @@ TEST_CASE("emulated GPU: nothing is allocated after the second step, on the devi
     };
     allocations(1);  // takes what lasts for all runs of a process
     const auto two = allocations(2);
-    CHECK((two.first > 10 && two.second > 0));
+    CHECK(two.second > 0);
     CHECK(allocations(7) == two);
   }
 }

@@ -2,12 +2,18 @@
 #include "mesa/tensor/memory.h"
 
 #include <catch2/catch.hpp>
+#include <functional>
+#include <map>
+#include <random>
 #include <set>
 #include <thread>
 
 #include "mesa/tensor/tensor.h"
+#include "support/device.h"
+#include "support/random.h"
 
 using namespace mesa;
+using namespace mesa::testing;
 using Catch::Matchers::Contains;
 
 TEST_CASE("memory: the meter counts what is asked for, by kind, and the peak with its parts") {
@@ -89,6 +95,88 @@ TEST_CASE("memory: blocks are aligned and little is wasted") {
   }
   memory.release_cached();
 }
+
+#ifndef __SANITIZE_ADDRESS__  // which is to see every block, so that none shares a segment
+
+namespace {
+
+/// Allocates and releases as a run might: what lasts, and blocks of many sizes whose lives overlap. `look` sees all that live.
+void use_memory(Allocator& memory, uint64_t seed, const std::function<void(const std::vector<std::shared_ptr<Buffer>>&)>& look = nullptr) {
+  std::mt19937_64 random(seed);
+  const auto below = [&](int64_t n) { return static_cast<int64_t>(random() % static_cast<uint64_t>(n)); };
+  std::vector<std::shared_ptr<Buffer>> live;
+  for (int i = 0; i < 3000; ++i) {
+    if (live.size() < 40 && below(5) < 3)
+      live.push_back(
+          memory.allocate(below(3) == 0 ? below(2'000) : below(600'000), below(8) == 0 ? MemoryKind::optimizer : MemoryKind::workspace));
+    else if (!live.empty())
+      live.erase(live.begin() + below(static_cast<int64_t>(live.size())));
+    if (look) look(live);
+  }
+}
+
+void check_apart(const std::vector<std::shared_ptr<Buffer>>& live) {
+  std::map<const char*, int64_t> blocks;
+  for (const auto& buffer : live) {
+    REQUIRE(reinterpret_cast<uintptr_t>(buffer->data()) % 64 == 0);
+    REQUIRE(blocks.emplace(static_cast<const char*>(buffer->data()), buffer->bytes()).second);
+  }
+  const char* end = nullptr;
+  for (const auto& [address, bytes] : blocks) {
+    REQUIRE(address >= end);
+    end = address + bytes;
+  }
+}
+
+}  // namespace
+
+TEST_CASE("memory: on a GPU blocks of all sizes share what is free") {
+  std::vector<Device> gpus{kMetaCuda};
+  if (test_device() == kCuda) gpus.push_back(kCuda);
+  for (const Device device : gpus) {
+    INFO(to_string(device.kind));
+    Allocator& memory = Allocator::of(device);
+    memory.release_cached();
+    const int64_t before = memory.use().reserved;
+    memory.reserve(8 << 20);
+    std::vector<std::shared_ptr<Buffer>> parts;
+    for (const int64_t bytes : {3'000'000, 5'000'000, 100, 300'000}) parts.push_back(memory.allocate(bytes, MemoryKind::workspace));
+    parts.erase(parts.begin(), parts.begin() + 2);
+    const int64_t taken = memory.use().reserved;
+    const auto both = memory.allocate(7'999'999, MemoryKind::workspace);
+    CHECK(memory.use().reserved == taken);
+    CHECK(taken - before <= 8 << 20);
+    // The rest stays for as long as something in it lives.
+    parts.clear();
+    memory.release_cached();
+    CHECK(memory.use().reserved == (device == kCuda ? taken : before + 8'000'000));
+  }
+}
+
+TEST_CASE("memory: what a plan says is enough, and nothing overlaps") {
+  if (test_device() != kCuda) return;
+  const uint64_t seed = test_seed();
+  INFO("MESA_TEST_SEED=" << seed);
+  Allocator &meta = Allocator::of(kMetaCuda), &memory = Allocator::of(kCuda);
+  meta.release_cached(), memory.release_cached();
+  const int64_t planned_before = meta.use().reserved;
+  int64_t most = 0, live = 0;
+  use_memory(meta, seed, [&](const auto&) { most = std::max(most, meta.use().reserved), live = std::max(live, meta.use().total); });
+  const int64_t planned = most - planned_before;
+  CHECK(planned < 1.5 * static_cast<double>(live));
+  const MemoryUse before = memory.use();
+  memory.reserve(planned);
+  use_memory(memory, seed, check_apart);
+  CHECK(memory.use().system_allocations - before.system_allocations == 1);
+  memory.release_cached();
+  CHECK(memory.use().reserved == before.reserved);
+  use_memory(memory, seed, check_apart);  // without a plan
+  CHECK(memory.use().reserved > before.reserved);
+  memory.release_cached();
+  CHECK(memory.use().reserved == before.reserved);
+}
+
+#endif
 
 TEST_CASE("memory: more than there is fails with the request and what is in use") {
   const Tensor held = Tensor::empty({5000}, DType::f32, kCpu, MemoryKind::optimizer);

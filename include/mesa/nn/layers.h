@@ -47,7 +47,7 @@ struct Mlp {
   double drop = 0;
 
   static Mlp make(const Builder& build, const std::string& name, int64_t width, int64_t hidden, double drop);
-  Var operator()(const Var& x, const Var& residual = {}) const;
+  Var operator()(Var x, const Var& residual = {}) const;
 };
 
 enum class AttentionKind { fused, explicit_, cudnn };
@@ -72,7 +72,7 @@ struct Attention {
 
   static Attention make(const Builder& build, const std::string& name, int64_t width, int64_t heads, const AttentionOptions& options,
                         const kernels::Windows& windows = {});
-  Var operator()(const Var& x, const Var& residual = {}) const;  ///< x [B, N, C] -> [B, N, C]
+  Var operator()(Var x, const Var& residual = {}) const;  ///< x [B, N, C] -> [B, N, C]
 };
 
 /// Attention whose keys and values come from a grid made smaller by a convolution (Wang et al., ICCV 2021, "Pyramid vision transformer").
@@ -88,7 +88,7 @@ struct ReducedAttention {
 
   static ReducedAttention make(const Builder& build, const std::string& name, int64_t channels, int64_t heads, int64_t height,
                                int64_t width, int64_t reduction, bool qkv_bias, double drop);
-  Var operator()(const Var& x, const Var& residual = {}) const;  ///< x [B, N, C] -> [B, N, C]
+  Var operator()(Var x, const Var& residual = {}) const;  ///< x [B, N, C] -> [B, N, C]
 };
 
 /// Pre-norm block: h = x + attn(norm1(x)); h + mlp(norm2(h)).
@@ -100,7 +100,7 @@ struct Block {
   LayerNorm norm1, norm2;
   AttentionLayer attn;
   Mlp mlp;
-  Var operator()(const Var& x) const;
+  Var operator()(Var x) const;
 };
 using EncoderBlock = Block<Attention>;
 

@@ -49,12 +49,14 @@ class Buffer {
   int64_t bytes_ = 0;
   int64_t capacity_ = 0;
   uint64_t id_ = 0;
+  char* block_ = nullptr;  // an address also of meta memory, which has no data
   std::shared_ptr<BlockCache> cache_;
   Device device_;
   MemoryKind kind_ = MemoryKind::workspace;
 };
 
-/// Thread-safe. Blocks are rounded up to size classes (at most 1/8 waste, or 2 MiB) and cached for reuse when released.
+/// Thread-safe. What is released is cached for reuse: blocks of size classes (at most 1/8 waste, or 2 MiB), and on a GPU segments from
+/// which blocks of any size are cut.
 class Allocator {
  public:
   static Allocator& of(Device device);
@@ -63,8 +65,11 @@ class Allocator {
   std::shared_ptr<Buffer> allocate(int64_t bytes, MemoryKind kind);
   MemoryUse use() const;
   void reset_peak();
-  /// Returns cached blocks to the system.
+  /// Returns to the system what is cached, as far as nothing that lives is part of it.
   void release_cached();
+  /// On a GPU, takes from the system at once what a plan says will be needed, or what there is of it, so that blocks of all sizes share it.
+  /// Elsewhere nothing.
+  void reserve(int64_t bytes);
 
   /// A cache of its own, empty at first; its blocks return to the system when neither its holder nor a tensor is left.
   std::shared_ptr<BlockCache> new_cache();

@@ -11,6 +11,7 @@ struct Plan {
   int64_t activation_bytes = 0;        ///< kept by one batch
   int64_t exact_activation_bytes = 0;  ///< what the policy `exact` would keep of it
   int64_t checkpoint_bytes = 0;        ///< on the training device: the copy that is written beside training
+  int64_t reserved = 0;                ///< what the allocator takes from the system for that peak, with what is lost between blocks
   MemoryUse peak;  ///< `peak` and `peak_kind` of a run: steps, evaluation and the loaders' batches; scratch of matrix products not
 };
 
@@ -18,17 +19,17 @@ struct Plan {
 /// storage rule matches a site. Throws UsageError.
 Plan plan_run(const RunConfig& config, const NetConfig& model);
 
-/// All models of the table: name, parameters, GFLOPs (multiply-adds, as papers count), input size, and bytes kept for an image by the shipped
-/// policies exact, int8 and int4.
+/// All models of the table: name, parameters, GFLOPs (multiply-adds, as papers count), input size, and bytes kept for an image by the
+/// shipped policies exact, int8 and int4.
 std::string list_models();
 
-/// The largest train.batch_size for which the allocator takes no more than `bytes` from the system, blocks rounded up and kept for reuse
-/// included; 0 if there is none. Tens of plans: a second or so.
+/// The largest train.batch_size for which the allocator takes no more than `bytes` from the system, with what is lost between blocks and
+/// some room for the scratch of kernels; 0 if there is none. Tens of plans: a second or so.
 int64_t largest_batch(const RunConfig& config, const NetConfig& model, int64_t bytes);
 /// What a reader of an out-of-memory error needs: the plan by kind, the sites that keep most, and the largest batch that would fit the
 /// device. Never throws: an explanation must not hide the error.
 std::string explain_out_of_memory(const RunConfig& config);
-/// Bytes that this process may have on the device: what it has reserved and what is free.
+/// Bytes that this process may still have on the device: what is free, and what it has reserved and does not use.
 int64_t available_memory(Device device);
 
 /// "blocks.3.attn.qkv:x" -> "blocks.*.attn.qkv:x", so that equal blocks count as one.
