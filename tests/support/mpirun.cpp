@@ -2,6 +2,8 @@
 
 #include <catch2/catch.hpp>
 
+#include "support/data_files.h"
+
 namespace mesa::testing {
 
 namespace fs = std::filesystem;
@@ -20,6 +22,13 @@ bool has_mpirun() {
 std::vector<std::string> mpirun_args(int ranks) { return {"--oversubscribe", "--bind-to", "none", "-n", std::to_string(ranks)}; }
 
 Environment mpirun_environment(Environment env) {
+  // Each mpirun makes and removes folders of its own in a common one, where those of two that begin and end at once get into each other's
+  // way.
+  static const TemporaryFolder sessions;
+  static int count = 0;
+  const fs::path session = sessions.path() / std::to_string(count++);
+  fs::create_directory(session);
+  env.insert({"OMPI_MCA_orte_tmpdir_base", session.string()});
   env.insert({{"OMPI_ALLOW_RUN_AS_ROOT", "1"}, {"OMPI_ALLOW_RUN_AS_ROOT_CONFIRM", "1"}});
   env.insert({"OMPI_MCA_btl_vader_single_copy_mechanism", "none"});  // containers may forbid to read another process, and it notices late
   const char* sanitizer = std::getenv("ASAN_OPTIONS");
