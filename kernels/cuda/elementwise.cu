@@ -44,6 +44,7 @@ __global__ void add_rows_kernel(int64_t packs, int64_t across, const X* a, const
 template <class X, class Y>
 struct ScaledRow {
   using A = Acc<X>;
+  static constexpr bool kOften = false;  // rows are whole samples: a block for each
   Rows<X> x;
   Rows<Y> y;
   const A* factors;

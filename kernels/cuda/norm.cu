@@ -9,6 +9,7 @@ namespace {
 template <class H, class Y>
 struct AffineRow {
   using A = Acc<H>;
+  static constexpr bool kOften = std::is_same_v<H, Y>;
   Rows<H> xhat;
   Rows<Y> y;
   const A *gamma, *beta;

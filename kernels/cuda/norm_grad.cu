@@ -228,9 +228,10 @@ template <class G, class H, class X>
 Tensor run_grad(const NormGrad<G, ValueRows<H>, X>& grad, bool want_sums, Device device) {
   constexpr int V = kVectorOf<G, H, X>;
   Tensor sums;
+  constexpr bool often = std::is_same_v<G, H> && sizeof(G) <= sizeof(X);  // dy has the type of what the layer kept
   const auto run = [&](auto team) { sums = run_chunks<decltype(team)>(grad, want_sums, device); };
   if (has_vectors<V>(grad) && in_vectors<V>(grad.xhat.base, grad.width, grad.width))
-    with_team<V, (V > 1)>(grad.width, run);
+    with_team<V, often && (V > 1)>(grad.width, run);
   else
     with_team<1, false>(grad.width, run);
   return sums;

@@ -14,6 +14,7 @@ __device__ inline A affine_of(A xhat, A gamma, A beta) {
 template <class X, class Y>
 struct NormRow {
   using A = Acc<X>;
+  static constexpr bool kOften = sizeof(X) >= sizeof(Y);
   Rows<X> x;
   Rows<Y> y;
   Y* xhat;  // rows of `width`, or null

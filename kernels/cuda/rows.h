@@ -134,13 +134,15 @@ void with_team(int64_t width, F&& f) {
     const int64_t pieces = ceil_div(width, kWarp * V);
     const auto by_warp = [&](auto most) {
       constexpr int P = most.value;
-      if (V > 1 && width == kWarp * V * P)
+      if constexpr (V == 2)  // comes from wider pieces alone, which leave it full rows
+        f(Team<V, P, true>{});
+      else if (V > 1 && width == kWarp * V * P)
         f(Team<V, P, (V > 1)>{});
       else
         f(Team<V, P>{});
     };
-    if constexpr (V == 1)
-      kept = first_fitting<2, 8, 32>(pieces, by_warp);
+    if constexpr (V == 1)  // odd widths: up to 256, as the keys of a window or of 197 tokens
+      kept = first_fitting<8>(pieces, by_warp);
     else if constexpr (V == 2)
       kept = first_fitting<1, 3>(pieces, by_warp);
     else if constexpr (V == 4)
@@ -148,7 +150,8 @@ void with_team(int64_t width, F&& f) {
     else
       kept = first_fitting<1, 2, 3, 4>(pieces, by_warp);
   }
-  if (!kept) f(Team<V, 0>{});
+  if constexpr (V != 2 || !may_keep)
+    if (!kept) f(Team<V, 0>{});
 }
 
 /// Runs kernel(team, row) for all rows.
@@ -158,10 +161,11 @@ void launch_teams(const char* name, int64_t rows, int64_t width, const Kernel& k
   const int64_t warps = Team::kKeeps ? kRowWarps : std::clamp<int64_t>(ceil_div(width, kWarp * Team::kVector), 1, most_threads / kWarp);
   if (rows > 0) launch(name, &each_row<Team, Kernel>, static_cast<unsigned>(blocks), static_cast<unsigned>(warps * kWarp), 0, kernel, rows);
 }
-/// The same by teams that suit the rows; in pieces of V elements if `vectors`.
+/// The same by teams that suit the rows; in pieces of V elements if `vectors`. Kernel::kOften: layers make rows of these types, which are
+/// worth a kernel for each width; other types only have to be right.
 template <int V, class Kernel>
 void launch_rows(const char* name, int64_t rows, int64_t width, bool vectors, const Kernel& kernel) {
-  constexpr bool may_keep = !std::is_same_v<typename Kernel::A, double>;
+  constexpr bool may_keep = Kernel::kOften && !std::is_same_v<typename Kernel::A, double>;
   const auto run = [&](auto team) { launch_teams<decltype(team)>(name, rows, width, kernel); };
   if (vectors)
     with_team<V, may_keep>(width, run);

@@ -9,6 +9,7 @@ namespace {
 template <class X, class Y>
 struct SoftmaxRow {
   using A = Acc<X>;
+  static constexpr bool kOften = sizeof(X) >= sizeof(Y);
   Rows<X> x;
   Rows<Y> y;  // may be x
   A* lse;     // or null
@@ -54,6 +55,7 @@ struct SoftmaxRow {
 template <class X, class Y>
 struct ProbabilityRow {
   using A = Acc<X>;
+  static constexpr bool kOften = std::is_same_v<X, float>;
   Rows<X> s;
   Rows<Y> p;  // may be s
   const A* lse;

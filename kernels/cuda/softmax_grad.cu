@@ -9,6 +9,7 @@ namespace {
 template <class G, class Y, class X>
 struct SoftmaxGradRow {
   using A = Acc<Y>;
+  static constexpr bool kOften = std::is_same_v<G, Y> && sizeof(Y) >= sizeof(X);
   Rows<G> dy;
   Rows<Y> y;
   Rows<X> dx;      // may be dy or y
