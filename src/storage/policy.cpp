@@ -155,7 +155,8 @@ void StoragePolicy::Impl::load_pending(SiteState& state) {
 const Tensor& StoragePolicy::Impl::counts_of(SiteState& state, Device device) {
   if (!state.counts.defined()) {
     if (counters.empty() || rows_used == counters.back().dim(0)) {
-      counters.push_back(Tensor::zeros({counters.empty() ? 8 : 2 * counters.back().dim(0), 2}, DType::i64, device));
+      const Shape rows{counters.empty() ? 8 : 2 * counters.back().dim(0), 2};
+      counters.push_back(Tensor::zeros(rows, DType::i64, device, MemoryKind::optimizer));  // they outlive the pass
       rows_used = 0;
     }
     state.counts = counters.back().select(0, rows_used++);
@@ -208,7 +209,10 @@ std::shared_ptr<const Saved::Entry> StoragePolicy::Impl::pack(const Tensor& x, S
   const bool leaves = state.codec->leaves(x.device());
   const PackContext context = context_of(state, x.device());
   if (!x.is_meta() || (!leaves && state.codec->shares_input(x.dtype()))) return keep(state.codec->pack(x, context), state, x.device());
-  // A plan: the promised bytes, no codes.
+  // A plan: no codes, but on a GPU, where places matter, the tensors that would hold them, else the promised bytes.
+  if (is_gpu(x.device()))
+    if (Opened room = state.codec->open(x.shape(), x.dtype(), x.device(), context); room.codes.defined())
+      return keep(std::move(room.packed), state, x.device());
   const Tensor promised =
       Tensor::empty({leaves ? 0 : state.codec->packed_bytes(x.shape(), x.dtype(), context.site)}, DType::u8, x.device());
   return keep({{promised}, x.shape(), x.dtype(), {}}, state, x.device());

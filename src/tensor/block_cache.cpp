@@ -42,14 +42,14 @@ char* SystemMemory::take(int64_t bytes) {
 char* BlockCache::from_system(int64_t bytes) {
   char* const address = system.take(bytes);
   if (address == nullptr) return nullptr;
-  system.use.reserved += bytes;
+  system.use.reserved += bytes, taken += bytes;
   ++system.use.system_allocations;
   return address;
 }
 
 void BlockCache::to_system(char* address, int64_t bytes) {
   system.give_back(address, bytes);
-  system.use.reserved -= bytes;
+  system.use.reserved -= bytes, taken -= bytes;
 }
 
 // --- size classes -----------------------------------------------------------------------------------------------------------------
@@ -123,7 +123,10 @@ BlockCache::Block Segments::take(int64_t bytes) {
   }
   if (end_ - tail_ >= size) {
     char* const address = std::exchange(tail_, tail_ + size);
-    if (endless() && tail_ > used_) system.use.reserved += tail_ - std::exchange(used_, tail_);
+    if (tail_ > used_) {
+      const int64_t more = tail_ - std::exchange(used_, tail_);
+      if (endless()) system.use.reserved += more, taken += more;
+    }
     return {address, size};
   }
   if (char* const address = new_segment(segment)) return cut(address, segment, size);
@@ -145,7 +148,7 @@ void Segments::give_back(Block block) {
 
 void Segments::release() {
   if (endless()) {
-    system.use.reserved -= used_ - tail_;
+    system.use.reserved -= used_ - tail_, taken -= used_ - tail_;
     used_ = tail_;
     return;
   }
@@ -158,7 +161,7 @@ void Segments::release() {
       continue;
     }
     if (reserved)
-      begin_ = tail_ = end_ = nullptr;
+      begin_ = tail_ = used_ = end_ = nullptr;
     else
       remove(address);
     to_system(address, bytes);
@@ -175,7 +178,7 @@ void Segments::reserve(int64_t bytes) {
   for (; address == nullptr && size >= bytes / 2; size -= step) address = new_segment(size);
   if (address == nullptr) return;
   if (end_ != nullptr) add(tail_, end_ - tail_);
-  begin_ = tail_ = address;
+  begin_ = tail_ = used_ = address;
   end_ = address + segments_[address];
 }
 

@@ -41,8 +41,11 @@ struct BlockCache {
   virtual void release() = 0;
   /// All that will be needed, at once, or what there is of it: that is no error.
   virtual void reserve(int64_t) {}
+  /// So much of what was taken has been in use since it was taken, with what lay between blocks.
+  virtual int64_t covered() const { return taken; }
 
   SystemMemory& system;
+  int64_t taken = 0;  ///< from the system, now
 
  protected:
   char* from_system(int64_t bytes);
@@ -74,6 +77,7 @@ class Segments : public BlockCache {
   void give_back(Block block) override;
   void release() override;
   void reserve(int64_t bytes) override;
+  int64_t covered() const override { return endless() ? taken : taken - (end_ - used_); }
 
  private:
   void add(char* address, int64_t bytes);
@@ -85,7 +89,7 @@ class Segments : public BlockCache {
   std::map<char*, int64_t> segments_, free_;                  // bytes by address; free stretches but for the tail
   std::set<std::pair<int64_t, char*>> by_size_;               // the same stretches
   char *begin_ = nullptr, *tail_ = nullptr, *end_ = nullptr;  // of the segment reserved, whose free tail serves where nothing else does
-  char* used_ = nullptr;                                      // of meta memory: what has been used lies before
+  char* used_ = nullptr;                                      // of that segment, all that has been used lies before
 };
 
 /// Of GPUs' memory segments, and size classes of other memory, and wherever AddressSanitizer is to see every block.

@@ -28,7 +28,8 @@ const char* to_string(MemoryKind kind) {
 /// What a device's memory is, and the caches of it.
 class Allocator::Impl {
  public:
-  explicit Impl(std::unique_ptr<SystemMemory> memory) : system(std::move(memory)), shared(make_cache(*system)), cache(shared) {}
+  explicit Impl(std::unique_ptr<SystemMemory> memory)
+      : system(std::move(memory)), shared(make_cache(*system)), lasting(is_gpu(system->device) ? make_cache(*system) : shared), cache(shared) {}
 
   void count(MemoryKind kind, int64_t bytes) {
     MemoryUse& use = system->use;
@@ -41,7 +42,24 @@ class Allocator::Impl {
   }
 
   const std::unique_ptr<SystemMemory> system;
-  std::shared_ptr<BlockCache> shared, cache;  // everybody's, and the one in use
+  void release() {
+    shared->release();
+    if (lasting != shared) lasting->release();
+  }
+
+  const std::shared_ptr<BlockCache>& cache_of(MemoryKind kind) const {
+    switch (kind) {
+      case MemoryKind::parameters:
+      case MemoryKind::gradients:
+      case MemoryKind::optimizer: return lasting;
+      case MemoryKind::inputs: return cache == shared ? lasting : cache;
+      case MemoryKind::activations:
+      case MemoryKind::workspace: break;
+    }
+    return cache;
+  }
+
+  std::shared_ptr<BlockCache> shared, lasting, cache;  // everybody's for passes and for what outlives them, and the one of passes now
 };
 
 namespace {
@@ -99,12 +117,11 @@ std::shared_ptr<Buffer> Allocator::allocate(int64_t bytes, MemoryKind kind) {
   buffer->device_ = system.device;
   buffer->kind_ = kind;
   buffer->id_ = next_buffer_id++;
-  const bool lasting = kind == MemoryKind::parameters || kind == MemoryKind::gradients || kind == MemoryKind::optimizer;
   const std::lock_guard lock(system.mutex);
-  const std::shared_ptr<BlockCache>& cache = lasting ? impl_->shared : impl_->cache;
+  const std::shared_ptr<BlockCache>& cache = impl_->cache_of(kind);
   BlockCache::Block block = cache->take(std::max<int64_t>(bytes, 1));
   if (block.address == nullptr) {  // what waits in the cache may be of other sizes
-    impl_->shared->release();
+    impl_->release();
     block = cache->take(std::max<int64_t>(bytes, 1));
   }
   if (block.address == nullptr && system.device == kPinned)
@@ -146,7 +163,10 @@ void Buffer::retag(MemoryKind kind) {
 
 MemoryUse Allocator::use() const {
   const std::lock_guard lock(impl_->system->mutex);
-  return impl_->system->use;
+  MemoryUse use = impl_->system->use;
+  use.lasting = impl_->lasting->taken;
+  use.covered = impl_->shared->covered();
+  return use;
 }
 
 void Allocator::reset_peak() {
@@ -158,15 +178,21 @@ void Allocator::reset_peak() {
 
 void Allocator::release_cached() {
   const std::lock_guard lock(impl_->system->mutex);
-  impl_->shared->release();
+  impl_->release();
 }
 
-void Allocator::reserve(int64_t bytes) {
+void Allocator::reserve(int64_t lasting, int64_t passing) {
   const std::lock_guard lock(impl_->system->mutex);
-  impl_->shared->reserve(bytes);
+  if (impl_->lasting != impl_->shared) impl_->lasting->reserve(lasting);
+  impl_->shared->reserve(passing);
 }
 
-std::shared_ptr<BlockCache> Allocator::new_cache() { return make_cache(*impl_->system); }
+std::shared_ptr<BlockCache> Allocator::new_cache(int64_t reserved) {
+  std::shared_ptr<BlockCache> cache = make_cache(*impl_->system);
+  const std::lock_guard lock(impl_->system->mutex);
+  cache->reserve(reserved);
+  return cache;
+}
 
 Allocator::Using::Using(Allocator& allocator, std::shared_ptr<BlockCache> cache) : allocator_(allocator) {
   const std::lock_guard lock(allocator.impl_->system->mutex);

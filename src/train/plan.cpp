@@ -21,27 +21,25 @@ constexpr int64_t kScratch = 128 << 20;
 struct MetaStep {
   std::vector<SiteRecord> sites;
   int64_t parameters = 0, trained = 0, activation_bytes = 0, checkpoint_bytes = 0;
-  int64_t reserved = 0;  // what the allocator takes from the system for it, rounded up as it rounds
+  int64_t lasting = 0, passing = 0, recorded = 0;  // what the allocator takes from the system, rounded up as it rounds
+  int64_t reserved() const { return lasting + passing + recorded; }
   MemoryUse peak;
 };
 
 /// Where a plan for this config's device lives. A plan for a GPU needs none.
 Device plan_device(const RunConfig& config) { return config.device == "cuda" || is_gpu(choose_device(config.device)) ? kMetaCuda : kMeta; }
 
-/// The batches that a loader holds: those made ahead, one in the trainer's hands, one about to be.
-struct LoaderRing {
-  LoaderRing(const RunConfig& config, const ImageConfig& model, int64_t batch)
-      : pixels(Tensor::empty({batches(config), batch, model.image_size, model.image_size, model.channels}, DType::u8, plan_device(config),
-                             MemoryKind::inputs)),
-        labels(Tensor::empty({batches(config), batch}, DType::i64, plan_device(config), MemoryKind::inputs)),
-        mixing(mixes(config)
-                   ? Tensor::empty({batches(config), batch, Mixing::kNumbers}, DType::f32, plan_device(config), MemoryKind::inputs)
-                   : Tensor()) {}
-  /// A GPU's memory holds the one that it works on and the one that comes next, and recorded passes read a copy.
-  static int64_t batches(const RunConfig& config) {
-    return plan_device(config) == kMetaCuda ? (config.train.cuda_graph ? 3 : 2) : config.data.prefetch + 2;
+bool mixes(const RunConfig& config) { return config.data.mixup > 0 || config.data.cutmix > 0; }
+
+/// So many batches as they come from a loader.
+struct Batches {
+  Batches(const RunConfig& config, const ImageConfig& model, int64_t count, int64_t batch)
+      : pixels(room({count, batch, model.image_size, model.image_size, model.channels}, DType::u8, config)),
+        labels(room({count, batch}, DType::i64, config)),
+        mixing(mixes(config) ? room({count, batch, Mixing::kNumbers}, DType::f32, config) : Tensor()) {}
+  static Tensor room(const Shape& shape, DType dtype, const RunConfig& config) {
+    return Tensor::empty(shape, dtype, plan_device(config), MemoryKind::inputs);
   }
-  static bool mixes(const RunConfig& config) { return config.data.mixup > 0 || config.data.cutmix > 0; }
   /// The labels and the mixing of a batch.
   Prepared first(const Tensor& images) const { return {images, labels.select(0, 0), mixing.defined() ? mixing.select(0, 0) : Tensor()}; }
   Tensor pixels, labels, mixing;
@@ -51,9 +49,12 @@ Tensor meta_images(const ImageConfig& model, int64_t batch, Device device) {
   return Tensor::empty({batch, model.channels, model.image_size, model.image_size}, DType::f32, device, MemoryKind::inputs);
 }
 
-/// One step and one evaluation of the real code on meta tensors.
+/// One step and one evaluation of the real code on meta tensors, with batches that come and go as they do in a run: a loader on the CPU holds
+/// those made ahead, one in the trainer's hands and one about to be; a GPU's memory the one that it works on, the one that comes next and,
+/// for recorded passes, the copy that they read.
 MetaStep meta_step(const RunConfig& config, const NetConfig& model, StoragePolicy& policy) {
   const Device device = plan_device(config);
+  const bool gpu = is_gpu(device), recording = config.train.cuda_graph;
   Allocator& memory = Allocator::of(device);
   memory.release_cached();
   const MemoryUse before = memory.use();
@@ -66,34 +67,48 @@ MetaStep meta_step(const RunConfig& config, const NetConfig& model, StoragePolic
   built.params.remember_buffers();
   const std::unique_ptr<Optimizer> optimizer = make_optimizer(config, built.params, shard_of(sync.get(), *communicator));
   const std::unique_ptr<Ema> ema = make_ema(config, built.params);
-  const int64_t B = config.train.batch_size;
-  const int64_t eval_batch = config.train.eval_batch_size > 0 ? config.train.eval_batch_size : B;
-  const LoaderRing training(config, model.input(), B), evaluation(config, model.input(), eval_batch);
+  const int64_t B = config.train.batch_size, eval_batch = config.train.eval_batch_size > 0 ? config.train.eval_batch_size : B;
+  const auto batches = [&](int64_t count, int64_t batch) { return std::make_unique<Batches>(config, model.input(), count, batch); };
+  const int64_t made = config.data.prefetch + 2;
+  auto training = batches(gpu ? (recording ? 2 : 1) : made, B), evaluation = gpu ? nullptr : batches(made, eval_batch);
+  std::unique_ptr<Batches> ahead;
   const auto recorded = memory.new_cache();  // recorded passes share no memory with anything else
+  const auto passing = [&] { return memory.use().reserved - memory.use().lasting; };
+  const int64_t passing_before = passing();
   {
     std::optional<Allocator::Using> own;
-    if (config.train.cuda_graph) own.emplace(memory, recorded);
+    if (recording) own.emplace(memory, recorded);
     const Tensor images = meta_images(model.input(), B, device);
-    const Targets targets = objective.targets(training.first(images));
+    const Targets targets = objective.targets(training->first(images));
     Tape tape(policy);
     const Var loss = objective(built.net, images, targets);
     out.activation_bytes = memory.use().of(MemoryKind::activations) - before.of(MemoryKind::activations);
+    if (gpu && !recording) ahead = batches(1, B);
     tape.backward(loss);
   }
+  if (recording) out.recorded = passing() - passing_before, ahead = batches(1, B);
   optimizer->step(config.optimizer.lr);
   if (ema) ema->update();
-  built.net(meta_images(model.input(), eval_batch, device));
+  if (gpu) {
+    training.reset(), ahead.reset();
+    evaluation = batches(1, eval_batch);
+  }
+  for (int pass = 0; pass < 2; ++pass) {
+    built.net(meta_images(model.input(), eval_batch, device));
+    if (gpu) evaluation = batches(1, eval_batch);  // the next is there before the last one goes
+  }
   out.parameters = built.params.count();
   for (const Param& param : built.params.params()) out.trained += param.trainable ? param.value.numel() : 0;
   out.peak = memory.use();
   const CheckpointData copy = snapshot_checkpoint({config, {}, built.params, *optimizer, optimizer->state(), policy, ema.get()}, {});
-  if (device == kMeta) {  // it stays from the first update on; that of a GPU's tensors is on the host
+  if (!gpu) {  // it stays from the first update on; that of a GPU's tensors is on the host
     out.peak.peak += copy.bytes();
     out.peak.peak_kind[static_cast<int>(MemoryKind::workspace)] += copy.bytes();
     out.checkpoint_bytes = copy.bytes();
     out.peak.reserved += copy.bytes();
   }
-  out.reserved = out.peak.reserved - before.reserved;
+  out.lasting = gpu ? out.peak.lasting - before.lasting : 0;
+  out.passing = out.peak.reserved - before.reserved - out.lasting - out.recorded;
   out.sites = policy.sites();
   return out;
 }
@@ -132,7 +147,7 @@ Plan plan_run(const RunConfig& config, const NetConfig& model) try {
   plan.sites = step.sites;
   plan.activation_bytes = step.activation_bytes;
   plan.peak = step.peak;
-  plan.reserved = step.reserved;
+  plan.reserved = step.reserved(), plan.lasting = step.lasting, plan.passing = step.passing, plan.recorded = step.recorded;
   plan.checkpoint_bytes = step.checkpoint_bytes;
   StoragePolicy exact = make_policy(reference_storage());
   plan.exact_activation_bytes = meta_step(config, model, exact).activation_bytes;
@@ -175,9 +190,9 @@ int64_t largest_batch(const RunConfig& config, const NetConfig& model, int64_t b
     other.train.batch_size = batch;
     other.train.eval_batch_size = std::min(config.train.eval_batch_size > 0 ? config.train.eval_batch_size : batch, batch);
     StoragePolicy policy = make_policy(config.storage);
-    return meta_step(other, model, policy).reserved <= room;
+    return meta_step(other, model, policy).reserved() <= room;
   };
-  const int64_t unit = LoaderRing::mixes(config) ? 2 : 1;  // samples are mixed in pairs
+  const int64_t unit = mixes(config) ? 2 : 1;  // samples are mixed in pairs
   if (!fits(unit)) return 0;
   int64_t low = 1, high = 2;  // in units
   while (high < (int64_t{1} << 24) && fits(high * unit)) low = high, high *= 2;
@@ -201,6 +216,15 @@ int64_t available_memory(Device device) {
     }
   return static_cast<int64_t>(sysconf(_SC_PHYS_PAGES)) * sysconf(_SC_PAGESIZE);
 }
+
+void reserve_memory(const Plan& plan, Device gpu) {
+  // Libraries take their own when they are first called: modules of kernels, cuBLASLt, cuDNN, NCCL.
+  const int64_t free = available_memory(gpu), room = free - std::min<int64_t>(free / 16, 512 << 20) - memory_of_records(plan);
+  const int64_t lasting = std::clamp<int64_t>(plan.lasting + kScratch / 16, 0, std::max<int64_t>(room, 0));
+  Allocator::of(gpu).reserve(lasting, std::clamp<int64_t>(plan.passing + kScratch, 0, std::max<int64_t>(room - lasting, 0)));
+}
+
+int64_t memory_of_records(const Plan& plan) { return plan.recorded > 0 ? plan.recorded + kScratch : 0; }
 
 std::string explain_out_of_memory(const RunConfig& config) try {
   const NetConfig model = model_config(config, known_classes(config));

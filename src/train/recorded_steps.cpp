@@ -18,9 +18,10 @@ void RecordedSteps::check(const RunConfig& config, bool gpu) {
     if (rule.codec == "host") refuse("cannot record copies to the host; the rule '", rule.match, "' has codec: host");
 }
 
-RecordedSteps::RecordedSteps(const RunConfig& config, BuiltModel& model, StoragePolicy& policy) : model_(model), policy_(policy) {
+RecordedSteps::RecordedSteps(const RunConfig& config, BuiltModel& model, StoragePolicy& policy, int64_t memory)
+    : model_(model), policy_(policy) {
   check(config, is_gpu(model.device));
-  memory_ = Allocator::of(model.device).new_cache();
+  memory_ = Allocator::of(model.device).new_cache(memory);
 }
 
 RecordedSteps::Result RecordedSteps::run(const SentBatch& batch, uint64_t step, uint64_t variant, const Pass& pass) {
@@ -58,7 +59,7 @@ void RecordedSteps::take_in(const SentBatch& batch, uint64_t step) {
     };
     batch_.pixels = room(batch.pixels), batch_.labels = room(batch.labels);
     batch_.mirrored = room(batch.mirrored), batch_.mixing = room(batch.mixing);
-    step_ = Tensor::empty({1}, DType::i64, model_.device);
+    step_ = Tensor::empty({1}, DType::i64, model_.device, MemoryKind::inputs);
   }
   if (batch.arrival) cuda::wait_for(batch.arrival);
   transfer(batch.pixels, batch_.pixels);

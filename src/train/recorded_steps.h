@@ -12,7 +12,8 @@ class RecordedSteps {
  public:
   /// Refuses, at train.cuda_graph, what cannot be recorded: no GPU, the codec `host`, cuDNN's attention, MESA_SYNC=1.
   static void check(const RunConfig& config, bool gpu);
-  RecordedSteps(const RunConfig& config, BuiltModel& model, StoragePolicy& policy);
+  /// `memory`: bytes that the passes are known to need.
+  RecordedSteps(const RunConfig& config, BuiltModel& model, StoragePolicy& policy, int64_t memory);
 
   /// All that a pass gives to the device, from a batch that has arrived to gradients; the result is its loss. It must wait for nothing.
   using Pass = std::function<Tensor(const SentBatch& batch, const uint64_t* live_step)>;

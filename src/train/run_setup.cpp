@@ -19,11 +19,10 @@ static std::string default_output(const std::string& name, const ImageConfig& mo
   return concat("runs/", stamp, "-", name, "-", model.image_size);
 }
 
-/// The plan, and on a GPU the memory for it before anything else takes some. Recorded passes have memory of their own.
+/// The plan, and on a GPU the memory for it before anything else takes some.
 static Plan plan_and_reserve(const RunConfig& config, const NetConfig& model) {
   const Plan plan = plan_run(config, model);
-  if (const Device device = choose_device(config.device); is_gpu(device) && !config.train.cuda_graph)
-    Allocator::of(device).reserve(plan.reserved);
+  if (const Device device = choose_device(config.device); is_gpu(device)) reserve_memory(plan, device);
   return plan;
 }
 
@@ -45,7 +44,7 @@ Run::Run(RunConfig config, const TrainOptions& options, World& world)
       ema_(make_ema(config_, model_.params)),
       updates_per_epoch_((train_loader_.batches_per_epoch() + config_.train.accumulation - 1) / config_.train.accumulation),
       schedule_(make_schedule(config_, updates_per_epoch_)),
-      updater_(config_, model_, policy_, sync_.get(), *optimizer_, ema_.get(), schedule_, transform_, team_) {
+      updater_(config_, model_, policy_, sync_.get(), *optimizer_, ema_.get(), schedule_, transform_, team_, memory_of_records(plan_)) {
   updater_.count_bad_samples([this] { return train_loader_.skipped(); });
   state_.ranks = config_.ranks;
   config_.model.classes = net_.input().classes;  // from here on fixed: config.yaml and the checkpoints say it

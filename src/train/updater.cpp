@@ -11,7 +11,7 @@
 namespace mesa {
 
 Updater::Updater(const RunConfig& config, BuiltModel& model, StoragePolicy& policy, GradientSync* sync, Optimizer& optimizer, Ema* ema,
-                 const Schedule& schedule, const TransformOptions& transform, Team& team)
+                 const Schedule& schedule, const TransformOptions& transform, Team& team, int64_t records)
     : config_(config),
       model_(model),
       policy_(policy),
@@ -22,7 +22,7 @@ Updater::Updater(const RunConfig& config, BuiltModel& model, StoragePolicy& poli
       transform_(transform),
       objective_(config, model.net.input(), model.device),
       team_(team) {
-  if (config.train.cuda_graph) recorded_.emplace(config, model, policy);
+  if (config.train.cuda_graph) recorded_.emplace(config, model, policy, records);
 }
 
 double Updater::forward_backward(const SentBatch& batch, uint64_t micro_step, double scale, const Meanwhile& meanwhile, bool last) {

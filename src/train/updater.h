@@ -23,9 +23,9 @@ struct UpdateResult {
 
 class Updater {
  public:
-  /// `ema`, and for one rank `sync`, may be null.
+  /// `ema`, and for one rank `sync`, may be null. `records`: bytes that recorded passes are known to need.
   Updater(const RunConfig& config, BuiltModel& model, StoragePolicy& policy, GradientSync* sync, Optimizer& optimizer, Ema* ema,
-          const Schedule& schedule, const TransformOptions& transform, Team& team);
+          const Schedule& schedule, const TransformOptions& transform, Team& team, int64_t records);
   /// Called when work has been handed to the device: what it copies may begin after the mark (null: now) and runs beside that work.
   using Meanwhile = std::function<void(const cuda::Mark& after)>;
   /// Takes `count` batches, one at a time, for one update, and advances step, micro_step and the counts of bad steps. `meanwhile` is called

@@ -138,7 +138,7 @@ TEST_CASE("memory: on a GPU blocks of all sizes share what is free") {
     Allocator& memory = Allocator::of(device);
     memory.release_cached();
     const int64_t before = memory.use().reserved;
-    memory.reserve(8 << 20);
+    memory.reserve(0, 8 << 20);
     std::vector<std::shared_ptr<Buffer>> parts;
     for (const int64_t bytes : {3'000'000, 5'000'000, 100, 300'000}) parts.push_back(memory.allocate(bytes, MemoryKind::workspace));
     parts.erase(parts.begin(), parts.begin() + 2);
@@ -159,15 +159,17 @@ TEST_CASE("memory: what a plan says is enough, and nothing overlaps") {
   INFO("MESA_TEST_SEED=" << seed);
   Allocator &meta = Allocator::of(kMetaCuda), &memory = Allocator::of(kCuda);
   meta.release_cached(), memory.release_cached();
-  const int64_t planned_before = meta.use().reserved;
-  int64_t most = 0, live = 0;
-  use_memory(meta, seed, [&](const auto&) { most = std::max(most, meta.use().reserved), live = std::max(live, meta.use().total); });
-  const int64_t planned = most - planned_before;
+  const MemoryUse planned_before = meta.use();
+  int64_t live = 0;
+  use_memory(meta, seed, [&](const auto&) { live = std::max(live, meta.use().total); });
+  const int64_t planned = meta.use().reserved - planned_before.reserved, lasting = meta.use().lasting - planned_before.lasting;
   CHECK(planned < 1.5 * static_cast<double>(live));
   const MemoryUse before = memory.use();
-  memory.reserve(planned);
+  memory.reserve(lasting, planned - lasting);
+  CHECK(memory.use().covered == 0);
   use_memory(memory, seed, check_apart);
-  CHECK(memory.use().system_allocations - before.system_allocations == 1);
+  CHECK(memory.use().system_allocations - before.system_allocations == 2);
+  CHECK(memory.use().covered == planned - lasting);
   memory.release_cached();
   CHECK(memory.use().reserved == before.reserved);
   use_memory(memory, seed, check_apart);  // without a plan

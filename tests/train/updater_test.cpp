@@ -57,7 +57,7 @@ Made update(World& world, int64_t full, const std::vector<Pictures>& batches, do
   Team team(world, kCpu);
   const auto sync = share_gradients(config, model.params, team.communicator());
   const auto optimizer = make_optimizer(config, model.params, shard_of(sync.get(), team.communicator()));
-  Updater updater(config, model, policy, sync.get(), *optimizer, nullptr, make_schedule(config, 1), transform, team);
+  Updater updater(config, model, policy, sync.get(), *optimizer, nullptr, make_schedule(config, 1), transform, team, 0);
   TrainingState state;
   size_t next = 0;
   const UpdateResult result = updater(

@@ -20,6 +20,8 @@ struct MemoryUse {
   int64_t peak = 0;
   std::array<int64_t, kMemoryKinds> peak_kind{};
   int64_t reserved = 0;            ///< bytes taken from the system, cached blocks included
+  int64_t lasting = 0;             ///< of them those for what outlives a pass
+  int64_t covered = 0;             ///< of the others those that have been in use, with what lay between blocks; of a GPU
   int64_t system_allocations = 0;  ///< how often the system was asked
   int64_t of(MemoryKind kind) const { return live[static_cast<int>(kind)]; }
 };
@@ -56,7 +58,8 @@ class Buffer {
 };
 
 /// Thread-safe. What is released is cached for reuse: blocks of size classes (at most 1/8 waste, or 2 MiB), and on a GPU segments from
-/// which blocks of any size are cut.
+/// which blocks of any size are cut. There what outlives a pass (parameters, gradients, optimizer, inputs) has segments of its own: each pass
+/// so finds the others empty, and its blocks fall on the places where a plan put them.
 class Allocator {
  public:
   static Allocator& of(Device device);
@@ -67,12 +70,13 @@ class Allocator {
   void reset_peak();
   /// Returns to the system what is cached, as far as nothing that lives is part of it.
   void release_cached();
-  /// On a GPU, takes from the system at once what a plan says will be needed, or what there is of it, so that blocks of all sizes share it.
-  /// Elsewhere nothing.
-  void reserve(int64_t bytes);
+  /// On a GPU, takes from the system at once what a plan says will be needed for what outlives a pass and for the rest, or what there is of
+  /// it, so that blocks of all sizes share it. Elsewhere nothing.
+  void reserve(int64_t lasting, int64_t passing);
 
-  /// A cache of its own, empty at first; its blocks return to the system when neither its holder nor a tensor is left.
-  std::shared_ptr<BlockCache> new_cache();
+  /// A cache of its own, with `reserved` bytes on a GPU, else empty at first; its blocks return to the system when neither its holder nor a
+  /// tensor is left.
+  std::shared_ptr<BlockCache> new_cache(int64_t reserved = 0);
   /// While it lives, blocks of what a pass needs (activations, inputs, workspace) come from this cache and no other: recorded work owns the
   /// addresses that it uses. What outlives a pass comes from everybody's as ever. One thread allocates on a device meanwhile.
   class Using {

@@ -11,13 +11,21 @@ struct Plan {
   int64_t activation_bytes = 0;        ///< kept by one batch
   int64_t exact_activation_bytes = 0;  ///< what the policy `exact` would keep of it
   int64_t checkpoint_bytes = 0;        ///< on the training device: the copy that is written beside training
-  int64_t reserved = 0;                ///< what the allocator takes from the system for that peak, with what is lost between blocks
+  /// What the allocator takes from the system, with what is lost between blocks: all of it and, on a GPU, its parts, for what outlives a
+  /// pass, for the rest, and for recorded passes (train.cuda_graph).
+  int64_t reserved = 0, lasting = 0, passing = 0, recorded = 0;
   MemoryUse peak;  ///< `peak` and `peak_kind` of a run: steps, evaluation and the loaders' batches; scratch of matrix products not
 };
 
 /// Runs forward, backward, update and evaluation on meta tensors: every allocation is metered as in a real step. Also checks that every
 /// storage rule matches a site. Throws UsageError.
 Plan plan_run(const RunConfig& config, const NetConfig& model);
+
+/// Takes the memory of a plan from a GPU, with room for the scratch of kernels, before anything else takes some; what there is of it, but for
+/// what the GPU's libraries take beside the allocator. What recorded passes need they take themselves.
+void reserve_memory(const Plan& plan, Device gpu);
+/// What a cache of recorded passes needs: the plan's part and scratch.
+int64_t memory_of_records(const Plan& plan);
 
 /// All models of the table: name, parameters, GFLOPs (multiply-adds, as papers count), input size, and bytes kept for an image by the
 /// shipped policies exact, int8 and int4.
