@@ -74,7 +74,7 @@ attempt() {
 
 {
   date -u
-  nvidia-smi 2>&1
+  timeout 30 nvidia-smi 2>&1
   nvcc --version 2>&1 | tail -n 2
   git rev-parse HEAD 2>/dev/null
 } >"$out/machine.txt"
@@ -91,7 +91,7 @@ else
   attempt build 300 bash -c "cmake --preset release && cmake --build build -j$(nproc)" || { say "nothing to check"; exit 1; }
   bin=$PWD/build/bin device_tests=build/device_tests.txt
 fi
-version=$("${mesa[@]}" "$bin/mesa-train" --version 2>&1) || { say "FAILED    $bin/mesa-train does not start: $(tail -n 1 <<<"$version")"; exit 1; }
+version=$(timeout 60 "${mesa[@]}" "$bin/mesa-train" --version 2>&1) || { say "FAILED    $bin/mesa-train does not start: $(tail -n 1 <<<"$version")"; exit 1; }
 build=$(head -n 1 <<<"$version" | tr ' ' '_')
 printf '%s\n' "$version" >>"$out/machine.txt"
 say "build     $build${after:+, after what stands above}"
@@ -122,9 +122,9 @@ test_files() {  # STAGE SECONDS PATTERN SPEC TOOL...: several side by side
 compare() {  # MODEL BATCH ROUND [torch_step.py's options]: Mesa, then PyTorch eager and compiled, on the same work
   local model=$1 batch=$2 round=$3
   shift 3
-  attempt "mesa_${model}_$round" 50 "${mesa[@]}" "$bin/mesa-bench" --config "bench/$model.yaml" --device cuda --storage exact,int8,int4 \
+  attempt "mesa_${model}_$round" 90 "${mesa[@]}" "$bin/mesa-bench" --config "bench/$model.yaml" --device cuda --storage exact,int8,int4 \
     --steps 20 --warmup 5 --set "train.batch_size=$batch" --set train.precision=bf16 --json "$logs/mesa_${model}_$round.json"
-  attempt "torch_${model}_$round" 80 python3 tools/peers/torch_step.py --model "$model" --batch "$batch" --steps 20 --compile both "$@"
+  attempt "torch_${model}_$round" 180 python3 tools/peers/torch_step.py --model "$model" --batch "$batch" --steps 20 --compile both "$@"
 }
 deit_round() { compare deit_small 128 "$1"; compare deit_base 128 "$1"; compare deit_tiny 256 "$1"; }
 
@@ -140,7 +140,7 @@ short_run() {  # STAGE SECONDS CONFIG SETTING...: a run of mesa-train on random 
   return $code
 }
 
-run_smoke() { test_files smoke 45 '^kernels/' '~[slow]'; }
+run_smoke() { test_files smoke 120 '^kernels/' '~[slow]'; }
 
 run_numbers() {
   deit_round 1
@@ -160,12 +160,12 @@ run_kernels() {
     --set train.precision=bf16 --kernels --json "$logs/kernels.json"
 }
 
-# Of the kernels' tests all but the sweeps over matrix products, which are cuBLASLt's code, and long.
+# Of the kernels' tests all but the sweeps over matrix products and convolutions, which are cuBLASLt's and cuDNN's code, and long.
 run_sanitizer() {
   local tool
   if ! command -v compute-sanitizer >/dev/null; then leave_out "sanitizer: there is no compute-sanitizer on this machine"; return; fi
   for tool in memcheck racecheck; do
-    test_files "$tool" 150 '^kernels/(?!matmul_)' '~[slow]' compute-sanitizer --tool "$tool" --error-exitcode 9 --launch-timeout 60
+    test_files "$tool" 150 '^kernels/(?!matmul_|conv_)' '~[slow]' compute-sanitizer --tool "$tool" --error-exitcode 9 --launch-timeout 60
   done
 }
 

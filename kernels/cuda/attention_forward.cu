@@ -44,7 +44,10 @@ __device__ inline void write_codes(const Producer& to, const Operand& x, const E
   }
   const float lo = warp_reduce(noted.lo, Minimum{}), hi = warp_reduce(noted.hi, Maximum{});
   if (threadIdx.x % kWarp == 0) to.watch.put_directly(group, lo, hi);
-  if (to.watch.counts && __any_sync(kFullMask, saturated + nonfinite > 0)) to.watch.count(saturated, nonfinite);
+  if (to.watch.counts && __any_sync(kFullMask, saturated + nonfinite > 0)) {
+    saturated = warp_reduce(saturated, Sum{}), nonfinite = warp_reduce(nonfinite, Sum{});
+    if (threadIdx.x % kWarp == 0) to.watch.count(saturated, nonfinite);
+  }
 }
 template <int head, class Seen, class Place>
 __device__ inline void write_codes(const Problem<Seen>& p, const Share& share, Place place) {

@@ -44,7 +44,7 @@ inline Blocks share_units(const Tensor& x, const GroupLayout& layout, int G) {
     blocks.down = blocks.reach = u32(std::min(run, blocks.threads * each(blocks.threads)));
     blocks.columns = static_cast<unsigned>(ceil_div(blocks.across, blocks.down));
     blocks.step = blocks.threads;
-  } else if (period > 0 && period < 65536 * blocks.threads) {  // some columns of several periods
+  } else if (period > 0 && period <= 65535 * blocks.threads) {  // some columns of several periods
     blocks.across = blocks.reach = u32(period * std::min(each(blocks.threads), ceil_div(units, period)));
     blocks.down = blocks.threads;
     blocks.columns = static_cast<unsigned>(ceil_div(period, blocks.down));

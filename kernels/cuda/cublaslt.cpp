@@ -195,7 +195,8 @@ bool run(const Form& form, const void* a, const void* b, const void* c, void* d,
   return true;
 }
 
-/// The leading axes of a, b and c as one batch, if each has one constant distance; otherwise the last of them, and the caller loops.
+/// The leading axes of a, b and c as one batch, if each has one constant distance; otherwise the longer of the last two, and the caller
+/// loops over the other: heads of packed q, k and v, not images.
 struct Batches {
   int64_t outer = 1;              // loops
   Batch inner;                    // one call
@@ -212,6 +213,9 @@ Batches batches_of(const Tensor& a, const Tensor& b, const Tensor& c) {
     out.inner = {c.dim(-4), a.strides()[-4], b.strides()[-4], c.strides()[-4]};
   else if (joins(a) && joins(b) && joins(c))
     out.inner.count *= c.dim(-4);
+  else if (c.dim(-4) > c.dim(-3))
+    out.inner = {c.dim(-4), a.strides()[-4], b.strides()[-4], c.strides()[-4]}, out.outer = c.dim(-3),
+    out.step = {a.strides()[-3], b.strides()[-3], c.strides()[-3]};
   else
     out.outer = c.dim(-4), out.step = {a.strides()[-4], b.strides()[-4], c.strides()[-4]};
   return out;
@@ -238,12 +242,12 @@ void product(const Tensor& a, const Tensor& b, const Tensor& c, const Tensor& bi
     return true;
   };
   if (bias.defined()) {
-    if (try_with(bias)) return;
-    if (bias.dtype() != c.dtype()) {  // the epilogue may want the bias in the result's type
-      const Tensor converted = empty_like(bias, c.dtype());
-      kernels::copy(bias, converted);
-      if (try_with(converted)) return;
+    Tensor with = bias;
+    if (bias.dtype() != c.dtype()) {  // the epilogue wants the bias in the result's type (cublasLt.h, BIAS_DATA_TYPE)
+      with = empty_like(bias, c.dtype());
+      kernels::copy(bias, with);
     }
+    if (try_with(with)) return;
   }
   check(try_with(Tensor()), "cublasLt has no product of ", a.shape(), " ", to_string(a.dtype()), " and ", b.shape(), " into ",
         to_string(c.dtype()));

@@ -60,6 +60,8 @@ std::string detail::find_device() {
 void check_status(int status, const char* what) {
   if (status == cudaSuccess) return;
   const auto error = static_cast<cudaError_t>(status);
+  if (error == cudaErrorMemoryAllocation)  // what the driver wanted beside the allocator, as for a kernel's code when it is first run
+    throw OutOfMemory(concat("out of memory on cuda: ", what, ": the driver found none for itself"));
   fail("cuda: ", what, ": ", cudaGetErrorString(error), " (", cudaGetErrorName(error), ")");
 }
 

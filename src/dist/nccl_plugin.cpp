@@ -95,6 +95,7 @@ class NcclCommunicator : public Communicator {
   /// Makes transfers faster at best, so a refusal is no error; but all must have registered what they send, or none (NCCL's guide, user
   /// buffer registration).
   void will_use(const Tensor& x) override {
+    check_given();
     void* handle = nullptr;
     const ncclResult_t code = ncclCommRegister(comm_, x.raw(), bytes(x), &handle);
     if (code == ncclInProgress) {
@@ -116,6 +117,7 @@ class NcclCommunicator : public Communicator {
 
   /// The host waits, too: only so can it leave when another rank is lost. It reads the loss next in any case.
   void finish() override {
+    check_given();
     cuda::check_status(cudaEventRecord(done_, stream_), "recording an event");
     const AtCollective here(control_, begun_);
     poll("a collective", state(), [this] {
@@ -130,6 +132,7 @@ class NcclCommunicator : public Communicator {
   }
 
  private:
+  void check_given() const { check(comm_ != nullptr, "NCCL was given up after an error"); }
   static size_t count(const Tensor& x) { return static_cast<size_t>(x.numel()); }
   static size_t bytes(const Tensor& x) { return static_cast<size_t>(x.bytes()); }
 
@@ -169,7 +172,7 @@ class NcclCommunicator : public Communicator {
 
   /// The stream, once all that the compute stream has by now is before it.
   cudaStream_t ready(std::initializer_list<Tensor> tensors) {
-    check(comm_ != nullptr, "NCCL was given up after an error");
+    check_given();
     for (const Tensor& x : tensors) {
       check(x.is_contiguous() && x.device().kind == DeviceKind::cuda, "NCCL takes contiguous tensors on a GPU");
       under_way_.push_back(x);

@@ -25,7 +25,9 @@ void check_operands(const Tensor& a, const Tensor& b, const Tensor& c, const Ten
   check(!bias.defined() || (bias.rank() == 1 && bias.dim(0) == c.dim(-1) && bias.is_contiguous()), "a bias of shape ", bias.shape(),
         " does not fit the product's last extent ", c.dim(-1));
   const DType wide = c.dtype() == DType::f64 ? DType::f64 : DType::f32;
-  check(!bias.defined() || bias.dtype() == wide, "a bias of ", to_string(bias.dtype()), " in a product that adds in ", to_string(wide));
+  const bool copied = bias.defined() && is_gpu(c.device()) && bias.dtype() == DType::bf16 && c.dtype() == DType::bf16;
+  check(!bias.defined() || copied || bias.dtype() == wide, "a bias of ", to_string(bias.dtype()), " in a product that adds in ",
+        to_string(wide));
   check(!addend.defined() || (addend.shape() == c.shape() && addend.dtype() == c.dtype() && addend.strides() == c.strides()), "cannot add ",
         addend.shape(), " ", to_string(addend.dtype()), " to a product of shape ", c.shape(), " in ", to_string(c.dtype()));
 }

@@ -10,6 +10,11 @@ namespace {
 /// The weight in the dtype that products run in.
 Tensor weight_as(const Var& w, DType dtype) { return w.param() ? w.param()->as(dtype) : w.value(); }
 
+/// The bias as a GPU's epilogues want it beside a result in bf16: a copy that the optimizer keeps fresh, not one for each product.
+Tensor bias_as(const Var& b, const Tensor& y) {
+  return is_gpu(y.device()) && y.dtype() == DType::bf16 && b.defined() ? weight_as(b, DType::bf16) : b.value();
+}
+
 Tensor flatten(const Tensor& x) { return x.reshape({x.rows(), x.dim(-1)}); }
 
 std::vector<Var> defined_of(std::vector<Var> vars) {
@@ -28,7 +33,7 @@ Var linear(const Var& x, const Var& w, const Var& b, std::optional<DType> out, c
         shape);
   const Tensor weight = weight_as(w, x.dtype());
   const Tensor y = Tensor::empty(shape, residual.defined() ? residual.dtype() : out.value_or(x.dtype()), x.value().device());
-  kernels::matmul(flatten(x.value()), weight.transpose(0, 1), flatten(y), b.value(),
+  kernels::matmul(flatten(x.value()), weight.transpose(0, 1), flatten(y), bias_as(b, y),
                   residual.defined() ? flatten(residual.value()) : Tensor());
   const Saved sx = op.wants(w) ? op.save("x", x) : Saved();  // a frozen weight keeps nothing
   return op.record(y,

@@ -29,7 +29,10 @@ const char* to_string(MemoryKind kind) {
 class Allocator::Impl {
  public:
   explicit Impl(std::unique_ptr<SystemMemory> memory)
-      : system(std::move(memory)), shared(make_cache(*system)), lasting(is_gpu(system->device) ? make_cache(*system) : shared), cache(shared) {}
+      : system(std::move(memory)),
+        shared(make_cache(*system)),
+        lasting(is_gpu(system->device) ? make_cache(*system) : shared),
+        cache(shared) {}
 
   void count(MemoryKind kind, int64_t bytes) {
     MemoryUse& use = system->use;

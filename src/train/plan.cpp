@@ -49,9 +49,9 @@ Tensor meta_images(const ImageConfig& model, int64_t batch, Device device) {
   return Tensor::empty({batch, model.channels, model.image_size, model.image_size}, DType::f32, device, MemoryKind::inputs);
 }
 
-/// One step and one evaluation of the real code on meta tensors, with batches that come and go as they do in a run: a loader on the CPU holds
-/// those made ahead, one in the trainer's hands and one about to be; a GPU's memory the one that it works on, the one that comes next and,
-/// for recorded passes, the copy that they read.
+/// One step and one evaluation of the real code on meta tensors, with batches that come and go as they do in a run: a loader on the CPU
+/// holds those made ahead, one in the trainer's hands and one about to be; a GPU's memory the one that it works on, the one that comes next
+/// and, for recorded passes, the copy that they read.
 MetaStep meta_step(const RunConfig& config, const NetConfig& model, StoragePolicy& policy) {
   const Device device = plan_device(config);
   const bool gpu = is_gpu(device), recording = config.train.cuda_graph;
@@ -264,7 +264,8 @@ std::string format_plan(const Plan& plan, int64_t batch_size, bool all) {
   out += concat("predicted peak    ", plan.peak.peak, " bytes (", format_bytes(plan.peak.peak), "): ", describe(at_peak), "\n");
   out += concat("memory taken      ", format_bytes(plan.reserved), ", with what is lost between blocks\n");
   if (plan.checkpoint_bytes > 0)
-    out += concat("checkpoints       ", format_bytes(plan.checkpoint_bytes), " of the workspace: the copy that is written beside training\n");
+    out +=
+        concat("checkpoints       ", format_bytes(plan.checkpoint_bytes), " of the workspace: the copy that is written beside training\n");
   out += "\n";
   std::snprintf(text, sizeof text, "%-34s %-20s %-10s %12s %12s\n", "site", "shape", "codec", "exact", "kept");
   out += text;

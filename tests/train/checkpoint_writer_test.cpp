@@ -98,6 +98,13 @@ struct History {
   }
 };
 
+/// Whether a file system without exchanges and all kinds of lost power are tried. Sanitizers look at memory, and make a fork long.
+#ifdef __SANITIZE_ADDRESS__
+constexpr bool kEverything = false;
+#else
+constexpr bool kEverything = true;
+#endif
+
 bool exchange_fails(std::string_view operation) { return operation == "exchange"; }
 
 /// Saves step 4 in a process that dies at the operation number `at`, or right behind the last one, of a power failure where there is
@@ -158,6 +165,7 @@ TEST_CASE("checkpoint writer: a process that dies at any operation of a save lea
   const Loss killed, bytes_lost = Disk::Loss{false, false}, all_lost = Disk::Loss{true, true};
   for (const bool exchange_works : {true, false})
     for (const Loss& loss : {killed, bytes_lost, all_lost, Loss({true, false}), Loss({false, true})}) {
+      if (!kEverything && loss && (!exchange_works || !loss->outer || !loss->inner)) continue;
       std::set<int64_t> found;
       int at = 1;
       for (;; ++at) {
@@ -177,6 +185,7 @@ TEST_CASE("checkpoint writer: a disk that fails at any operation of a save costs
   History h;
   const int code = GENERATE(ENOSPC, EIO, kShortWrite);
   for (const bool exchange_works : {true, false}) {
+    if (!kEverything && !exchange_works) continue;
     int failures = 0, at = 1;
     for (;; ++at) {
       CAPTURE(code, exchange_works, at);

@@ -210,6 +210,7 @@ def main():
     arguments = parser.parse_args()
     torch.manual_seed(0)
     torch.backends.cuda.matmul.allow_tf32 = arguments.precision != "fp32"
+    torch.backends.cudnn.benchmark = True  # as users of ResNets set it
     same = {"model": arguments.model, "batch": arguments.batch, "precision": arguments.precision, "torch": torch.__version__,
             "device": torch.cuda.get_device_name() if arguments.device == "cuda" else "cpu"}
     for compiled in {None: [False], "only": [True], "both": [False, True]}[arguments.compile]:

@@ -6,7 +6,8 @@ namespace mesa::kernels {
 
 /// c <- a b (+ addend) (+ bias). a [.., M, K], b [.., K, N], c [.., M, N] of equal rank 2 to 4 and equal leading extents; any strides with
 /// unit stride in one of the last two axes (so a transpose is a view). dtypes: all f64; all f32; a, b bf16 with c bf16 or f32.
-/// bias [N] f32 (f64 for f64), optional. addend, optional, has c's shape, strides and dtype; it may be c itself.
+/// bias [N] f32 (f64 for f64; on a GPU also bf16 for bf16 c), optional. addend, optional, has c's shape, strides and dtype; it may be c
+/// itself.
 void matmul(const Tensor& a, const Tensor& b, const Tensor& c, const Tensor& bias = {}, const Tensor& addend = {});
 
 /// The gradients of y = x w^T + b in one product: dw [O, I] <- (dw +) dy^T x, and, if db [O] is defined, db <- (db +) sum of dy's rows.

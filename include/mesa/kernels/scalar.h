@@ -79,7 +79,9 @@ MESA_SCALAR double tail_argument(double x) { return fabs(x) > 40.0 ? 40.0 : fabs
 /// 1 / x for normal results: rounded once, on a GPU within an ulp or two for a fifth of the instructions.
 MESA_SCALAR float reciprocal(float x) {
 #ifdef __CUDA_ARCH__
-  return __fdividef(1.0f, x);
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
 #else
   return 1.0f / x;
 #endif
