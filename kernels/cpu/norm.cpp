@@ -96,8 +96,8 @@ GradMeans<A> grad_means(const G* dy, const H* xhat, const A* gamma, int64_t widt
   return {sum_g / static_cast<A>(width), sum_gh / static_cast<A>(width)};
 }
 
-/// dx of R rows, and their part of dgamma and dbeta, which so travel to memory and back only once for all of them.
-template <int R, class A, class G, class H, class X>
+/// dx of R rows, perhaps added to what is there, and their part of dgamma and dbeta, which so travel to memory and back only once for all.
+template <int R, bool add, class A, class G, class H, class X>
 void grad_rows(const G* dy, const H* xhat, const A* rstd, const A* gamma, X* dx, int64_t width, A* dgamma, A* dbeta) {
   GradMeans<A> mean[R];
   A scale[R];
@@ -113,7 +113,8 @@ void grad_rows(const G* dy, const H* xhat, const A* rstd, const A* gamma, X* dx,
       const A g = load(dy + r * width + c), h = load(xhat + r * width + c);
       to_gamma += g * h;
       to_beta += g;
-      store(dx + r * width + c, scale[r] * (gamma[c] * g - mean[r].g - h * mean[r].gh));
+      const A d = scale[r] * (gamma[c] * g - mean[r].g - h * mean[r].gh);
+      store(dx + r * width + c, add ? load(dx + r * width + c) + d : d);
     }
     dgamma[c] += to_gamma;
     dbeta[c] += to_beta;
@@ -129,11 +130,13 @@ struct NormGrad {
   X* dx;
   int64_t width;
   A* sums;  // [chunks, 2, width]: dgamma and dbeta of each chunk; null if neither is wanted
+  bool add;
 
   template <int R>
   void rows(int64_t row, A* dgamma) const {
     const int64_t at = row * width;
-    grad_rows<R>(dy + at, xhat + at, rstd + row, gamma, dx + at, width, dgamma, dgamma + width);
+    const auto run = add ? &grad_rows<R, true, A, G, H, X> : &grad_rows<R, false, A, G, H, X>;
+    run(dy + at, xhat + at, rstd + row, gamma, dx + at, width, dgamma, dgamma + width);
   }
   void chunk(int64_t index, int64_t begin, int64_t end, A* spare) const {
     A* dgamma = sums ? sums + index * 2 * width : spare;
@@ -192,7 +195,7 @@ void affine(const Tensor& xhat, const Tensor& gamma, const Tensor& beta, const T
 }
 
 void layer_norm_grad(const Tensor& dy, const Tensor& xhat, const Tensor& rstd, const Tensor& gamma, const Tensor& dx, const Tensor& dgamma,
-                     const Tensor& dbeta, bool accumulate_gamma, bool accumulate_beta) {
+                     const Tensor& dbeta, bool accumulate_x, bool accumulate_gamma, bool accumulate_beta) {
   const int64_t width = width_of(dy), rows = dy.rows(), chunks = (rows + kGradRows - 1) / kGradRows;
   check_alike(dy, xhat, "layer_norm_grad: xhat");
   check_alike(dy, dx, "layer_norm_grad: dx");
@@ -205,7 +208,7 @@ void layer_norm_grad(const Tensor& dy, const Tensor& xhat, const Tensor& rstd, c
     using A = Acc<X>;
     const Tensor partial = dgamma.defined() || dbeta.defined() ? Tensor::empty({chunks, 2, width}, dtype_of<A>) : Tensor();
     A* sums = partial.defined() ? partial.data<A>() : nullptr;
-    const NormGrad<G, H, X> grad{dy.data<G>(), xhat.data<H>(), rstd.data<A>(), gamma.data<A>(), dx.data<X>(), width, sums};
+    const NormGrad<G, H, X> grad{dy.data<G>(), xhat.data<H>(), rstd.data<A>(), gamma.data<A>(), dx.data<X>(), width, sums, accumulate_x};
     parallel_rows(chunks, kGradRows * width, [&](int64_t first, int64_t last) {
       std::vector<A> spare(sums ? 0 : 2 * width);
       for (int64_t c = first; c < last; ++c) grad.chunk(c, c * kGradRows, std::min(rows, (c + 1) * kGradRows), spare.data());

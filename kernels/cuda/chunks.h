@@ -34,7 +34,7 @@ ChunkTable<Part> chunk_table(const std::vector<Part>& parts, int64_t size, Devic
       for (int64_t begin = 0; begin < part.count; begin += size)
         entry.chunks.push_back(part.slice(begin, std::min(size, part.count - begin)));
     const auto bytes = static_cast<int64_t>(entry.chunks.size() * sizeof(Part));
-    entry.table = Tensor::empty({bytes}, DType::u8, device, MemoryKind::optimizer);  // it outlives a pass
+    entry.table = Tensor::empty({bytes}, DType::u8, device, MemoryKind::tables);
     mesa::cuda::copy_to_device(entry.table.raw(), entry.chunks.data(), bytes);
     if (cache.size() == kTables) cache.pop_back();
     found = cache.insert(cache.end(), std::move(entry));

@@ -91,7 +91,8 @@ struct NormGrad {
   const A *rstd, *gamma;
   X* dx;
   int64_t rows, width, chunks;
-  A* sums;  // [chunks, 2, width]: dgamma and dbeta of each chunk; null if neither is wanted
+  bool add;  // dx to what is there
+  A* sums;   // [chunks, 2, width]: dgamma and dbeta of each chunk; null if neither is wanted
 
   __device__ int64_t chunk_begin(int64_t chunk) const { return rows * chunk / chunks; }
 };
@@ -169,6 +170,12 @@ __global__ void __launch_bounds__(kWarps<Team>* kWarp, kResident<Team>) grad_chu
       for (int i = 0; i < V; ++i) {
         dh[i] = d[i] * h[i];
         dx[i] = rstd * (gamma[i] * d[i] - mean_g - h[i] * mean_gh);
+      }
+      if (n.add) {
+        A before[V];
+        load_pack(n.dx + row * width + c, before);
+#pragma unroll
+        for (int i = 0; i < V; ++i) dx[i] += before[i];
       }
       dgamma.add(p, c, dh);
       dbeta.add(p, c, d);
@@ -288,15 +295,15 @@ void check_grad(const Tensor& dy, const Tensor& rstd, const Tensor& gamma, const
 }
 
 template <class G, class H, class X>
-NormGrad<G, H, X> grad_of(const Tensor& dy, const H& xhat, const Tensor& rstd, const Tensor& gamma, const Tensor& dx) {
+NormGrad<G, H, X> grad_of(const Tensor& dy, const H& xhat, const Tensor& rstd, const Tensor& gamma, const Tensor& dx, bool add) {
   using A = Acc<X>;
-  return {dy.data<G>(), xhat, rstd.data<A>(), gamma.data<A>(), dx.data<X>(), dy.rows(), width_of(dy), 0, nullptr};
+  return {dy.data<G>(), xhat, rstd.data<A>(), gamma.data<A>(), dx.data<X>(), dy.rows(), width_of(dy), 0, add, nullptr};
 }
 
 }  // namespace
 
 void layer_norm_grad(const Tensor& dy, const Tensor& xhat, const Tensor& rstd, const Tensor& gamma, const Tensor& dx, const Tensor& dgamma,
-                     const Tensor& dbeta, bool accumulate_gamma, bool accumulate_beta) {
+                     const Tensor& dbeta, bool accumulate_x, bool accumulate_gamma, bool accumulate_beta) {
   const ParameterGrads to{dgamma, dbeta, accumulate_gamma, accumulate_beta};
   check_grad(dy, rstd, gamma, dx, to);
   check_alike(dy, xhat, "layer_norm_grad: xhat");
@@ -304,14 +311,14 @@ void layer_norm_grad(const Tensor& dy, const Tensor& xhat, const Tensor& rstd, c
   dispatch(dy.dtype(), xhat.dtype(), dx.dtype(), [&](auto tg, auto th, auto tx) {
     using H = decltype(th);
     using X = decltype(tx);
-    const auto grad = grad_of<decltype(tg), ValueRows<H>, X>(dy, {xhat.data<H>()}, rstd, gamma, dx);
+    const auto grad = grad_of<decltype(tg), ValueRows<H>, X>(dy, {xhat.data<H>()}, rstd, gamma, dx, accumulate_x);
     const Tensor sums = run_grad(grad, to.wanted(), dy.device());
     if (to.wanted()) finish<Acc<X>>(sums, to);
   });
 }
 
 void layer_norm_grad_coded(const Tensor& dy, const Coded& xhat, const Tensor& rstd, const Tensor& gamma, const Tensor& dx,
-                           const Tensor& dgamma, const Tensor& dbeta, bool accumulate_gamma, bool accumulate_beta) {
+                           const Tensor& dgamma, const Tensor& dbeta, bool accumulate_x, bool accumulate_gamma, bool accumulate_beta) {
   const ParameterGrads to{dgamma, dbeta, accumulate_gamma, accumulate_beta};
   check_grad(dy, rstd, gamma, dx, to);
   check_layout(dy, xhat.layout);
@@ -322,12 +329,13 @@ void layer_norm_grad_coded(const Tensor& dy, const Coded& xhat, const Tensor& rs
     dispatch_narrow(dy.dtype(), [&](auto tg) {
       using G = decltype(tg);
       const CodedRows<G> rows{codes, step, offset, xhat.bits, Divider(), Divider()};
-      const auto sums = run_grad(grad_of<G, CodedRows<G>, float>(dy, rows, rstd, gamma, dx), xhat.layout, to.wanted(), dy.device());
+      const auto grad = grad_of<G, CodedRows<G>, float>(dy, rows, rstd, gamma, dx, accumulate_x);
+      const auto sums = run_grad(grad, xhat.layout, to.wanted(), dy.device());
       done = sums.has_value();
       if (done && to.wanted()) finish<float>(*sums, to);
     });
   }
-  if (!done) layer_norm_grad(dy, decoded(xhat, dy), rstd, gamma, dx, dgamma, dbeta, accumulate_gamma, accumulate_beta);
+  if (!done) layer_norm_grad(dy, decoded(xhat, dy), rstd, gamma, dx, dgamma, dbeta, accumulate_x, accumulate_gamma, accumulate_beta);
 }
 
 }  // namespace mesa::kernels::cuda

@@ -1,3 +1,5 @@
+#include <utility>
+
 #include "mesa/autograd/tape.h"
 #include "mesa/base/scope.h"
 #include "mesa/kernels/elementwise.h"
@@ -82,6 +84,13 @@ Target Op::gradient(const Var& input) const {
 
 Var Op::record(const Tensor& y, std::function<Grads(const Tensor& dy)> backward) const {
   return record(std::vector<Tensor>{y}, [backward = std::move(backward)](const std::vector<Tensor>& dy) { return backward(dy[0]); })[0];
+}
+
+Var Op::record(const Tensor& y, const Var& x, std::function<Grads(const Tensor& dy, const Tensor& dx)> backward) const {
+  const auto sum = std::make_shared<Tensor>();
+  const Var out = record(y, [sum, backward = std::move(backward)](const Tensor& dy) { return backward(dy, std::exchange(*sum, {})); });
+  if (recording()) tape_->steps_.back().sum = sum, tape_->steps_.back().sum_dtype = x.dtype();
+  return out;
 }
 
 std::vector<Var> Op::record(const std::vector<Tensor>& ys, Backward backward) const {

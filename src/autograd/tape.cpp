@@ -1,6 +1,7 @@
 #include "mesa/autograd/tape.h"
 
 #include <atomic>
+#include <utility>
 
 #include "mesa/base/scope.h"
 #include "mesa/kernels/elementwise.h"
@@ -81,6 +82,7 @@ void Tape::run(const std::function<void(Param&)>& ready) {
       any = any || dy.back().defined();
     }
     if (any) {
+      if (step.sum) *step.sum = take_sum(step.inputs[0], step.sum_dtype);
       Grads grads = step.backward(dy);
       step.backward = nullptr;
       dy.clear();
@@ -103,15 +105,25 @@ void Tape::run(const std::function<void(Param&)>& ready) {
   uses_.clear();
 }
 
+namespace {
+/// A gradient may be shared (add hands dy to both inputs): only one owner may write to it.
+bool has_one_owner(const Tensor& gradient) { return gradient.buffer().use_count() == 1 && gradient.is_contiguous(); }
+}  // namespace
+
+Tensor Tape::take_sum(int slot, DType dtype) {
+  if (slot < 0 || inspection_) return {};  // who inspects wants to see each term
+  Tensor& have = gradients_[slot];
+  const bool fits = have.defined() && have.dtype() == dtype && has_one_owner(have);
+  return fits ? std::exchange(have, {}) : Tensor();
+}
+
 void Tape::accumulate(int slot, Tensor gradient) {
   Tensor& have = gradients_[slot];
   if (!have.defined()) {
     have = std::move(gradient);
     return;
   }
-  // A gradient may be shared (add hands dy to both inputs): add in place only into a buffer with one owner.
-  const bool mine = have.buffer().use_count() == 1 && have.is_contiguous();
-  const Tensor sum = mine ? have : Tensor::empty(have.shape(), have.dtype(), have.device());
+  const Tensor sum = has_one_owner(have) ? have : Tensor::empty(have.shape(), have.dtype(), have.device());
   kernels::add(have, gradient, sum);
   have = sum;
 }

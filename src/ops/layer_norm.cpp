@@ -25,9 +25,11 @@ Var layer_norm(const Var& x, const Var& gamma, const Var& beta, double eps, std:
     saved = op.save("xhat", xhat);
   }
   op.keep("rstd", rstd);
-  const Var result =
-      op.record(y, [=, type_x = x.dtype(), dgamma = op.gradient(gamma), dbeta = op.gradient(beta)](const Tensor& dy) -> Grads {
-        const Tensor dx = empty_like(dy, type_x);
+  const Var result = op.record(
+      y, x,
+      [=, type_x = x.dtype(), dgamma = op.gradient(gamma), dbeta = op.gradient(beta)](const Tensor& dy, const Tensor& residual) -> Grads {
+        const bool add_x = residual.defined();  // its gradient
+        const Tensor dx = add_x ? residual : empty_like(dy, type_x);
         Grads grads{dx, Tensor(), Tensor()};
         // One pass computes all three; the targets only say where the two parameter gradients go.
         Tensor to_gamma, to_beta;
@@ -35,9 +37,9 @@ Var layer_norm(const Var& x, const Var& gamma, const Var& beta, double eps, std:
         grads[1] = dgamma.into([&](const Tensor& out, bool add) { to_gamma = out, add_gamma = add; });
         grads[2] = dbeta.into([&](const Tensor& out, bool add) { to_beta = out, add_beta = add; });
         if (const auto coded = saved.coded_on_gpu())
-          kernels::layer_norm_grad_coded(dy, *coded, rstd, g, dx, to_gamma, to_beta, add_gamma, add_beta);
+          kernels::layer_norm_grad_coded(dy, *coded, rstd, g, dx, to_gamma, to_beta, add_x, add_gamma, add_beta);
         else
-          kernels::layer_norm_grad(dy, saved.get(), rstd, g, dx, to_gamma, to_beta, add_gamma, add_beta);
+          kernels::layer_norm_grad(dy, saved.get(), rstd, g, dx, to_gamma, to_beta, add_x, add_gamma, add_beta);
         return grads;
       });
   return result.with_recipe([saved, g, b, shape = y.shape(), type_y, device = y.device()] {

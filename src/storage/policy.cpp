@@ -156,7 +156,7 @@ const Tensor& StoragePolicy::Impl::counts_of(SiteState& state, Device device) {
   if (!state.counts.defined()) {
     if (counters.empty() || rows_used == counters.back().dim(0)) {
       const Shape rows{counters.empty() ? 8 : 2 * counters.back().dim(0), 2};
-      counters.push_back(Tensor::zeros(rows, DType::i64, device, MemoryKind::optimizer));  // they outlive the pass
+      counters.push_back(Tensor::zeros(rows, DType::i64, device, MemoryKind::tables));
       rows_used = 0;
     }
     state.counts = counters.back().select(0, rows_used++);

@@ -21,7 +21,7 @@
 namespace mesa {
 
 const char* to_string(MemoryKind kind) {
-  static const char* const names[kMemoryKinds] = {"parameters", "gradients", "optimizer", "activations", "inputs", "workspace"};
+  static const char* const names[kMemoryKinds] = {"parameters", "gradients", "optimizer", "activations", "inputs", "workspace", "tables"};
   return names[static_cast<int>(kind)];
 }
 
@@ -54,7 +54,8 @@ class Allocator::Impl {
     switch (kind) {
       case MemoryKind::parameters:
       case MemoryKind::gradients:
-      case MemoryKind::optimizer: return lasting;
+      case MemoryKind::optimizer:
+      case MemoryKind::tables: return lasting;
       case MemoryKind::inputs: return cache == shared ? lasting : cache;
       case MemoryKind::activations:
       case MemoryKind::workspace: break;

@@ -35,7 +35,9 @@ struct FixedBatch {
     for (float& pixel : pixels) pixel = static_cast<float>(random.normal());
     std::vector<int64_t> classes(static_cast<size_t>(B));
     for (int64_t& label : classes) label = static_cast<int64_t>(random.below(static_cast<uint64_t>(model.classes)));
-    images = to(Tensor::from<float>(shape, pixels, MemoryKind::inputs), device, MemoryKind::inputs);
+    const Tensor exact = Tensor::from<float>(shape, pixels, MemoryKind::inputs);
+    images = Tensor::empty(shape, is_gpu(device) ? compute_dtype(config, device) : DType::f32, device, MemoryKind::inputs);
+    kernels::copy(to(exact, device), images);
     labels = to(Tensor::from<int64_t>({B}, classes, MemoryKind::inputs), device, MemoryKind::inputs);
   }
 };

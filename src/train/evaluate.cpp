@@ -52,7 +52,7 @@ SentBatch mirrored(SentBatch batch) {
 
 /// f32 [B, K] on the device.
 Tensor logits_of(const BuiltModel& model, const SentBatch& batch, const TransformOptions& transform) {
-  const auto of = [&](const SentBatch& pictures) { return model.net(prepare(pictures, transform).images).value(); };
+  const auto of = [&](const SentBatch& pictures) { return model.net(prepare(pictures, transform, model.images).images).value(); };
   const Tensor logits = of(batch);
   if (!transform.eval_flip) return logits;
   const Tensor sum = empty_like(logits);

@@ -80,10 +80,14 @@ class Bench : public WorkList {
       kernels::encode(xhat, to);
       const kernels::Coded coded{to.codes, to.step, to.offset, to.layout, bits};
       add("layer_norm_grad, " + suffix, n * (w + 4 + bits / 8.0), 0,
-          [=] { kernels::layer_norm_grad_coded(dy, coded, rstd, gamma, dx, dgamma, dbeta, false, false); });
+          [=] { kernels::layer_norm_grad_coded(dy, coded, rstd, gamma, dx, dgamma, dbeta, false, false, false); });
     }
     add("affine", n * 2 * w, 0, [=] { kernels::affine(xhat, gamma, beta, y); });
-    add("layer_norm_grad", n * (2 * w + 4), 0, [=] { kernels::layer_norm_grad(dy, xhat, rstd, gamma, dx, dgamma, dbeta, false, false); });
+    const auto layer_norm_grad = [=](bool add_x) {
+      kernels::layer_norm_grad(dy, xhat, rstd, gamma, dx, dgamma, dbeta, add_x, false, false);
+    };
+    add("layer_norm_grad", n * (2 * w + 4), 0, [=] { layer_norm_grad(false); });
+    add("layer_norm_grad, added to the residual's", n * (2 * w + 8), 0, [=] { layer_norm_grad(true); });
   }
 
   void pointwise() {

@@ -45,8 +45,8 @@ struct Batches {
   Tensor pixels, labels, mixing;
 };
 
-Tensor meta_images(const ImageConfig& model, int64_t batch, Device device) {
-  return Tensor::empty({batch, model.channels, model.image_size, model.image_size}, DType::f32, device, MemoryKind::inputs);
+Tensor meta_images(const BuiltModel& built, const ImageConfig& model, int64_t batch) {
+  return Tensor::empty({batch, model.channels, model.image_size, model.image_size}, built.images, built.device, MemoryKind::inputs);
 }
 
 /// One step and one evaluation of the real code on meta tensors, with batches that come and go as they do in a run: a loader on the CPU
@@ -78,7 +78,7 @@ MetaStep meta_step(const RunConfig& config, const NetConfig& model, StoragePolic
   {
     std::optional<Allocator::Using> own;
     if (recording) own.emplace(memory, recorded);
-    const Tensor images = meta_images(model.input(), B, device);
+    const Tensor images = meta_images(built, model.input(), B);
     const Targets targets = objective.targets(training->first(images));
     Tape tape(policy);
     const Var loss = objective(built.net, images, targets);
@@ -94,7 +94,7 @@ MetaStep meta_step(const RunConfig& config, const NetConfig& model, StoragePolic
     evaluation = batches(1, eval_batch);
   }
   for (int pass = 0; pass < 2; ++pass) {
-    built.net(meta_images(model.input(), eval_batch, device));
+    built.net(meta_images(built, model.input(), eval_batch));
     if (gpu) evaluation = batches(1, eval_batch);  // the next is there before the last one goes
   }
   out.parameters = built.params.count();

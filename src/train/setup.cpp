@@ -238,17 +238,18 @@ SentBatch send(Batch batch, int64_t classes, Device device, const cuda::Mark& af
   return sent;
 }
 
-Prepared prepare(const SentBatch& batch, const TransformOptions& transform) {
+Prepared prepare(const SentBatch& batch, const TransformOptions& transform, DType dtype) {
   if (batch.arrival) cuda::wait_for(batch.arrival);
   const Tensor& pixels = batch.pixels;
   const Shape shape{pixels.dim(0), pixels.dim(3), pixels.dim(1), pixels.dim(2)};
-  const Tensor images = Tensor::empty(shape, DType::f32, pixels.device(), MemoryKind::inputs);
+  const Tensor images = Tensor::empty(shape, dtype, pixels.device(), MemoryKind::inputs);
   kernels::normalize_images(pixels, transform.mean, transform.std, batch.mirrored, batch.mixing, images);
   return {images, batch.labels, batch.mixing};
 }
 
 BuiltModel::BuiltModel(const RunConfig& config, const NetConfig& model, Device device)
     : device(device),
+      images(is_gpu(device) ? compute_dtype(config, device) : DType::f32),
       net(Builder(params, static_cast<uint64_t>(config.seed), compute_dtype(config, device), DType::f32, device, lora_options(config)),
           model) {
   choose_trained(config, params);

@@ -47,7 +47,7 @@ Tensor Updater::pass(const SentBatch& batch, uint64_t micro_step, const uint64_t
                      bool last) {
   Allocator& memory = Allocator::of(model_.device);
   const int64_t before = memory.use().of(MemoryKind::activations);
-  const Prepared data = prepare(batch, transform_);
+  const Prepared data = prepare(batch, transform_, model_.images);
   const Targets targets = objective_.targets(data);
   Tape tape(policy_, static_cast<uint64_t>(config_.seed), micro_step, live_step, static_cast<uint64_t>(config_.rank));
   const Var loss = objective_(model_.net, data.images, targets);
@@ -165,7 +165,7 @@ std::string Updater::find_culprit(const SentBatch& batch, uint64_t micro_step, c
   if (const std::string bad = first_bad_parameter(model_.params); !bad.empty()) return "the parameter " + bad;
   // The same step again, with every result and gradient looked at; a policy of its own leaves the run's ranges alone.
   StoragePolicy exact("exact", {{"*", "exact", {}, ""}});
-  const Prepared data = prepare(batch, transform_);
+  const Prepared data = prepare(batch, transform_, model_.images);
   const Targets targets = objective_.targets(data);
   Tape tape(exact, static_cast<uint64_t>(config_.seed), micro_step, nullptr, static_cast<uint64_t>(config_.rank));
   tape.check_finite();

@@ -39,6 +39,36 @@ void backward_of_ones(Tape& tape, const Var& y, const std::function<void(Param&)
 
 }  // namespace
 
+TEST_CASE("tape: behind a residual connection layer_norm adds to the other branch's gradient, in its place") {
+  INFO(seed_note());
+  const Shape shape{64, 96};
+  Param w = make_param("w", shape), gamma = make_param("gamma", {96}), beta = make_param("beta", {96});
+  Allocator& memory = Allocator::of(w.value.device());
+  // What the pass takes at most beside what there is; the gradient lands in w.
+  const auto backward = [&](bool inspected, bool shared) {
+    StoragePolicy policy = simple_policy({{"*", "exact", {}, ""}});
+    Tape tape(policy);
+    if (inspected) tape.inspect([](const Tensor&, const std::string&) {});
+    w.grad_written = gamma.grad_written = beta.grad_written = false;
+    const Var x = scale(Var(w), 2), y = add(shared ? x : scale(x, 3), layer_norm(x, Var(gamma), Var(beta), 1e-6));
+    const Tensor dy = normal_tensor(shape, "dy");
+    memory.reset_peak();
+    const int64_t before = memory.use().total;
+    tape.backward({y}, {dy});
+    return memory.use().peak - before;
+  };
+  for (const bool shared : {false, true}) {  // add hands dy to both: nobody may write to it
+    CAPTURE(shared);
+    backward(true, shared);  // there are gradients now
+    const int64_t apart = backward(true, shared);
+    const std::vector<double> want = w.grad.to_vector<double>();
+    const int64_t together = backward(false, shared);
+    const std::vector<double> got = w.grad.to_vector<double>();
+    for (size_t i = 0; i < want.size(); ++i) REQUIRE(std::fabs(got[i] - want[i]) <= 1e-5 * std::max(1.0, std::fabs(want[i])));
+    CHECK(apart - together == (shared ? 0 : shape.numel() * size_of(DType::f32)));
+  }
+}
+
 TEST_CASE("tape: exact activations die after forward, only what the sites keep stays") {
   INFO(seed_note());
   VitConfig config = tiny_config();

@@ -56,8 +56,7 @@ TEST_CASE("layer_norm follows its definition", "[kernels]") {
       const Tensor x = random({rows, width}, from, "x", 3), y = Tensor::empty({rows, width}, to), xhat = empty_like(y);
       const Tensor gamma = random({width}, wide(from), "gamma"), beta = random({width}, wide(from), "beta");
       const Tensor rstd = Tensor::empty({rows}, wide(from));
-      const Reference want =
-          normalize(x.to_vector<double>(), width, gamma.to_vector<double>(), beta.to_vector<double>(), 1e-3);
+      const Reference want = normalize(x.to_vector<double>(), width, gamma.to_vector<double>(), beta.to_vector<double>(), 1e-3);
       for (const auto& run : implementations(kernels::layer_norm)) {
         run(x, gamma, beta, 1e-3, y, xhat, rstd);
         expect(y, want.y, tolerance(to), want.terms);
@@ -140,17 +139,23 @@ TEST_CASE("layer_norm_grad follows its formula", "[kernels]") {
       }
       std::vector<double> twice_gamma = dgamma;
       for (double& v : twice_gamma) v *= 2;
+      const Tensor residual = random({rows, width}, mix.dx, "residual");
+      std::vector<double> sum = residual.to_vector<double>(), sum_terms(sum.size());
+      for (size_t i = 0; i < sum.size(); ++i) sum_terms[i] = std::fabs(sum[i]) + std::fabs(dx[i]), sum[i] += dx[i];
       for (const auto& run : implementations(kernels::layer_norm_grad)) {
         const Tensor out = Tensor::empty({rows, width}, mix.dx), out_gamma = empty_like(gamma), out_beta = empty_like(gamma);
-        run(dy, xhat, rstd, gamma, out, out_gamma, out_beta, false, false);
+        run(dy, xhat, rstd, gamma, out, out_gamma, out_beta, false, false, false);
         expect(out, dx, tolerance(mix.dx));
         expect(out_gamma, dgamma, 10 * tolerance(exact));
         expect(out_beta, dbeta, 10 * tolerance(exact));
-        run(dy, xhat, rstd, gamma, out, out_gamma, Tensor(), true, false);
+        run(dy, xhat, rstd, gamma, out, out_gamma, Tensor(), false, true, false);
         expect(out_gamma, twice_gamma, 10 * tolerance(exact));
         kernels::fill(out, 0);
-        run(dy, xhat, rstd, gamma, out, Tensor(), Tensor(), false, false);
+        run(dy, xhat, rstd, gamma, out, Tensor(), Tensor(), false, false, false);
         expect(out, dx, tolerance(mix.dx));
+        kernels::copy(residual, out);
+        run(dy, xhat, rstd, gamma, out, Tensor(), Tensor(), true, false, false);
+        expect(out, sum, tolerance(mix.dx), sum_terms);
       }
     }
 }
@@ -163,7 +168,7 @@ TEST_CASE("layer_norm's gradients do not depend on the number of threads", "[ker
   for (const int count : {1, 2, 3}) {
     omp_set_num_threads(count);
     const Tensor dx = empty_like(dy), dgamma = empty_like(gamma), dbeta = empty_like(gamma);
-    kernels::layer_norm_grad(dy, xhat, rstd, gamma, dx, dgamma, dbeta, false, false);
+    kernels::layer_norm_grad(dy, xhat, rstd, gamma, dx, dgamma, dbeta, false, false, false);
     results.push_back(dx.to_vector<float>());
     for (const Tensor& t : {dgamma, dbeta})
       for (const float v : t.to_vector<float>()) results.back().push_back(v);

@@ -273,15 +273,21 @@ TEST_CASE("coded operands: layer norm's gradient from codes is that from the dec
             return Grads{Tensor::empty({rows, width}, type_dx), random({width}, DType::f32, "dgamma"), Tensor::zeros({width}, DType::f32)};
           };
           const Grads got = room(), want = room();
-          staged(kernels::cuda::layer_norm_grad)(dy, decoded, rstd, gamma, want.dx, want.dgamma, want.dbeta, true, false);
+          staged(kernels::cuda::layer_norm_grad)(dy, decoded, rstd, gamma, want.dx, want.dgamma, want.dbeta, false, true, false);
           staged(kernels::cuda::layer_norm_grad_coded)(dy, kernels::Coded{codes, step, offset, layout, bits}, rstd, gamma, got.dx,
-                                                       got.dgamma, got.dbeta, true, false);
+                                                       got.dgamma, got.dbeta, false, true, false);
           REQUIRE((bits_of(got.dx) == bits_of(want.dx)));
           REQUIRE((bits_of(got.dgamma) == bits_of(want.dgamma)));
           REQUIRE((bits_of(got.dbeta) == bits_of(want.dbeta)));
           const Grads alone = room();
           staged(kernels::cuda::layer_norm_grad_coded)(dy, kernels::Coded{codes, step, offset, layout, bits}, rstd, gamma, alone.dx,
-                                                       Tensor(), Tensor(), false, false);
+                                                       Tensor(), Tensor(), false, false, false);
           REQUIRE((bits_of(alone.dx) == bits_of(want.dx)));
+          for (const Grads* to : {&got, &want}) kernels::copy(random({rows, width}, type_dx, "residual"), to->dx);
+          staged(kernels::cuda::layer_norm_grad)(dy, decoded, rstd, gamma, want.dx, Tensor(), Tensor(), true, false, false);
+          staged(kernels::cuda::layer_norm_grad_coded)(dy, kernels::Coded{codes, step, offset, layout, bits}, rstd, gamma, got.dx, Tensor(),
+                                                       Tensor(), true, false, false);
+          REQUIRE((bits_of(got.dx) == bits_of(want.dx)));
+          REQUIRE((bits_of(got.dx) != bits_of(alone.dx)));
         }
 }

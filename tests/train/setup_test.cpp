@@ -7,6 +7,7 @@
 #include "mesa/data/pixels.h"
 #include "support/data_files.h"
 #include "support/device.h"
+#include "support/random.h"
 
 using namespace mesa;
 using namespace mesa::testing;
@@ -164,7 +165,11 @@ TEST_CASE("setup: a flip that is the last step of augmentation reaches the model
   const auto seen = [&](const TransformOptions& transform) {
     Loader loader(data.train, transform, make_loader_options(config, true, device));
     loader.start_epoch(0);
-    return prepare(send(*loader.next(), 10, device), transform).images.to_vector<double>();
+    const SentBatch batch = send(*loader.next(), 10, device);
+    const std::vector<double> images = prepare(batch, transform, DType::f32).images.to_vector<double>();
+    const Tensor narrow = prepare(batch, transform, DType::bf16).images;
+    CHECK(narrow.to_vector<double>() == tensor_of(narrow.shape(), images, DType::bf16).to_vector<double>());
+    return images;
   };
   const auto plain = seen(still), all = seen(always), some = seen(flipping);
   const size_t side = 16, picture = 3 * side * side;

@@ -54,10 +54,15 @@ class Tape {
     std::vector<int> inputs;     // -1: no gradient wanted
     std::vector<Param*> params;  // same length; null where the input is no parameter
     Backward backward;
+    // Where the formula can add to the gradient that its first input has already: handed over through `sum`, if it is of this dtype.
+    std::shared_ptr<Tensor> sum;
+    DType sum_dtype = DType::f32;
   };
 
   void run(const std::function<void(Param&)>& ready);
   void accumulate(int slot, Tensor gradient);
+  /// The gradient so far, which whoever takes it may write to; undefined where there is none or somebody else holds it.
+  Tensor take_sum(int slot, DType dtype);
 
   StoragePolicy& policy_;
   uint64_t id_, seed_, step_, part_;
@@ -110,6 +115,9 @@ class Op {
   bool wants(const Var& x) const { return recording() && x.requires_grad(); }
 
   Var record(const Tensor& y, std::function<Grads(const Tensor& dy)> backward) const;
+  /// The same, for a formula that can add to the gradient of `x`, the op's first input: behind a residual connection that of the other
+  /// branch is there already. `dx` is undefined or what it is to be added to, in place, and returned.
+  Var record(const Tensor& y, const Var& x, std::function<Grads(const Tensor& dy, const Tensor& dx)> backward) const;
   std::vector<Var> record(const std::vector<Tensor>& ys, Backward backward) const;
 
  private:

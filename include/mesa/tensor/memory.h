@@ -9,8 +9,9 @@
 
 namespace mesa {
 
-enum class MemoryKind : uint8_t { parameters, gradients, optimizer, activations, inputs, workspace };
-inline constexpr int kMemoryKinds = 6;
+/// `tables`: small things that outlive a pass, as counters and the lists of kernels' work.
+enum class MemoryKind : uint8_t { parameters, gradients, optimizer, activations, inputs, workspace, tables };
+inline constexpr int kMemoryKinds = 7;
 const char* to_string(MemoryKind kind);
 
 /// Bytes that live tensors asked for, by kind; `peak` is the largest total seen since reset_peak(), `peak_kind` its parts at that moment.
@@ -58,7 +59,7 @@ class Buffer {
 };
 
 /// Thread-safe. What is released is cached for reuse: blocks of size classes (at most 1/8 waste, or 2 MiB), and on a GPU segments from
-/// which blocks of any size are cut. There what outlives a pass (parameters, gradients, optimizer, inputs) has segments of its own: each
+/// which blocks of any size are cut. There what outlives a pass (parameters, gradients, optimizer, inputs, tables) has segments of its own: each
 /// pass so finds the others empty, and its blocks fall on the places where a plan put them.
 class Allocator {
  public:

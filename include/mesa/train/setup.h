@@ -33,7 +33,7 @@ LoaderOptions make_loader_options(const RunConfig& config, bool train, Device de
 StoragePolicy make_policy(const StorageConfig& storage);
 /// The rules of configs/storage/exact.yaml, built in: what plans and benchmarks compare with, whatever files lie around.
 StorageConfig reference_storage();
-/// A batch as the model takes it, on its device: images f32 [B, C, H, W], normalized and mixed; labels i64 [B]; what the mixing was.
+/// A batch as the model takes it, on its device: images [B, C, H, W], normalized and mixed; labels i64 [B]; what the mixing was.
 struct Prepared {
   Tensor images, labels, mixing;
 };
@@ -46,13 +46,14 @@ struct SentBatch {
 };
 /// Checks the labels against `classes` and starts the copy, which waits for `after` where that is given.
 SentBatch send(Batch batch, int64_t classes, Device device, const cuda::Mark& after = {});
-/// Normalizes, mirrors and mixes on the device, once the copy has arrived.
-Prepared prepare(const SentBatch& batch, const TransformOptions& transform);
+/// Normalizes, mirrors and mixes on the device, once the copy has arrived; images in f32 or bf16.
+Prepared prepare(const SentBatch& batch, const TransformOptions& transform, DType images);
 
 /// A model with its parameters: what training, evaluation and benchmarks share.
 struct BuiltModel {
   BuiltModel(const RunConfig& config, const NetConfig& model, Device device = kCpu);
   Device device;
+  DType images;  ///< what pictures are given as: on a GPU the type of products, which round them in any case
   ParamStore params;
   Net net;
 };
