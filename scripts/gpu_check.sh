@@ -140,7 +140,7 @@ short_run() {  # STAGE SECONDS CONFIG SETTING...: a run of mesa-train on random 
   return $code
 }
 
-run_smoke() { test_files smoke 120 '^kernels/' '~[slow]'; }
+run_smoke() { test_files smoke 80 '^kernels/' '~[slow]'; }
 
 run_numbers() {
   deit_round 1

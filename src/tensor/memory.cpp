@@ -32,6 +32,7 @@ class Allocator::Impl {
       : system(std::move(memory)),
         shared(make_cache(*system)),
         lasting(is_gpu(system->device) ? make_cache(*system) : shared),
+        tables(is_gpu(system->device) ? std::make_shared<SizeClasses>(*system) : shared),  // no segments
         cache(shared) {}
 
   void count(MemoryKind kind, int64_t bytes) {
@@ -47,15 +48,15 @@ class Allocator::Impl {
   const std::unique_ptr<SystemMemory> system;
   void release() {
     shared->release();
-    if (lasting != shared) lasting->release();
+    if (lasting != shared) lasting->release(), tables->release();
   }
 
   const std::shared_ptr<BlockCache>& cache_of(MemoryKind kind) const {
     switch (kind) {
       case MemoryKind::parameters:
       case MemoryKind::gradients:
-      case MemoryKind::optimizer:
-      case MemoryKind::tables: return lasting;
+      case MemoryKind::optimizer: return lasting;
+      case MemoryKind::tables: return tables;
       case MemoryKind::inputs: return cache == shared ? lasting : cache;
       case MemoryKind::activations:
       case MemoryKind::workspace: break;
@@ -63,7 +64,8 @@ class Allocator::Impl {
     return cache;
   }
 
-  std::shared_ptr<BlockCache> shared, lasting, cache;  // everybody's for passes and for what outlives them, and the one of passes now
+  // Everybody's for passes and for what outlives them, for tables, which may outlive a run and so pin a segment, and the one of passes now.
+  std::shared_ptr<BlockCache> shared, lasting, tables, cache;
 };
 
 namespace {

@@ -87,7 +87,7 @@ class Bench : public WorkList {
       kernels::layer_norm_grad(dy, xhat, rstd, gamma, dx, dgamma, dbeta, add_x, false, false);
     };
     add("layer_norm_grad", n * (2 * w + 4), 0, [=] { layer_norm_grad(false); });
-    add("layer_norm_grad, added to the residual's", n * (2 * w + 8), 0, [=] { layer_norm_grad(true); });
+    add("layer_norm_grad, to a residual's", n * (2 * w + 8), 0, [=] { layer_norm_grad(true); });
   }
 
   void pointwise() {

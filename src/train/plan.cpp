@@ -18,6 +18,9 @@ namespace {
 /// What kernels and matrix products take beside a plan, and where it lies between its blocks: 32 MiB for cuBLASLt, sums of blocks.
 constexpr int64_t kScratch = 128 << 20;
 
+/// What a GPU's libraries take of so many free bytes when they are first called: modules of kernels, cuBLASLt, cuDNN, NCCL.
+int64_t of_libraries(int64_t free) { return std::min<int64_t>(free / 32, 512 << 20); }
+
 struct MetaStep {
   std::vector<SiteRecord> sites;
   int64_t parameters = 0, trained = 0, activation_bytes = 0, checkpoint_bytes = 0;
@@ -70,7 +73,8 @@ MetaStep meta_step(const RunConfig& config, const NetConfig& model, StoragePolic
   const int64_t B = config.train.batch_size, eval_batch = config.train.eval_batch_size > 0 ? config.train.eval_batch_size : B;
   const auto batches = [&](int64_t count, int64_t batch) { return std::make_unique<Batches>(config, model.input(), count, batch); };
   const int64_t made = config.data.prefetch + 2;
-  auto training = batches(gpu ? (recording ? 2 : 1) : made, B), evaluation = gpu ? nullptr : batches(made, eval_batch);
+  auto training = batches(gpu ? 1 : made, B), evaluation = gpu ? nullptr : batches(made, eval_batch);
+  const auto of_records = gpu && recording ? batches(1, B) : nullptr;
   std::unique_ptr<Batches> ahead;
   const auto recorded = memory.new_cache();  // recorded passes share no memory with anything else
   const auto passing = [&] { return memory.use().reserved - memory.use().lasting; };
@@ -184,7 +188,7 @@ std::vector<Line> lines_of(const Plan& plan, bool all) {
 }  // namespace
 
 int64_t largest_batch(const RunConfig& config, const NetConfig& model, int64_t bytes) {
-  const int64_t room = bytes - std::min(bytes / 32, kScratch);
+  const int64_t room = bytes - std::min(bytes / 32, config.train.cuda_graph ? 2 * kScratch : kScratch);
   const auto fits = [&](int64_t batch) {
     RunConfig other = config;
     other.train.batch_size = batch;
@@ -218,10 +222,9 @@ int64_t available_memory(Device device) {
 }
 
 void reserve_memory(const Plan& plan, Device gpu) {
-  // Libraries take their own when they are first called: modules of kernels, cuBLASLt, cuDNN, NCCL.
-  const int64_t free = available_memory(gpu), room = free - std::min<int64_t>(free / 16, 512 << 20) - memory_of_records(plan);
-  const int64_t lasting = std::clamp<int64_t>(plan.lasting + kScratch / 16, 0, std::max<int64_t>(room, 0));
-  Allocator::of(gpu).reserve(lasting, std::clamp<int64_t>(plan.passing + kScratch, 0, std::max<int64_t>(room - lasting, 0)));
+  const int64_t free = available_memory(gpu), room = free - of_libraries(free) - memory_of_records(plan) - plan.lasting - plan.passing;
+  const int64_t scratch = std::clamp<int64_t>(room, 0, kScratch);
+  Allocator::of(gpu).reserve(plan.lasting + scratch / 16, plan.passing + scratch - scratch / 16);
 }
 
 int64_t memory_of_records(const Plan& plan) { return plan.recorded > 0 ? plan.recorded + kScratch : 0; }
@@ -238,7 +241,7 @@ std::string explain_out_of_memory(const RunConfig& config) try {
   std::stable_sort(lines.begin(), lines.end(), [](const Line& a, const Line& b) { return a.kept * a.count > b.kept * b.count; });
   for (size_t i = 0; i < lines.size() && i < 4 && lines[i].kept > 0; ++i)
     out += concat(i ? ", " : "\nkeeping most: ", lines[i].site, " ", format_bytes(lines[i].kept * lines[i].count), " as ", lines[i].codec);
-  const int64_t batch = largest_batch(config, model, bytes);
+  const int64_t batch = largest_batch(config, model, bytes - of_libraries(bytes));
   if (batch > 0 && batch < config.train.batch_size)
     out += concat("\ntrain.batch_size=", batch, " would fit");
   else if (batch == 0)

@@ -101,7 +101,7 @@ AFTER=$STUB/out/all.tgz check 0 out_elsewhere
 [[ -z $REAL_PYTHON || $(diff -q "$STUB"/out{,_elsewhere}/summary.json) == "" ]] || complain "the results of the first call are gone"
 
 # With little time what fits is run, and a second call goes on with the rest.
-check 3 out_late MESA_CHECK_SECONDS=24
+check 3 out_late MESA_CHECK_SECONDS=43
 said 'ok +smoke' && said 'ok +parity' && said 'LEFT OUT +mesa_deit_small_1'
 check 0 out_late
 said 'ok +mesa_deit_small_1'

@@ -176,3 +176,20 @@ TEST_CASE("plan: of one of several ranks it knows the shared optimizer's part an
   CHECK(part >= (shard == "none" ? whole : whole / ranks));
   CHECK(part <= (shard == "none" ? whole : whole / ranks + whole / 10));  // rounded up for the parts' sake
 }
+
+TEST_CASE("plan: recorded passes keep a batch of their own, evaluations included") {
+  const auto plan = [](const char* graph) {
+    const RunConfig config =
+        parse_config(concat("model: {name: vit, image_size: 32, patch_size: 8, width: 48, depth: 2, heads: 3, classes: 10}\n"
+                            "device: cuda\ntrain: {batch_size: 64, precision: bf16, cuda_graph: ",
+                            graph, "}\n"),
+                     "plan.yaml");
+    return plan_run(config, model_config(config, 10));
+  };
+  const Plan plain = plan("false"), recorded = plan("true");
+  CHECK(plain.recorded == 0);
+  CHECK(recorded.recorded > recorded.activation_bytes);
+  // A step without records holds two batches and the pictures of one; an evaluation with records the copy that they read in one's place.
+  CHECK(recorded.lasting >= plain.lasting);
+  CHECK(recorded.reserved == recorded.lasting + recorded.passing + recorded.recorded);
+}

@@ -21,8 +21,8 @@ struct Plan {
 /// storage rule matches a site. Throws UsageError.
 Plan plan_run(const RunConfig& config, const NetConfig& model);
 
-/// Takes the memory of a plan from a GPU, with room for the scratch of kernels, before anything else takes some; what there is of it, but
-/// for what the GPU's libraries take beside the allocator. What recorded passes need they take themselves.
+/// Takes the memory of a plan from a GPU before anything else takes some, or what there is of it; with room for the scratch of kernels, as
+/// far as the GPU's libraries need it less. What recorded passes need they take themselves.
 void reserve_memory(const Plan& plan, Device gpu);
 /// What a cache of recorded passes needs: the plan's part and scratch.
 int64_t memory_of_records(const Plan& plan);
