@@ -47,7 +47,7 @@ struct SentBatch {
 /// Checks the labels against `classes` and starts the copy, which waits for `after` where that is given.
 SentBatch send(Batch batch, int64_t classes, Device device, const cuda::Mark& after = {});
 /// Normalizes, mirrors and mixes on the device, once the copy has arrived; images in f32 or bf16.
-Prepared prepare(const SentBatch& batch, const TransformOptions& transform, DType images);
+Prepared prepare(const SentBatch& batch, const TransformOptions& transform, DType images = DType::f32);
 
 /// A model with its parameters: what training, evaluation and benchmarks share.
 struct BuiltModel {
