@@ -36,7 +36,7 @@ struct FixedBatch {
     std::vector<int64_t> classes(static_cast<size_t>(B));
     for (int64_t& label : classes) label = static_cast<int64_t>(random.below(static_cast<uint64_t>(model.classes)));
     const Tensor exact = Tensor::from<float>(shape, pixels, MemoryKind::inputs);
-    images = Tensor::empty(shape, is_gpu(device) ? compute_dtype(config, device) : DType::f32, device, MemoryKind::inputs);
+    images = Tensor::empty(shape, picture_dtype(config, device), device, MemoryKind::inputs);
     kernels::copy(to(exact, device), images);
     labels = to(Tensor::from<int64_t>({B}, classes, MemoryKind::inputs), device, MemoryKind::inputs);
   }

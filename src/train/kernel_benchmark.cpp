@@ -178,13 +178,13 @@ class Bench : public WorkList {
 
   void ends() {
     const Tensor pixels = Tensor::zeros({e_.B, e_.image, e_.image, e_.channels}, DType::u8, e_.device);
-    const Tensor images = room({e_.B, e_.channels, e_.image, e_.image}, DType::f32);
+    const Tensor images = room({e_.B, e_.channels, e_.image, e_.image}, e_.pictures());
     const int64_t side = e_.image / e_.patch, inner = e_.channels * e_.patch * e_.patch;
     const Tensor patches = room({e_.B, side * side, inner}, e_.type);
-    const double p = static_cast<double>(images.numel());
+    const double p = static_cast<double>(images.numel()), picture = width(e_.pictures());
     const std::vector<float> half(static_cast<size_t>(e_.channels), 0.5f);
-    add("normalize_images", p * 5, 0, [=] { kernels::normalize_images(pixels, half, half, Tensor(), Tensor(), images); });
-    add("extract_patches", p * (4 + width(e_.type)), 0, [=, patch = e_.patch] { kernels::extract_patches(images, patch, patches); });
+    add("normalize_images", p * (1 + picture), 0, [=] { kernels::normalize_images(pixels, half, half, Tensor(), Tensor(), images); });
+    add("extract_patches", p * (picture + width(e_.type)), 0, [=, patch = e_.patch] { kernels::extract_patches(images, patch, patches); });
     const Tensor w = values({e_.hidden * e_.C * 10}, DType::f32), g = values(w.shape(), DType::f32), m = room(w.shape(), DType::f32),
                  v = empty_like(m);
     const Tensor copy = e_.type == DType::bf16 ? room(w.shape(), DType::bf16) : Tensor();

@@ -138,15 +138,16 @@ class FurtherKernels : public WorkList {
 
   void tokens_of_images() {
     const Tensor pixels = Tensor::zeros({e_.B, e_.image, e_.image, e_.channels}, DType::u8, e_.device);
-    const Tensor images = room({e_.B, e_.channels, e_.image, e_.image}, DType::f32);
+    const Tensor images = room({e_.B, e_.channels, e_.image, e_.image}, e_.pictures());
     const int64_t side = e_.image / e_.patch;
     const Tensor patches = values({e_.B, side * side, e_.channels * e_.patch * e_.patch}, e_.type);
     const double p = static_cast<double>(images.numel()), n = e_.rows() * static_cast<double>(e_.C);
     const std::vector<float> half(static_cast<size_t>(e_.channels), 0.5f);
     if (e_.B % 2 == 0)
-      add("normalize_images, mixed", p * 6, 0,
+      add("normalize_images, mixed", p * (2 + width(e_.pictures())), 0,
           [=, mixing = mixing(e_.B)] { kernels::normalize_images(pixels, half, half, Tensor(), mixing, images); });
-    add("scatter_patches", p * (4 + width(e_.type)), 0, [=, patch = e_.patch] { kernels::scatter_patches(patches, patch, images); });
+    add("scatter_patches", p * (width(e_.pictures()) + width(e_.type)), 0,
+        [=, patch = e_.patch] { kernels::scatter_patches(patches, patch, images); });
     const Tensor x = tokens(DType::f32), y = room({e_.B, e_.N + 1, e_.C}, DType::f32), position = values({e_.N, e_.C}, DType::f32);
     const Tensor token = values({1, e_.C}, DType::f32), mean = values({e_.B, e_.C}, DType::f32), sum = empty_like(x);
     add("prepend_tokens", n * 8, 0, [=] { kernels::prepend_tokens(token, x, y); });

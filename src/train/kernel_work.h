@@ -23,6 +23,7 @@ struct Extents {
   int64_t B, N, C, H, hidden, classes, image, channels, patch;
   DType type;  // of matrix operands
   Device device;
+  DType pictures() const { return is_gpu(device) ? type : DType::f32; }  // as training gives them: picture_dtype
   double rows() const { return static_cast<double>(B * N); }
 };
 

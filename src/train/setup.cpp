@@ -18,6 +18,8 @@ DType compute_dtype(const RunConfig& config, Device device) {
   return DType::bf16;
 }
 
+DType picture_dtype(const RunConfig& config, Device device) { return is_gpu(device) ? compute_dtype(config, device) : DType::f32; }
+
 Device choose_device(const std::string& name) {
   if (name == "cpu") return kCpu;
   if (cuda::available()) return kCuda;
@@ -249,7 +251,7 @@ Prepared prepare(const SentBatch& batch, const TransformOptions& transform, DTyp
 
 BuiltModel::BuiltModel(const RunConfig& config, const NetConfig& model, Device device)
     : device(device),
-      images(is_gpu(device) ? compute_dtype(config, device) : DType::f32),
+      images(picture_dtype(config, device)),
       net(Builder(params, static_cast<uint64_t>(config.seed), compute_dtype(config, device), DType::f32, device, lora_options(config)),
           model) {
   choose_trained(config, params);

@@ -2,6 +2,7 @@
 #include "mesa/train/plan.h"
 
 #include <catch2/catch.hpp>
+#include <filesystem>
 
 #include "mesa/kernels/elementwise.h"
 #include "mesa/kernels/matmul.h"
@@ -9,8 +10,10 @@
 #include "mesa/train/objective.h"
 #include "mesa/train/optimizer_setup.h"
 #include "mesa/train/safetensors.h"
+#include "mesa/train/trainer.h"
 #include "support/data_files.h"
 #include "support/device.h"
+#include "support/tiny_config.h"
 
 using namespace mesa;
 using namespace mesa::testing;
@@ -193,3 +196,29 @@ TEST_CASE("plan: recorded passes keep a batch of their own, evaluations included
   CHECK(recorded.lasting >= plain.lasting);
   CHECK(recorded.reserved == recorded.lasting + recorded.passing + recorded.recorded);
 }
+
+#ifndef __SANITIZE_ADDRESS__  // which is to see every block, so that none shares a segment
+
+TEST_CASE("plan: the passes of a run cover no more of a GPU's memory than its plan says") {
+  if (test_device() != kCuda) return;
+  const TemporaryFolder folder;
+  Allocator& memory = Allocator::of(kCuda);
+  // Running ranges are measured apart by the first pass.
+  for (const char* storage :
+       {"storage=[{match: \"*\", codec: int8, groups: heads, range: running}]", "storage=exact", "storage=int8", "storage=int4"})
+    for (const char* other : {"train.eval_batch_size=8", "train.eval_batch_size=32", "train.accumulation=2", "data.mixup=0.8"}) {
+      CAPTURE(storage, other);
+      const std::vector<std::string> sets{storage, other, "train.epochs=2", "train.precision=bf16", "train.batch_size=16"};
+      RunConfig config = parse_config(kTinyTraining, "tiny.yaml", sets);
+      config.output = (folder.path() / "run").string();
+      memory.release_cached();
+      REQUIRE(memory.use().covered == 0);
+      const Plan plan = plan_run(config, model_config(config, known_classes(config)));
+      REQUIRE(train(config, {"", true}) == 0);
+      std::filesystem::remove_all(config.output);
+      CHECK(memory.use().covered <= plan.passing + 1024);  // sums of gradients that add up lie between the blocks
+      CHECK(memory.use().covered > plan.passing / 2);      // which is not much too much either
+    }
+}
+
+#endif

@@ -19,7 +19,6 @@
 #include "mesa/tensor/memory.h"
 #include "mesa/train/checkpoint.h"
 #include "mesa/train/files.h"
-#include "mesa/train/plan.h"
 #include "mesa/train/safetensors.h"
 #include "support/data_files.h"
 #include "support/device.h"
@@ -395,27 +394,3 @@ TEST_CASE("trainer: a damaged picture ends the run with its name and a state to 
   CHECK(t.run(skipping, "auto") == 0);
   CHECK_THAT(t.text("run/log.txt"), Contains("bad sample"));
 }
-
-#ifndef __SANITIZE_ADDRESS__  // which is to see every block, so that none shares a segment
-
-TEST_CASE("trainer: the passes of a run cover no more of a GPU's memory than its plan says") {
-  if (test_device() != kCuda) return;
-  const Trainer t;
-  Allocator& memory = Allocator::of(kCuda);
-  // kTiny's own ranges are running ones, which the first pass measures apart.
-  for (const char* storage : {"seed=1", "storage=exact", "storage=int8", "storage=int4"})
-    for (const char* other : {"train.eval_batch_size=8", "train.eval_batch_size=32", "train.accumulation=2", "data.mixup=0.8"}) {
-      CAPTURE(storage, other);
-      const std::vector<std::string> sets{storage, other, "train.epochs=2", "train.precision=bf16", "train.batch_size=16"};
-      const RunConfig config = parse_config(kTiny, "tiny.yaml", sets);
-      memory.release_cached();
-      REQUIRE(memory.use().covered == 0);
-      const Plan plan = plan_run(config, model_config(config, known_classes(config)));
-      REQUIRE(t.run(sets) == 0);
-      fs::remove_all(t.path("run"));
-      CHECK(memory.use().covered <= plan.passing + 1024);  // sums of gradients that add up lie between the blocks
-      CHECK(memory.use().covered > plan.passing / 2);  // which is not much too much either
-    }
-}
-
-#endif

@@ -59,7 +59,7 @@ class Buffer {
 };
 
 /// Thread-safe. What is released is cached for reuse: blocks of size classes (at most 1/8 waste, or 2 MiB), and on a GPU segments from
-/// which blocks of any size are cut. There what outlives a pass (parameters, gradients, optimizer, inputs, tables) has segments of its own: each
+/// which blocks of any size are cut. There what outlives a pass (parameters, gradients, optimizer, inputs) has segments of its own: each
 /// pass so finds the others empty, and its blocks fall on the places where a plan put them.
 class Allocator {
  public:

@@ -15,6 +15,8 @@ namespace mesa {
 NetConfig model_config(const RunConfig& config, int64_t classes);
 /// bf16 or f32 for matrix products. Throws UsageError with the reason where `device` has no bf16 products (unless train.force_precision).
 DType compute_dtype(const RunConfig& config, Device device);
+/// What pictures are given as: on a GPU the type of products, which round them in any case, else f32.
+DType picture_dtype(const RunConfig& config, Device device);
 /// The device; `auto` takes a GPU where one can be used. Throws Error with the reason if `cuda` is asked for and not to be had.
 Device choose_device(const std::string& name);
 /// What a reader of the log should know of that choice: "cpu (no NVIDIA GPU was found)", "cuda: NVIDIA H200, ...".
@@ -53,7 +55,7 @@ Prepared prepare(const SentBatch& batch, const TransformOptions& transform, DTyp
 struct BuiltModel {
   BuiltModel(const RunConfig& config, const NetConfig& model, Device device = kCpu);
   Device device;
-  DType images;  ///< what pictures are given as: on a GPU the type of products, which round them in any case
+  DType images;  ///< picture_dtype
   ParamStore params;
   Net net;
 };
