@@ -94,26 +94,30 @@ void gelu(const Tensor& x, const Tensor& y) {
   map(x, y, "gelu", [](auto v) { return scalar::gelu(v); });
 }
 
-void gelu_grad(const Tensor& dy, const Tensor& x, const Tensor& dx) {
-  map_grad(dy, x, dx, "gelu_grad", [](auto g, auto v) { return g * scalar::gelu_slope(v); });
-}
-
-void gelu_and_slope(const Tensor& x, const Tensor& y, const Tensor& slope) {
-  check_alike(x, y, "gelu_and_slope");
-  check_alike(x, slope, "gelu_and_slope");
-  dispatch(x.dtype(), y.dtype(), [&](auto tx, auto ty) {
-    const auto* px = x.data<decltype(tx)>();
-    auto* py = y.data<decltype(ty)>();
-    auto* ps = slope.data<decltype(ty)>();
+void gelu_grad(const Tensor& dy, const Tensor& x, const Tensor& dx, const Tensor& y) {
+  if (!y.defined()) return map_grad(dy, x, dx, "gelu_grad", [](auto g, auto v) { return g * scalar::gelu_slope(v); });
+  for (const Tensor& t : {x, dx, y}) check_alike(dy, t, "gelu_grad");
+  if (dy.dtype() != x.dtype() || dx.dtype() != x.dtype() || y.dtype() != x.dtype()) {  // only has to be right
+    gelu_grad(dy, x, dx, Tensor());
+    return gelu(x, y);
+  }
+  const auto run = [&](auto type) {
+    using T = decltype(type);
+    const T *pdy = dy.data<T>(), *px = x.data<T>();
+    T *pdx = dx.data<T>(), *py = y.data<T>();
     parallel_elements(y.numel(), [=](int64_t begin, int64_t end) {
 #pragma omp simd
       for (int64_t i = begin; i < end; ++i) {
         const auto v = load(px + i);
+        store(pdx + i, load(pdy + i) * scalar::gelu_slope(v));
         store(py + i, scalar::gelu(v));
-        store(ps + i, scalar::gelu_slope(v));
       }
     });
-  });
+  };
+  if (x.dtype() == DType::f64)
+    run(double{});
+  else
+    dispatch_narrow(x.dtype(), run);
 }
 
 }  // namespace mesa::kernels::MESA_ISA

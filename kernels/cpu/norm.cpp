@@ -121,6 +121,13 @@ void grad_rows(const G* dy, const H* xhat, const A* rstd, const A* gamma, X* dx,
   }
 }
 
+/// y <- gamma xhat + beta.
+template <class A, class H, class Y>
+void affine_row(const H* xhat, const A* gamma, const A* beta, Y* y, int64_t width) {
+#pragma omp simd
+  for (int64_t c = 0; c < width; ++c) store(y + c, affine_of(load(xhat + c), gamma[c], beta[c]));
+}
+
 template <class G, class H, class X>
 struct NormGrad {
   using A = Acc<X>;
@@ -131,6 +138,9 @@ struct NormGrad {
   int64_t width;
   A* sums;  // [chunks, 2, width]: dgamma and dbeta of each chunk; null if neither is wanted
   bool add;
+  const A* beta;
+  H* y;           // gamma xhat + beta; null if not wanted
+  bf16* dx_copy;  // or null
 
   template <int R>
   void rows(int64_t row, A* dgamma) const {
@@ -144,6 +154,10 @@ struct NormGrad {
     int64_t row = begin;
     for (; row + 4 <= end; row += 4) rows<4>(row, dgamma);
     for (; row < end; ++row) rows<1>(row, dgamma);
+    for (row = begin; y && row < end; ++row) affine_row(xhat + row * width, gamma, beta, y + row * width, width);
+    if (!dx_copy) return;
+#pragma omp simd
+    for (int64_t i = begin * width; i < end * width; ++i) store(dx_copy + i, load(dx + i));
   }
 };
 
@@ -184,43 +198,45 @@ void affine(const Tensor& xhat, const Tensor& gamma, const Tensor& beta, const T
     const Rows<Y> out = rows_of<Y>(y);
     const A *pg = gamma.data<A>(), *pb = beta.data<A>();
     parallel_rows(xhat.rows(), width, [=](int64_t begin, int64_t end) {
-      for (int64_t row = begin; row < end; ++row) {
-        const H* ph = in[row];
-        Y* py = out[row];
-#pragma omp simd
-        for (int64_t c = 0; c < width; ++c) store(py + c, affine_of(load(ph + c), pg[c], pb[c]));
-      }
+      for (int64_t row = begin; row < end; ++row) affine_row(in[row], pg, pb, out[row], width);
     });
   });
 }
 
-void layer_norm_grad(const Tensor& dy, const Tensor& xhat, const Tensor& rstd, const Tensor& gamma, const Tensor& dx, const Tensor& dgamma,
-                     const Tensor& dbeta, bool accumulate_x, bool accumulate_gamma, bool accumulate_beta) {
+void layer_norm_grad(const Tensor& dy, const Tensor& xhat, const Tensor& rstd, const Tensor& gamma, const Tensor& beta,
+                     const LayerNormGrads& to) {
   const int64_t width = width_of(dy), rows = dy.rows(), chunks = (rows + kGradRows - 1) / kGradRows;
+  check_layer_norm_grad(dy, rstd, gamma, beta, to, xhat.dtype());
   check_alike(dy, xhat, "layer_norm_grad: xhat");
-  check_alike(dy, dx, "layer_norm_grad: dx");
-  check_parameter(gamma, width, "gamma");
-  check(rstd.is_contiguous() && rstd.numel() == rows, "layer_norm_grad: rstd has ", rstd.numel(), " elements for ", rows, " rows");
-  dispatch(dy.dtype(), xhat.dtype(), dx.dtype(), [&](auto tg, auto th, auto tx) {
+  dispatch(dy.dtype(), xhat.dtype(), to.dx.dtype(), [&](auto tg, auto th, auto tx) {
     using G = decltype(tg);
     using H = decltype(th);
     using X = decltype(tx);
     using A = Acc<X>;
-    const Tensor partial = dgamma.defined() || dbeta.defined() ? Tensor::empty({chunks, 2, width}, dtype_of<A>) : Tensor();
+    const Tensor partial = to.dgamma.defined() || to.dbeta.defined() ? Tensor::empty({chunks, 2, width}, dtype_of<A>) : Tensor();
     A* sums = partial.defined() ? partial.data<A>() : nullptr;
-    const NormGrad<G, H, X> grad{dy.data<G>(), xhat.data<H>(), rstd.data<A>(), gamma.data<A>(), dx.data<X>(), width, sums, accumulate_x};
+    const NormGrad<G, H, X> grad{dy.data<G>(),
+                                 xhat.data<H>(),
+                                 rstd.data<A>(),
+                                 gamma.data<A>(),
+                                 to.dx.data<X>(),
+                                 width,
+                                 sums,
+                                 to.add_x,
+                                 to.y.defined() ? beta.data<A>() : nullptr,
+                                 to.y.defined() ? to.y.data<H>() : nullptr,
+                                 to.dx_copy.defined() ? to.dx_copy.data<bf16>() : nullptr};
     parallel_rows(chunks, kGradRows * width, [&](int64_t first, int64_t last) {
       std::vector<A> spare(sums ? 0 : 2 * width);
       for (int64_t c = first; c < last; ++c) grad.chunk(c, c * kGradRows, std::min(rows, (c + 1) * kGradRows), spare.data());
     });
-    const auto finish = [&](const Tensor& out, int64_t which, bool accumulate, const char* name) {
+    const auto finish = [&](const Tensor& out, int64_t which, bool accumulate) {
       if (!out.defined()) return;
-      check_parameter(out, width, name);
       dispatch_wide(out.dtype(),
-                    [&](auto to) { add_partials(sums + which * width, chunks, 2 * width, width, out.data<decltype(to)>(), accumulate); });
+                    [&](auto t) { add_partials(sums + which * width, chunks, 2 * width, width, out.data<decltype(t)>(), accumulate); });
     };
-    finish(dgamma, 0, accumulate_gamma, "dgamma");
-    finish(dbeta, 1, accumulate_beta, "dbeta");
+    finish(to.dgamma, 0, to.add_gamma);
+    finish(to.dbeta, 1, to.add_beta);
   });
 }
 

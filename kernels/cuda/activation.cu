@@ -25,25 +25,19 @@ struct GeluGrad {
     return dy * scalar::gelu_slope(x);
   }
 };
-struct GeluSlope {
-  template <class A>
-  __device__ A operator()(A x) const {
-    return scalar::gelu_slope(x);
-  }
-};
 
-/// Both results of one x: the compiler sees that they share the exponential.
-template <int N, class X, class Y>
-__global__ void gelu_and_slope_kernel(int64_t n, const X* x, Y* y, Y* slope) {
+/// Both results of one x: the compiler sees that they share the exponential. dx may be dy.
+template <int N, class T>
+__global__ void gelu_grad_and_value(int64_t n, const T* dy, const T* x, T* dx, T* y) {
   for (int64_t i = global_index() * N; i + N <= n; i += global_stride() * N) {
-    const auto v = elements_at<N>(x + i);
+    const auto v = elements_at<N>(x + i), g = elements_at<N>(dy + i);
+    store_pack(dx + i, apply<N>(GeluGrad{}, g, v).v);
     store_pack(y + i, apply<N>(Gelu{}, v).v);
-    store_pack(slope + i, apply<N>(GeluSlope{}, v).v);
   }
   if (const int64_t last = n / N * N + global_index(); N > 1 && last < n) {
     const auto v = load(x + last);
+    store(dx + last, GeluGrad{}(load(dy + last), v));
     store(y + last, scalar::gelu(v));
-    store(slope + last, scalar::gelu_slope(v));
   }
 }
 
@@ -127,23 +121,28 @@ void apply_mask(const Tensor& x, const Tensor& mask, const Tensor& y) {
 
 void gelu(const Tensor& x, const Tensor& y) { map("gelu", Gelu{}, x, y); }
 
-void gelu_grad(const Tensor& dy, const Tensor& x, const Tensor& dx) { map("gelu_grad", GeluGrad{}, dy, x, dx); }
-
-void gelu_and_slope(const Tensor& x, const Tensor& y, const Tensor& slope) {
-  check_alike(x, y, "gelu_and_slope");
-  check_alike(x, slope, "gelu_and_slope");
+void gelu_grad(const Tensor& dy, const Tensor& x, const Tensor& dx, const Tensor& y) {
+  if (!y.defined()) return map("gelu_grad", GeluGrad{}, dy, x, dx);
+  for (const Tensor& t : {x, dx, y}) check_alike(dy, t, "gelu_grad");
+  if (dy.dtype() != x.dtype() || dx.dtype() != x.dtype() || y.dtype() != x.dtype()) {  // only has to be right
+    gelu_grad(dy, x, dx, Tensor());
+    return gelu(x, y);
+  }
   const int64_t n = x.numel();
   if (n == 0) return;
-  dispatch(x.dtype(), y.dtype(), [&](auto tx, auto ty) {
-    using X = decltype(tx);
-    using Y = decltype(ty);
-    constexpr int N = kLaneElements<X, Y>;
-    const X* px = x.data<X>();
-    Y *py = y.data<Y>(), *ps = slope.data<Y>();
-    const bool packed = aligned(px, N * sizeof(X)) && aligned(py, N * sizeof(Y)) && aligned(ps, N * sizeof(Y));
-    launch("gelu_and_slope", packed ? &gelu_and_slope_kernel<N, X, Y> : &gelu_and_slope_kernel<1, X, Y>,
-           grid_for(n, (packed ? N : 1) * kMapThreads, kMapBlocks), kMapThreads, 0, n, px, py, ps);
-  });
+  const auto run = [&](auto type) {
+    using T = decltype(type);
+    constexpr int N = kLaneElements<T>;
+    bool packed = true;
+    for (const Tensor& t : {dy, x, dx, y}) packed = packed && aligned(t.raw(), N * sizeof(T));
+    launch("gelu_grad", packed ? &gelu_grad_and_value<N, T> : &gelu_grad_and_value<1, T>,
+           grid_for(n, (packed ? N : 1) * kMapThreads, kMapBlocks), kMapThreads, 0, n, dy.data<T>(), x.data<T>(), dx.data<T>(),
+           y.data<T>());
+  };
+  if (x.dtype() == DType::f64)
+    run(double{});
+  else
+    dispatch_narrow(x.dtype(), run);
 }
 
 }  // namespace mesa::kernels::cuda

@@ -40,58 +40,54 @@ __device__ inline void load_scales(const float* from, float (&to)[G]) {
   }
 }
 
-template <class Y>
-__device__ inline void load_unit(const Y* from, uint32_t u, float (&v)[kUnit], int valid) {
-  from += int64_t{u} * kUnit;
-  if (valid < kUnit) {
-#pragma unroll
-    for (int i = 0; i < kUnit; ++i) v[i] = i < valid ? load(from + i) : 0.0f;
-    return;
-  }
-  const Unit<Y> x = Units<Y>::load(from);
-#pragma unroll
-  for (int i = 0; i < kUnit; ++i) v[i] = x[i];
-}
+// What becomes of the unit u of x, of which `valid` elements exist. `read` fetches what that takes besides: for all units of a thread
+// before the first is used, since no load can go ahead of a store that might change what it finds.
 
-// What becomes of the unit u of x, of which `valid` elements exist.
-
+struct ReadsNothing {
+  __device__ int read(uint32_t) const { return 0; }
+};
 template <class Y>
-struct Keep {
+struct Keep : ReadsNothing {
   Y* y;
-  __device__ void operator()(uint32_t u, const float (&x)[kUnit], int valid) const { store_unit(y, u, x, valid); }
+  explicit Keep(Y* y) : y(y) {}
+  __device__ void operator()(uint32_t u, const float (&x)[kUnit], int, int valid) const { store_unit(y, u, x, valid); }
 };
 template <class Y>
-struct GeluAndSlope {
-  Y *y, *slope;
-  __device__ void operator()(uint32_t u, const float (&x)[kUnit], int valid) const {
-    float value[kUnit], derivative[kUnit];
+struct Gelu : ReadsNothing {
+  Y* y;
+  explicit Gelu(Y* y) : y(y) {}
+  __device__ void operator()(uint32_t u, const float (&x)[kUnit], int, int valid) const {
+    float v[kUnit];
 #pragma unroll
-    for (int i = 0; i < kUnit; ++i) value[i] = scalar::gelu(x[i]), derivative[i] = scalar::gelu_slope(x[i]);
-    store_unit(y, u, value, valid);
-    store_unit(slope, u, derivative, valid);
+    for (int i = 0; i < kUnit; ++i) v[i] = scalar::gelu(x[i]);
+    store_unit(y, u, v, valid);
   }
 };
+/// dx may be dy.
 template <class Y>
 struct GeluGrad {
-  const Y* dy;
+  Units<Y> dy;
   Y* dx;
-  __device__ void operator()(uint32_t u, const float (&x)[kUnit], int valid) const {
+  Gelu<Y> value;  // y null: not wanted
+  __device__ Unit<Y> read(uint32_t u) const { return dy.load(u); }
+  __device__ void operator()(uint32_t u, const float (&x)[kUnit], const Unit<Y>& g, int valid) const {
     float v[kUnit];
-    load_unit(dy, u, v, valid);
 #pragma unroll
-    for (int i = 0; i < kUnit; ++i) v[i] = v[i] * scalar::gelu_slope(x[i]);
+    for (int i = 0; i < kUnit; ++i) v[i] = g[i] * scalar::gelu_slope(x[i]);
     store_unit(dx, u, v, valid);
+    if (value.y) value(u, x, 0, valid);
   }
 };
 template <class Y>
-struct Affine {
+struct Affine : ReadsNothing {
   const float *gamma, *beta;
   Y* y;
   Divider row;  ///< units in a row of parameters
-  __device__ void operator()(uint32_t u, const float (&x)[kUnit], int valid) const {
-    float v[kUnit], g[kUnit], b[kUnit];
-    load_unit(gamma, row.remainder(u), g, kUnit);
-    load_unit(beta, row.remainder(u), b, kUnit);
+  Affine(const float* gamma, const float* beta, Y* y, Divider row) : gamma(gamma), beta(beta), y(y), row(row) {}
+  __device__ void operator()(uint32_t u, const float (&x)[kUnit], int, int valid) const {
+    const Unit<float> g = Units<float>::load(gamma + int64_t{row.remainder(u)} * kUnit),
+                      b = Units<float>::load(beta + int64_t{row.remainder(u)} * kUnit);
+    float v[kUnit];
 #pragma unroll
     for (int i = 0; i < kUnit; ++i) v[i] = std::fma(g[i], x[i], b[i]);
     store_unit(y, u, v, valid);
@@ -103,9 +99,13 @@ __global__ void decode_units_kernel(const uint8_t* __restrict__ codes, Extent ex
                                     const float* __restrict__ offset, Then then) {
   const uint32_t first = blockIdx.x * blockDim.x * kAtOnce + threadIdx.x;
   uint64_t words[kAtOnce];
+  decltype(then.read(0)) others[kAtOnce];
 #pragma unroll
   for (int k = 0; k < kAtOnce; ++k)
-    if (const uint32_t u = first + k * blockDim.x; u < extent.count) words[k] = load_codes<bits>(codes, extent, u);
+    if (const uint32_t u = first + k * blockDim.x; u < extent.count) {
+      words[k] = load_codes<bits>(codes, extent, u);
+      others[k] = then.read(u);
+    }
   uint32_t group = ~0u;
   float steps[G]{}, offsets[G]{};
 #pragma unroll
@@ -123,7 +123,7 @@ __global__ void decode_units_kernel(const uint8_t* __restrict__ codes, Extent ex
       const uint8_t q = static_cast<uint8_t>(words[k] >> i * bits & ((1u << bits) - 1));
       v[i] = rounded_to<T>(dequantize_value(q, steps[i % G], offsets[i % G]));
     }
-    then(u, v, u < extent.whole ? kUnit : extent.rest);
+    then(u, v, others[k], u < extent.whole ? kUnit : extent.rest);
   }
 }
 
@@ -166,7 +166,7 @@ void dequantize(const Tensor& codes, GroupLayout layout, int bits, const Tensor&
   check(y.is_contiguous(), "decoding writes contiguous tensors");
   const int64_t n = y.numel();
   if (n == 0) return;
-  const auto keep = [&](auto tag) { return Keep<decltype(tag)>{y.data<decltype(tag)>()}; };
+  const auto keep = [&](auto tag) { return Keep<decltype(tag)>(y.data<decltype(tag)>()); };
   if (aligned(y.raw(), 16) && decode_units("dequantize", {codes, step, offset, layout, bits}, y.dtype(), n, keep)) return;
   const uint8_t* const bytes = code_bytes(codes, n, bits);
   const float *const steps = per_group(step, layout), *const offsets = per_group(offset, layout);
@@ -180,30 +180,26 @@ void dequantize(const Tensor& codes, GroupLayout layout, int bits, const Tensor&
     dispatch_narrow(y.dtype(), run);
 }
 
-void gelu_and_slope_coded(const Coded& x, const Tensor& y, const Tensor& slope) {
-  check_alike(y, slope, "gelu_and_slope");
-  const int64_t n = y.numel();
-  if (n == 0) return;
-  const auto both = [&](auto tag) {
-    using T = decltype(tag);
-    return GeluAndSlope<T>{y.data<T>(), slope.data<T>()};
-  };
-  if (aligned(y.raw(), 16) && aligned(slope.raw(), 16) && decode_units("gelu_and_slope_coded", x, y.dtype(), n, both)) return;
-  gelu_and_slope(decoded(x, y), y, slope);
+void gelu_coded(const Coded& x, const Tensor& y) {
+  check(y.is_contiguous(), "gelu writes contiguous tensors");
+  if (y.numel() == 0) return;
+  const auto value = [&](auto tag) { return Gelu<decltype(tag)>(y.data<decltype(tag)>()); };
+  if (aligned(y.raw(), 16) && decode_units("gelu_coded", x, y.dtype(), y.numel(), value)) return;
+  gelu(decoded(x, y), y);
 }
 
-void gelu_grad_coded(const Tensor& dy, const Coded& x, const Tensor& dx) {
+void gelu_grad_coded(const Tensor& dy, const Coded& x, const Tensor& dx, const Tensor& y) {
   check_alike(dy, dx, "gelu_grad");
+  if (y.defined()) check_alike(dy, y, "gelu_grad");
   const int64_t n = dx.numel();
   if (n == 0) return;
   const auto gradient = [&](auto tag) {
     using T = decltype(tag);
-    return GeluGrad<T>{dy.data<T>(), dx.data<T>()};
+    return GeluGrad<T>{units_of<T>(dy), dx.data<T>(), Gelu<T>(y.defined() ? y.data<T>() : nullptr)};
   };
-  if (dy.dtype() == dx.dtype() && aligned(dy.raw(), 16) && aligned(dx.raw(), 16) &&
-      decode_units("gelu_grad_coded", x, dx.dtype(), n, gradient))
-    return;
-  gelu_grad(dy, decoded(x, dx), dx);
+  const bool alike = dy.dtype() == dx.dtype() && (!y.defined() || (y.dtype() == dx.dtype() && aligned(y.raw(), 16)));
+  if (alike && aligned(dy.raw(), 16) && aligned(dx.raw(), 16) && decode_units("gelu_grad_coded", x, dx.dtype(), n, gradient)) return;
+  gelu_grad(dy, decoded(x, dx), dx, y);
 }
 
 void affine_coded(const Coded& xhat, const Tensor& gamma, const Tensor& beta, const Tensor& y) {
@@ -213,7 +209,7 @@ void affine_coded(const Coded& xhat, const Tensor& gamma, const Tensor& beta, co
   if (n == 0) return;
   const auto affine_of = [&](auto tag) {
     using T = decltype(tag);
-    return Affine<T>{gamma.data<float>(), beta.data<float>(), y.data<T>(), Divider(width / kUnit)};
+    return Affine<T>(gamma.data<float>(), beta.data<float>(), y.data<T>(), Divider(width / kUnit));
   };
   const bool whole =
       width % kUnit == 0 && gamma.dtype() == DType::f32 && aligned(y.raw(), 16) && aligned(gamma.raw(), 16) && aligned(beta.raw(), 16);

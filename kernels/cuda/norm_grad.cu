@@ -5,27 +5,30 @@
 
 #include "codec.cuh"
 #include "mesa/kernels/norm.h"
-#include "rows.h"
+#include "norm_row.h"
 
 namespace mesa::kernels::cuda {
 
 namespace {
 
-/// Registers that hold a thread's part of dy, xhat, dgamma, dbeta and, where no branch stands before its loads, gamma.
+/// Registers that hold a thread's part of dy, xhat, what dx is added to, dgamma, dbeta and, where no branch stands before their loads,
+/// gamma and beta.
 template <class Team>
-constexpr int kRegisters = Team::kKeeps ? Team::kPieces* Team::kVector*(Team::kFull ? 5 : 4) : 0;
-/// Warps of a block, and blocks that a multiprocessor is to hold at once, as the registers allow. There are as many chunks as 132
-/// multiprocessors hold blocks, so that the largest GPUs of today work on all of them at once.
+constexpr int kRegisters = Team::kKeeps ? Team::kPieces* Team::kVector*(Team::kFull ? 7 : 6) : 0;
+/// Warps of a block, and blocks that a multiprocessor is to hold at once, as the registers allow: loads that are under way together count
+/// for more than warps. There are as many chunks as 132 multiprocessors hold blocks, so that the largest GPUs of today work on all of them
+/// at once.
 template <class Team>
-constexpr int kWarps = kRegisters<Team> <= 60 ? 8 : 4;
+constexpr int kWarps = kRegisters<Team> <= 84 ? 8 : 4;
 template <class Team>
-constexpr int kResident = kRegisters<Team> <= 32    ? 4
-                          : kRegisters<Team> <= 120 ? 3
-                                                    : 2;
+constexpr int kResident = kRegisters<Team> <= 28   ? 4
+                          : kRegisters<Team> <= 56 ? 3
+                                                   : 2;
 
 /// xhat as values,
 template <class T>
 struct ValueRows {
+  using Type = T;
   const T* base;
   template <class Team>
   __device__ Values<Team, T> of(int64_t row, int64_t width) const {
@@ -37,6 +40,7 @@ template <class Team, class T>
 class DecodedValues;
 template <class T>
 struct CodedRows {
+  using Type = T;
   const uint8_t* codes;
   const float *step, *offset;
   int bits;
@@ -86,15 +90,39 @@ template <class G, class H, class X>
 struct NormGrad {
   using A = Acc<X>;
   using TypeG = G;
+  using TypeX = X;
   const G* dy;
   H xhat;  // ValueRows or CodedRows
-  const A *rstd, *gamma;
+  const A *rstd, *gamma, *beta;
   X* dx;
+  bf16* dx_copy;        // or null
+  typename H::Type* y;  // gamma xhat + beta; null if not wanted
   int64_t rows, width, chunks;
   bool add;  // dx to what is there
   A* sums;   // [chunks, 2, width]: dgamma and dbeta of each chunk; null if neither is wanted
 
   __device__ int64_t chunk_begin(int64_t chunk) const { return rows * chunk / chunks; }
+};
+
+/// What dx holds before, read with all else of the row; zeros where nothing is to be added to.
+template <class Team, class X>
+class Before {
+ public:
+  static constexpr int V = Team::kVector;
+  __device__ Before(const X* row, int64_t width) : row_(row) {
+    if constexpr (Team::kKeeps)
+      if (row_) Team::each(width, [&](int p, auto c) { load_pack(row_ + c, kept_[p]); });
+  }
+  template <class Column>
+  __device__ const Acc<X> (&at(int p, Column c))[V] {
+    if constexpr (!Team::kKeeps)
+      if (row_) load_pack(row_ + c, kept_[p]);
+    return kept_[p];
+  }
+
+ private:
+  const X* row_;
+  Acc<X> kept_[Team::kPieces][V] = {};
 };
 
 /// A thread's sums over the rows of its team: in registers if the team keeps rows, else where they are to go.
@@ -148,6 +176,7 @@ __global__ void __launch_bounds__(kWarps<Team>* kWarp, kResident<Team>) grad_chu
   for (int64_t row = n.chunk_begin(blockIdx.x) + (Team::kKeeps ? threadIdx.x / kWarp : 0); row < end; row += step) {
     Values<Team, typename Grad::TypeG> dy(n.dy + row * width, width);
     auto xhat = n.xhat.template of<Team>(row, width);
+    Before<Team, typename Grad::TypeX> before(n.add ? n.dx + row * width : nullptr, width);
     const A rstd = n.rstd[row];
     A sum_g = 0, sum_gh = 0;
     team.each(width, [&](int p, auto c) {
@@ -163,23 +192,25 @@ __global__ void __launch_bounds__(kWarps<Team>* kWarp, kResident<Team>) grad_chu
     });
     const A mean_g = team.sum(sum_g) * share, mean_gh = team.sum(sum_gh) * share;
     team.each(width, [&](int p, auto c) {
-      const A(&d)[V] = dy.at(p, c), (&h)[V] = xhat.at(p, c);
+      const A(&d)[V] = dy.at(p, c), (&h)[V] = xhat.at(p, c), (&sum)[V] = before.at(p, c);
       A gamma[V], dh[V], dx[V];
       load_parameters(n.gamma + c, gamma);
 #pragma unroll
       for (int i = 0; i < V; ++i) {
         dh[i] = d[i] * h[i];
-        dx[i] = rstd * (gamma[i] * d[i] - mean_g - h[i] * mean_gh);
-      }
-      if (n.add) {
-        A before[V];
-        load_pack(n.dx + row * width + c, before);
-#pragma unroll
-        for (int i = 0; i < V; ++i) dx[i] += before[i];
+        dx[i] = sum[i] + rstd * (gamma[i] * d[i] - mean_g - h[i] * mean_gh);
       }
       dgamma.add(p, c, dh);
       dbeta.add(p, c, d);
       store_pack(n.dx + row * width + c, dx);
+      if (n.dx_copy) store_pack(n.dx_copy + row * width + c, dx);
+      if (n.y) {
+        A beta[V], y[V];
+        load_parameters(n.beta + c, beta);
+#pragma unroll
+        for (int i = 0; i < V; ++i) y[i] = affine_of(h[i], gamma[i], beta[i]);
+        store_pack(n.y + row * width + c, y);
+      }
     });
   }
   if (sums) {
@@ -228,7 +259,8 @@ Tensor run_chunks(Grad grad, bool want_sums, Device device) {
 /// True if dy, dx and gamma can be read and written in pieces of V.
 template <int V, class G, class H, class X>
 bool has_vectors(const NormGrad<G, H, X>& grad) {
-  return in_vectors<V>(grad.dy, grad.width, grad.width) && in_vectors<V>(grad.dx, grad.width, grad.width) && aligned(grad.gamma, 16);
+  return in_vectors<V>(grad.dy, grad.width, grad.width) && in_vectors<V>(grad.dx, grad.width, grad.width) && aligned(grad.gamma, 16) &&
+         aligned(grad.beta, 16) && in_vectors<V>(grad.dx_copy, grad.width, grad.width) && in_vectors<V>(grad.y, grad.width, grad.width);
 }
 
 template <class G, class H, class X>
@@ -264,15 +296,8 @@ std::optional<Tensor> run_grad(NormGrad<G, CodedRows<G>, X> grad, const GroupLay
   return sums;
 }
 
-/// The gradients of gamma and beta; those that are not wanted are undefined.
-struct ParameterGrads {
-  const Tensor &dgamma, &dbeta;
-  bool accumulate_gamma, accumulate_beta;
-  bool wanted() const { return dgamma.defined() || dbeta.defined(); }
-};
-
 template <class A>
-void finish(const Tensor& sums, const ParameterGrads& to) {
+void finish(const Tensor& sums, const LayerNormGrads& to) {
   const auto type = [](const Tensor& out) { return out.defined() ? out.dtype() : dtype_of<A>; };
   dispatch_wide(type(to.dgamma), [&](auto tg) {
     dispatch_wide(type(to.dbeta), [&](auto tb) {
@@ -280,62 +305,64 @@ void finish(const Tensor& sums, const ParameterGrads& to) {
       using ToBeta = decltype(tb);
       launch("layer_norm_grad", &finish_grad<A, ToGamma, ToBeta>, dim3(static_cast<unsigned>(ceil_div(sums.dim(2), kWarp)), 2),
              dim3(kWarp, kWarp), 0, sums.data<A>(), sums.dim(0), sums.dim(2), to.dgamma.defined() ? to.dgamma.data<ToGamma>() : nullptr,
-             to.accumulate_gamma, to.dbeta.defined() ? to.dbeta.data<ToBeta>() : nullptr, to.accumulate_beta);
+             to.add_gamma, to.dbeta.defined() ? to.dbeta.data<ToBeta>() : nullptr, to.add_beta);
     });
   });
 }
+bool wants_sums(const LayerNormGrads& to) { return to.dgamma.defined() || to.dbeta.defined(); }
 
-void check_grad(const Tensor& dy, const Tensor& rstd, const Tensor& gamma, const Tensor& dx, const ParameterGrads& to) {
-  const int64_t width = width_of(dy), rows = dy.rows();
-  check_alike(dy, dx, "layer_norm_grad: dx");
-  check_parameter(gamma, width, "gamma");
-  check(rstd.is_contiguous() && rstd.numel() == rows, "layer_norm_grad: rstd has ", rstd.numel(), " elements for ", rows, " rows");
-  if (to.dgamma.defined()) check_parameter(to.dgamma, width, "dgamma");
-  if (to.dbeta.defined()) check_parameter(to.dbeta, width, "dbeta");
-}
-
-template <class G, class H, class X>
-NormGrad<G, H, X> grad_of(const Tensor& dy, const H& xhat, const Tensor& rstd, const Tensor& gamma, const Tensor& dx, bool add) {
+template <class G, class X, class H>
+NormGrad<G, H, X> grad_of(const Tensor& dy, const H& xhat, const Tensor& rstd, const Tensor& gamma, const Tensor& beta,
+                          const LayerNormGrads& to) {
   using A = Acc<X>;
-  return {dy.data<G>(), xhat, rstd.data<A>(), gamma.data<A>(), dx.data<X>(), dy.rows(), width_of(dy), 0, add, nullptr};
+  using Y = typename H::Type;
+  return {dy.data<G>(),
+          xhat,
+          rstd.data<A>(),
+          gamma.data<A>(),
+          to.y.defined() ? beta.data<A>() : nullptr,
+          to.dx.data<X>(),
+          to.dx_copy.defined() ? to.dx_copy.data<bf16>() : nullptr,
+          to.y.defined() ? to.y.data<Y>() : nullptr,
+          dy.rows(),
+          width_of(dy),
+          0,
+          to.add_x,
+          nullptr};
 }
 
 }  // namespace
 
-void layer_norm_grad(const Tensor& dy, const Tensor& xhat, const Tensor& rstd, const Tensor& gamma, const Tensor& dx, const Tensor& dgamma,
-                     const Tensor& dbeta, bool accumulate_x, bool accumulate_gamma, bool accumulate_beta) {
-  const ParameterGrads to{dgamma, dbeta, accumulate_gamma, accumulate_beta};
-  check_grad(dy, rstd, gamma, dx, to);
+void layer_norm_grad(const Tensor& dy, const Tensor& xhat, const Tensor& rstd, const Tensor& gamma, const Tensor& beta,
+                     const LayerNormGrads& to) {
+  check_layer_norm_grad(dy, rstd, gamma, beta, to, xhat.dtype());
   check_alike(dy, xhat, "layer_norm_grad: xhat");
   if (width_of(dy) == 0) return;
-  dispatch(dy.dtype(), xhat.dtype(), dx.dtype(), [&](auto tg, auto th, auto tx) {
-    using H = decltype(th);
+  dispatch(dy.dtype(), xhat.dtype(), to.dx.dtype(), [&](auto tg, auto th, auto tx) {
     using X = decltype(tx);
-    const auto grad = grad_of<decltype(tg), ValueRows<H>, X>(dy, {xhat.data<H>()}, rstd, gamma, dx, accumulate_x);
-    const Tensor sums = run_grad(grad, to.wanted(), dy.device());
-    if (to.wanted()) finish<Acc<X>>(sums, to);
+    const ValueRows<decltype(th)> rows{xhat.data<decltype(th)>()};
+    const Tensor sums = run_grad(grad_of<decltype(tg), X>(dy, rows, rstd, gamma, beta, to), wants_sums(to), dy.device());
+    if (wants_sums(to)) finish<Acc<X>>(sums, to);
   });
 }
 
-void layer_norm_grad_coded(const Tensor& dy, const Coded& xhat, const Tensor& rstd, const Tensor& gamma, const Tensor& dx,
-                           const Tensor& dgamma, const Tensor& dbeta, bool accumulate_x, bool accumulate_gamma, bool accumulate_beta) {
-  const ParameterGrads to{dgamma, dbeta, accumulate_gamma, accumulate_beta};
-  check_grad(dy, rstd, gamma, dx, to);
+void layer_norm_grad_coded(const Tensor& dy, const Coded& xhat, const Tensor& rstd, const Tensor& gamma, const Tensor& beta,
+                           const LayerNormGrads& to) {
+  check_layer_norm_grad(dy, rstd, gamma, beta, to, dy.dtype());
   check_layout(dy, xhat.layout);
   const float *const step = per_group(xhat.step, xhat.layout), *const offset = per_group(xhat.offset, xhat.layout);
   const uint8_t* const codes = code_bytes(xhat.codes, dy.numel(), xhat.bits);
   bool done = false;
-  if (dx.dtype() == DType::f32 && dy.dtype() != DType::f64 && dy.numel() > 0) {
+  if (to.dx.dtype() == DType::f32 && dy.dtype() != DType::f64 && dy.numel() > 0) {
     dispatch_narrow(dy.dtype(), [&](auto tg) {
       using G = decltype(tg);
       const CodedRows<G> rows{codes, step, offset, xhat.bits, Divider(), Divider()};
-      const auto grad = grad_of<G, CodedRows<G>, float>(dy, rows, rstd, gamma, dx, accumulate_x);
-      const auto sums = run_grad(grad, xhat.layout, to.wanted(), dy.device());
+      const auto sums = run_grad(grad_of<G, float>(dy, rows, rstd, gamma, beta, to), xhat.layout, wants_sums(to), dy.device());
       done = sums.has_value();
-      if (done && to.wanted()) finish<float>(*sums, to);
+      if (done && wants_sums(to)) finish<float>(*sums, to);
     });
   }
-  if (!done) layer_norm_grad(dy, decoded(xhat, dy), rstd, gamma, dx, dgamma, dbeta, accumulate_x, accumulate_gamma, accumulate_beta);
+  if (!done) layer_norm_grad(dy, decoded(xhat, dy), rstd, gamma, beta, to);
 }
 
 }  // namespace mesa::kernels::cuda

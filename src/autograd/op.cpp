@@ -17,9 +17,9 @@ Tensor Param::as(DType dtype) {
 
 Var::Var(Param& param) : value_(param.value), param_(&param) {}
 
-Var Var::with_recipe(Recipe rebuild) const {
+Var Var::with_recipe(Recipe recipe) const {
   Var out = *this;
-  out.recipe_ = std::make_shared<const Recipe>(std::move(rebuild));
+  out.recipe_ = std::make_shared<const Recipe>(std::move(recipe));
   return out;
 }
 
@@ -86,11 +86,42 @@ Var Op::record(const Tensor& y, std::function<Grads(const Tensor& dy)> backward)
   return record(std::vector<Tensor>{y}, [backward = std::move(backward)](const std::vector<Tensor>& dy) { return backward(dy[0]); })[0];
 }
 
-Var Op::record(const Tensor& y, const Var& x, std::function<Grads(const Tensor& dy, const Tensor& dx)> backward) const {
-  const auto sum = std::make_shared<Tensor>();
-  const Var out = record(y, [sum, backward = std::move(backward)](const Tensor& dy) { return backward(dy, std::exchange(*sum, {})); });
-  if (recording()) tape_->steps_.back().sum = sum, tape_->steps_.back().sum_dtype = x.dtype();
-  return out;
+Var Op::record(const Tensor& y, std::function<Grads(const Tensor& dy, const Extras& extras)> formula, Abilities can) const {
+  if (!recording()) return Var(y);
+  const auto extras = std::make_shared<Extras>();
+  const auto recipe = can.value.recipe();
+  const bool waits = can.of_value && recipe && recipe->beside >= 0;
+  const auto late = std::make_shared<Extras>();  // for a formula that waits
+  Var out = record({y}, [=, of_value = waits ? nullptr : can.of_value](const std::vector<Tensor>& dy) {
+    const Grads others = of_value ? of_value(*extras) : Grads();
+    Grads grads = formula(dy[0], *extras);
+    for (size_t i = 0; i < others.size(); ++i)
+      if (others[i].defined()) grads[i] = others[i];
+    if (waits) late->dy = extras->dy;
+    return grads;
+  })[0];
+  Tape::Step& step = tape_->steps_.back();
+  step.extras = extras, step.adds = can.adds, step.dtype_x = inputs_[0].dtype();
+  if (can.products) tape_->slots_[out.slot_].products = step.products = can.products;
+  if (waits) {
+    Tape::Step rest;
+    rest.path = step.path, rest.params = step.params, rest.inputs.assign(inputs_.size(), -1);
+    rest.backward = [late, n = inputs_.size(), of_value = can.of_value](const std::vector<Tensor>&) {
+      return late->dy.defined() ? of_value(*late) : Grads(n);
+    };
+    for (Param* param : rest.params)
+      if (param != nullptr) ++tape_->uses_[param];
+    tape_->steps_[static_cast<size_t>(recipe->beside)].waiting.push_back(std::move(rest));
+  }
+  if (!can.rebuild) return out;
+  step.again = std::make_shared<Tensor>();
+  const auto alone = [rebuild = std::move(can.rebuild), again = step.again, shape = y.shape(), dtype = y.dtype(), device = y.device()] {
+    if (again->defined()) return *again;
+    const Tensor fresh = Tensor::empty(shape, dtype, device);
+    rebuild(fresh);
+    return fresh;
+  };
+  return out.with_recipe({alone, static_cast<int>(tape_->steps_.size()) - 1});
 }
 
 std::vector<Var> Op::record(const std::vector<Tensor>& ys, Backward backward) const {
@@ -99,9 +130,9 @@ std::vector<Var> Op::record(const std::vector<Tensor>& ys, Backward backward) co
   Tape::Step step;
   step.path = Scope::join(name_);
   for (Var& y : out) {
-    y.slot_ = static_cast<int>(tape_->gradients_.size());
+    y.slot_ = static_cast<int>(tape_->slots_.size());
     y.tape_ = tape_->id_;
-    tape_->gradients_.emplace_back();
+    tape_->slots_.emplace_back();
     step.outputs.push_back(y.slot_);
     if (tape_->inspection_) tape_->inspection_(y.value(), step.path);
   }

@@ -71,61 +71,89 @@ void Tape::run(const std::function<void(Param&)>& ready) {
     ~Restore() { current_tape = tape; }
   } restore{outer};
   while (!steps_.empty()) {
-    Step step = std::move(steps_.back());  // owned here: its closure and what it keeps die at the end of this turn
+    Step step = std::move(steps_.back());
     steps_.pop_back();
+    run_step(std::move(step), ready);
+  }
+  uses_.clear();
+  room_ = Tensor();
+}
+
+void Tape::run_step(Step step, const std::function<void(Param&)>& ready) {  // owned here: its closure and what it keeps die at the end
+  {
     const Scope scope(step.path);
     std::vector<Tensor> dy;
-    bool any = false;
+    Tensor copy;
+    bool any = step.outputs.empty();  // a step that waited knows by itself
     for (int slot : step.outputs) {
-      dy.push_back(std::move(gradients_[slot]));
-      gradients_[slot] = Tensor();
-      any = any || dy.back().defined();
+      Slot taken = std::exchange(slots_[slot], {});
+      any = any || taken.gradient.defined();
+      dy.push_back(std::move(taken.gradient));
+      copy = std::move(taken.copy);
     }
-    if (any) {
-      if (step.sum) *step.sum = take_sum(step.inputs[0], step.sum_dtype);
-      Grads grads = step.backward(dy);
-      step.backward = nullptr;
-      dy.clear();
-      check(grads.size() == step.inputs.size(), "the backward formula returned ", grads.size(), " gradients for ", step.inputs.size(),
-            " inputs");
-      for (size_t i = 0; i < grads.size(); ++i) {
-        if (inspection_ && grads[i].defined()) inspection_(grads[i], "gradient of " + step.path);
-        if (inspection_ && step.params[i] && step.params[i]->grad_written)
-          inspection_(step.params[i]->grad, "gradient of " + step.params[i]->name);
-        if (!grads[i].defined()) continue;
-        if (step.inputs[i] >= 0)
-          accumulate(step.inputs[i], std::move(grads[i]));
-        else if (step.params[i] != nullptr)
-          add_to_parameter(*step.params[i], grads[i]);
-      }
-    }
+    if (any) go_back(step, std::move(dy), std::move(copy));
     for (Param* param : step.params)
       if (param != nullptr && --uses_[param] == 0 && ready) ready(*param);
   }
-  uses_.clear();
+  for (Step& waiting : step.waiting) run_step(std::move(waiting), ready);
+  if (step.again) *step.again = Tensor();
 }
 
-namespace {
-/// A gradient may be shared (add hands dy to both inputs): only one owner may write to it.
-bool has_one_owner(const Tensor& gradient) { return gradient.buffer().use_count() == 1 && gradient.is_contiguous(); }
-}  // namespace
+void Tape::go_back(Step& step, std::vector<Tensor> dy, Tensor copy) {
+  if (step.extras) offer(step, dy[0], copy);
+  copy = Tensor();
+  Grads grads = step.backward(dy);
+  step.backward = nullptr;
+  dy.clear();
+  const Extras extras = step.extras ? std::exchange(*step.extras, {}) : Extras();
+  check(grads.size() == step.inputs.size(), "the backward formula returned ", grads.size(), " gradients for ", step.inputs.size(),
+        " inputs");
+  for (size_t i = 0; i < grads.size(); ++i) {
+    if (inspection_ && grads[i].defined()) inspection_(grads[i], "gradient of " + step.path);
+    if (inspection_ && step.params[i] && step.params[i]->grad_written)
+      inspection_(step.params[i]->grad, "gradient of " + step.params[i]->name);
+    if (!grads[i].defined()) continue;
+    if (step.inputs[i] >= 0)
+      accumulate(step.inputs[i], std::move(grads[i]));
+    else if (step.params[i] != nullptr)
+      add_to_parameter(*step.params[i], grads[i]);
+  }
+  if (extras.dx_copy.defined()) slots_[step.inputs[0]].copy = extras.dx_copy;
+}
 
-Tensor Tape::take_sum(int slot, DType dtype) {
-  if (slot < 0 || inspection_) return {};  // who inspects wants to see each term
-  Tensor& have = gradients_[slot];
-  const bool fits = have.defined() && have.dtype() == dtype && has_one_owner(have);
-  return fits ? std::exchange(have, {}) : Tensor();
+bool may_overwrite(const Tensor& gradient) { return gradient.buffer().use_count() == 1 && gradient.is_contiguous(); }
+
+void Tape::offer(Step& step, const Tensor& dy, const Tensor& copy) {
+  Extras& to = *step.extras;
+  if (step.products) to.dy = dy.dtype() == *step.products ? dy : copy;
+  if (step.products && !to.dy.defined()) kernels::copy(dy, to.dy = room_for_copy(dy, *step.products));
+  if (!step.waiting.empty()) to.y = step.again.get();
+  if (!step.adds || step.inputs[0] < 0 || inspection_) return;  // who inspects wants to see each term
+  Slot& x = slots_[step.inputs[0]];
+  // A gradient may be shared (add hands dy to both inputs): only one owner may write to it.
+  if (x.gradient.defined() && x.gradient.dtype() == step.dtype_x && may_overwrite(x.gradient)) to.sum = std::exchange(x.gradient, {});
+  x.copy = Tensor();
+  if (!x.gradient.defined() && x.products && *x.products != step.dtype_x) to.dx_copy = room_for_copy(dy, *x.products);
+}
+
+Tensor Tape::room_for_copy(const Tensor& dy, DType dtype) {
+  const bool fits = room_.defined() && room_.shape() == dy.shape() && room_.dtype() == dtype && room_.device() == dy.device();
+  if (!fits || room_.buffer().use_count() > 1) room_ = Tensor();
+  if (!room_.defined()) room_ = empty_like(dy, dtype);
+  return room_;
 }
 
 void Tape::accumulate(int slot, Tensor gradient) {
-  Tensor& have = gradients_[slot];
-  if (!have.defined()) {
-    have = std::move(gradient);
+  Slot& have = slots_[slot];
+  have.copy = Tensor();
+  if (!have.gradient.defined()) {
+    have.gradient = std::move(gradient);
     return;
   }
-  const Tensor sum = has_one_owner(have) ? have : Tensor::empty(have.shape(), have.dtype(), have.device());
-  kernels::add(have, gradient, sum);
-  have = sum;
+  const Tensor& first = have.gradient;
+  const Tensor sum = may_overwrite(first) ? first : empty_like(first);
+  kernels::add(first, gradient, sum);
+  have.gradient = sum;
 }
 
 void Tape::check_finite() {

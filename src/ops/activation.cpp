@@ -13,29 +13,21 @@ Var gelu(const Var& x) {
     kernels::gelu(x.value(), y);
   if (!op.recording()) return Var(y);
   const Saved saved = ahead.defined() ? ahead.saved : op.save("x", x);
-  // Rebuilding y for the layer behind comes just before this op's own backward: it leaves the slope here, so that x is decoded once.
-  const auto slope = std::make_shared<Tensor>();
-  const Var result = op.record(y, [saved, slope](const Tensor& dy) -> Grads {
-    const bool over_slope = slope->defined() && slope->dtype() == dy.dtype();  // whose last use this is: memory is scarcest here
-    const Tensor dx = over_slope ? *slope : empty_like(dy);
-    if (slope->defined())
-      kernels::mul(dy, *slope, dx);
-    else if (const auto coded = saved.coded_on_gpu())
-      kernels::gelu_grad_coded(dy, *coded, dx);
-    else
-      kernels::gelu_grad(dy, saved.get(), dx);
-    *slope = Tensor();
-    return {dx};
-  });
-  return result.with_recipe([saved, slope, shape = x.shape(), type = x.dtype(), device = x.value().device()] {
-    const Tensor y = Tensor::empty(shape, type, device);
-    *slope = empty_like(y);
+  const auto formula = [saved](const Tensor& dy, const Extras& extras) -> Grads {
+    const Tensor dx = may_overwrite(dy) ? dy : empty_like(dy);  // memory is scarcest here
+    const Tensor again = extras.y ? * extras.y = empty_like(dy) : Tensor();
     if (const auto coded = saved.coded_on_gpu())
-      kernels::gelu_and_slope_coded(*coded, y, *slope);
+      kernels::gelu_grad_coded(dy, *coded, dx, again);
     else
-      kernels::gelu_and_slope(saved.get(), y, *slope);
-    return y;
-  });
+      kernels::gelu_grad(dy, saved.get(), dx, again);
+    return {dx};
+  };
+  return op.record(y, formula, {.rebuild = [saved](const Tensor& again) {
+                     if (const auto coded = saved.coded_on_gpu())
+                       kernels::gelu_coded(*coded, again);
+                     else
+                       kernels::gelu(saved.get(), again);
+                   }});
 }
 
 Var relu(const Var& x) {
@@ -55,7 +47,7 @@ Var relu(const Var& x) {
   };
   const Var result = op.record(y, [masked](const Tensor& dy) -> Grads { return {masked(dy)}; });
   if (x.recipe() == nullptr) return x.leaves_trace() ? result : result.without_trace();
-  return result.with_recipe([masked, inner = x.recipe()] { return masked((*inner)()); });
+  return result.with_recipe(x.recipe()->then(masked));
 }
 
 }  // namespace mesa

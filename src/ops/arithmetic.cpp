@@ -9,9 +9,10 @@ Var add(const Var& a, const Var& b) {
   check(a.shape() == b.shape(), "cannot add ", a.shape(), " and ", b.shape());
   const Tensor y = empty_like(a.value());
   kernels::add(a.value(), b.value(), y);
-  return op.record(y, [type_b = b.dtype(), to_a = op.wants(a), to_b = op.wants(b)](const Tensor& dy) -> Grads {
-    return {to_a ? dy : Tensor(), to_b ? cast(dy, type_b) : Tensor()};
-  });
+  const auto formula = [to_a = op.wants(a), to_b = op.wants(b)](const Tensor& dy, const Extras& extras) -> Grads {
+    return {to_a ? dy : Tensor(), to_b ? extras.dy : Tensor()};
+  };
+  return op.record(y, formula, {.products = op.wants(b) ? std::optional(b.dtype()) : std::nullopt});
 }
 
 Var mul(const Var& a, const Var& b) {

@@ -9,14 +9,14 @@ namespace {
 
 /// gamma xhat + beta again, from what is kept of xhat.
 Recipe affine_of(const Saved& saved, const Tensor& gamma, const Tensor& beta, const Tensor& like) {
-  return [saved, gamma, beta, shape = like.shape(), type = like.dtype(), device = like.device()] {
+  return {[saved, gamma, beta, shape = like.shape(), type = like.dtype(), device = like.device()] {
     const Tensor y = Tensor::empty(shape, type, device);
     if (const auto coded = saved.coded_on_gpu())
       kernels::affine_coded(*coded, gamma, beta, y);
     else
       kernels::affine(saved.get(), gamma, beta, y);
     return y;
-  };
+  }};
 }
 
 /// With statistics that do not depend on x the op is an affine function of each channel.

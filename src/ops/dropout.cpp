@@ -21,7 +21,7 @@ Var masked(const char* name, const MaskKernel& kernel, const Var& x, double p, i
   };
   const Var result = op.record(y, [apply](const Tensor& dy) -> Grads { return {apply(dy)}; });
   if (x.recipe() == nullptr) return result;
-  return result.with_recipe([apply, inner = x.recipe()] { return apply((*inner)()); });
+  return result.with_recipe(x.recipe()->then(apply));
 }
 
 }  // namespace

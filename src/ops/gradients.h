@@ -6,13 +6,7 @@
 
 namespace mesa {
 
-/// A gradient in the dtype of the value it belongs to, or of the products that it goes into.
-inline Tensor cast(const Tensor& dy, DType dtype) {
-  if (dy.dtype() == dtype) return dy;
-  const Tensor out = empty_like(dy, dtype);
-  kernels::copy(dy, out);
-  return out;
-}
+using kernels::cast;
 
 /// Writes a gradient to `out`, or adds it to what is there.
 inline void put(const Tensor& gradient, const Tensor& out, bool accumulate) {

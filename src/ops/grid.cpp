@@ -56,7 +56,7 @@ Var pad_grid(const Var& x, int64_t height, int64_t width, int64_t to_height, int
   const auto pad = [=](const Tensor& t) { return padded(t, height, width, to_height, to_width); };
   const Var y = op.record(pad(x.value()), [=](const Tensor& dy) -> Grads { return {cropped(dy, to_height, to_width, height, width)}; });
   if (x.recipe() == nullptr) return y;
-  return y.with_recipe([pad, inner = x.recipe()] { return pad((*inner)()); });
+  return y.with_recipe(x.recipe()->then(pad));
 }
 
 Var crop_grid(const Var& x, int64_t height, int64_t width, int64_t to_height, int64_t to_width) {

@@ -25,31 +25,30 @@ Var layer_norm(const Var& x, const Var& gamma, const Var& beta, double eps, std:
     saved = op.save("xhat", xhat);
   }
   op.keep("rstd", rstd);
-  const Var result = op.record(
-      y, x,
-      [=, type_x = x.dtype(), dgamma = op.gradient(gamma), dbeta = op.gradient(beta)](const Tensor& dy, const Tensor& residual) -> Grads {
-        const bool add_x = residual.defined();  // its gradient
-        const Tensor dx = add_x ? residual : empty_like(dy, type_x);
-        Grads grads{dx, Tensor(), Tensor()};
-        // One pass computes all three; the targets only say where the two parameter gradients go.
-        Tensor to_gamma, to_beta;
-        bool add_gamma = false, add_beta = false;
-        grads[1] = dgamma.into([&](const Tensor& out, bool add) { to_gamma = out, add_gamma = add; });
-        grads[2] = dbeta.into([&](const Tensor& out, bool add) { to_beta = out, add_beta = add; });
-        if (const auto coded = saved.coded_on_gpu())
-          kernels::layer_norm_grad_coded(dy, *coded, rstd, g, dx, to_gamma, to_beta, add_x, add_gamma, add_beta);
-        else
-          kernels::layer_norm_grad(dy, saved.get(), rstd, g, dx, to_gamma, to_beta, add_x, add_gamma, add_beta);
-        return grads;
-      });
-  return result.with_recipe([saved, g, b, shape = y.shape(), type_y, device = y.device()] {
-    const Tensor y = Tensor::empty(shape, type_y, device);
+  const auto formula = [=, type_x = x.dtype(), dgamma = op.gradient(gamma), dbeta = op.gradient(beta)](const Tensor& dy,
+                                                                                                       const Extras& extras) -> Grads {
+    kernels::LayerNormGrads to;
+    to.add_x = extras.sum.defined();
+    to.dx = to.add_x ? extras.sum : empty_like(dy, type_x);
+    to.dx_copy = extras.dx_copy;
+    if (extras.y) to.y = *extras.y = may_overwrite(dy) ? dy : empty_like(dy);
+    Grads grads{to.dx, Tensor(), Tensor()};
+    // One pass computes all; the targets only say where the two parameter gradients go.
+    grads[1] = dgamma.into([&](const Tensor& out, bool add) { to.dgamma = out, to.add_gamma = add; });
+    grads[2] = dbeta.into([&](const Tensor& out, bool add) { to.dbeta = out, to.add_beta = add; });
     if (const auto coded = saved.coded_on_gpu())
-      kernels::affine_coded(*coded, g, b, y);
+      kernels::layer_norm_grad_coded(dy, *coded, rstd, g, b, to);
     else
-      kernels::affine(saved.get(), g, b, y);
-    return y;
-  });
+      kernels::layer_norm_grad(dy, saved.get(), rstd, g, b, to);
+    return grads;
+  };
+  const auto rebuild = [saved, g, b](const Tensor& again) {
+    if (const auto coded = saved.coded_on_gpu())
+      kernels::affine_coded(*coded, g, b, again);
+    else
+      kernels::affine(saved.get(), g, b, again);
+  };
+  return op.record(y, formula, {.adds = true, .rebuild = rebuild});
 }
 
 }  // namespace mesa

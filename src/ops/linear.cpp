@@ -36,22 +36,26 @@ Var linear(const Var& x, const Var& w, const Var& b, std::optional<DType> out, c
   kernels::matmul(flatten(x.value()), weight.transpose(0, 1), flatten(y), bias_as(b, y),
                   residual.defined() ? flatten(residual.value()) : Tensor());
   const Saved sx = op.wants(w) ? op.save("x", x) : Saved();  // a frozen weight keeps nothing
-  return op.record(y,
-                   [=, to_x = op.wants(x), to_residual = residual.defined() && op.wants(residual), type_x = x.dtype(), shape_x = x.shape(),
-                    dw = op.gradient(w), db = b.defined() ? op.gradient(b) : Target(), has_bias = b.defined(),
-                    has_residual = residual.defined()](const Tensor& dy_) -> Grads {
-                     const Tensor dy = cast(flatten(dy_), type_x);
-                     Tensor dx;
-                     const auto [to_w, to_b] = weight_and_bias_grads(dw, db, dy, [&] { return flatten(sx.get()); });
-                     if (to_x) {
-                       dx = Tensor::empty(shape_x, type_x, dy.device());
-                       kernels::matmul(dy, weight, flatten(dx));
-                     }
-                     Grads grads{dx, to_w};
-                     if (has_bias) grads.push_back(to_b);
-                     if (has_residual) grads.push_back(to_residual ? dy_ : Tensor());
-                     return grads;
-                   });
+  const size_t inputs = defined_of({x, w, b, residual}).size();
+  const auto formula = [=, to_x = op.wants(x), to_residual = residual.defined() && op.wants(residual), type_x = x.dtype(),
+                        shape_x = x.shape()](const Tensor& dy, const Extras& extras) -> Grads {
+    Grads grads(inputs);
+    if (to_x) {
+      grads[0] = Tensor::empty(shape_x, type_x, dy.device());
+      kernels::matmul(flatten(extras.dy), weight, flatten(grads[0]));
+    }
+    if (to_residual) grads.back() = dy;
+    return grads;
+  };
+  const auto of_parameters = [=, dw = op.gradient(w), db = b.defined() ? op.gradient(b) : Target(),
+                              has_bias = b.defined()](const Extras& extras) -> Grads {
+    Grads grads(inputs);
+    const auto [to_w, to_b] = weight_and_bias_grads(dw, db, flatten(extras.dy), [&] { return flatten(sx.get()); });
+    grads[1] = to_w;
+    if (has_bias) grads[2] = to_b;
+    return grads;
+  };
+  return op.record(y, formula, {.products = x.dtype(), .value = sx, .of_value = of_parameters});
 }
 
 Var scaled_linear(const Var& x, const Var& w, const Var& b, const Var& gamma, std::optional<DType> out, const Var& residual) {
@@ -76,42 +80,46 @@ Var scaled_linear(const Var& x, const Var& w, const Var& b, const Var& gamma, st
                   residual.defined() ? flatten(residual.value()) : Tensor());
   const bool learns = op.wants(w) || op.wants(gamma);
   const Saved sx = learns ? op.save("x", x) : Saved();
-  return op.record(y,
-                   [=, to_x = op.wants(x), to_residual = residual.defined() && op.wants(residual), type_x = x.dtype(), shape_x = x.shape(),
-                    dw = op.gradient(w), db = op.gradient(b), dgamma = op.gradient(gamma),
-                    has_residual = residual.defined()](const Tensor& dy_) -> Grads {
-                     const Tensor dy = cast(flatten(dy_), type_x);
-                     Grads grads(has_residual ? 5 : 4);
-                     // With W = gamma w and B = gamma b: dgamma = sum_i dW_i w_i + dB b, dw = gamma dW, db = gamma dB.
-                     const Tensor d_weight = learns ? empty_like(weight) : Tensor(), d_bias = empty_like(bias);
-                     if (learns)
-                       kernels::matmul_weight_grad(dy, flatten(sx.get()), d_weight, false, d_bias, false);
-                     else if (db.wanted())
-                       kernels::sum_rows(dy, d_bias, false);
-                     grads[3] = dgamma.into([&](const Tensor& to, bool add) {
-                       const int64_t O = weight.dim(0), I = weight.dim(1);
-                       const Tensor products = Tensor::empty({1, 1, O}, g.dtype(), g.device()), sum = empty_like(d_bias);
-                       kernels::attention_delta(d_weight.reshape({1, O, I}), weight.reshape({1, O, I}), products);  // of rows
-                       kernels::mul(d_bias, bias, sum);
-                       kernels::add(sum, products.reshape({O}), sum);
-                       put(sum, to, add);
-                     });
-                     grads[1] = dw.into([&](const Tensor& to, bool add) {
-                       const Tensor term = add ? empty_like(d_weight) : to;
-                       kernels::scale_rows(d_weight, g, term);
-                       if (add) kernels::add(to, term, to);
-                     });
-                     grads[2] = db.into([&](const Tensor& to, bool add) {
-                       kernels::mul(d_bias, g, d_bias);
-                       put(d_bias, to, add);
-                     });
-                     if (to_x) {
-                       grads[0] = Tensor::empty(shape_x, type_x, dy.device());
-                       kernels::matmul(dy, scaled_weight(), flatten(grads[0]));
-                     }
-                     if (to_residual) grads[4] = dy_;
-                     return grads;
-                   });
+  const size_t inputs = residual.defined() ? 5 : 4;
+  const auto formula = [=, to_x = op.wants(x), to_residual = residual.defined() && op.wants(residual), type_x = x.dtype(),
+                        shape_x = x.shape()](const Tensor& dy, const Extras& extras) -> Grads {
+    Grads grads(inputs);
+    if (to_x) {
+      grads[0] = Tensor::empty(shape_x, type_x, dy.device());
+      kernels::matmul(flatten(extras.dy), scaled_weight(), flatten(grads[0]));
+    }
+    if (to_residual) grads[4] = dy;
+    return grads;
+  };
+  const auto of_parameters = [=, dw = op.gradient(w), db = op.gradient(b), dgamma = op.gradient(gamma)](const Extras& extras) -> Grads {
+    const Tensor dy = flatten(extras.dy);
+    Grads grads(inputs);
+    // With W = gamma w and B = gamma b: dgamma = sum_i dW_i w_i + dB b, dw = gamma dW, db = gamma dB.
+    const Tensor d_weight = learns ? empty_like(weight) : Tensor(), d_bias = empty_like(bias);
+    if (learns)
+      kernels::matmul_weight_grad(dy, flatten(sx.get()), d_weight, false, d_bias, false);
+    else if (db.wanted())
+      kernels::sum_rows(dy, d_bias, false);
+    grads[3] = dgamma.into([&](const Tensor& to, bool add) {
+      const int64_t O = weight.dim(0), I = weight.dim(1);
+      const Tensor products = Tensor::empty({1, 1, O}, g.dtype(), g.device()), sum = empty_like(d_bias);
+      kernels::attention_delta(d_weight.reshape({1, O, I}), weight.reshape({1, O, I}), products);  // of rows
+      kernels::mul(d_bias, bias, sum);
+      kernels::add(sum, products.reshape({O}), sum);
+      put(sum, to, add);
+    });
+    grads[1] = dw.into([&](const Tensor& to, bool add) {
+      const Tensor term = add ? empty_like(d_weight) : to;
+      kernels::scale_rows(d_weight, g, term);
+      if (add) kernels::add(to, term, to);
+    });
+    grads[2] = db.into([&](const Tensor& to, bool add) {
+      kernels::mul(d_bias, g, d_bias);
+      put(d_bias, to, add);
+    });
+    return grads;
+  };
+  return op.record(y, formula, {.products = x.dtype(), .value = sx, .of_value = of_parameters});
 }
 
 }  // namespace mesa

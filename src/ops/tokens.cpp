@@ -152,7 +152,7 @@ Var copied(const char* name, const Var& x, const Part& part) {
     return {dx};
   });
   if (x.recipe() == nullptr) return result;
-  return result.with_recipe([part, whole = x.recipe()] { return contiguous(part((*whole)())); });
+  return result.with_recipe(x.recipe()->then([part](const Tensor& whole) { return contiguous(part(whole)); }));
 }
 
 }  // namespace
@@ -181,7 +181,7 @@ Var mean_pool(const Var& x, int64_t from) {
     return {dx};
   });
   if (x.recipe() == nullptr) return result;
-  return result.with_recipe([mean, whole = x.recipe()] { return mean((*whole)()); });
+  return result.with_recipe(x.recipe()->then(mean));
 }
 
 }  // namespace mesa

@@ -67,6 +67,11 @@ class Bench : public WorkList {
     const Tensor gamma = values({e_.C}, DType::f32), beta = values({e_.C}, DType::f32), dgamma = room({e_.C}, DType::f32),
                  dbeta = room({e_.C}, DType::f32);
     const Tensor dy = tokens(e_.type), dx = room(x.shape(), DType::f32);
+    const bool copies = e_.type == DType::bf16;
+    const double copied = copies ? 2 : 0;
+    const kernels::LayerNormGrads alone{.dx = dx, .dgamma = dgamma, .dbeta = dbeta};
+    kernels::LayerNormGrads in_a_block = alone;  // added to the residual's, which the next products take in bf16, and y rebuilt
+    in_a_block.add_x = true, in_a_block.y = y, in_a_block.dx_copy = copies ? room(x.shape(), DType::bf16) : Tensor();
     add("layer_norm", n * (4 + 2 * w), 0, [=] { kernels::layer_norm(x, gamma, beta, 1e-6, y, xhat, rstd); });
     kernels::layer_norm(x, gamma, beta, 1e-6, y, xhat, rstd);
     if (on_gpu())
@@ -79,20 +84,18 @@ class Bench : public WorkList {
       add("layer_norm, " + suffix, n * (4 + w + bits / 8.0), 0, [=] { kernels::layer_norm_codes(x, gamma, beta, 1e-6, y, rstd, to); });
       kernels::encode(xhat, to);
       const kernels::Coded coded{to.codes, to.step, to.offset, to.layout, bits};
-      add("layer_norm_grad, " + suffix, n * (w + 4 + bits / 8.0), 0,
-          [=] { kernels::layer_norm_grad_coded(dy, coded, rstd, gamma, dx, dgamma, dbeta, false, false, false); });
+      add("layer_norm_grad, " + suffix, n * (2 * w + 8 + bits / 8.0 + copied), 0,
+          [=] { kernels::layer_norm_grad_coded(dy, coded, rstd, gamma, beta, in_a_block); });
     }
     add("affine", n * 2 * w, 0, [=] { kernels::affine(xhat, gamma, beta, y); });
-    const auto layer_norm_grad = [=](bool add_x) {
-      kernels::layer_norm_grad(dy, xhat, rstd, gamma, dx, dgamma, dbeta, add_x, false, false);
-    };
-    add("layer_norm_grad", n * (2 * w + 4), 0, [=] { layer_norm_grad(false); });
-    add("layer_norm_grad, to a residual's", n * (2 * w + 8), 0, [=] { layer_norm_grad(true); });
+    add("layer_norm_grad", n * (2 * w + 4), 0, [=] { kernels::layer_norm_grad(dy, xhat, rstd, gamma, beta, alone); });
+    add("layer_norm_grad, in a block", n * (3 * w + 8 + copied), 0,
+        [=] { kernels::layer_norm_grad(dy, xhat, rstd, gamma, beta, in_a_block); });
   }
 
   void pointwise() {
     const double m = e_.rows() * static_cast<double>(e_.hidden), n = e_.rows() * static_cast<double>(e_.C), w = width(e_.type);
-    const Tensor h = values({e_.B, e_.N, e_.hidden}, e_.type), g = empty_like(h), slope = empty_like(h);
+    const Tensor h = values({e_.B, e_.N, e_.hidden}, e_.type), g = empty_like(h), dg = values(h.shape(), e_.type);
     const Tensor residual = tokens(DType::f32), branch = tokens(e_.type), sum = room(residual.shape(), DType::f32);
     const Tensor db = room({e_.hidden}, DType::f32);
     add("gelu", m * 2 * w, 0, [=] { kernels::gelu(h, g); });
@@ -101,15 +104,15 @@ class Bench : public WorkList {
       if (on_gpu())
         add(concat("gelu, codes of runs, ", bits, " bits"), m * (2 * w + bits / 8.0), 0,
             [=, to = current_codes(h.numel(), bits)] { kernels::gelu_codes(h, g, to); });
-    add("gelu_grad", m * 3 * w, 0, [=] { kernels::gelu_grad(g, h, slope); });
-    add("gelu_and_slope", m * 3 * w, 0, [=] { kernels::gelu_and_slope(h, g, slope); });
+    add("gelu_grad", m * 3 * w, 0, [=] { kernels::gelu_grad(dg, h, dg, Tensor()); });
+    add("gelu_grad and gelu", m * 4 * w, 0, [=] { kernels::gelu_grad(dg, h, dg, g); });
     if (on_gpu()) {
       const kernels::Coding to = running_codes(e_.hidden);
       kernels::quantize_running(h, to);
       const kernels::Coded coded{to.codes, to.step, to.offset, to.layout, to.bits};
-      add("gelu_and_slope, coded 8 bits", m * (2 * w + 1), 0, [=] { kernels::gelu_and_slope_coded(coded, g, slope); });
+      add("gelu_grad and gelu, coded 8 bits", m * (3 * w + 1), 0, [=] { kernels::gelu_grad_coded(dg, coded, dg, g); });
     }
-    add("mul", m * 3 * w, 0, [=] { kernels::mul(g, h, slope); });
+    add("mul", m * 3 * w, 0, [=] { kernels::mul(g, h, dg); });
     add("add (residual)", n * (8 + w), 0, [=] { kernels::add(residual, branch, sum); });
     add("dropout", m * 2 * w, 0, [=] { kernels::dropout(h, g, 0.1, RandomKey{3, 4}); });
     add("drop_path", n * 2 * w, 0, [=] { kernels::drop_path(branch, branch, 0.1, RandomKey{3, 4}); });

@@ -118,7 +118,7 @@ class FurtherKernels : public WorkList {
     const double packed = bits / 8.0;
     const Tensor x = tokens(DType::f32), y = room(x.shape(), e_.type), rstd = room({e_.B * e_.N}, DType::f32);
     const Tensor gamma = values({e_.C}, DType::f32), beta = values({e_.C}, DType::f32);
-    const Tensor h = values({e_.B, e_.N, e_.hidden}, e_.type), g = empty_like(h), slope = empty_like(h);
+    const Tensor h = values({e_.B, e_.N, e_.hidden}, e_.type), g = empty_like(h), dg = values(h.shape(), e_.type);
     const Codes of_x = codes(e_.C, bits), of_h = codes(e_.hidden, bits);
     kernels::layer_norm_codes(x, gamma, beta, 1e-6, y, rstd, of_x);
     kernels::quantize_running(h, of_h);
@@ -127,13 +127,14 @@ class FurtherKernels : public WorkList {
     if (bits < 8) {
       add("layer_norm, codes" + suffix, n * (4 + w + packed), 0, [=] { kernels::layer_norm_codes(x, gamma, beta, 1e-6, y, rstd, of_x); });
       add("gelu, codes" + suffix, m * (2 * w + packed), 0, [=] { kernels::gelu_codes(h, g, of_h); });
-      add("gelu_and_slope, coded" + suffix, m * (2 * w + packed), 0, [=] { kernels::gelu_and_slope_coded(coded, g, slope); });
+      add("gelu_grad and gelu, coded" + suffix, m * (3 * w + packed), 0, [=] { kernels::gelu_grad_coded(dg, coded, dg, g); });
       add("quantize, running heads," + suffix, m * (w + packed), 0, [=] { kernels::quantize_running(h, of_h); });
     }
     add("affine, coded" + suffix, n * (w + packed), 0, [=] { kernels::affine_coded(xhat, gamma, beta, y); });
-    add("gelu_grad, coded" + suffix, m * (2 * w + packed), 0, [=] { kernels::gelu_grad_coded(h, coded, slope); });
+    add("gelu, coded" + suffix, m * (w + packed), 0, [=] { kernels::gelu_coded(coded, g); });
+    add("gelu_grad, coded" + suffix, m * (2 * w + packed), 0, [=] { kernels::gelu_grad_coded(dg, coded, dg, Tensor()); });
     add("dequantize, heads," + suffix, m * (w + packed), 0,
-        [=] { kernels::dequantize(coded.codes, coded.layout, bits, coded.step, coded.offset, slope); });
+        [=] { kernels::dequantize(coded.codes, coded.layout, bits, coded.step, coded.offset, g); });
   }
 
   void tokens_of_images() {

@@ -23,7 +23,7 @@ constexpr int kRanks = 3;
 constexpr int kTimeout = 12;
 constexpr auto kSoon = std::chrono::seconds(60);  // as docs/distributed.md promises of timeouts no longer than the default one
 #ifdef __SANITIZE_ADDRESS__
-constexpr int kRounds = 8;
+constexpr int kRounds = 4;
 constexpr int64_t kSteps = 150;
 #else
 constexpr int kRounds = 50;

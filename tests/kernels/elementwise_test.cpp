@@ -50,18 +50,20 @@ double normal_density(double x) { return std::exp(-0.5 * x * x) / std::sqrt(2 * 
 
 /// Every size, mix of dtypes and implementation of y = f(a, b).
 template <class K, class F>
-void check_pairs(const K& kernel, const F& f, double slack = 1) {
+void check_pair(const K& run, const F& f, double slack = 1) {
   for (const int64_t n : kSizes)
     for (const Mix& mix : kMixes) {
       CAPTURE(n, to_string(mix.a), to_string(mix.b), to_string(mix.y));
       const Tensor a = random({n}, mix.a, "a", 2), b = random({n}, mix.b, "b", 2), y = Tensor::empty({n}, mix.y);
       const std::vector<double> va = a.to_vector<double>(), vb = b.to_vector<double>();
-      for (const auto& run : implementations(kernel)) {
-        run(a, b, y);
-        expect(
-            y, [&](size_t i) { return f(va[i], vb[i]); }, slack);
-      }
+      run(a, b, y);
+      expect(
+          y, [&](size_t i) { return f(va[i], vb[i]); }, slack);
     }
+}
+template <class K, class F>
+void check_pairs(const K& kernel, const F& f) {
+  for (const auto& run : implementations(kernel)) check_pair(run, f);
 }
 template <class K, class F>
 void check_map(const K& run, const F& f) {
@@ -191,8 +193,31 @@ TEST_CASE("relu and gelu and their gradients", "[kernels]") {
   for (const auto& run : implementations(kernels::relu)) check_map(run, [](double x) { return std::max(x, 0.0); });
   for (const auto& run : implementations(kernels::gelu)) check_map(run, [](double x) { return x * normal_cdf(x); });
   const double largest = 10;  // |dy| scales the slope's absolute error where the slope itself is near 0
-  check_pairs(
-      kernels::gelu_grad, [=](double dy, double x) { return dy * gelu_slope(x); }, largest);
+  const auto without_value = [](const auto& run) {
+    return [run](const Tensor& dy, const Tensor& x, const Tensor& dx) { run(dy, x, dx, Tensor()); };
+  };
+  for (const auto& run : implementations(kernels::gelu_grad))
+    check_pair(
+        without_value(run), [=](double dy, double x) { return dy * gelu_slope(x); }, largest);
+}
+
+TEST_CASE("gelu's gradient rebuilds its value in the same pass", "[kernels]") {
+  for (const int64_t n : kSizes)
+    for (const DType dtype : {DType::f32, DType::bf16, DType::f64})
+      for (const DType type_dy : {dtype, dtype == DType::f64 ? DType::f64 : DType::f32}) {
+        CAPTURE(n, to_string(dtype), to_string(type_dy));
+        const Tensor x = tensor_of({n}, normal_values(n, "x"), dtype), dy = tensor_of({n}, normal_values(n, "dy"), type_dy);
+        for (size_t which = 0; which < implementations(kernels::gelu_grad).size(); ++which) {
+          const Tensor dx = empty_like(dy), y = empty_like(x), together = empty_like(dy), again = empty_like(x);
+          implementations(kernels::gelu_grad)[which](dy, x, dx, Tensor());
+          implementations(kernels::gelu)[which](x, y);
+          kernels::copy(dy, together), kernels::fill(again, kNan);
+          implementations(kernels::gelu_grad)[which](together, x, together, again);
+          const std::vector<double> want = dx.to_vector<double>(), value = y.to_vector<double>();  // up to the order of a sum's terms
+          expect(together, [&](size_t i) { return want[i]; });
+          expect(again, [&](size_t i) { return value[i]; });
+        }
+      }
 }
 
 TEST_CASE("relu leaves a bit for each element, which a gradient is masked with", "[kernels]") {
@@ -231,7 +256,7 @@ TEST_CASE("gelu is accurate over its whole range", "[kernels]") {
   kernels::fill(ones, 1);
   for (size_t which = 0; which < implementations(kernels::gelu).size(); ++which) {
     implementations(kernels::gelu)[which](x, y);
-    implementations(kernels::gelu_grad)[which](ones, x, dx);
+    implementations(kernels::gelu_grad)[which](ones, x, dx, Tensor());
     double worst = 0, worst_slope = 0;
     for (int64_t i = 0; i < n; ++i) {
       const double v = values[i], want = v * normal_cdf(v);
@@ -259,11 +284,11 @@ TEST_CASE("NaN passes through activations and infinities do not become NaN", "[k
       expect(y, [&](size_t i) { return relu[i]; });
     }
     for (const auto& run : implementations(kernels::gelu_grad)) {
-      run(ones, x, y);
+      run(ones, x, y, Tensor());
       expect(y, [&](size_t i) { return slope[i]; });
     }
     for (const auto& run : implementations(kernels::gelu_grad)) {
-      run(x, ones, y);
+      run(x, ones, y, Tensor());
       CHECK(std::isnan(y.to_vector<double>()[0]));
     }
   }

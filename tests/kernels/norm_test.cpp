@@ -112,6 +112,8 @@ TEST_CASE("affine repeats layer_norm's output bit for bit", "[kernels]") {
     }
 }
 
+using kernels::LayerNormGrads;
+
 TEST_CASE("layer_norm_grad follows its formula", "[kernels]") {
   struct Mix {
     DType dy, xhat, dx;
@@ -142,20 +144,36 @@ TEST_CASE("layer_norm_grad follows its formula", "[kernels]") {
       const Tensor residual = random({rows, width}, mix.dx, "residual");
       std::vector<double> sum = residual.to_vector<double>(), sum_terms(sum.size());
       for (size_t i = 0; i < sum.size(); ++i) sum_terms[i] = std::fabs(sum[i]) + std::fabs(dx[i]), sum[i] += dx[i];
-      for (const auto& run : implementations(kernels::layer_norm_grad)) {
+      const Tensor beta = random({width}, exact, "beta"), again = empty_like(xhat);
+      for (size_t which = 0; which < implementations(kernels::layer_norm_grad).size(); ++which) {
+        const auto run = implementations(kernels::layer_norm_grad)[which];
         const Tensor out = Tensor::empty({rows, width}, mix.dx), out_gamma = empty_like(gamma), out_beta = empty_like(gamma);
-        run(dy, xhat, rstd, gamma, out, out_gamma, out_beta, false, false, false);
+        run(dy, xhat, rstd, gamma, beta, {.dx = out, .dgamma = out_gamma, .dbeta = out_beta});
         expect(out, dx, tolerance(mix.dx));
         expect(out_gamma, dgamma, 10 * tolerance(exact));
         expect(out_beta, dbeta, 10 * tolerance(exact));
-        run(dy, xhat, rstd, gamma, out, out_gamma, Tensor(), false, true, false);
+        run(dy, xhat, rstd, gamma, beta, {.dx = out, .dgamma = out_gamma, .add_gamma = true});
         expect(out_gamma, twice_gamma, 10 * tolerance(exact));
         kernels::fill(out, 0);
-        run(dy, xhat, rstd, gamma, out, Tensor(), Tensor(), false, false, false);
+        run(dy, xhat, rstd, gamma, beta, {.dx = out});
         expect(out, dx, tolerance(mix.dx));
-        kernels::copy(residual, out);
-        run(dy, xhat, rstd, gamma, out, Tensor(), Tensor(), true, false, false);
+        // Added to what is there, copied in bf16, and y beside it.
+        const Tensor copy = Tensor::empty({rows, width}, DType::bf16), rounded = empty_like(copy), y = empty_like(xhat);
+        kernels::fill(copy, std::nan("")), kernels::fill(y, std::nan("")), kernels::copy(residual, out);
+        run(dy, xhat, rstd, gamma, beta, {.dx = out, .add_x = true, .dx_copy = copy, .y = y});
         expect(out, sum, tolerance(mix.dx), sum_terms);
+        kernels::copy(out, rounded);
+        implementations(kernels::affine)[which](xhat, gamma, beta, again);
+        REQUIRE(copy.to_vector<float>() == rounded.to_vector<float>());
+        REQUIRE(y.to_vector<double>() == again.to_vector<double>());
+        if (mix.dy != mix.xhat) continue;
+        const Tensor over = empty_like(dy);
+        kernels::copy(dy, over), kernels::copy(residual, out);
+        run(over, xhat, rstd, gamma, beta, {.dx = out, .add_x = true, .y = over, .dgamma = out_gamma, .dbeta = out_beta});
+        expect(out, sum, tolerance(mix.dx), sum_terms);
+        expect(out_gamma, dgamma, 10 * tolerance(exact));
+        expect(out_beta, dbeta, 10 * tolerance(exact));
+        REQUIRE(over.to_vector<double>() == again.to_vector<double>());
       }
     }
 }
@@ -168,7 +186,7 @@ TEST_CASE("layer_norm's gradients do not depend on the number of threads", "[ker
   for (const int count : {1, 2, 3}) {
     omp_set_num_threads(count);
     const Tensor dx = empty_like(dy), dgamma = empty_like(gamma), dbeta = empty_like(gamma);
-    kernels::layer_norm_grad(dy, xhat, rstd, gamma, dx, dgamma, dbeta, false, false, false);
+    kernels::layer_norm_grad(dy, xhat, rstd, gamma, Tensor(), LayerNormGrads{.dx = dx, .dgamma = dgamma, .dbeta = dbeta});
     results.push_back(dx.to_vector<float>());
     for (const Tensor& t : {dgamma, dbeta})
       for (const float v : t.to_vector<float>()) results.back().push_back(v);
@@ -194,4 +212,11 @@ TEST_CASE("layer_norm refuses parameters of the wrong size", "[kernels]") {
   CHECK_THROWS_WITH(kernels::layer_norm(x, five, six, 1e-6, x, Tensor(), Tensor()),
                     Catch::Contains("gamma has 5 elements but x ends in 6"));
   CHECK_THROWS_AS(kernels::affine(x, six, five, x), Error);
+  const Tensor rstd = Tensor::zeros({2}, DType::f32), copy = Tensor::zeros({2, 6}, DType::bf16);
+  CHECK_THROWS_WITH(kernels::layer_norm_grad(x, x, rstd, six, five, LayerNormGrads{.dx = x, .y = x}),
+                    Catch::Contains("beta has 5 elements"));
+  CHECK_THROWS_WITH(kernels::layer_norm_grad(x, x, rstd, six, six, LayerNormGrads{.dx = x, .y = copy}),
+                    Catch::Contains("rebuilds y in fp32, not in bf16"));
+  CHECK_THROWS_WITH(kernels::layer_norm_grad(x, x, rstd, six, six, LayerNormGrads{.dx = x, .dx_copy = x}),
+                    Catch::Contains("in bf16, not in fp32"));
 }

@@ -236,14 +236,17 @@ TEST_CASE("coded operands: kernels that decode as they read compute what they wo
           kernels::plain::quantize_current(x, layout, bits, true, RandomKey::of(1, "codes", 2), step, offset, codes, {});
           staged(kernels::cuda::dequantize)(codes, layout, bits, step, offset, decoded);
           const kernels::Coded coded{codes, step, offset, layout, bits};
-          const Tensor got = empty_like(x), want = empty_like(x), got_slope = empty_like(x), want_slope = empty_like(x);
-          staged(kernels::cuda::gelu_and_slope)(decoded, want, want_slope);
-          staged(kernels::cuda::gelu_and_slope_coded)(coded, got, got_slope);
+          const Tensor got = empty_like(x), want = empty_like(x), got_y = empty_like(x), want_y = empty_like(x);
+          staged(kernels::cuda::gelu)(decoded, want_y);
+          staged(kernels::cuda::gelu_coded)(coded, got_y);
+          REQUIRE((bits_of(got_y) == bits_of(want_y)));
+          staged(kernels::cuda::gelu_grad)(dy, decoded, want, Tensor());
+          staged(kernels::cuda::gelu_grad_coded)(dy, coded, got, Tensor());
           REQUIRE((bits_of(got) == bits_of(want)));
-          REQUIRE((bits_of(got_slope) == bits_of(want_slope)));
-          staged(kernels::cuda::gelu_grad)(dy, decoded, want);
-          staged(kernels::cuda::gelu_grad_coded)(dy, coded, got);
+          kernels::fill(got_y, 0), kernels::copy(dy, got);
+          staged(kernels::cuda::gelu_grad_coded)(got, coded, got, got_y);  // both at once, in place
           REQUIRE((bits_of(got) == bits_of(want)));
+          REQUIRE((bits_of(got_y) == bits_of(want_y)));
           const DType wide = type == DType::f64 ? DType::f64 : DType::f32;
           const Tensor gamma = random({width}, wide, "gamma"), beta = random({width}, wide, "beta");
           staged(kernels::cuda::affine)(decoded, gamma, beta, want);
@@ -265,29 +268,33 @@ TEST_CASE("coded operands: layer norm's gradient from codes is that from the dec
           const Tensor codes = Tensor::zeros({(xhat.numel() * bits + 7) / 8}, DType::u8);
           kernels::plain::quantize_current(xhat, layout, bits, true, RandomKey::of(1, "codes", 2), step, offset, codes, {});
           staged(kernels::cuda::dequantize)(codes, layout, bits, step, offset, decoded);
-          const Tensor rstd = random({rows}, DType::f32, "rstd"), gamma = random({width}, DType::f32, "gamma");
-          struct Grads {
-            Tensor dx, dgamma, dbeta;
-          };
+          const Tensor rstd = random({rows}, DType::f32, "rstd"), gamma = random({width}, DType::f32, "gamma"),
+                       beta = random({width}, DType::f32, "beta");
           const auto room = [&, rows = rows, width = width, type_dx = type_dx] {
-            return Grads{Tensor::empty({rows, width}, type_dx), random({width}, DType::f32, "dgamma"), Tensor::zeros({width}, DType::f32)};
+            kernels::LayerNormGrads to;
+            to.dx = random({rows, width}, type_dx, "residual");
+            to.dgamma = random({width}, DType::f32, "dgamma"), to.dbeta = Tensor::zeros({width}, DType::f32);
+            to.add_gamma = true;
+            return to;
           };
-          const Grads got = room(), want = room();
-          staged(kernels::cuda::layer_norm_grad)(dy, decoded, rstd, gamma, want.dx, want.dgamma, want.dbeta, false, true, false);
-          staged(kernels::cuda::layer_norm_grad_coded)(dy, kernels::Coded{codes, step, offset, layout, bits}, rstd, gamma, got.dx,
-                                                       got.dgamma, got.dbeta, false, true, false);
-          REQUIRE((bits_of(got.dx) == bits_of(want.dx)));
-          REQUIRE((bits_of(got.dgamma) == bits_of(want.dgamma)));
-          REQUIRE((bits_of(got.dbeta) == bits_of(want.dbeta)));
-          const Grads alone = room();
-          staged(kernels::cuda::layer_norm_grad_coded)(dy, kernels::Coded{codes, step, offset, layout, bits}, rstd, gamma, alone.dx,
-                                                       Tensor(), Tensor(), false, false, false);
-          REQUIRE((bits_of(alone.dx) == bits_of(want.dx)));
-          for (const Grads* to : {&got, &want}) kernels::copy(random({rows, width}, type_dx, "residual"), to->dx);
-          staged(kernels::cuda::layer_norm_grad)(dy, decoded, rstd, gamma, want.dx, Tensor(), Tensor(), true, false, false);
-          staged(kernels::cuda::layer_norm_grad_coded)(dy, kernels::Coded{codes, step, offset, layout, bits}, rstd, gamma, got.dx, Tensor(),
-                                                       Tensor(), true, false, false);
-          REQUIRE((bits_of(got.dx) == bits_of(want.dx)));
-          REQUIRE((bits_of(got.dx) != bits_of(alone.dx)));
+          const auto compare = [&](const kernels::LayerNormGrads& got, const kernels::LayerNormGrads& want) {
+            staged(kernels::cuda::layer_norm_grad)(dy, decoded, rstd, gamma, beta, want);
+            staged(kernels::cuda::layer_norm_grad_coded)(dy, kernels::Coded{codes, step, offset, layout, bits}, rstd, gamma, beta, got);
+            for (const auto part : {&kernels::LayerNormGrads::dx, &kernels::LayerNormGrads::dgamma, &kernels::LayerNormGrads::dbeta,
+                                    &kernels::LayerNormGrads::dx_copy, &kernels::LayerNormGrads::y})
+              if ((got.*part).defined()) REQUIRE((bits_of(got.*part) == bits_of(want.*part)));
+          };
+          const kernels::LayerNormGrads first = room();
+          compare(first, room());
+          kernels::LayerNormGrads alone = room(), all = room(), also = room();
+          alone.dgamma = alone.dbeta = Tensor();
+          compare(alone, room());
+          REQUIRE((bits_of(alone.dx) == bits_of(first.dx)));
+          for (kernels::LayerNormGrads* to : {&all, &also}) {
+            to->add_x = true;
+            to->y = empty_like(xhat), to->dx_copy = Tensor::empty({rows, width}, DType::bf16);
+          }
+          compare(all, also);
+          REQUIRE((bits_of(all.dx) != bits_of(alone.dx)));
         }
 }

@@ -9,6 +9,7 @@
 #include "mesa/base/cuda.h"
 #include "mesa/kernels/codec.h"
 #include "mesa/kernels/kernel.h"
+#include "mesa/kernels/norm.h"
 #include "mesa/kernels/optimizer.h"
 #include "mesa/kernels/windows.h"
 
@@ -65,6 +66,10 @@ class Staging {
   kernels::WindowBias operator()(kernels::WindowBias w) {
     for (Tensor* t : {&w.table, &w.d_table}) *t = (*this)(*t);
     return w;
+  }
+  kernels::LayerNormGrads operator()(kernels::LayerNormGrads to) {
+    for (Tensor* t : {&to.dx, &to.dx_copy, &to.y, &to.dgamma, &to.dbeta}) *t = (*this)(*t);
+    return to;
   }
   template <class T>
   const T& operator()(const T& other) {

@@ -13,6 +13,29 @@ namespace mesa {
 using Grads = std::vector<Tensor>;
 using Backward = std::function<Grads(const std::vector<Tensor>& dy)>;
 
+/// What the tape hands to a formula besides dy, where the op's Abilities offer to make use of it.
+struct Extras {
+  Tensor dy;            ///< dy in the dtype Abilities::products
+  Tensor sum;           ///< what dx, the first input's gradient, is to be added to, in place, and returned; undefined: there is nothing yet
+  Tensor dx_copy;       ///< where dx, or that sum, is wanted in another dtype, too; undefined: nowhere
+  Tensor* y = nullptr;  ///< receives the op's result, where that is wanted again
+};
+
+/// What an op can do on its way back to spare passes over memory.
+struct Abilities {
+  /// Its formula wants dy in this dtype. Whoever makes dy may write both.
+  std::optional<DType> products = {};
+  /// It adds to the first input's gradient, as behind a residual connection, where that of the other branch is there already; and copies
+  /// it.
+  bool adds = false;
+  /// It can rebuild its result beside its gradient. This rebuilds the result alone; it holds Saved handles and parameters only.
+  std::function<void(const Tensor& y)> rebuild = {};
+  /// The gradients that need `value`, the first input's, in a formula of their own: where the op that made it rebuilds it in that way, they
+  /// wait for this. Its results and those of the other formula are for different inputs.
+  Saved value = {};
+  std::function<Grads(const Extras& extras)> of_value = {};
+};
+
 /// RAII: the current tape of this thread. It holds gradient slots and Saved, never a Var: a tape of Vars would pin every exact activation.
 class Tape {
  public:
@@ -54,27 +77,45 @@ class Tape {
     std::vector<int> inputs;     // -1: no gradient wanted
     std::vector<Param*> params;  // same length; null where the input is no parameter
     Backward backward;
-    // Where the formula can add to the gradient that its first input has already: handed over through `sum`, if it is of this dtype.
-    std::shared_ptr<Tensor> sum;
-    DType sum_dtype = DType::f32;
+    std::shared_ptr<Extras> extras;  // where the formula finds them; null: it takes none
+    std::optional<DType> products;
+    bool adds = false;
+    DType dtype_x = DType::f32;     // of the first input
+    std::shared_ptr<Tensor> again;  // the result, once the formula has rebuilt it
+    std::vector<Step> waiting;      // for that
+  };
+  /// The gradient of one value.
+  struct Slot {
+    Tensor gradient, copy;          // copy: the same in the dtype `products`, where whoever made it wrote both
+    std::optional<DType> products;  // that its op wants
   };
 
   void run(const std::function<void(Param&)>& ready);
+  void run_step(Step step, const std::function<void(Param&)>& ready);
+  /// The gradients of a step, put where they belong.
+  void go_back(Step& step, std::vector<Tensor> dy, Tensor copy);
+  /// Fills in what the formula takes besides dy; `copy`: of dy, or undefined.
+  void offer(Step& step, const Tensor& dy, const Tensor& copy);
+  /// For a gradient in the dtype of products: the room of the one before, if that is free again. It lives from block to block, and would
+  /// lie somewhere among the tensors of one block if each block took its own.
+  Tensor room_for_copy(const Tensor& dy, DType dtype);
   void accumulate(int slot, Tensor gradient);
-  /// The gradient so far, which whoever takes it may write to; undefined where there is none or somebody else holds it.
-  Tensor take_sum(int slot, DType dtype);
 
   StoragePolicy& policy_;
   uint64_t id_, seed_, step_, part_;
   const uint64_t* live_step_;
   std::vector<Step> steps_;
-  std::vector<Tensor> gradients_;  // by slot
+  std::vector<Slot> slots_;
+  Tensor room_;  // see room_for_copy
   std::unordered_map<Param*, int> uses_;
   bool run_ = false;
   Inspection inspection_;
   std::string first_bad_;
   Tape* previous_;
 };
+
+/// True if nobody else holds the memory of a contiguous gradient: a formula may then write its result there.
+bool may_overwrite(const Tensor& gradient);
 
 /// Where the gradient of one input goes: straight into a parameter's gradient, or into a fresh tensor.
 class Target {
@@ -115,9 +156,7 @@ class Op {
   bool wants(const Var& x) const { return recording() && x.requires_grad(); }
 
   Var record(const Tensor& y, std::function<Grads(const Tensor& dy)> backward) const;
-  /// The same, for a formula that can add to the gradient of `x`, the op's first input: behind a residual connection that of the other
-  /// branch is there already. `dx` is undefined or what it is to be added to, in place, and returned.
-  Var record(const Tensor& y, const Var& x, std::function<Grads(const Tensor& dy, const Tensor& dx)> backward) const;
+  Var record(const Tensor& y, std::function<Grads(const Tensor& dy, const Extras& extras)> backward, Abilities abilities) const;
   std::vector<Var> record(const std::vector<Tensor>& ys, Backward backward) const;
 
  private:

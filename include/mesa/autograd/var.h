@@ -11,11 +11,11 @@ namespace mesa {
 struct Param {
   std::string name;  ///< timm's name, the scope path it was made under: "blocks.0.attn.qkv.weight"
   Tensor value;
-  Tensor grad;                 ///< same shape and dtype; allocated by the store or on first use
+  Tensor grad;  ///< same shape and dtype; allocated by the store or on first use
   bool trainable = true;
-  bool decay = true;           ///< false for biases, norms, tokens and position embeddings
-  double lr_scale = 1;         ///< share of the learning rate (layer-wise decay)
-  bool grad_written = false;   ///< false: the next gradient overwrites instead of adding (saves a clearing pass)
+  bool decay = true;          ///< false for biases, norms, tokens and position embeddings
+  double lr_scale = 1;        ///< share of the learning rate (layer-wise decay)
+  bool grad_written = false;  ///< false: the next gradient overwrites instead of adding (saves a clearing pass)
   /// Rows of the last axis that belong to the places of a grid, behind `prefix` others: position embeddings and tables of biases, which
   /// another size of picture or window asks for resized. A height of 0: nothing of the kind.
   struct Grid {
@@ -55,8 +55,8 @@ class Var {
   bool requires_grad() const { return slot_ >= 0 || (param_ != nullptr && param_->trainable); }
   Param* param() const { return param_; }
   const std::shared_ptr<const Recipe>& recipe() const { return recipe_; }
-  /// The same value with a way to rebuild it in the backward pass; `rebuild` must capture Saved handles and parameters only.
-  Var with_recipe(Recipe rebuild) const;
+  /// The same value with a way to rebuild it in the backward pass, which must hold Saved handles and parameters only.
+  Var with_recipe(Recipe recipe) const;
   /// The same value from an op that keeps nothing: where a storage rule rebuilds it, whoever needs it keeps it by the rule before that one.
   Var without_trace() const;
   bool leaves_trace() const { return leaves_trace_; }
@@ -65,7 +65,7 @@ class Var {
   friend class Op;
   friend class Tape;
   Tensor value_;
-  int slot_ = -1;     // gradient slot on the tape that recorded it
+  int slot_ = -1;      // gradient slot on the tape that recorded it
   uint64_t tape_ = 0;  // that tape's number
   Param* param_ = nullptr;
   std::shared_ptr<const Recipe> recipe_;

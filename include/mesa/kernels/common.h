@@ -5,6 +5,7 @@
 #include <type_traits>
 
 #include "mesa/base/random.h"
+#include "mesa/kernels/norm.h"
 #include "mesa/tensor/mixing.h"
 #include "mesa/tensor/tensor.h"
 
@@ -140,6 +141,24 @@ inline void check_layer_norm(const Tensor& x, const Tensor& gamma, const Tensor&
   check_parameter(beta, width_of(x), "beta");
   if (xhat.defined()) check_alike(xhat, y, "layer_norm: xhat");
   if (rstd.defined()) check(rstd.is_contiguous() && rstd.numel() == x.rows(), "layer_norm: rstd has ", rstd.numel(), " elements");
+}
+/// What layer_norm_grad takes beside xhat, which has the dtype `kept`.
+inline void check_layer_norm_grad(const Tensor& dy, const Tensor& rstd, const Tensor& gamma, const Tensor& beta, const LayerNormGrads& to,
+                                  DType kept) {
+  const int64_t width = width_of(dy), rows = dy.rows();
+  check_alike(dy, to.dx, "layer_norm_grad: dx");
+  check_parameter(gamma, width, "gamma");
+  check(rstd.is_contiguous() && rstd.numel() == rows, "layer_norm_grad: rstd has ", rstd.numel(), " elements for ", rows, " rows");
+  if (to.dgamma.defined()) check_parameter(to.dgamma, width, "dgamma");
+  if (to.dbeta.defined()) check_parameter(to.dbeta, width, "dbeta");
+  if (to.dx_copy.defined()) {
+    check_alike(dy, to.dx_copy, "layer_norm_grad: a copy of dx");
+    check(to.dx_copy.dtype() == DType::bf16, "layer_norm_grad copies dx in bf16, not in ", to_string(to.dx_copy.dtype()));
+  }
+  if (!to.y.defined()) return;
+  check_alike(dy, to.y, "layer_norm_grad: y");
+  check_parameter(beta, width, "beta");
+  check(to.y.dtype() == kept, "layer_norm_grad rebuilds y in ", to_string(kept), ", not in ", to_string(to.y.dtype()));
 }
 
 }  // namespace

@@ -11,6 +11,13 @@ namespace mesa::kernels {
 MESA_KERNEL(fill, const Tensor& y, double value);
 /// y <- x with conversion between floating dtypes; x and y may have any strides.
 MESA_KERNEL(copy, const Tensor& x, const Tensor& y);
+/// x itself, or its values in another dtype.
+inline Tensor cast(const Tensor& x, DType dtype) {
+  if (x.dtype() == dtype) return x;
+  const Tensor y = empty_like(x, dtype);
+  copy(x, y);
+  return y;
+}
 /// y <- a + b. The three dtypes may differ (f32 residual + bf16 branch).
 MESA_KERNEL(add, const Tensor& a, const Tensor& b, const Tensor& y);
 MESA_KERNEL(mul, const Tensor& a, const Tensor& b, const Tensor& y);
@@ -32,16 +39,16 @@ MESA_KERNEL(relu, const Tensor& x, const Tensor& y);
 MESA_KERNEL(relu_mask, const Tensor& x, const Tensor& y, const Tensor& mask);
 /// y <- x where the element's bit is 1, else 0; y may be x.
 MESA_KERNEL(apply_mask, const Tensor& x, const Tensor& mask, const Tensor& y);
-/// y <- x Phi(x), exact erf form (Hendrycks and Gimpel, 2016); dx <- dy (Phi(x) + x phi(x)).
+/// y <- x Phi(x), exact erf form (Hendrycks and Gimpel, 2016).
 MESA_KERNEL(gelu, const Tensor& x, const Tensor& y);
 /// The same with codes of x: bit for bit those that encode makes. CUDA.
 MESA_KERNEL(gelu_codes, const Tensor& x, const Tensor& y, const Coding& of_x);
-MESA_KERNEL(gelu_grad, const Tensor& dy, const Tensor& x, const Tensor& dx);
-/// y and the slope dy/dx in one pass: both need the same exponential.
-MESA_KERNEL(gelu_and_slope, const Tensor& x, const Tensor& y, const Tensor& slope);
+/// dx <- dy (Phi(x) + x phi(x)), and y as gelu has it, which needs the same exponential; an undefined y is not written. y has x's or dx's
+/// dtype.
+MESA_KERNEL(gelu_grad, const Tensor& dy, const Tensor& x, const Tensor& dx, const Tensor& y);
 /// Both from codes of x, bit for bit as from the decoded tensor, which has the result's dtype. CUDA.
-MESA_KERNEL(gelu_grad_coded, const Tensor& dy, const Coded& x, const Tensor& dx);
-MESA_KERNEL(gelu_and_slope_coded, const Coded& x, const Tensor& y, const Tensor& slope);
+MESA_KERNEL(gelu_coded, const Coded& x, const Tensor& y);
+MESA_KERNEL(gelu_grad_coded, const Tensor& dy, const Coded& x, const Tensor& dx, const Tensor& y);
 
 /// y[i] <- keep_i ? x[i] / (1 - p) : 0 with keep_i = uniform(random_word(key, i)) >= p. The gradient is the same call on dy.
 MESA_KERNEL(dropout, const Tensor& x, const Tensor& y, double p, RandomKey key);

@@ -16,13 +16,22 @@ MESA_KERNEL(layer_norm_codes, const Tensor& x, const Tensor& gamma, const Tensor
 MESA_KERNEL(affine, const Tensor& xhat, const Tensor& gamma, const Tensor& beta, const Tensor& y);
 /// The same from codes of xhat, bit for bit as from the decoded tensor, which has y's dtype. CUDA.
 MESA_KERNEL(affine_coded, const Coded& xhat, const Tensor& gamma, const Tensor& beta, const Tensor& y);
-/// dx += rstd (g - mean(g) - xhat mean(g xhat)) with g = gamma dy; dgamma[c] += sum dy xhat, dbeta[c] += sum dy (= when not accumulate).
-/// dx has x's dtype. An undefined dgamma or dbeta is not computed. Sums are in an order that does not depend on the thread count.
-MESA_KERNEL(layer_norm_grad, const Tensor& dy, const Tensor& xhat, const Tensor& rstd, const Tensor& gamma, const Tensor& dx,
-            const Tensor& dgamma, const Tensor& dbeta, bool accumulate_x, bool accumulate_gamma, bool accumulate_beta);
+/// Where the gradients of layer norm go, [.., C] and [C]; what is undefined is not computed, but for dx.
+struct LayerNormGrads {
+  Tensor dx = {};                  ///< in x's dtype
+  bool add_x = false;              ///< to what dx holds
+  Tensor dx_copy = {};             ///< receives what dx then holds in bf16, too
+  Tensor y = {};                   ///< receives gamma xhat + beta, bit for bit as affine writes it, in xhat's dtype; may be dy
+  Tensor dgamma = {}, dbeta = {};  ///< f32 or f64
+  bool add_gamma = false, add_beta = false;
+};
+/// dx += rstd (g - mean(g) - xhat mean(g xhat)) with g = gamma dy; dgamma[c] += sum dy xhat, dbeta[c] += sum dy (= when not added).
+/// Sums are in an order that does not depend on the thread count.
+MESA_KERNEL(layer_norm_grad, const Tensor& dy, const Tensor& xhat, const Tensor& rstd, const Tensor& gamma, const Tensor& beta,
+            const LayerNormGrads& to);
 /// The same from codes of xhat, bit for bit as from the decoded tensor, which has dy's dtype. CUDA.
-MESA_KERNEL(layer_norm_grad_coded, const Tensor& dy, const Coded& xhat, const Tensor& rstd, const Tensor& gamma, const Tensor& dx,
-            const Tensor& dgamma, const Tensor& dbeta, bool accumulate_x, bool accumulate_gamma, bool accumulate_beta);
+MESA_KERNEL(layer_norm_grad_coded, const Tensor& dy, const Coded& xhat, const Tensor& rstd, const Tensor& gamma, const Tensor& beta,
+            const LayerNormGrads& to);
 
 /// y[.., j] <- exp(x_j - max) / sum, over the last axis.
 MESA_KERNEL(softmax, const Tensor& x, const Tensor& y);
