@@ -119,11 +119,13 @@ test_files() {  # STAGE SECONDS PATTERN SPEC TOOL...: several side by side
   attempt "$stage" "$limit" xargs -a "$logs/$stage.files" -P 8 -I{} bash -c 'test_file "$@"' - "$stage" "$spec" {} "$@"
 }
 
-compare() {  # MODEL BATCH ROUND [torch_step.py's options]: Mesa, then PyTorch eager and compiled, on the same work
+compare() {  # MODEL BATCH ROUND [torch_step.py's options]: Mesa, also with tuned products, then PyTorch eager and compiled, on the same work
   local model=$1 batch=$2 round=$3
   shift 3
-  attempt "mesa_${model}_$round" 90 "${mesa[@]}" "$bin/mesa-bench" --config "bench/$model.yaml" --device cuda --storage exact,int8,int4 \
-    --steps 20 --warmup 5 --set "train.batch_size=$batch" --set train.precision=bf16 --json "$logs/mesa_${model}_$round.json"
+  local bench=("${mesa[@]}" "$bin/mesa-bench" --config "bench/$model.yaml" --device cuda --steps 20 --warmup 5 --set "train.batch_size=$batch"
+    --set train.precision=bf16)
+  attempt "mesa_${model}_$round" 90 "${bench[@]}" --storage exact,int8,int4 --json "$logs/mesa_${model}_$round.json"
+  attempt "mesa_tuned_${model}_$round" 60 "${bench[@]}" --storage exact --set train.autotune=true --json "$logs/mesa_tuned_${model}_$round.json"
   attempt "torch_${model}_$round" 180 python3 tools/peers/torch_step.py --model "$model" --batch "$batch" --steps 20 --compile both "$@"
 }
 deit_round() { compare deit_small 128 "$1"; compare deit_base 128 "$1"; compare deit_tiny 256 "$1"; }

@@ -1,5 +1,6 @@
 // xhat = (x - mean(x)) / sqrt(var(x) + eps), y = gamma xhat + beta;
-// dx = rstd (g - mean(g) - xhat mean(g xhat)) with g = gamma dy, dgamma = sum dy xhat, dbeta = sum dy.
+// dx = rstd (g - mean(g) - xhat mean(g xhat)) with g = gamma dy, dgamma = sum dy xhat, dbeta = sum dy; and, where wanted,
+// dx once more in bf16 and y again.
 #include "mesa/kernels/norm.h"
 
 #include <cmath>

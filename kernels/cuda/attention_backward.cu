@@ -155,8 +155,7 @@ __global__ void __launch_bounds__(kWarps* kWarp, kBlocks<head>) queries_kernel(P
     if (visit < chunks || e.slots < chunks) {
       const int c = visit % chunks, rows = e.rows(c);
       bf16* const k = slots + visit % e.slots * kSlot<head>;
-      load_operand<head>(k, p.k, place.from(c * kChunk), share.column, rows, whole_tiles(rows));
-      load_operand<head>(k + kSecond<head>, p.v, place.from(c * kChunk), share.column, rows, whole_tiles(rows));
+      load_operands<head>(k, p.k, p.v, kSecond<head>, place.from(c * kChunk), share.column, rows, whole_tiles(rows));
     }
     copy_async_commit();
   };
@@ -242,8 +241,7 @@ __global__ void __launch_bounds__(kWarps* kWarp, kBlocks<head>) keys_kernel(Prob
     copy_async_commit();
   };
   const int first = share.first * kTile, token = first + warp * kTile;
-  load_operand<head>(k, p.k, place.from(first), share.column, e.tokens - first, share.tiles * kTile);
-  load_operand<head>(v, p.v, place.from(first), share.column, e.tokens - first, share.tiles * kTile);
+  load_operands<head>(k, p.k, p.v, static_cast<int>(v - k), place.from(first), share.column, e.tokens - first, share.tiles * kTile);
   for (int i = threadIdx.x; i < e.tiles() * kTile; i += blockDim.x) {
     // Queries that are padding: P = exp2(s - infinity) = 0.
     statistics[i] = i < e.tokens ? float2{kLog2E * p.lse[share.line + i], p.delta[share.line + i]} : float2{INFINITY, 0.0f};
@@ -275,12 +273,13 @@ __global__ void __launch_bounds__(kWarps* kWarp, kBlocks<head>) keys_kernel(Prob
 template <int head, class Seen>
 void start(const Sizes& n, Problem<Seen> p, bool exact) {
   const auto bytes = [&](const Deal& d) {
-    return (p.seen.shared_elements(d.extent) + 2 * d.most_tiles * kTile * kPitch<head> + slot_elements<head>(d.extent)) * sizeof(bf16);
+    return (p.seen.shared_elements(d.extent) + 2 * d.extent.most_tiles() * kTile * kPitch<head> + slot_elements<head>(d.extent)) *
+           sizeof(bf16);
   };
   const Deal by_keys = deal(n, kWarps, 2);
   Deal by_queries = deal(n, kWarps, exact ? 2 : static_cast<int>(n.length));
   if (bytes(by_queries) > kSharedBytes) by_queries = by_keys;  // the keys then come twice
-  const dim3 block(by_keys.most_tiles * kWarp);
+  const dim3 block(by_keys.extent.most_tiles() * kWarp);
   p.extent = by_queries.extent;
   launch("fused_attention_grad (dq)", exact ? &queries_kernel<head, true, Seen> : &queries_kernel<head, false, Seen>, dim3(by_queries.grid),
          block, bytes(by_queries), p);

@@ -179,7 +179,7 @@ __global__ void __launch_bounds__(kWarps* kWarp, kBlocks<head>) attention_kernel
   const int warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp, chunks = e.chunks();
   const auto place = p.seen.open(e, share);
   bf16* const q = dynamic_shared<bf16>() + p.seen.shared_elements(e);
-  bf16* const slots = q + warps * tiles * kTile * kPitch<head>;
+  bf16* const slots = q + e.most_tiles() * kTile * kPitch<head>;
   const auto load_chunk = [&](int c) {
     const int rows = e.rows(c);
     bf16* const k = slots + c % e.slots * kSlot<head>;
@@ -236,8 +236,8 @@ void start(const Sizes& n, Problem<Seen> p, bool coded) {
   constexpr int tiles = kTilesPerWarp<head>;
   const Deal d = deal(n, kWarps * tiles, 2);
   p.extent = d.extent;
-  const int warps = std::min(d.most_tiles, kWarps);
-  const int elements = p.seen.shared_elements(d.extent) + warps * tiles * kTile * kPitch<head> + slot_elements<head>(d.extent);
+  const int warps = std::min(d.extent.most_tiles(), kWarps);
+  const int elements = p.seen.shared_elements(d.extent) + d.extent.most_tiles() * kTile * kPitch<head> + slot_elements<head>(d.extent);
   launch("fused_attention", coded ? &attention_kernel<head, tiles, true, Seen> : &attention_kernel<head, tiles, false, Seen>, dim3(d.grid),
          dim3(warps * kWarp), elements * sizeof(bf16), p);
 }

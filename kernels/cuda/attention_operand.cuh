@@ -85,8 +85,8 @@ struct Sizes {
     return x.values.defined() ? operand(x.values, what) : coded_operand(x.coded, batch, tokens, channels, what);
   }
   void check_lines(const Tensor& x, const char* what) const {
-    check(x.is_contiguous() && x.numel() == sequences * heads * length, "fused attention: ", what, " is ", x.shape(), ", not [",
-          sequences, ", ", heads, ", ", length, "]");
+    check(x.is_contiguous() && x.numel() == sequences * heads * length, "fused attention: ", what, " is ", x.shape(), ", not [", sequences,
+          ", ", heads, ", ", length, "]");
   }
 };
 
@@ -114,42 +114,59 @@ __device__ inline int64_t group_of(const Operand& x, int64_t element) {
   return x.by_groups.remainder(x.by_inner.quotient(static_cast<uint32_t>(element)));
 }
 
-/// 16 codes of one group -> the bf16 values that dequantize gives.
+/// 16 codes of one group as they are read, with what decodes them.
+struct Item {
+  uint32_t words[4];  ///< as many as the codes take
+  float step, offset;
+};
+__device__ inline Item fetch_item(const Operand& x, int row, int column) {
+  const uint8_t* codes = x.codes + (static_cast<int64_t>(row) * x.channels + column) * x.bits / 8;
+  const int64_t group = group_of(x, row * x.group_stride + column);
+  Item item{{}, __ldg(x.step + group), __ldg(x.offset + group)};
+  if (x.bits == 8) {
+    const uint4 four = *reinterpret_cast<const uint4*>(codes);
+    item.words[0] = four.x, item.words[1] = four.y, item.words[2] = four.z, item.words[3] = four.w;
+  } else if (x.bits == 4) {
+    const uint2 two = *reinterpret_cast<const uint2*>(codes);
+    item.words[0] = two.x, item.words[1] = two.y;
+  } else {
+    item.words[0] = *reinterpret_cast<const uint32_t*>(codes);
+  }
+  return item;
+}
+/// The bf16 values that dequantize gives.
 template <int bits>
-__device__ inline void decode_item(const uint8_t* codes, float step, float offset, bf16* to) {
+__device__ inline void decode_item(const Item& item, bf16* to) {
   constexpr int per_word = 32 / bits;
-  const auto packed = *reinterpret_cast<const Pack<uint32_t, kItem / per_word>*>(codes);
 #pragma unroll
   for (int half = 0; half < kItem; half += 8) {
     float y[8];
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
-      const uint32_t word = packed.v[(half + i) / per_word] >> (half + i) % per_word * bits;
-      y[i] = dequantize_value(static_cast<uint8_t>(word & ((1 << bits) - 1)), step, offset);
+      const uint32_t word = item.words[(half + i) / per_word] >> (half + i) % per_word * bits;
+      y[i] = dequantize_value(static_cast<uint8_t>(word & ((1 << bits) - 1)), item.step, item.offset);
     }
     store_pack(to + half, y);
   }
 }
+__device__ inline void decode_item(const Item& item, int bits, bf16* to) {
+  if (bits == 8)
+    decode_item<8>(item, to);
+  else if (bits == 4)
+    decode_item<4>(item, to);
+  else
+    decode_item<2>(item, to);
+}
 /// 16 codes, whatever their groups are.
-__device__ inline void decode_item(const Operand& x, int row, int column, bf16* to) {
+__device__ inline void decode_codes(const Operand& x, int row, int column, bf16* to) {
+  if (x.by_items) return decode_item(fetch_item(x, row, column), x.bits, to);
   const uint8_t* codes = x.codes + (static_cast<int64_t>(row) * x.channels + column) * x.bits / 8;
   const int64_t first = row * x.group_stride + column;
-  if (x.by_items) {
-    const int64_t group = group_of(x, first);
-    const float step = __ldg(x.step + group), offset = __ldg(x.offset + group);
-    if (x.bits == 8)
-      decode_item<8>(codes, step, offset, to);
-    else if (x.bits == 4)
-      decode_item<4>(codes, step, offset, to);
-    else
-      decode_item<2>(codes, step, offset, to);
-  } else {
 #pragma unroll 1
-    for (int i = 0; i < kItem; ++i) {
-      const int64_t group = group_of(x, first + i);
-      const int q = codes[i * x.bits / 8] >> i * x.bits % 8 & ((1 << x.bits) - 1);
-      store(to + i, dequantize_value(static_cast<uint8_t>(q), __ldg(x.step + group), __ldg(x.offset + group)));
-    }
+  for (int i = 0; i < kItem; ++i) {
+    const int64_t group = group_of(x, first + i);
+    const int q = codes[i * x.bits / 8] >> i * x.bits % 8 & ((1 << x.bits) - 1);
+    store(to + i, dequantize_value(static_cast<uint8_t>(q), __ldg(x.step + group), __ldg(x.offset + group)));
   }
 }
 
@@ -191,9 +208,37 @@ __device__ inline void load_operand(bf16* tile, const Operand& x, Place place, i
   for (int r = first; r < rows; r += step) {
     bf16* to = tile + r * kPitch<head> + c;
     if (r < valid)
-      decode_item(x, place[r], column + c, to);
+      decode_codes(x, place[r], column + c, to);
     else
       reinterpret_cast<uint4*>(to)[0] = reinterpret_cast<uint4*>(to)[1] = uint4{};
+  }
+}
+/// The same for two operands, whose tiles lie `second` elements apart. Codes are all fetched before the first is decoded: nothing else
+/// hides how long they take.
+template <int head, class Place>
+__device__ inline void load_operands(bf16* tile, const Operand& x, const Operand& y, int second, Place place, int column, int valid,
+                                     int rows) {
+  if (x.values != nullptr || y.values != nullptr || !x.by_items || !y.by_items) {
+    load_operand<head>(tile, x, place, column, valid, rows);
+    load_operand<head>(tile + second, y, place, column, valid, rows);
+    return;
+  }
+  constexpr int items = head / kItem, kRows = 2;  // rows of a thread at once
+  const int first = threadIdx.x / items, step = blockDim.x / items, c = threadIdx.x % items * kItem;
+#pragma unroll 1
+  for (int from = first; from < rows; from += kRows * step) {
+    Item of_x[kRows]{}, of_y[kRows]{};  // zeros decode to zeros, for padding
+#pragma unroll
+    for (int i = 0; i < kRows; ++i)
+      if (const int r = from + i * step; r < min(valid, rows))
+        of_x[i] = fetch_item(x, place[r], column + c), of_y[i] = fetch_item(y, place[r], column + c);
+#pragma unroll
+    for (int i = 0; i < kRows; ++i)
+      if (const int r = from + i * step; r < rows) {
+        bf16* to = tile + r * kPitch<head> + c;
+        decode_item(of_x[i], x.bits, to);
+        decode_item(of_y[i], y.bits, to + second);
+      }
   }
 }
 
@@ -206,8 +251,7 @@ __device__ inline void store_rows(const bf16* tile, const Operand& x, Place plac
   for (int i = 0; i < 16 * lanes; i += kWarp) {
     const int r = (i + lane) / lanes, c = lane % lanes * 8;
     if (r < valid)
-      *reinterpret_cast<uint4*>(x.values + place[r] * x.stride + column + c) =
-          *reinterpret_cast<const uint4*>(tile + r * kPitch<head> + c);
+      *reinterpret_cast<uint4*>(x.values + place[r] * x.stride + column + c) = *reinterpret_cast<const uint4*>(tile + r * kPitch<head> + c);
   }
 }
 

@@ -25,6 +25,7 @@ struct Extent {
   int slots;  ///< chunks that shared memory holds
 
   MESA_HD int tiles() const { return (tokens + kTile - 1) / kTile; }
+  MESA_HD int most_tiles() const { return (tiles() + parts - 1) / parts; }  ///< of one block
   MESA_HD int chunks() const { return (tokens + kChunk - 1) / kChunk; }
   /// Rows of chunk c that exist.
   MESA_HD int rows(int c) const { return tokens - c * kChunk < kChunk ? tokens - c * kChunk : kChunk; }
@@ -54,10 +55,9 @@ int slot_elements(const Extent& e) {
   return e.slots * kSlot<head> - spare * kPitch<head>;
 }
 
-/// How the tiles of a head are dealt out evenly to blocks of at most `most_tiles`.
+/// How the tiles of a head are dealt out evenly to blocks.
 struct Deal {
   Extent extent;
-  int most_tiles;  ///< that one block gets
   unsigned grid;
 };
 inline Deal deal(const Sizes& n, int most_tiles, int most_slots) {
@@ -67,7 +67,7 @@ inline Deal deal(const Sizes& n, int most_tiles, int most_slots) {
   const int64_t lines = n.sequences * n.heads * n.length, blocks = n.sequences * n.heads * e.parts;
   check(std::max(lines, blocks) < int64_t{1} << 31, "fused attention: ", n.batch, " images of ", n.heads,
         " heads are too many for one launch");
-  return {e, static_cast<int>(ceil_div(e.tiles(), e.parts)), static_cast<unsigned>(blocks)};
+  return {e, static_cast<unsigned>(blocks)};
 }
 
 // --- fragments --------------------------------------------------------------------------------------------------------------------

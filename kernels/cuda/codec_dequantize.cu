@@ -1,5 +1,5 @@
-// Decoding, x = fma(q, step[g], offset[g]), and what backward computes of x in the same visit: gelu and its slope, gelu's gradient,
-// gamma x + beta. A decoded x is rounded to the dtype that it was packed from, as if it had been kept there.
+// Decoding, x = fma(q, step[g], offset[g]), and what backward computes of x in the same visit: gelu, its gradient, gamma x + beta. A
+// decoded x is rounded to the dtype that it was packed from, as if it had been kept there.
 #include "codec.cuh"
 #include "mesa/kernels/elementwise.h"
 #include "mesa/kernels/norm.h"

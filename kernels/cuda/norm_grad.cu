@@ -1,4 +1,5 @@
-// dx = rstd (g - mean(g) - xhat mean(g xhat)) with g = gamma dy, dgamma = sum dy xhat, dbeta = sum dy.
+// dx = rstd (g - mean(g) - xhat mean(g xhat)) with g = gamma dy, dgamma = sum dy xhat, dbeta = sum dy; and, where wanted,
+// dx once more in bf16 and y = gamma xhat + beta.
 // A block walks over a chunk of the rows, so that dy and xhat are read once for all three: dx is finished there, dgamma and dbeta leave as
 // the chunk's sums, which a second kernel adds up. Chunks depend on the shape alone, and so do the results.
 #include <optional>

@@ -113,6 +113,7 @@ void Tape::go_back(Step& step, std::vector<Tensor> dy, Tensor copy) {
     if (inspection_ && step.params[i] && step.params[i]->grad_written)
       inspection_(step.params[i]->grad, "gradient of " + step.params[i]->name);
     if (!grads[i].defined()) continue;
+    check(!step.outputs.empty() || step.params[i] != nullptr, "a gradient that waited came too late for input ", i);
     if (step.inputs[i] >= 0)
       accumulate(step.inputs[i], std::move(grads[i]));
     else if (step.params[i] != nullptr)
@@ -133,7 +134,7 @@ void Tape::offer(Step& step, const Tensor& dy, const Tensor& copy) {
   // A gradient may be shared (add hands dy to both inputs): only one owner may write to it.
   if (x.gradient.defined() && x.gradient.dtype() == step.dtype_x && may_overwrite(x.gradient)) to.sum = std::exchange(x.gradient, {});
   x.copy = Tensor();
-  if (!x.gradient.defined() && x.products && *x.products != step.dtype_x) to.dx_copy = room_for_copy(dy, *x.products);
+  if (!x.gradient.defined() && x.products == DType::bf16 && step.dtype_x == DType::f32) to.dx_copy = room_for_copy(dy, DType::bf16);
 }
 
 Tensor Tape::room_for_copy(const Tensor& dy, DType dtype) {

@@ -193,11 +193,19 @@ void wait_for(const Mark& mark) {
   check_status(cudaStreamWaitEvent(compute_stream(), static_cast<cudaEvent_t>(mark.get()), 0), "waiting for a copy");
 }
 
-void begin_recording() {
-  check_status(cudaStreamBeginCapture(compute_stream(), cudaStreamCaptureModeRelaxed), "beginning to record work");  // memory may be taken
+namespace {
+bool is_recording = false;
 }
 
+void begin_recording() {
+  check_status(cudaStreamBeginCapture(compute_stream(), cudaStreamCaptureModeRelaxed), "beginning to record work");  // memory may be taken
+  is_recording = true;
+}
+
+bool recording() { return is_recording; }
+
 Recording end_recording(bool keep) {
+  is_recording = false;
   cudaGraph_t graph = nullptr;
   const cudaError_t ended = cudaStreamEndCapture(compute_stream(), &graph);
   cudaGraphExec_t ready = nullptr;

@@ -11,6 +11,10 @@ namespace cuda {
 [[gnu::weak]] void product(const Tensor& a, const Tensor& b, const Tensor& c, const Tensor& bias, const Tensor& addend);
 /// dw <- (dw +) dy^T x and db <- sum of dy's rows in one product; false if the library has no such product for these operands.
 [[gnu::weak]] bool product_and_row_sums(const Tensor& dy, const Tensor& x, const Tensor& dw, bool accumulate, const Tensor& db);
+/// As in matmul.h.
+[[gnu::weak]] void tune_products(bool on, const std::map<std::string, std::string>& choices);
+[[gnu::weak]] std::map<std::string, std::string> product_choices();
+[[gnu::weak]] std::string product_library();
 }  // namespace cuda
 
 namespace {
@@ -119,6 +123,14 @@ void matmul_weight_grad(const Tensor& dy, const Tensor& x, const Tensor& dw, boo
   matmul(dy.transpose(0, 1), x, dw, {}, accumulate_w ? dw : Tensor());
   if (db.defined()) sum_rows(dy, db, accumulate_b);
 }
+
+void tune_products(bool on, const std::map<std::string, std::string>& choices) {
+  if (cuda::tune_products) cuda::tune_products(on, choices);
+}
+std::map<std::string, std::string> product_choices() {
+  return cuda::product_choices ? cuda::product_choices() : std::map<std::string, std::string>();
+}
+std::string product_library() { return cuda::product_library ? cuda::product_library() : std::string(); }
 
 bool native_bf16() {
   static const bool native = onednn::has_bf16();

@@ -6,7 +6,13 @@
 
 namespace mesa {
 
-using kernels::cast;
+/// x itself, or its values in another dtype.
+inline Tensor cast(const Tensor& x, DType dtype) {
+  if (x.dtype() == dtype) return x;
+  const Tensor y = empty_like(x, dtype);
+  kernels::copy(x, y);
+  return y;
+}
 
 /// Writes a gradient to `out`, or adds it to what is there.
 inline void put(const Tensor& gradient, const Tensor& out, bool accumulate) {

@@ -1,3 +1,5 @@
+#include <algorithm>
+
 #include "gradients.h"
 #include "mesa/kernels/elementwise.h"
 #include "mesa/kernels/matmul.h"
@@ -16,6 +18,11 @@ Tensor bias_as(const Var& b, const Tensor& y) {
 }
 
 Tensor flatten(const Tensor& x) { return x.reshape({x.rows(), x.dim(-1)}); }
+
+/// True if nothing but parameters takes gradients: these may wait (Abilities::value).
+bool only_parameters(const Op& op, std::initializer_list<Var> vars) {
+  return std::all_of(vars.begin(), vars.end(), [&](const Var& v) { return !v.defined() || !op.wants(v) || v.param() != nullptr; });
+}
 
 std::vector<Var> defined_of(std::vector<Var> vars) {
   std::erase_if(vars, [](const Var& v) { return !v.defined(); });
@@ -55,7 +62,7 @@ Var linear(const Var& x, const Var& w, const Var& b, std::optional<DType> out, c
     if (has_bias) grads[2] = to_b;
     return grads;
   };
-  return op.record(y, formula, {.products = x.dtype(), .value = sx, .of_value = of_parameters});
+  return op.record(y, formula, {.products = x.dtype(), .value = only_parameters(op, {w, b}) ? sx : Saved(), .of_value = of_parameters});
 }
 
 Var scaled_linear(const Var& x, const Var& w, const Var& b, const Var& gamma, std::optional<DType> out, const Var& residual) {
@@ -119,7 +126,8 @@ Var scaled_linear(const Var& x, const Var& w, const Var& b, const Var& gamma, st
     });
     return grads;
   };
-  return op.record(y, formula, {.products = x.dtype(), .value = sx, .of_value = of_parameters});
+  return op.record(y, formula,
+                   {.products = x.dtype(), .value = only_parameters(op, {w, b, gamma}) ? sx : Saved(), .of_value = of_parameters});
 }
 
 }  // namespace mesa

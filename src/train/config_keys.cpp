@@ -125,6 +125,10 @@ const Key kKeys[] = {
         "With several ranks: `optimizer` gives each its part of the optimizer's state and work (ZeRO-1) in place of all of it"),
     KEY(train.reduce_precision, one_of("fp32|bf16"), "With several ranks: what gradients are added up in"),
     KEY(train.cuda_graph, any(), "Record the passes of a GPU and run them as one: for small models"),
+    KEY(train.autotune, any(),
+        "On a GPU: time the algorithms that the library has for each product, at its first use, and keep the fastest; a resumed run finds "
+        "them "
+        "in its folder"),
     KEY(train.weights, any(),
         "Begin with the weights of this checkpoint or safetensors file: positions are resized, a head of other classes begins anew"),
     KEY(train.ema_decay, fraction(),

@@ -9,6 +9,7 @@
 #include "mesa/train/evaluate.h"
 #include "mesa/train/optimizer_setup.h"
 #include "mesa/train/trainer.h"
+#include "product_tuning.h"
 #include "run_folder.h"
 #include "run_watch.h"
 #include "updater.h"
@@ -84,6 +85,7 @@ class Run {
   std::optional<SentBatch> ahead_;
   int64_t taken_ = 0;  // batches of this epoch
   std::unique_ptr<RunFolder> folder_;
+  std::unique_ptr<ProductTuning> products_;   // or null
   std::unique_ptr<CheckpointWriter> writer_;  // the leader's
   std::unique_ptr<RunWatch> watch_;
   std::unique_ptr<Progress> progress_;

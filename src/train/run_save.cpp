@@ -34,6 +34,7 @@ bool Run::save_now(const std::string& which) {
 /// that nobody could resume must not replace a good one.
 bool Run::copy_state(const std::vector<std::string>& names) {
   copied_ = true;
+  if (products_) products_->keep();
   if (!writer_ && !optimizer_->sharded()) return true;
   const bool of_failure = names == std::vector<std::string>{"failed"};
   std::string bad = of_failure || names.empty() ? "" : first_bad_parameter(model_.params);

@@ -64,6 +64,8 @@ Run::Run(RunConfig config, const TrainOptions& options, World& world)
   check_alike(world);
   check_histograms(config_, model_.params, plan_);
   if (team_.leads()) open_folder();
+  if (config_.train.autotune && is_gpu(model_.device))
+    products_ = std::make_unique<ProductTuning>(config_.output, resume_, team_.rank(), [this](const std::string& text) { warn(text); });
 }
 
 void Run::start() {

@@ -5,6 +5,7 @@
 #include <cstdio>
 #include <cstring>
 #include <string>
+#include <thread>
 
 #include "cublaslt_descriptors.h"
 #include "device_memory.h"
@@ -135,6 +136,7 @@ struct Algorithm {
   uint64_t product;  // a hash of its description
   uint64_t workspace;
   uint32_t alignment[4], vector_alignment;
+  uint32_t number;  // of algorithms that compute the same
 };
 static_assert(sizeof(Algorithm) <= sizeof(cublasLtMatmulAlgo_t));
 
@@ -164,7 +166,7 @@ size_t wanted_workspace(const Product& p, size_t most) {
 }
 
 Algorithm choose(const Operation& o, const Product& p, const Preference& preference) {
-  Algorithm out{hash_of(o, p), wanted_workspace(p, preference.workspace), {}, alignment_of(p.vector, 16)};
+  Algorithm out{hash_of(o, p), wanted_workspace(p, preference.workspace), {}, alignment_of(p.vector, 16), 0};
   const Layout* const layouts[] = {&p.a, &p.b, &p.c, &p.d};
   for (int i = 0; i < 4; ++i) {
     const uint32_t alignment = preference.alignment[i];
@@ -221,6 +223,8 @@ double scalar(const Operation& o, const void* value) {
 
 const std::string& why_refused() { return reason; }
 
+std::array<AlgorithmUse, kAlgorithms> algorithm_uses;
+
 }  // namespace mesa::emulation
 
 using namespace mesa::emulation;
@@ -239,13 +243,37 @@ cublasStatus_t cublasLtMatmulAlgoGetHeuristic(cublasLtHandle_t handle, cublasLtM
             "no place for results, or no preference");
     *count = 0;
     const Product p = described(operation, a, b, c, d);
-    const Algorithm chosen = choose(operation_of(operation), p, preference_of(preference));
-    results[0] = {};
-    std::memcpy(&results[0].algo, &chosen, sizeof chosen);
-    results[0].workspaceSize = chosen.workspace;
-    results[0].state = CUBLAS_STATUS_SUCCESS;
-    results[0].wavesCount = 1;
-    *count = 1;
+    Algorithm chosen = choose(operation_of(operation), p, preference_of(preference));
+    // In the library some of those that sum in parts round the parts, if nothing is said against it.
+    require(chosen.workspace == 0 || p.d.type != CUDA_R_16BF ||
+                !(preference_of(preference).reduction_schemes & CUBLASLT_REDUCTION_SCHEME_OUTPUT_TYPE),
+            kInvalid, "parts of a sum may be rounded to bf16");
+    for (; *count < std::min(wanted, kAlgorithms); ++*count) {
+      chosen.number = static_cast<uint32_t>(*count);
+      results[*count] = {};
+      std::memcpy(&results[*count].algo, &chosen, sizeof chosen);
+      results[*count].workspaceSize = chosen.workspace;
+      results[*count].state = CUBLAS_STATUS_SUCCESS;
+      results[*count].wavesCount = 1;
+    }
+  });
+}
+
+cublasStatus_t cublasLtMatmulAlgoCheck(cublasLtHandle_t handle, cublasLtMatmulDesc_t operation, cublasLtMatrixLayout_t a,
+                                       cublasLtMatrixLayout_t b, cublasLtMatrixLayout_t c, cublasLtMatrixLayout_t d,
+                                       const cublasLtMatmulAlgo_t* algo, cublasLtMatmulHeuristicResult_t* result) {
+  if (handle == nullptr) return CUBLAS_STATUS_NOT_INITIALIZED;
+  return answer("cublasLtMatmulAlgoCheck", [&] {
+    require(algo != nullptr && result != nullptr, kInvalid, "no algorithm, or no place for the result");
+    const Product p = described(operation, a, b, c, d);
+    Algorithm given;
+    std::memcpy(&given, algo, sizeof given);
+    require(given.product == hash_of(operation_of(operation), p) && given.number < kAlgorithms, kUnsupported,
+            "the algorithm was chosen for another product");
+    *result = {};
+    result->algo = *algo;
+    result->workspaceSize = given.workspace;
+    result->state = CUBLAS_STATUS_SUCCESS;
   });
 }
 
@@ -273,8 +301,12 @@ cublasStatus_t cublasLtMatmul(cublasLtHandle_t handle, cublasLtMatmulDesc_t oper
     require(workspace_bytes >= algorithm.workspace, kInvalid, "a workspace of ", workspace_bytes, " bytes; the algorithm needs ",
             algorithm.workspace);
     if (workspace_bytes > 0) check_memory("the workspace", workspace, workspace_bytes, 256);
-    const auto work = [p, workspace, bytes = algorithm.workspace] {
+    AlgorithmUse& use = algorithm_uses[algorithm.number];
+    ++use.runs;
+    require(!use.fails, kUnsupported, "the algorithm is out of order");
+    const auto work = [p, workspace, bytes = algorithm.workspace, delay = use.delay] {
       const DeviceAccess access;
+      if (delay.count() > 0) std::this_thread::sleep_for(delay);
       multiply(p);
       if (bytes > 0) std::memset(workspace, 0xff, bytes);  // whoever keeps something there shall notice
     };

@@ -2,6 +2,8 @@
 #pragma once
 #include <cublasLt.h>
 
+#include <array>
+#include <chrono>
 #include <string>
 
 #include "cublaslt_product.h"
@@ -33,6 +35,15 @@ inline Layout& layout_of(cublasLtMatrixLayout_t opaque) { return *reinterpret_ca
 inline Preference& preference_of(cublasLtMatmulPreference_t opaque) { return *reinterpret_cast<Preference*>(opaque); }
 
 Preference fresh_preference();
+
+/// As many algorithms the library suggests for each product; they compute the same. How often each ran, and how long it takes more.
+inline constexpr int kAlgorithms = 3;
+struct AlgorithmUse {
+  std::chrono::microseconds delay{0};
+  int runs = 0;
+  bool fails = false;
+};
+extern std::array<AlgorithmUse, kAlgorithms> algorithm_uses;
 
 /// Why the last product of this thread was refused.
 const std::string& why_refused();

@@ -296,5 +296,14 @@ TEST_CASE("coded operands: layer norm's gradient from codes is that from the dec
           }
           compare(all, also);
           REQUIRE((bits_of(all.dx) != bits_of(alone.dx)));
+          const Tensor over = empty_like(dy);  // y in dy's place
+          kernels::copy(dy, over);
+          kernels::LayerNormGrads in_place = room();
+          in_place.add_x = true, in_place.y = over;
+          staged(kernels::cuda::layer_norm_grad_coded)(over, kernels::Coded{codes, step, offset, layout, bits}, rstd, gamma, beta,
+                                                       in_place);
+          REQUIRE((bits_of(in_place.y) == bits_of(all.y)));
+          REQUIRE((bits_of(in_place.dx) == bits_of(all.dx)));
+          REQUIRE((bits_of(in_place.dgamma) == bits_of(all.dgamma)));
         }
 }

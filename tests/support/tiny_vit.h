@@ -33,6 +33,13 @@ struct TinyVit {
 
 inline StoragePolicy simple_policy(std::vector<StorageRule> rules) { return StoragePolicy("test", std::move(rules)); }
 
+inline Param make_param(const std::string& name, const Shape& shape, DType dtype = DType::f32) {
+  Param param;
+  param.name = name;
+  param.value = normal_tensor(shape, name, dtype, MemoryKind::parameters);
+  return param;
+}
+
 inline int64_t live_activations() { return Allocator::of(test_device()).use().of(MemoryKind::activations); }
 
 /// Throws Error if the policy has not met the site.

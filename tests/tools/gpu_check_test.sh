@@ -70,9 +70,10 @@ said() { grep -qE "$1" "$STUB/said" || complain "nothing was said like: $1"; }
 
 check 0 out
 stages=$(sed -nE 's/^ *[0-9]+ s  ok +([a-z0-9_]+) .*/\1/p' "$STUB/out/summary.txt" | paste -sd' ')
-deit() { echo "mesa_deit_small_$1 torch_deit_small_$1 mesa_deit_base_$1 torch_deit_base_$1 mesa_deit_tiny_$1 torch_deit_tiny_$1"; }
-want="smoke $(deit 1) torch_largest mesa_fit mesa_largest parity kernels memcheck racecheck tests mesa_swin_tiny_1 torch_swin_tiny_1 mesa_resnet50_1"
-want+=" torch_resnet50_1 graph_deit_tiny_false graph_deit_tiny_true graph_resnet18_false graph_resnet18_true mesa_cudnn_attention mesa_codec_host"
+pair() { echo "mesa_$1 mesa_tuned_$1 torch_$1"; }
+deit() { echo "$(pair "deit_small_$1") $(pair "deit_base_$1") $(pair "deit_tiny_$1")"; }
+want="smoke $(deit 1) torch_largest mesa_fit mesa_largest parity kernels memcheck racecheck tests $(pair swin_tiny_1) $(pair resnet50_1)"
+want+=" graph_deit_tiny_false graph_deit_tiny_true graph_resnet18_false graph_resnet18_true mesa_cudnn_attention mesa_codec_host"
 want+=" $(deit 2) $(deit 3)"
 [[ $stages == "$want" ]] || complain "the stages were '$stages'"
 [[ $(calls 'compute-sanitizer .*racecheck.*#norm_test') == 1 && $(calls 'compute-sanitizer .*#matmul_test') == 0 ]] || complain "the sanitizer's files"
@@ -86,9 +87,10 @@ missed = [row for row in rows.values() if row["must"] is not None and row["ok"] 
 assert not missed, missed
 assert rows["DeiT-S, batch 128, bf16: exact / torch.compile"]["measured"] == 1.5
 assert rows["DeiT-S, batch 128, bf16: exact / torch.compile"]["rounds"] == 3
+assert rows["DeiT-B, batch 128: exact, tuned / torch.compile"]["measured"] == 1.5
 assert rows["DeiT-B in 24 GB: int4's / PyTorch eager's"]["measured"] == 8.5
 assert abs(rows["DeiT-Ti, fp32: largest error of a gradient against the CPU"]["measured"] - 2e-5) < 1e-12
-assert len(json.load(open(sys.argv[1] + "/mesa.json"))) == 13
+assert len(json.load(open(sys.argv[1] + "/mesa.json"))) == 24
 PYTHON
 fi
 

@@ -17,7 +17,7 @@ using Backward = std::function<Grads(const std::vector<Tensor>& dy)>;
 struct Extras {
   Tensor dy;            ///< dy in the dtype Abilities::products
   Tensor sum;           ///< what dx, the first input's gradient, is to be added to, in place, and returned; undefined: there is nothing yet
-  Tensor dx_copy;       ///< where dx, or that sum, is wanted in another dtype, too; undefined: nowhere
+  Tensor dx_copy;       ///< where dx, or that sum, in f32, is wanted in bf16, too; undefined: nowhere
   Tensor* y = nullptr;  ///< receives the op's result, where that is wanted again
 };
 
@@ -26,12 +26,13 @@ struct Abilities {
   /// Its formula wants dy in this dtype. Whoever makes dy may write both.
   std::optional<DType> products = {};
   /// It adds to the first input's gradient, as behind a residual connection, where that of the other branch is there already; and copies
-  /// it.
+  /// it in bf16.
   bool adds = false;
   /// It can rebuild its result beside its gradient. This rebuilds the result alone; it holds Saved handles and parameters only.
   std::function<void(const Tensor& y)> rebuild = {};
   /// The gradients that need `value`, the first input's, in a formula of their own: where the op that made it rebuilds it in that way, they
-  /// wait for this. Its results and those of the other formula are for different inputs.
+  /// wait for this. They are of parameters, or written through a Target: what an op made may have gone back by then. Without `value` they
+  /// do not wait.
   Saved value = {};
   std::function<Grads(const Extras& extras)> of_value = {};
 };
@@ -62,7 +63,8 @@ class Tape {
   int64_t steps() const { return static_cast<int64_t>(steps_.size()); }
 
   /// Called with every op's result and each gradient that a backward formula made, with its name ("blocks.3.mlp.fc1.linear", "gradient of
-  /// ..."). Slow: for finding a culprit. It may change a value in place, as storing it with fewer bits would.
+  /// ..."). Slow: for finding a culprit. It may change an op's result in place, as storing it with fewer bits would, and, where nothing is
+  /// rebuilt, a gradient.
   using Inspection = std::function<void(const Tensor& value, const std::string& name)>;
   void inspect(Inspection inspection) { inspection_ = std::move(inspection); }
   /// Checks all these for NaN and infinity; the first bad one is named by first_bad().

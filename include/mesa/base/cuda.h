@@ -51,6 +51,7 @@ using Recording = std::shared_ptr<void>;
 [[gnu::weak]] void begin_recording();
 /// Throws if something was asked for that cannot be recorded; `keep` false drops what there is.
 [[gnu::weak]] Recording end_recording(bool keep = true);
+[[gnu::weak]] bool recording();
 [[gnu::weak]] void run(const Recording& recording);
 
 /// "NVIDIA H200, compute capability 9.0, driver 13.0" for reports.

@@ -13,8 +13,8 @@ namespace mesa {
 /// which nothing hides any more, stays small: a ViT's embedding, up to the base size.
 inline constexpr int64_t kBucketBytes = int64_t{8} << 20, kLeastBucketBytes = int64_t{4} << 20, kLastBucketBytes = int64_t{3} << 20;
 
-/// Buckets are stretches of the arena in which gradients lie in the order in which they become ready. Gradients must have been allocated
-/// for a number of parts that `parts` divides; so much does the length of each bucket, too.
+/// Buckets are stretches of the arena in which gradients lie in the reverse order of the layers, about that in which they become ready.
+/// Gradients must have been allocated for a number of parts that `parts` divides; so much does the length of each bucket, too.
 std::vector<ArenaRange> gradient_buckets(const std::deque<Param>& params, int64_t bucket_bytes = kBucketBytes, int64_t parts = 1);
 /// The part of a rank of each of them.
 std::vector<ArenaRange> parts_of(const std::vector<ArenaRange>& buckets, int64_t rank, int64_t ranks);
@@ -69,7 +69,7 @@ class GradientSync {
   Communicator& communicator_;
   std::deque<Param>& params_;
   GradientSyncOptions options_;
-  std::vector<Bucket> buckets_;    // in the order in which they become ready
+  std::vector<Bucket> buckets_;    // about in the order in which they become ready
   std::vector<size_t> bucket_of_;  // by place in `params_`
   double wait_seconds_ = 0;
 };

@@ -11,13 +11,6 @@ namespace mesa::kernels {
 MESA_KERNEL(fill, const Tensor& y, double value);
 /// y <- x with conversion between floating dtypes; x and y may have any strides.
 MESA_KERNEL(copy, const Tensor& x, const Tensor& y);
-/// x itself, or its values in another dtype.
-inline Tensor cast(const Tensor& x, DType dtype) {
-  if (x.dtype() == dtype) return x;
-  const Tensor y = empty_like(x, dtype);
-  copy(x, y);
-  return y;
-}
 /// y <- a + b. The three dtypes may differ (f32 residual + bf16 branch).
 MESA_KERNEL(add, const Tensor& a, const Tensor& b, const Tensor& y);
 MESA_KERNEL(mul, const Tensor& a, const Tensor& b, const Tensor& y);

@@ -1,5 +1,7 @@
 // Matrix products through oneDNN (fp32, bf16 with fp32 accumulation), and a plain path for fp64.
 #pragma once
+#include <map>
+
 #include "mesa/kernels/kernel.h"
 
 namespace mesa::kernels {
@@ -13,6 +15,14 @@ void matmul(const Tensor& a, const Tensor& b, const Tensor& c, const Tensor& bia
 /// The gradients of y = x w^T + b in one product: dw [O, I] <- (dw +) dy^T x, and, if db [O] is defined, db <- (db +) sum of dy's rows.
 /// dy [M, O], x [M, I] of one dtype, dw and db f32 (f64 for f64). The sum rides along in the product's epilogue where the backend can.
 void matmul_weight_grad(const Tensor& dy, const Tensor& x, const Tensor& dw, bool accumulate_w, const Tensor& db, bool accumulate_b);
+
+/// On a GPU the library suggests several algorithms for each form of operands. Its first is taken or, `on`, the fastest: the first call of
+/// each form times them on its own operands, some 30 times each, for which the host waits. Which one wins may differ from run
+/// to run, and with it the last bits of results; with the `choices` of another process they are the same. Does nothing on a CPU.
+void tune_products(bool on, const std::map<std::string, std::string>& choices = {});
+/// What was chosen so far, algorithms by forms. Of use to the same library on the same kind of GPU: "cublasLt 130101 on NVIDIA H200, ...".
+std::map<std::string, std::string> product_choices();
+std::string product_library();
 
 /// True if this CPU multiplies bf16; otherwise, and where that is slower than fp32, products are computed after widening to fp32.
 bool native_bf16();

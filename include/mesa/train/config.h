@@ -40,9 +40,9 @@ struct DataConfig {
   int64_t crop_padding = 4;   ///< pixels
   std::vector<double> crop_scale{0.08, 1.0};
   std::vector<double> crop_ratio{0.75, 4.0 / 3};
-  double flip = 0, vflip = 0;  ///< probabilities
-  std::string augment;         ///< empty | rand-... | 3a
-  std::vector<double> color_jitter{0};  ///< strength, or [brightness, contrast, saturation] and hue
+  double flip = 0, vflip = 0;                   ///< probabilities
+  std::string augment;                          ///< empty | rand-... | 3a
+  std::vector<double> color_jitter{0};          ///< strength, or [brightness, contrast, saturation] and hue
   double grayscale = 0, blur = 0, erasing = 0;  ///< probabilities
   std::string erasing_mode = "pixel";           ///< const | rand | pixel
   int64_t erasing_count = 1;                    ///< rectangles
@@ -63,6 +63,7 @@ struct TrainConfig {
   std::string precision = "fp32";  ///< fp32 | bf16
   bool force_precision = false;
   bool cuda_graph = false;
+  bool autotune = false;
   int64_t accumulation = 1;
   double clip_norm = 0;                ///< 0 = off
   std::string loss = "cross_entropy";  ///< cross_entropy | bce
@@ -76,7 +77,7 @@ struct TrainConfig {
   int64_t checkpoint_interval = 0;  ///< steps; 0 = after each epoch only
   int64_t keep = 0;                 ///< older checkpoints
   std::vector<std::string> stop_signals{"SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1"};
-  double ema_decay = 0;             ///< of the weights' moving average; 0 = none
+  double ema_decay = 0;  ///< of the weights' moving average; 0 = none
   bool ema_warmup = false;
   std::vector<std::string> frozen;  ///< globs of parameter names
   double rank_timeout = 60;         ///< seconds
@@ -202,8 +203,8 @@ std::vector<ConfigKey> config_keys();
 /// The table of all keys in Markdown, one section for each top-level key.
 std::string config_reference();
 
-/// Folders that hold shipped configs: those of MESA_CONFIG_DIR (colon-separated), and share/mesa/configs of the tree that the program or this
-/// library lies in.
+/// Folders that hold shipped configs: those of MESA_CONFIG_DIR (colon-separated), and share/mesa/configs of the tree that the program or
+/// this library lies in.
 std::vector<std::string> config_roots();
 
 }  // namespace mesa

@@ -1,0 +1,194 @@
+// What ops do on their way back to spare passes over memory: values rebuilt beside gradients, gradients added in place and copied.
+#include <catch2/catch.hpp>
+#include <cmath>
+
+#include "mesa/base/scope.h"
+#include "mesa/kernels/elementwise.h"
+#include "support/gradcheck.h"
+#include "support/tiny_vit.h"
+
+using namespace mesa;
+using namespace mesa::testing;
+
+namespace {
+
+/// x + fc2(gelu(fc1(norm(x)))), as a block of a transformer has it, in bf16 between the residuals.
+struct ResidualMlp {
+  Param x = make_param("x", {32, 64}), gamma = make_param("gamma", {64}), beta = make_param("beta", {64}),
+        fc1 = make_param("fc1", {128, 64}), b1 = make_param("b1", {128}), fc2 = make_param("fc2", {64, 128}), b2 = make_param("b2", {64});
+
+  std::vector<Param*> params() { return {&x, &gamma, &beta, &fc1, &b1, &fc2, &b2}; }
+  Var block(const Var& in, bool more_readers = false) {
+    const Var early = scale(in, 0.25);  // whose gradient comes last
+    const Var h = layer_norm(in, Var(gamma), Var(beta), 1e-6, DType::bf16);
+    const Var g = gelu(linear(h, Var(fc1), Var(b1)));
+    const Var out = linear(dropout(g, 0.25), Var(fc2), Var(b2), {}, in);
+    return more_readers ? add(add(out, scale(linear(g, Var(fc2), Var(b2), DType::f32), 0.5)), early) : out;
+  }
+  /// Two blocks' gradients of all parameters.
+  std::vector<std::vector<double>> gradients(StoragePolicy& policy, bool inspected, bool more_readers = false,
+                                             const std::function<void(Param&)>& ready = {}) {
+    for (Param* p : params()) p->grad_written = false;
+    Tape tape(policy, 5, 0);
+    if (inspected) tape.inspect([](const Tensor&, const std::string&) {});
+    const Var y = block(block(scale(Var(x), 1)), more_readers);
+    tape.backward({y}, {normal_tensor(y.shape(), "dy")}, ready);
+    std::vector<std::vector<double>> all;
+    for (Param* p : params()) all.push_back(p->grad.to_vector<double>());
+    return all;
+  }
+};
+
+/// Keeps x of gelu and xhat, and rebuilds what linears read from them; or keeps what linears read.
+StoragePolicy rebuilding() { return simple_policy({{"*", "exact", {}, ""}, {"*linear*x", "rebuild", {}, ""}}); }
+
+}  // namespace
+
+TEST_CASE("tape: a value that is rebuilt beside its op's gradient is the same, and so are all gradients") {
+  INFO(seed_note());
+  ResidualMlp mlp;
+  for (const bool more_readers : {false, true}) {
+    CAPTURE(more_readers);
+    StoragePolicy keeping = simple_policy({{"*", "exact", {}, ""}}), rebuilds = rebuilding();
+    const auto want = mlp.gradients(keeping, true, more_readers);
+    for (const bool inspected : {false, true}) {
+      const auto got = mlp.gradients(rebuilds, inspected, more_readers);
+      REQUIRE(got.size() == want.size());
+      for (size_t i = 0; i < got.size(); ++i) {
+        CAPTURE(i, inspected);
+        double worst = 0, largest = 0;
+        for (size_t k = 0; k < got[i].size(); ++k) {
+          worst = std::max(worst, std::fabs(got[i][k] - want[i][k]));
+          largest = std::max(largest, std::fabs(want[i][k]));
+        }
+        // What linears read is rounded to bf16 from xhat in bf16, not from x.
+        CHECK(worst <= 0.01 * largest);
+        CHECK(largest > 0);
+      }
+    }
+    CHECK(mlp.gradients(rebuilds, false, more_readers) == mlp.gradients(rebuilds, false, more_readers));
+  }
+}
+
+namespace {
+
+/// What an op with abilities met: how often it rebuilt its result alone and beside its gradient, and with what it was told to copy.
+struct Met {
+  int alone = 0, beside = 0, copies = 0, sums = 0;
+};
+/// 2 x in another dtype, which copies and adds as layer norm does.
+Var twice(const Var& x, Met& met, DType out) {
+  const Op op("twice", {x});
+  const Tensor y = empty_like(x.value(), out);
+  kernels::scale(x.value(), 2, y);
+  const Saved saved = op.save("x", x);
+  const auto again = [saved](const Tensor& to) { kernels::scale(saved.get(), 2, to); };
+  const auto formula = [&met, again](const Tensor& dy, const Extras& extras) -> Grads {
+    if (extras.y) ++met.beside, again(*extras.y = empty_like(dy));
+    const Tensor term = empty_like(dy, DType::f32);
+    kernels::scale(dy, 2, term);
+    if (extras.sum.defined()) ++met.sums, kernels::add(extras.sum, term, term);
+    if (extras.dx_copy.defined()) ++met.copies, kernels::copy(term, extras.dx_copy);
+    return {term};
+  };
+  return op.record(y, formula, {.adds = true, .rebuild = [&met, again](const Tensor& to) { ++met.alone, again(to); }});
+}
+
+}  // namespace
+
+TEST_CASE("tape: what is rebuilt, added and copied in one pass is so where it can be, and only there") {
+  Param x = make_param("x", {4, 6}), w = make_param("w", {6, 6}), v = make_param("v", {6, 6});
+  const auto gradients = [&](StoragePolicy policy, bool leaf, Met& met) {
+    for (Param* p : {&x, &w, &v}) p->grad_written = false;
+    Tape tape(policy);
+    const Var in = linear(scale(Var(x), 1), Var(v), {}, DType::f32, scale(Var(x), 3));  // wants its gradient in f32: x is
+    const Var doubled = twice(in, met, DType::f32), weight = leaf ? Var(w) : scale(Var(w), 1);
+    const auto behind = [&] {
+      const Scope scope("behind");
+      return linear(doubled, weight, {}, DType::f32, in);
+    };
+    const Var low = scale(behind(), 1);
+    tape.backward({low}, {normal_tensor(low.shape(), "dy")});
+    std::vector<double> all;
+    for (Param* p : {&x, &w, &v})
+      for (const double g : p->grad.to_vector<double>()) all.push_back(g);
+    return all;
+  };
+  Met kept, waits, at_once;
+  const auto want = gradients(simple_policy({{"*", "exact", {}, ""}}), true, kept);
+  CHECK((kept.alone == 0 && kept.beside == 0 && kept.sums == 1 && kept.copies == 0));
+  const auto close = [&](const std::vector<double>& got) {
+    REQUIRE(got.size() == want.size());
+    for (size_t i = 0; i < got.size(); ++i) CHECK(std::fabs(got[i] - want[i]) <= 1e-6 * std::max(1.0, std::fabs(want[i])));
+  };
+  const auto rebuilds = [] { return simple_policy({{"*", "exact", {}, ""}, {"behind:x", "rebuild", {}, ""}}); };
+  close(gradients(rebuilds(), true, waits));
+  CHECK((waits.alone == 0 && waits.beside == 1));
+  close(gradients(rebuilds(), false, at_once));  // scale goes back before twice does
+  CHECK((at_once.alone == 1 && at_once.beside == 0));
+}
+
+TEST_CASE("tape: behind a residual the gradient is written in the dtype of products by whoever is the last to add to it") {
+  Param x = make_param("x", {4, 6}), w = make_param("w", {6, 6});
+  for (const bool late_reader : {false, true}) {
+    CAPTURE(late_reader);
+    Met met;
+    StoragePolicy policy = simple_policy({{"*", "exact", {}, ""}});
+    w.grad_written = x.grad_written = false;
+    Tape tape(policy);
+    const Tensor low = empty_like(x.value, DType::bf16);
+    kernels::copy(x.value, low);
+    const Var in = linear(Var(low), Var(w), {}, DType::f32);  // its products are in bf16, its result in f32
+    const Var early = scale(in, 0.5);                         // whose gradient comes last
+    const Var y = scale(linear(twice(in, met, DType::bf16), Var(w), {}, {}, in), 1);
+    const Tensor dy = normal_tensor(y.shape(), "dy");
+    if (late_reader)
+      tape.backward({y, early}, {dy, dy});
+    else
+      tape.backward({y}, {dy});
+    CHECK((met.sums == 1 && met.copies == 1));
+    // dw = (2 dy W + dy (+ dy / 2))^T x + dy^T 2 in
+    const auto d = dy.to_vector<double>(), wv = w.value.to_vector<double>(), xv = x.value.to_vector<double>(),
+               iv = in.value().to_vector<double>(), got = w.grad.to_vector<double>();
+    for (int o = 0; o < 6; ++o)
+      for (int i = 0; i < 6; ++i) {
+        double sum = 0, terms = 0;
+        for (int n = 0; n < 4; ++n) {
+          double of_in = d[n * 6 + o] * (late_reader ? 1.5 : 1), in_terms = std::fabs(of_in);
+          for (int k = 0; k < 6; ++k) of_in += 2 * d[n * 6 + k] * wv[k * 6 + o], in_terms += 2 * std::fabs(d[n * 6 + k] * wv[k * 6 + o]);
+          sum += of_in * xv[n * 6 + i] + d[n * 6 + o] * 2 * iv[n * 6 + i];
+          terms += in_terms * std::fabs(xv[n * 6 + i]) + std::fabs(d[n * 6 + o] * 2 * iv[n * 6 + i]);
+        }
+        CHECK(std::fabs(got[o * 6 + i] - sum) <= 0.015 * terms);  // a few roundings to bf16
+      }
+  }
+}
+
+TEST_CASE("tape: layer norm of a value whose op wants its gradient in f32, while the value is bf16") {
+  Param x = make_param("x", {4, 8}), gamma = make_param("gamma", {8}), beta = make_param("beta", {8});
+  StoragePolicy policy = simple_policy({{"*", "exact", {}, ""}});
+  Tape tape(policy);
+  const Var low = add(Var(Tensor::zeros({4, 8}, DType::bf16)), scale(Var(x), 1));
+  REQUIRE(low.dtype() == DType::bf16);
+  const Var y = layer_norm(low, Var(gamma), Var(beta), 1e-6);
+  CHECK_NOTHROW(tape.backward({y}, {tensor_of(y.shape(), normal_values(32, "dy"), DType::bf16)}));
+  double largest = 0;
+  for (const double g : x.grad.to_vector<double>()) largest = std::max(largest, std::fabs(g));
+  CHECK((largest > 0.01 && std::isfinite(largest)));
+}
+
+TEST_CASE("tape: a parameter is ready when the product that waited for its input is done") {
+  ResidualMlp mlp;
+  StoragePolicy rebuilds = rebuilding();
+  const auto want = mlp.gradients(rebuilds, false);
+  std::vector<std::string> order;
+  const std::vector<Param*> params = mlp.params();
+  for (Param* p : params) kernels::fill(p->grad, std::nan(""));
+  mlp.gradients(rebuilds, false, false, [&](Param& p) {
+    order.push_back(p.name);
+    const auto at = static_cast<size_t>(std::find(params.begin(), params.end(), &p) - params.begin());
+    CHECK(p.grad.to_vector<double>() == want[at]);
+  });
+  std::sort(order.begin(), order.end());
+  CHECK(order == std::vector<std::string>{"b1", "b2", "beta", "fc1", "fc2", "gamma", "x"});
+}

@@ -1,0 +1,210 @@
+// The choice among a library's algorithms for products.
+#include <catch2/catch.hpp>
+#include <filesystem>
+#include <nlohmann/json.hpp>
+
+#include "../../kernels/cuda/cublaslt_plan.h"
+#include "cublaslt_descriptors.h"
+#include "mesa/base/cuda.h"
+#include "mesa/base/files.h"
+#include "mesa/kernels/elementwise.h"
+#include "mesa/kernels/matmul.h"
+#include "mesa/train/files.h"
+#include "mesa/train/safetensors.h"
+#include "mesa/train/trainer.h"
+#include "support/data_files.h"
+#include "support/random.h"
+#include "support/tiny_config.h"
+
+using namespace mesa;
+using namespace mesa::testing;
+using emulation::algorithm_uses;
+using std::chrono::microseconds;
+
+namespace {
+
+/// What each algorithm takes more than the others while this lives, and how often it ran since.
+struct Delays {
+  explicit Delays(std::array<int, 3> all) {
+    for (size_t i = 0; i < all.size(); ++i) algorithm_uses[i] = {microseconds(all[i]), 0};
+  }
+  ~Delays() {
+    for (auto& use : algorithm_uses) use = {};
+    kernels::tune_products(false);
+  }
+  static std::array<int, 3> runs() {
+    std::array<int, 3> out{};
+    for (size_t i = 0; i < out.size(); ++i) out[i] = std::exchange(algorithm_uses[i].runs, 0);
+    return out;
+  }
+};
+
+Tensor on_gpu(const Tensor& host) { return to(host, kCuda); }
+std::vector<double> numbers_of(const Tensor& t) { return to(t, kCpu).to_vector<double>(); }
+
+/// c = a b + bias.
+struct Product {
+  Tensor a = on_gpu(normal_tensor({24, 16}, "a", DType::f32)), b = on_gpu(normal_tensor({16, 8}, "b", DType::f32)),
+         bias = on_gpu(normal_tensor({8}, "bias", DType::f32)), c = Tensor::zeros({24, 8}, DType::f32, kCuda);
+  std::vector<double> operator()(const Tensor& addend = {}) const {
+    kernels::matmul(a, b, c, bias, addend);
+    return numbers_of(c);
+  }
+};
+
+}  // namespace
+
+TEST_CASE("tuning: the fastest algorithm of each form is found once, and then runs alone", "[emulation]") {
+  const Product product;
+  const std::vector<double> want = product();
+  const Delays delays({2000, 0, 2000});
+  kernels::tune_products(true);
+  CHECK(kernels::product_choices().empty());
+  CHECK(product() == want);
+  const auto first = Delays::runs();
+  CHECK((first[0] > 1 && first[1] > first[0] && first[2] == first[0]));
+  for (int i = 0; i < 3; ++i) CHECK(product() == want);
+  CHECK(Delays::runs() == std::array{0, 3, 0});
+  CHECK(kernels::product_choices().size() == 1);
+
+  Product other;  // of another form
+  other.a = on_gpu(normal_tensor({40, 16}, "a", DType::f32)), other.c = Tensor::zeros({40, 8}, DType::f32, kCuda);
+  other();
+  CHECK(Delays::runs()[1] > 1);
+  CHECK(kernels::product_choices().size() == 2);
+
+  kernels::tune_products(false);
+  CHECK(product() == want);
+  CHECK(Delays::runs() == std::array{1, 0, 0});
+}
+
+TEST_CASE("tuning: the library's first suggestion stays unless another is clearly faster", "[emulation]") {
+  using kernels::cuda::blas::clearly_fastest;
+  CHECK(clearly_fastest({1e-3}) == 0);
+  CHECK(clearly_fastest({1e-3, 0.99e-3, 0.97e-3, 0.975e-3}) == 2);
+  CHECK(clearly_fastest({1e-3, 0.985e-3, 2e-3}) == 0);
+  CHECK(clearly_fastest({5e-6, 4.5e-6}) == 0);  // 10 %, but half a microsecond
+  CHECK(clearly_fastest({5e-6, 3.5e-6}) == 1);
+}
+
+TEST_CASE("tuning: algorithms that do not run are left out, and that none does is an error with its reason", "[emulation]") {
+  const Product product;
+  const std::vector<double> want = product();
+  Delays delays({2000, 0, 1000});
+  algorithm_uses[1].fails = true;
+  kernels::tune_products(true);
+  CHECK(product() == want);
+  Delays::runs(), product();
+  CHECK(Delays::runs() == std::array{0, 0, 1});
+  for (auto& use : algorithm_uses) use.fails = true;
+  kernels::tune_products(true);
+  CHECK_THROWS_WITH(product(), Catch::Contains("multiplying"));
+  for (auto& use : algorithm_uses) use.fails = false;
+  CHECK(product() == want);  // nothing of it stays
+}
+
+TEST_CASE("tuning: what is added to in its place is added once, and no choice is made there", "[emulation]") {
+  const Product product;
+  const std::vector<double> once = product();
+  const Delays delays({2000, 0, 2000});
+  kernels::tune_products(true);
+  const std::vector<double> twice = product(product.c);
+  for (size_t i = 0; i < once.size(); ++i) CHECK(std::fabs(twice[i] - 2 * once[i]) <= 1e-5 * std::max(1.0, std::fabs(once[i])));
+  CHECK(Delays::runs() == std::array{1, 0, 0});
+  CHECK(kernels::product_choices().empty());
+  const Tensor residual = on_gpu(normal_tensor({24, 8}, "residual", DType::f32));
+  const std::vector<double> sum = product(residual), r = numbers_of(residual);  // beside it: can be run again
+  for (size_t i = 0; i < once.size(); ++i) CHECK(std::fabs(sum[i] - once[i] - r[i]) <= 1e-5 * std::max(1.0, std::fabs(sum[i])));
+  CHECK(kernels::product_choices().size() == 1);
+  Delays::runs();
+  product(product.c);  // of the same form, so by the same algorithm
+  CHECK(Delays::runs() == std::array{0, 1, 0});
+}
+
+TEST_CASE("tuning: sums beside a weight gradient are right, and recorded work is not timed", "[emulation]") {
+  const Tensor dy = on_gpu(normal_tensor({32, 8}, "dy", DType::f32)), x = on_gpu(normal_tensor({32, 16}, "x", DType::f32));
+  const Tensor dw = Tensor::zeros({8, 16}, DType::f32, kCuda), db = Tensor::zeros({8}, DType::f32, kCuda);
+  kernels::matmul_weight_grad(dy, x, dw, false, db, false);
+  const std::vector<double> want_w = numbers_of(dw), want_b = numbers_of(db);
+  const Delays delays({2000, 2000, 0});
+  kernels::tune_products(true);
+  cuda::begin_recording();
+  kernels::matmul_weight_grad(dy, x, dw, false, db, false);
+  const cuda::Recording record = cuda::end_recording();
+  CHECK(Delays::runs() == std::array{1, 0, 0});
+  kernels::fill(dw, 0), kernels::fill(db, 0);
+  cuda::run(record);
+  CHECK(numbers_of(dw) == want_w);
+  kernels::fill(dw, 0), kernels::fill(db, 0);
+  kernels::matmul_weight_grad(dy, x, dw, false, db, false);
+  CHECK(numbers_of(dw) == want_w);
+  CHECK(numbers_of(db) == want_b);
+  kernels::matmul_weight_grad(dy, x, dw, true, db, true);
+  for (size_t i = 0; i < want_b.size(); ++i) CHECK(numbers_of(db)[i] == Approx(2 * want_b[i]));
+  CHECK(numbers_of(dw)[5] == Approx(2 * want_w[5]));
+}
+
+TEST_CASE("tuning: choices of another process are taken over, and those that fit no product are not", "[emulation]") {
+  const Product product;
+  const std::vector<double> want = product();
+  const Delays delays({2000, 2000, 0});
+  kernels::tune_products(true);
+  product();
+  const auto choices = kernels::product_choices();
+  REQUIRE(choices.size() == 1);
+  const Delays now({0, 1000, 1000});  // what is slower here is taken all the same
+  kernels::tune_products(true, choices);
+  CHECK(product() == want);
+  CHECK(Delays::runs() == std::array{0, 0, 1});
+  const auto& [form, algorithm] = *choices.begin();
+  for (const std::string& bad : {std::string(), std::string("fast"), std::string("1 2 3"), "1" + algorithm}) {
+    CAPTURE(bad);
+    kernels::tune_products(true, {{form, bad}});
+    CHECK(product() == want);
+    CHECK(Delays::runs()[0] > 1);  // chosen anew
+    CHECK(kernels::product_choices().at(form) != algorithm);
+  }
+}
+
+TEST_CASE("tuning: a run keeps its choices, and goes on with them bit for bit", "[emulation]") {
+  const TemporaryFolder folder;
+  const auto run = [&](const std::string& name, std::vector<std::string> sets, const std::string& resume = "") {
+    sets.insert(sets.begin(), {"device=cuda", "train.autotune=true", "train.epochs=2", "schedule.name=constant"});
+    RunConfig config = parse_config(kTinyTraining, "tiny.yaml", sets);
+    config.output = (folder.path() / name).string();
+    return train(config, {resume, true});
+  };
+  const auto weights = [&](const std::string& name) {
+    std::map<std::string, std::vector<float>> out;
+    for (const NamedTensor& t : read_safetensors((folder.path() / name / "checkpoints/last/model.safetensors").string()).tensors)
+      out[t.name] = t.tensor.to_vector<float>();
+    return out;
+  };
+  const auto file = [&](const std::string& name) { return (folder.path() / name / "products.json").string(); };
+  const Delays delays({300, 0, 300});
+  REQUIRE(run("run", {"train.steps=3"}) == 0);
+  const auto kept = nlohmann::json::parse(read_text(file("run")));
+  CHECK(kept.at("library").get<std::string>().find("cublasLt") == 0);
+  CHECK(kept.at("algorithms").size() > 5);
+  Delays::runs();
+  const Delays later({0, 300, 300});  // would now be chosen otherwise
+  REQUIRE(run("run", {}, "auto") == 0);
+  const auto runs = Delays::runs();  // nothing is timed again
+  CHECK((runs[0] == 0 && runs[1] > 0 && runs[2] == 0));
+  const auto again = nlohmann::json::parse(read_text(file("run")));
+  for (const auto& [form, algorithm] : kept.at("algorithms").items()) CHECK(again.at("algorithms").at(form) == algorithm);
+  REQUIRE(run("elsewhere", {"train.epochs=3"}, (folder.path() / "run/checkpoints/last").string()) == 0);  // finds them where it comes from
+  CHECK(Delays::runs()[2] == 0);
+  CHECK(nlohmann::json::parse(read_text(file("elsewhere"))).at("algorithms") == again.at("algorithms"));
+  REQUIRE(run("straight", {}) == 0);  // the emulated algorithms compute the same
+  CHECK(weights("run") == weights("straight"));
+
+  int epochs = 2;
+  // Choices of another GPU, or a damaged file: chosen anew, and said so.
+  for (const std::string& text : {std::string(R"({"library": "cublasLt 1 on another", "algorithms": {}})"), std::string("{")}) {
+    write_file_atomically(file("run"), text);
+    REQUIRE(run("run", {concat("train.epochs=", ++epochs)}, "auto") == 0);
+    CHECK(nlohmann::json::parse(read_text(file("run"))).at("algorithms").size() == kept.at("algorithms").size());  // and written again
+    CHECK(read_text((folder.path() / "run/log.txt").string()).find("algorithms are chosen anew") != std::string::npos);
+  }
+}
