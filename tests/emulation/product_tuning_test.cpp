@@ -2,6 +2,7 @@
 #include <catch2/catch.hpp>
 #include <filesystem>
 #include <nlohmann/json.hpp>
+#include <sstream>
 
 #include "../../kernels/cuda/cublaslt_plan.h"
 #include "cublaslt_descriptors.h"
@@ -51,6 +52,15 @@ struct Product {
     return numbers_of(c);
   }
 };
+
+/// The text of an algorithm with another number: the upper half of its fifth word.
+std::string numbered(const std::string& algorithm, uint64_t number) {
+  std::istringstream words(algorithm);
+  std::string out;
+  uint64_t word = 0;
+  for (int i = 0; words >> word; ++i) out += concat(i > 0 ? " " : "", i == 4 ? (word & 0xffffffffu) | number << 32 : word);
+  return out;
+}
 
 }  // namespace
 
@@ -181,21 +191,24 @@ TEST_CASE("tuning: a run keeps its choices, and goes on with them bit for bit", 
     return out;
   };
   const auto file = [&](const std::string& name) { return (folder.path() / name / "products.json").string(); };
-  const Delays delays({300, 0, 300});
+  const Delays counting({0, 0, 0});
   REQUIRE(run("run", {"train.steps=3"}) == 0);
-  const auto kept = nlohmann::json::parse(read_text(file("run")));
+  auto kept = nlohmann::json::parse(read_text(file("run")));
   CHECK(kept.at("library").get<std::string>().find("cublasLt") == 0);
   CHECK(kept.at("algorithms").size() > 5);
+  for (auto& algorithm : kept.at("algorithms")) algorithm = numbered(algorithm, 2);  // as if that had been the fastest of each
+  write_file_atomically(file("run"), kept.dump());
   Delays::runs();
-  const Delays later({0, 300, 300});  // would now be chosen otherwise
+  const auto only_that_ran = [] {  // nothing is timed again
+    const auto runs = Delays::runs();
+    return runs[0] == 0 && runs[1] == 0 && runs[2] > 0;
+  };
   REQUIRE(run("run", {}, "auto") == 0);
-  const auto runs = Delays::runs();  // nothing is timed again
-  CHECK((runs[0] == 0 && runs[1] > 0 && runs[2] == 0));
-  const auto again = nlohmann::json::parse(read_text(file("run")));
-  for (const auto& [form, algorithm] : kept.at("algorithms").items()) CHECK(again.at("algorithms").at(form) == algorithm);
+  CHECK(only_that_ran());
+  CHECK(nlohmann::json::parse(read_text(file("run"))) == kept);
   REQUIRE(run("elsewhere", {"train.epochs=3"}, (folder.path() / "run/checkpoints/last").string()) == 0);  // finds them where it comes from
-  CHECK(Delays::runs()[2] == 0);
-  CHECK(nlohmann::json::parse(read_text(file("elsewhere"))).at("algorithms") == again.at("algorithms"));
+  CHECK(only_that_ran());
+  CHECK(nlohmann::json::parse(read_text(file("elsewhere"))) == kept);
   REQUIRE(run("straight", {}) == 0);  // the emulated algorithms compute the same
   CHECK(weights("run") == weights("straight"));
 
