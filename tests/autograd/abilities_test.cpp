@@ -177,6 +177,22 @@ TEST_CASE("tape: layer norm of a value whose op wants its gradient in f32, while
   CHECK((largest > 0.01 && std::isfinite(largest)));
 }
 
+TEST_CASE("tape: a gradient that somebody else holds is not written over") {
+  Param x = make_param("x", {4, 8}), w = make_param("w", {8, 8}), gamma = make_param("gamma", {8}), beta = make_param("beta", {8});
+  for (const bool norm : {false, true}) {
+    CAPTURE(norm);
+    StoragePolicy policy = simple_policy({{"*", "exact", {}, ""}, {"behind:x", "rebuild", {}, ""}});
+    Tape tape(policy);
+    const Var y = norm ? layer_norm(Var(x), Var(gamma), Var(beta), 1e-6) : gelu(Var(x));
+    const Scope scope("behind");
+    linear(y, Var(w), {});  // asks for y again, and gets no gradient itself
+    const Tensor dy = normal_tensor(y.shape(), "dy");
+    const std::vector<double> before = dy.to_vector<double>();
+    tape.backward({y}, {dy});
+    CHECK(dy.to_vector<double>() == before);
+  }
+}
+
 TEST_CASE("tape: a parameter is ready when the product that waited for its input is done") {
   ResidualMlp mlp;
   StoragePolicy rebuilds = rebuilding();
