@@ -15,7 +15,8 @@ Var gelu(const Var& x) {
   const Saved saved = ahead.defined() ? ahead.saved : op.save("x", x);
   const auto formula = [saved](const Tensor& dy, const Extras& extras) -> Grads {
     const Tensor dx = may_overwrite(dy) ? dy : empty_like(dy);  // memory is scarcest here
-    const Tensor again = extras.y ? * extras.y = empty_like(dy) : Tensor();
+    Tensor again;
+    if (extras.y) again = *extras.y = empty_like(dy);
     if (const auto coded = saved.coded_on_gpu())
       kernels::gelu_grad_coded(dy, *coded, dx, again);
     else
