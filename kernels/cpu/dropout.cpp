@@ -1,7 +1,6 @@
-// y = keep x / (1 - p), keep = uniform >= p: one decision an element (dropout) or a sample (drop_path).
-#include "mesa/kernels/elementwise.h"
-
+// keep / (1 - p), keep = uniform >= p, times each element of x (dropout) or each sample of a branch (drop path).
 #include "cpu.h"
+#include "mesa/kernels/elementwise.h"
 
 namespace mesa::kernels::MESA_ISA {
 
@@ -29,24 +28,25 @@ void dropout(const Tensor& x, const Tensor& y, double p, RandomKey key) {
   });
 }
 
-void drop_path(const Tensor& x, const Tensor& y, double p, RandomKey key) {
-  check_alike(x, y, "drop_path");
-  check(x.rank() >= 1, "drop_path needs an axis of samples");
-  check(p >= 0 && p <= 1, "drop_path: the probability ", p, " is not in [0, 1]");
+void add_drop_path(const Tensor& x, const Tensor& branch, double p, RandomKey key, const Tensor& y, const Tensor& factors) {
+  check_drop_path(x, branch, p, y, factors);
   if (x.numel() == 0) return;
   const uint32_t threshold = scalar::dropout_threshold(p);
   const int64_t sample = x.numel() / x.dim(0);
-  dispatch(x.dtype(), y.dtype(), [&](auto tx, auto ty) {
+  dispatch(x.dtype(), branch.dtype(), [&](auto tx, auto tb) {
     using A = Acc<decltype(tx)>;
     const auto* px = x.data<decltype(tx)>();
-    auto* py = y.data<decltype(ty)>();
+    const auto* pb = branch.data<decltype(tb)>();
+    auto* py = y.data<decltype(tx)>();
+    A* pf = factors.data<A>();
     parallel_elements(y.numel(), [=](int64_t begin, int64_t end) {
       for (int64_t at = begin; at < end;) {
         const int64_t b = at / sample, stop = std::min(end, (b + 1) * sample);
         const bool keep = scalar::keeps(random_word(key, static_cast<uint64_t>(b)), threshold);
         const A factor = keep ? static_cast<A>(1 / (1 - p)) : A(0);
+        if (at == b * sample) pf[b] = factor;
 #pragma omp simd
-        for (int64_t i = at; i < stop; ++i) store(py + i, keep ? factor * load(px + i) : A(0));
+        for (int64_t i = at; i < stop; ++i) store(py + i, load(px + i) + factor * load(pb + i));
         at = stop;
       }
     });

@@ -142,6 +142,8 @@ struct NormGrad {
   const A* beta;
   H* y;           // gamma xhat + beta; null if not wanted
   bf16* dx_copy;  // or null
+  const A* copy_factors;
+  int64_t rows_of_factor;
 
   template <int R>
   void rows(int64_t row, A* dgamma) const {
@@ -156,9 +158,12 @@ struct NormGrad {
     for (; row + 4 <= end; row += 4) rows<4>(row, dgamma);
     for (; row < end; ++row) rows<1>(row, dgamma);
     for (row = begin; y && row < end; ++row) affine_row(xhat + row * width, gamma, beta, y + row * width, width);
-    if (!dx_copy) return;
+    for (row = begin; dx_copy && row < end; ++row) copy_row(row);
+  }
+  void copy_row(int64_t row) const {
+    const A factor = copy_factors ? copy_factors[row / rows_of_factor] : A(1);
 #pragma omp simd
-    for (int64_t i = begin * width; i < end * width; ++i) store(dx_copy + i, load(dx + i));
+    for (int64_t i = row * width; i < (row + 1) * width; ++i) store(dx_copy + i, factor * load(dx + i));
   }
 };
 
@@ -226,7 +231,9 @@ void layer_norm_grad(const Tensor& dy, const Tensor& xhat, const Tensor& rstd, c
                                  to.add_x,
                                  to.y.defined() ? beta.data<A>() : nullptr,
                                  to.y.defined() ? to.y.data<H>() : nullptr,
-                                 to.dx_copy.defined() ? to.dx_copy.data<bf16>() : nullptr};
+                                 to.dx_copy.defined() ? to.dx_copy.data<bf16>() : nullptr,
+                                 to.copy_factors.defined() ? to.copy_factors.data<A>() : nullptr,
+                                 to.copy_factors.defined() ? rows / to.copy_factors.numel() : 1};
     parallel_rows(chunks, kGradRows * width, [&](int64_t first, int64_t last) {
       std::vector<A> spare(sums ? 0 : 2 * width);
       for (int64_t c = first; c < last; ++c) grad.chunk(c, c * kGradRows, std::min(rows, (c + 1) * kGradRows), spare.data());

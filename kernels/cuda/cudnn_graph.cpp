@@ -258,14 +258,21 @@ bool does(const Descriptor& config, const std::vector<cudnnBackendNumericalNote_
   return std::any_of(notes, notes + found, [&](auto note) { return std::find(unwanted.begin(), unwanted.end(), note) != unwanted.end(); });
 }
 
-/// The same of the engines that may be, what cuDNN takes for the fastest first.
+/// The same of the engines that may be, what cuDNN takes for the fastest first. One heuristic may know of none where another does.
 std::vector<Descriptor> engine_configs(const Descriptor& operations, const Gpu& gpu, const Engines& engines) {
   std::vector<Descriptor> all;
-  for (const auto mode : {CUDNN_HEUR_MODE_A, CUDNN_HEUR_MODE_FALLBACK}) {
-    if (mode == CUDNN_HEUR_MODE_FALLBACK && !engines.fallback) break;
-    for (Descriptor& config : engine_configs(operations, gpu, mode))
-      if (!does(config, engines.without)) all.push_back(std::move(config));
-  }
+  std::string refusal;
+  const auto add = [&](cudnnBackendHeurMode_t mode) {
+    try {
+      for (Descriptor& config : engine_configs(operations, gpu, mode))
+        if (!does(config, engines.without)) all.push_back(std::move(config));
+    } catch (const Unsupported& reason) {
+      refusal = reason.what();
+    }
+  };
+  add(CUDNN_HEUR_MODE_A);
+  if (engines.fallback) add(CUDNN_HEUR_MODE_FALLBACK);
+  if (all.empty() && !refusal.empty()) throw Unsupported(refusal);
   return all;
 }
 

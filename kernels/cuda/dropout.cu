@@ -1,4 +1,4 @@
-// y = keep x / (1 - p), keep = uniform >= p: one decision an element (dropout) or a sample (drop_path).
+// keep / (1 - p), keep = uniform >= p, times each element of x (dropout) or each sample of a branch (drop path).
 #include "mesa/kernels/elementwise.h"
 #include "pointwise.h"
 
@@ -57,15 +57,31 @@ __device__ inline uint32_t word_of(RandomKey key, uint64_t i) {
   return i & 1 ? odd : even;
 }
 
-/// Packs never cross samples: N divides `sample`.
-template <int N, class X, class Y>
-__global__ void drop_path_kernel(int64_t n, int64_t sample, Mask<Acc<X>> mask, RandomKey key, const X* x, Y* y) {
-  for (int64_t i = global_index() * N; i < n; i += global_stride() * N) {
-    auto v = elements_at<N>(x + i);
-    const uint32_t word = word_of(key, static_cast<uint64_t>(i) / static_cast<uint64_t>(sample));
-#pragma unroll
-    for (int k = 0; k < N; ++k) v.v[k] = mask(word, v.v[k]);
-    store_pack(y + i, v.v);
+/// y = x + factor branch.
+template <class A>
+struct AddScaled {
+  A factor;
+  __device__ A operator()(A x, A branch) const { return x + factor * branch; }
+};
+
+/// blockIdx.y goes over the samples, each of which is a whole number of packs.
+template <int N, class X, class B>
+__global__ void add_drop_path_kernel(int64_t samples, int64_t packs, Mask<Acc<X>> mask, RandomKey key, const X* x, const B* branch, X* y,
+                                     Acc<X>* factors) {
+  const int64_t stride = global_stride();
+  for (int64_t b = blockIdx.y; b < samples; b += gridDim.y) {
+    const AddScaled<Acc<X>> add{mask(word_of(key, static_cast<uint64_t>(b)), Acc<X>(1))};
+    if (global_index() == 0) factors[b] = add.factor;
+    const int64_t end = (b + 1) * packs;
+    int64_t i = b * packs + global_index();
+    for (; i + stride < end; i += 2 * stride) {  // the loads of both packs are under way before the first store
+      const int64_t j = i + stride;
+      const auto low = apply<N>(add, elements_at<N>(x + i * N), elements_at<N>(branch + i * N));
+      const auto high = apply<N>(add, elements_at<N>(x + j * N), elements_at<N>(branch + j * N));
+      store_pack(y + i * N, low.v);
+      store_pack(y + j * N, high.v);
+    }
+    if (i < end) store_pack(y + i * N, apply<N>(add, elements_at<N>(x + i * N), elements_at<N>(branch + i * N)).v);
   }
 }
 
@@ -89,22 +105,22 @@ void dropout(const Tensor& x, const Tensor& y, double p, RandomKey key) {
   });
 }
 
-void drop_path(const Tensor& x, const Tensor& y, double p, RandomKey key) {
-  check_alike(x, y, "drop_path");
-  check(x.rank() >= 1, "drop_path needs an axis of samples");
-  check(p >= 0 && p <= 1, "drop_path: the probability ", p, " is not in [0, 1]");
-  const int64_t n = x.numel();
-  if (n == 0) return;
-  const int64_t sample = n / x.dim(0);
-  dispatch(x.dtype(), y.dtype(), [&](auto tx, auto ty) {
+void add_drop_path(const Tensor& x, const Tensor& branch, double p, RandomKey key, const Tensor& y, const Tensor& factors) {
+  check_drop_path(x, branch, p, y, factors);
+  if (x.numel() == 0) return;
+  const int64_t samples = x.dim(0), sample = x.numel() / samples;
+  dispatch(x.dtype(), branch.dtype(), [&](auto tx, auto tb) {
     using X = decltype(tx);
-    using Y = decltype(ty);
-    constexpr int N = kLaneElements<X, Y>;
+    using B = decltype(tb);
+    constexpr int N = kLaneElements<X, B>;
     const X* px = x.data<X>();
-    Y* py = y.data<Y>();
-    const bool packed = sample % N == 0 && aligned(px, N * sizeof(X)) && aligned(py, N * sizeof(Y));
-    launch("drop_path", packed ? &drop_path_kernel<N, X, Y> : &drop_path_kernel<1, X, Y>,
-           grid_for(n, (packed ? N : 1) * kMapThreads, kMapBlocks), kMapThreads, 0, n, sample, mask_of<Acc<X>>(p), key, px, py);
+    const B* pb = branch.data<B>();
+    X* py = y.data<X>();
+    const bool packed = sample % N == 0 && aligned(px, N * sizeof(X)) && aligned(pb, N * sizeof(B)) && aligned(py, N * sizeof(X));
+    const int64_t packs = sample / (packed ? N : 1);
+    const dim3 grid(grid_for(packs, 4 * kMapThreads, kMapBlocks), static_cast<unsigned>(std::min<int64_t>(samples, 65535)));
+    launch("add_drop_path", packed ? &add_drop_path_kernel<N, X, B> : &add_drop_path_kernel<1, X, B>, grid, kMapThreads, 0, samples, packs,
+           mask_of<Acc<X>>(p), key, px, pb, py, factors.data<Acc<X>>());
   });
 }
 

@@ -1,5 +1,5 @@
 // dx = rstd (g - mean(g) - xhat mean(g xhat)) with g = gamma dy, dgamma = sum dy xhat, dbeta = sum dy; and, where wanted,
-// dx once more in bf16 and y = gamma xhat + beta.
+// dx once more in bf16, perhaps times a factor of each sample, and y = gamma xhat + beta.
 // A block walks over a chunk of the rows, so that dy and xhat are read once for all three: dx is finished there, dgamma and dbeta leave as
 // the chunk's sums, which a second kernel adds up. Chunks depend on the shape alone, and so do the results.
 #include <optional>
@@ -96,7 +96,9 @@ struct NormGrad {
   H xhat;  // ValueRows or CodedRows
   const A *rstd, *gamma, *beta;
   X* dx;
-  bf16* dx_copy;        // or null
+  bf16* dx_copy;          // or null
+  const A* copy_factors;  // [rows / rows_of_factor]; null: 1
+  Divider rows_of_factor;
   typename H::Type* y;  // gamma xhat + beta; null if not wanted
   int64_t rows, width, chunks;
   bool add;  // dx to what is there
@@ -178,7 +180,7 @@ __global__ void __launch_bounds__(kWarps<Team>* kWarp, kResident<Team>) grad_chu
     Values<Team, typename Grad::TypeG> dy(n.dy + row * width, width);
     auto xhat = n.xhat.template of<Team>(row, width);
     Before<Team, typename Grad::TypeX> before(n.add ? n.dx + row * width : nullptr, width);
-    const A rstd = n.rstd[row];
+    const A rstd = n.rstd[row], factor = n.copy_factors ? n.copy_factors[n.rows_of_factor.quotient(static_cast<uint32_t>(row))] : A(1);
     A sum_g = 0, sum_gh = 0;
     team.each(width, [&](int p, auto c) {
       const A(&d)[V] = dy.at(p, c), (&h)[V] = xhat.at(p, c);
@@ -204,7 +206,12 @@ __global__ void __launch_bounds__(kWarps<Team>* kWarp, kResident<Team>) grad_chu
       dgamma.add(p, c, dh);
       dbeta.add(p, c, d);
       store_pack(n.dx + row * width + c, dx);
-      if (n.dx_copy) store_pack(n.dx_copy + row * width + c, dx);
+      if (n.dx_copy) {
+        A copy[V];
+#pragma unroll
+        for (int i = 0; i < V; ++i) copy[i] = factor * dx[i];
+        store_pack(n.dx_copy + row * width + c, copy);
+      }
       if (n.y) {
         A beta[V], y[V];
         load_parameters(n.beta + c, beta);
@@ -324,6 +331,8 @@ NormGrad<G, H, X> grad_of(const Tensor& dy, const H& xhat, const Tensor& rstd, c
           to.y.defined() ? beta.data<A>() : nullptr,
           to.dx.data<X>(),
           to.dx_copy.defined() ? to.dx_copy.data<bf16>() : nullptr,
+          to.copy_factors.defined() ? to.copy_factors.data<A>() : nullptr,
+          Divider(to.copy_factors.defined() ? dy.rows() / to.copy_factors.numel() : 1),
           to.y.defined() ? to.y.data<Y>() : nullptr,
           dy.rows(),
           width_of(dy),

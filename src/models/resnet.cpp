@@ -120,9 +120,9 @@ Var ResNet::Block::operator()(const Var& x) const {
     branch = norms[i](convs[i](branch));
     if (i + 1 < convs.size()) branch = within(concat("act", i + 1), [&] { return relu(branch); });
   }
-  const Var kept = within("drop_path", [&] { return mesa::drop_path(branch, drop_path); });
   const Var shortcut = shortcut_conv ? (*shortcut_norm)((*shortcut_conv)(x)) : x;
-  return within(concat("act", convs.size()), [&] { return relu(kept + shortcut); });
+  const Var sum = within("drop_path", [&] { return add_drop_path(shortcut, branch, drop_path); });
+  return within(concat("act", convs.size()), [&] { return relu(sum); });
 }
 
 Var ResNet::operator()(const Var& images) const {

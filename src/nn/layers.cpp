@@ -112,7 +112,7 @@ Var within(const char* name, const F& f) {
 /// softmax(scale q k^T) v spelled out; `biased` may add to the scores.
 template <class Biased>
 Var explicit_attention(const Var& qkv, int64_t heads, double scale_by, double attn_drop, const Biased& biased) {
-  const auto [q, k, v] = split_heads(qkv, heads);  // each [B, H, N, D]
+  const auto [q, k, v] = split_heads(qkv, heads);                                                                     // each [B, H, N, D]
   const Var scores = within("matmul1", [&, &q = q, &k = k] { return biased(scale(matmul(q, k, true), scale_by)); });  // [B, H, N, N]
   const Var weights = within("softmax", [&] { return softmax(scores); });
   const Var p = scoped_dropout("attn_drop", weights, attn_drop);
@@ -191,13 +191,13 @@ Var Block<AttentionLayer>::operator()(Var x) const {
     x = {};
     return mlp(norm2(h), h);
   }
-  const auto drop = [&](const char* which, const Var& branch) {
+  const auto add = [&](const char* which, const Var& to, const Var& branch) {
     const Scope scope(which);  // two streams of random numbers a block
-    return mesa::drop_path(branch, drop_path);
+    return add_drop_path(to, branch, drop_path);
   };
-  const Var h = x + drop("drop_path1", attn(norm1(x)));
+  const Var h = add("drop_path1", x, attn(norm1(x)));
   x = {};
-  return h + drop("drop_path2", mlp(norm2(h)));
+  return add("drop_path2", h, mlp(norm2(h)));
 }
 
 template struct Block<Attention>;

@@ -5,29 +5,38 @@
 namespace mesa {
 namespace {
 
-template <class MaskKernel>
-Var masked(const char* name, const MaskKernel& kernel, const Var& x, double p, int64_t decisions, int64_t at_once) {
-  check(p >= 0 && p < 1, name, " with probability ", p, "; it must lie in [0, 1)");
-  const Op op(name, {x});
+void check_probability(const char* name, double p) { check(p >= 0 && p < 1, name, " with probability ", p, "; it must lie in [0, 1)"); }
+
+}  // namespace
+
+Var dropout(const Var& x, double p) {
+  check_probability("dropout", p);
+  const Op op("dropout", {x});
   const Tape* const tape = Tape::current();
   if (p == 0 || tape == nullptr) return x;  // the tape tells training: an input from frozen layers is masked as well
-  const Tensor y = empty_like(x.value());
-  const RandomKey key = tape->random(Scope::join(name), decisions, at_once);
-  kernel(x.value(), y, p, key);
-  const auto apply = [&kernel, p, key](const Tensor& t) {  // the mask is drawn again each time: nothing to keep
+  const RandomKey key = tape->random(Scope::join("dropout"), x.value().numel(), 4);
+  const auto apply = [p, key](const Tensor& t) {  // the mask is drawn again each time: nothing to keep
     const Tensor out = empty_like(t);
-    kernel(t, out, p, key);
+    kernels::dropout(t, out, p, key);
     return out;
   };
-  const Var result = op.record(y, [apply](const Tensor& dy) -> Grads { return {apply(dy)}; });
+  const Var result = op.record(apply(x.value()), [apply](const Tensor& dy) -> Grads { return {apply(dy)}; });
   if (x.recipe() == nullptr) return result;
   return result.with_recipe(x.recipe()->then(apply));
 }
 
-}  // namespace
-
-Var dropout(const Var& x, double p) { return masked("dropout", kernels::dropout, x, p, x.value().numel(), 4); }
-
-Var drop_path(const Var& x, double p) { return masked("drop_path", kernels::drop_path, x, p, x.dim(0), 1); }
+Var add_drop_path(const Var& x, const Var& branch, double p) {
+  check_probability("drop_path", p);
+  const Tape* const tape = Tape::current();
+  if (p == 0 || tape == nullptr) return add(x, branch);
+  const Op op("drop_path", {x, branch});
+  check(x.shape() == branch.shape() && x.value().rank() >= 1, "drop_path: a branch of shape ", branch.shape(), " beside ", x.shape());
+  const Tensor y = empty_like(x.value());
+  const Tensor factors = Tensor::empty({x.dim(0)}, y.dtype() == DType::f64 ? DType::f64 : DType::f32, y.device());
+  kernels::add_drop_path(x.value(), branch.value(), p, tape->random(Scope::join("drop_path"), x.dim(0), 1), y, factors);
+  if (!op.wants(branch)) return op.record(y, [](const Tensor& dy) -> Grads { return {dy, Tensor()}; });
+  const auto formula = [to_x = op.wants(x)](const Tensor& dy, const Extras& extras) -> Grads { return {to_x ? dy : Tensor(), extras.dy}; };
+  return op.record(y, formula, {.products = branch.dtype(), .factors = op.keep("factors", factors)});
+}
 
 }  // namespace mesa

@@ -30,7 +30,7 @@ Var layer_norm(const Var& x, const Var& gamma, const Var& beta, double eps, std:
     kernels::LayerNormGrads to;
     to.add_x = extras.sum.defined();
     to.dx = to.add_x ? extras.sum : empty_like(dy, type_x);
-    to.dx_copy = extras.dx_copy;
+    to.dx_copy = extras.dx_copy, to.copy_factors = extras.copy_factors;
     if (extras.y) to.y = *extras.y = may_overwrite(dy) ? dy : empty_like(dy);
     Grads grads{to.dx, Tensor(), Tensor()};
     // One pass computes all; the targets only say where the two parameter gradients go.

@@ -115,7 +115,9 @@ class Bench : public WorkList {
     add("mul", m * 3 * w, 0, [=] { kernels::mul(g, h, dg); });
     add("add (residual)", n * (8 + w), 0, [=] { kernels::add(residual, branch, sum); });
     add("dropout", m * 2 * w, 0, [=] { kernels::dropout(h, g, 0.1, RandomKey{3, 4}); });
-    add("drop_path", n * 2 * w, 0, [=] { kernels::drop_path(branch, branch, 0.1, RandomKey{3, 4}); });
+    add("add_drop_path", n * (8 + w), 0, [=, factors = room({e_.B}, DType::f32)] {
+      kernels::add_drop_path(residual, branch, 0.1, RandomKey{3, 4}, sum, factors);
+    });
     add("sum_rows", m * w, 0, [=] { kernels::sum_rows(h, db, false); });
     add("copy to f32", n * (w + 4), 0, [=] { kernels::copy(branch, sum); });
   }

@@ -74,7 +74,7 @@ namespace {
 
 /// What an op with abilities met: how often it rebuilt its result alone and beside its gradient, and with what it was told to copy.
 struct Met {
-  int alone = 0, beside = 0, copies = 0, sums = 0;
+  int alone = 0, beside = 0, copies = 0, factors = 0, sums = 0;
 };
 /// 2 x in another dtype, which copies and adds as layer norm does.
 Var twice(const Var& x, Met& met, DType out) {
@@ -85,10 +85,11 @@ Var twice(const Var& x, Met& met, DType out) {
   const auto again = [saved](const Tensor& to) { kernels::scale(saved.get(), 2, to); };
   const auto formula = [&met, again](const Tensor& dy, const Extras& extras) -> Grads {
     if (extras.y) ++met.beside, again(*extras.y = empty_like(dy));
-    const Tensor term = empty_like(dy, DType::f32);
+    const Tensor term = empty_like(dy, dy.dtype() == DType::f64 ? DType::f64 : DType::f32);
     kernels::scale(dy, 2, term);
     if (extras.sum.defined()) ++met.sums, kernels::add(extras.sum, term, term);
     if (extras.dx_copy.defined()) ++met.copies, kernels::copy(term, extras.dx_copy);
+    if (extras.copy_factors.defined()) ++met.factors, kernels::scale_rows(term, extras.copy_factors, extras.dx_copy);
     return {term};
   };
   return op.record(y, formula, {.adds = true, .rebuild = [&met, again](const Tensor& to) { ++met.alone, again(to); }});
@@ -161,6 +162,47 @@ TEST_CASE("tape: behind a residual the gradient is written in the dtype of produ
         }
         CHECK(std::fabs(got[o * 6 + i] - sum) <= 0.015 * terms);  // a few roundings to bf16
       }
+  }
+}
+
+TEST_CASE("tape: what is dropped of a branch is dropped of its gradient, by whoever writes that gradient") {
+  const int64_t samples = 40, width = 6;
+  Param x = make_param("x", {samples, width}), branch = make_param("branch", {samples, width});
+  struct Way {
+    DType x, branch;
+    bool late_reader;  // whose gradient comes last
+    int copies;        // written by `twice`, with the factors
+  };
+  for (const Way& way : {Way{DType::f32, DType::bf16, false, 1}, Way{DType::f32, DType::bf16, true, 1},
+                         Way{DType::f32, DType::f32, false, 0}, Way{DType::f64, DType::f64, false, 0}}) {
+    CAPTURE(to_string(way.x), to_string(way.branch), way.late_reader);
+    Met met;
+    StoragePolicy policy = simple_policy({{"*", "exact", {}, ""}});
+    x.value = Tensor::zeros({samples, width}, way.x), branch.value = Tensor::zeros({samples, width}, way.x);
+    kernels::fill(x.value, 2), kernels::fill(branch.value, 3);
+    x.grad = branch.grad = Tensor(), x.grad_written = branch.grad_written = false;
+    Tape tape(policy, Catch::rngSeed());
+    const Tensor narrow = Tensor::zeros({samples, width}, way.branch);
+    const Var in = add_drop_path(scale(Var(x), 1), add(Var(narrow), Var(branch)), 0.5), early = scale(in, 0.5);
+    const Var y = scale(add(in, scale(twice(in, met, way.x), 1)), 1);
+    const std::vector<double> v = in.value().to_vector<double>(), d = normal_values(samples * width, "dy");
+    const Tensor dy = tensor_of(y.shape(), d, way.x);
+    if (way.late_reader)
+      tape.backward({y, early}, {dy, dy});
+    else
+      tape.backward({y}, {dy});
+    CHECK((met.sums == 1 && met.copies == way.copies && met.factors == way.copies));
+    const std::vector<double> dx = x.grad.to_vector<double>(), db = branch.grad.to_vector<double>();
+    int kept = 0;
+    for (size_t i = 0; i < v.size(); ++i) {
+      const double of_in = d[i] * (way.late_reader ? 3.5 : 3), factor = (v[i] - 2) / 3;
+      kept += factor != 0;
+      CHECK((factor == 0 || factor == Approx(2)));
+      CHECK(factor == Approx((v[i - i % width] - 2) / 3));  // of the whole sample
+      CHECK(dx[i] == Approx(of_in).epsilon(1e-6));
+      CHECK(db[i] == Approx(factor * of_in).epsilon(way.branch == DType::bf16 ? 0.01 : 1e-6));
+    }
+    CHECK((kept > 0 && kept < samples * width));
   }
 }
 

@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "device_memory.h"
+#include "emulated.h"
 #include "mesa/base/dtype.h"
 
 namespace {
@@ -236,6 +237,11 @@ void run(const Object& op, Memory& memory) {
 
 }  // namespace
 
+std::set<int>& mesa::emulation::refusing_heuristics() {
+  static std::set<int> modes;
+  return modes;
+}
+
 extern "C" {
 size_t cudnnGetVersion() { return CUDNN_VERSION; }
 const char* cudnnGetErrorString(cudnnStatus_t) { return "CUDNN_STATUS"; }
@@ -253,7 +259,13 @@ cudnnStatus_t cudnnBackendDestroyDescriptor(cudnnBackendDescriptor_t d) {
   delete static_cast<Object*>(d);
   return CUDNN_STATUS_SUCCESS;
 }
-cudnnStatus_t cudnnBackendFinalize(cudnnBackendDescriptor_t) { return CUDNN_STATUS_SUCCESS; }
+cudnnStatus_t cudnnBackendFinalize(cudnnBackendDescriptor_t d) {
+  const Object& object = *static_cast<Object*>(d);
+  if (object.type != CUDNN_BACKEND_ENGINEHEUR_DESCRIPTOR) return CUDNN_STATUS_SUCCESS;
+  const bool refused = mesa::emulation::refusing_heuristics().count(object.one<int>(CUDNN_ATTR_ENGINEHEUR_MODE)) > 0;
+  last_error = refused ? "Reason: this heuristic takes no graph" : "";
+  return refused ? CUDNN_STATUS_NOT_SUPPORTED : CUDNN_STATUS_SUCCESS;
+}
 cudnnStatus_t cudnnBackendSetAttribute(cudnnBackendDescriptor_t d, cudnnBackendAttributeName_t name, cudnnBackendAttributeType_t type,
                                        int64_t n, const void* values) {
   const char* bytes = static_cast<const char*>(values);

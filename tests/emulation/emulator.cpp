@@ -76,6 +76,7 @@ std::vector<Warp> warps(kMaxThreads / 32);
 Block block;
 std::unique_ptr<unsigned char[]> shared;
 int64_t launch_count = 0;
+std::map<std::string, int64_t> launches_by_name;
 
 // --- a thread's life --------------------------------------------------------------------------------------------------------------
 
@@ -274,6 +275,7 @@ void run(const char* kernel, dim3 grid, dim3 shape, size_t shared_bytes, const s
   if (finish_current_stream) finish_current_stream();
   const DeviceAccess access;
   ++launch_count;
+  ++launches_by_name[kernel];
   block.thread = &thread;
   block.threads = static_cast<int>(shape.x * shape.y * shape.z);
   blockDim = shape;
@@ -300,7 +302,7 @@ void run(const char* kernel, dim3 grid, dim3 shape, size_t shared_bytes, const s
   fail("", kernel, ", ", place(), ": ", error);
 }
 
-int64_t launches() { return launch_count; }
+const std::map<std::string, int64_t>& launches() { return launches_by_name; }
 void set_order(Order wish) { chosen_order() = wish; }
 
 // --- what a thread sees -----------------------------------------------------------------------------------------------------------

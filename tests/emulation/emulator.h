@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <cstring>
 #include <functional>
+#include <map>
 #include <string>
 #include <type_traits>
 
@@ -18,8 +19,8 @@ namespace mesa::emulation {
 /// reaches, a misused shuffle, a write beyond dynamic shared memory, and more threads or shared memory than an sm_90 block has.
 void run(const char* kernel, dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& thread);
 
-/// How many kernels have run.
-int64_t launches();
+/// How often each kernel has run, by name.
+const std::map<std::string, int64_t>& launches();
 
 /// The order in which blocks run, and the threads of a block between two barriers: a result that changes with it is a race. At first it is
 /// what MESA_EMULATION_ORDER says (forward if nothing).

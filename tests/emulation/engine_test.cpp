@@ -6,6 +6,8 @@
 #include <sstream>
 
 #include "device_memory.h"
+#include "emulated.h"
+#include "emulator.h"
 #include "mesa/base/cuda.h"
 #include "mesa/base/files.h"
 #include "mesa/base/scope.h"
@@ -85,6 +87,51 @@ TEST_CASE("emulated GPU: forward and backward never wait for the device, whateve
     }
 }
 
+TEST_CASE("emulated GPU: a block starts the passes over memory that its bytes are counted by, and no others", "[emulation]") {
+  // How often a step of so many blocks starts each kernel.
+  const auto started = [](const std::string& storage, const std::string& drop_path, int depth) {
+    const RunConfig config =
+        config_of({"train.precision=bf16", "storage=" + storage, "model.drop_path=" + drop_path, concat("model.depth=", depth)});
+    BuiltModel model(config, model_config(config, 10), kCuda);
+    model.params.allocate_gradients();
+    StoragePolicy policy = make_policy(config.storage);
+    const Tensor images = to(normal_tensor({2, 3, 32, 32}, "images"), kCuda, MemoryKind::inputs);
+    const Tensor labels = to(Tensor::from<int64_t>({2}, {3, 4}), kCuda, MemoryKind::inputs);
+    std::map<std::string, int64_t> counts;
+    for (int step = 0; step < 2; ++step) {  // the first makes what later ones find
+      model.params.clear_gradients();
+      const std::map<std::string, int64_t> before = emulation::launches();
+      Tape tape(policy, 1, step);
+      tape.backward(cross_entropy(model.net(images), labels));
+      policy.commit();
+      counts = emulation::launches();
+      for (const auto& [kernel, count] : before) counts[kernel] -= count;
+    }
+    return counts;
+  };
+  const auto of_a_block = [&](const std::string& storage, const std::string& drop_path) {
+    std::map<std::string, int64_t> counts = started(storage, drop_path, 4);
+    for (const auto& [kernel, count] : started(storage, drop_path, 3)) counts[kernel] -= count;
+    std::erase_if(counts, [](const auto& kernel) { return kernel.second == 0; });
+    return counts;
+  };
+  using Kernels = std::map<std::string, int64_t>;
+  // In bytes for an element of [B, N, C]: 8 each, 16, 32, and 16 each, of which the second start only adds up dgamma and dbeta.
+  const Kernels attention{{"fused_attention", 1}, {"fused_attention_grad (dk, dv)", 1}, {"fused_attention_grad (dq)", 1}};
+  Kernels exact{{"layer_norm", 2}, {"gelu", 1}, {"gelu_grad", 1}, {"layer_norm_grad", 4}};
+  // q, k, v and the attention's result are packed by passes of their own, and the last is decoded again.
+  Kernels coded{{"layer_norm_codes", 2}, {"gelu_codes", 1},       {"gelu_grad_coded", 1},
+                {"layer_norm_grad", 4},  {"quantize_current", 4}, {"dequantize", 1}};
+  for (Kernels* of : {&exact, &coded}) of->insert(attention.begin(), attention.end());
+  CHECK(of_a_block("exact", "0") == exact);
+  CHECK(of_a_block("int8", "0") == coded);
+  CHECK(of_a_block("int4", "0") == coded);
+  // What drop path takes besides: 10 bytes each where a branch is masked and added. No pass in the gradient.
+  for (Kernels* of : {&exact, &coded}) of->emplace("add_drop_path", 2);
+  CHECK(of_a_block("exact", "0.1") == exact);
+  CHECK(of_a_block("int8", "0.1") == coded);
+}
+
 TEST_CASE("emulated GPU: codes that kernels write as they compute are those of values packed afterwards", "[emulation]") {
   register_codec("afterwards", {"groups", "range"},
                  [](const CodecOptions& options) -> std::unique_ptr<Codec> { return std::make_unique<CodesAfterwards>(options); });
@@ -112,6 +159,21 @@ TEST_CASE("emulated GPU: codes that kernels write as they compute are those of v
     CHECK((ranges[0].size() > 20) == (std::string(range) == "running"));
     CHECK(ranges[0] == ranges[1]);
   }
+}
+
+TEST_CASE("emulated GPU: where one of cuDNN's heuristics takes no graph, another is asked", "[emulation]") {
+  if (kernels::cuda::cudnn_conv_support == nullptr) return;
+  const int first = 3, fallback = 2;  // CUDNN_HEUR_MODE_A, CUDNN_HEUR_MODE_FALLBACK
+  const auto support = [](const std::set<int>& refusing) {
+    emulation::refusing_heuristics() = refusing;
+    const std::string answer = kernels::cuda::cudnn_conv_support("{}", {8, 8, 3, 3, 1, 1}, 2, 16, 16, DType::f32);
+    emulation::refusing_heuristics().clear();
+    return answer;
+  };
+  CHECK(support({}) == "");
+  CHECK(support({fallback}) == "");
+  CHECK(support({first}) == "");
+  CHECK_THAT(support({first, fallback}), Contains("forward: ") && Contains("this heuristic takes no graph"));
 }
 
 TEST_CASE("emulated GPU: each kind of pass is recorded once and run from its record", "[emulation]") {

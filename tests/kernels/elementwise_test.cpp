@@ -330,15 +330,30 @@ TEST_CASE("dropout's statistics", "[kernels]") {
   }
 }
 
-TEST_CASE("drop_path decides once for each sample", "[kernels]") {
-  const RandomKey key = RandomKey::of(Catch::rngSeed(), "path", 3);
-  for (const DType dtype : {DType::f32, DType::bf16, DType::f64})
-    for (const auto& run : implementations(kernels::drop_path)) {
-      const Tensor x = random({29, 17, 41}, dtype, "x"), y = Tensor::empty({29, 17, 41}, dtype);
-      const std::vector<double> vx = x.to_vector<double>();
-      run(x, y, 0.4, key);
-      expect(y, [&](size_t i) { return uniform(random_word(key, i / (17 * 41))) >= 0.4 ? vx[i] / 0.6 : 0.0; });
-    }
+TEST_CASE("add_drop_path decides once for each sample of the branch", "[kernels]") {
+  RandomKey key = RandomKey::of(Catch::rngSeed(), "path", 3);
+  key.first = 5;
+  for (const Shape& shape : {Shape{29, 17, 41}, Shape{7, 96, 32}, Shape{3, 40, 260}, Shape{70000}})  // whole packs and not
+    for (const auto& [type_x, type_b] :
+         {std::pair{DType::f32, DType::f32}, {DType::f32, DType::bf16}, {DType::bf16, DType::bf16}, {DType::f64, DType::f64}})
+      for (const auto& run : implementations(kernels::add_drop_path)) {
+        const Tensor x = random(shape, type_x, "x"), branch = random(shape, type_b, "branch"), y = empty_like(x);
+        const Tensor factors = Tensor::empty({shape[0]}, type_x == DType::f64 ? DType::f64 : DType::f32);
+        const std::vector<double> vx = x.to_vector<double>(), vb = branch.to_vector<double>();
+        const auto sample = static_cast<size_t>(x.numel() / shape[0]);
+        const auto factor = [&](size_t b) { return uniform(random_word(key, b)) >= 0.4 ? 1 / 0.6 : 0.0; };
+        kernels::fill(factors, kNan);
+        run(x, branch, 0.4, key, y, factors);
+        expect(y, [&](size_t i) { return vx[i] + factor(i / sample) * vb[i]; });
+        expect(factors, factor);
+        run(x, branch, 1, key, y, factors);
+        REQUIRE(y.to_vector<double>() == vx);
+        run(x, branch, 0.4, key, x, factors);  // in place
+        expect(x, [&](size_t i) { return vx[i] + factor(i / sample) * vb[i]; });
+      }
+  const Tensor x = Tensor::zeros({4, 3}, DType::f32), three = Tensor::zeros({3}, DType::f32);
+  CHECK_THROWS_WITH(kernels::add_drop_path(x, x, 0.5, key, x, three), Catch::Contains("3 factors for 4 samples"));
+  CHECK_THROWS_WITH(kernels::add_drop_path(x, three, 0.5, key, x, three), Catch::Contains("tensors of shapes [4, 3] and [3]"));
 }
 
 TEST_CASE("sum_squares, count_nonfinite and first_nonfinite", "[kernels]") {

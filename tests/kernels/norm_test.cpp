@@ -166,6 +166,19 @@ TEST_CASE("layer_norm_grad follows its formula", "[kernels]") {
         implementations(kernels::affine)[which](xhat, gamma, beta, again);
         REQUIRE(copy.to_vector<float>() == rounded.to_vector<float>());
         REQUIRE(y.to_vector<double>() == again.to_vector<double>());
+        // The copy's samples, of as many rows as divide all, times factors.
+        const int64_t samples = rows % 3 == 0 ? rows / 3 : rows;
+        const Tensor factors = random({samples}, exact, "factors"), plain = empty_like(out);
+        kernels::fill(factors.narrow(0, 0, 1), 0);
+        kernels::copy(residual, plain);
+        run(dy, xhat, rstd, gamma, beta, {.dx = plain, .add_x = true, .dx_copy = copy, .copy_factors = factors});
+        REQUIRE(plain.to_vector<double>() == out.to_vector<double>());
+        kernels::scale_rows(plain.reshape({samples, rows / samples * width}), factors, plain.reshape({samples, rows / samples * width}));
+        kernels::copy(plain, rounded);
+        if (mix.dx == DType::bf16)  // where dx itself is rounded before or after
+          expect(copy, plain.to_vector<double>(), 2 * tolerance(DType::bf16));
+        else
+          REQUIRE(copy.to_vector<float>() == rounded.to_vector<float>());
         if (mix.dy != mix.xhat) continue;
         const Tensor over = empty_like(dy);
         kernels::copy(dy, over), kernels::copy(residual, out);
@@ -219,4 +232,9 @@ TEST_CASE("layer_norm refuses parameters of the wrong size", "[kernels]") {
                     Catch::Contains("rebuilds y in fp32, not in bf16"));
   CHECK_THROWS_WITH(kernels::layer_norm_grad(x, x, rstd, six, six, LayerNormGrads{.dx = x, .dx_copy = x}),
                     Catch::Contains("in bf16, not in fp32"));
+  CHECK_THROWS_WITH(kernels::layer_norm_grad(x, x, rstd, six, six, LayerNormGrads{.dx = x, .dx_copy = copy, .copy_factors = five}),
+                    Catch::Contains("5 factors for 2 rows"));
+  CHECK_THROWS_WITH(kernels::layer_norm_grad(x, x, rstd, six, six,
+                                             LayerNormGrads{.dx = x, .dx_copy = copy, .copy_factors = Tensor::zeros({2}, DType::f64)}),
+                    Catch::Contains("factors of the copy in fp64"));
 }

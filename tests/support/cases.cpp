@@ -237,9 +237,11 @@ void normalization(std::vector<Case>& t) {
     t.push_back({"gelu", {{Input::Role::activation, Input::Fill::normal, s}}, [](Vars& v) { return gelu(v[0]); }});
     t.push_back({"relu", {{Input::Role::activation, Input::Fill::away_from_zero, s}}, [](Vars& v) { return relu(v[0]); }});
     t.push_back({"dropout", {{Input::Role::activation, Input::Fill::normal, s}}, [](Vars& v) { return dropout(v[0], 0.3); }});
-    t.push_back({"drop_path", {{Input::Role::activation, Input::Fill::normal, s}}, [](Vars& v) { return drop_path(v[0], 0.4); }});
+    t.push_back({"add_drop_path",
+                 {{Input::Role::activation, Input::Fill::normal, s}, {Input::Role::activation, Input::Fill::normal, s}},
+                 [](Vars& v) { return add_drop_path(v[0], v[1], 0.4); }});
   }
-  t.push_back({"dropout by nothing", {normal(2, 3)}, [](Vars& v) { return scale(dropout(drop_path(v[0], 0), 0), 2); }});
+  t.push_back({"dropout by nothing", {normal(2, 3)}, [](Vars& v) { return dropout(add_drop_path(v[0], v[0], 0), 0); }});
   t.push_back({"mlp block", {spread(2, 3, 6), weight(6), weight(6), weight(9, 6), weight(9), weight(6, 9), weight(6)}, mlp_block});
 }
 

@@ -58,6 +58,15 @@ inline void check_alike(const Tensor& x, const Tensor& y, const char* what) {
   check(x.is_contiguous() && y.is_contiguous(), what, " needs contiguous tensors");
 }
 
+inline void check_drop_path(const Tensor& x, const Tensor& branch, double p, const Tensor& y, const Tensor& factors) {
+  check(x.rank() >= 1, "add_drop_path needs an axis of samples");
+  check(p >= 0 && p <= 1, "add_drop_path: the probability ", p, " is not in [0, 1]");
+  check_alike(x, branch, "add_drop_path: branch");
+  check_alike(x, y, "add_drop_path: y");
+  check(x.dtype() == y.dtype(), "add_drop_path adds to ", to_string(x.dtype()), " in ", to_string(y.dtype()));
+  check(factors.is_contiguous() && factors.numel() == x.dim(0), "add_drop_path: ", factors.numel(), " factors for ", x.dim(0), " samples");
+}
+
 /// One bit for each element of x.
 inline void check_mask(const Tensor& mask, const Tensor& x) {
   check(mask.dtype() == DType::u8 && mask.is_contiguous() && mask.numel() == (x.numel() + 7) / 8, "a mask of ", mask.numel(), " bytes for ",
@@ -154,6 +163,11 @@ inline void check_layer_norm_grad(const Tensor& dy, const Tensor& rstd, const Te
   if (to.dx_copy.defined()) {
     check_alike(dy, to.dx_copy, "layer_norm_grad: a copy of dx");
     check(to.dx_copy.dtype() == DType::bf16, "layer_norm_grad copies dx in bf16, not in ", to_string(to.dx_copy.dtype()));
+  }
+  if (const Tensor& factors = to.copy_factors; factors.defined()) {
+    check(factors.is_contiguous() && factors.dtype() == gamma.dtype(), "layer_norm_grad: factors of the copy in ",
+          to_string(factors.dtype()), " beside a gamma in ", to_string(gamma.dtype()));
+    check(factors.numel() > 0 && rows % factors.numel() == 0, "layer_norm_grad: ", factors.numel(), " factors for ", rows, " rows");
   }
   if (!to.y.defined()) return;
   check_alike(dy, to.y, "layer_norm_grad: y");

@@ -45,8 +45,9 @@ MESA_KERNEL(gelu_grad_coded, const Tensor& dy, const Coded& x, const Tensor& dx,
 
 /// y[i] <- keep_i ? x[i] / (1 - p) : 0 with keep_i = uniform(random_word(key, i)) >= p. The gradient is the same call on dy.
 MESA_KERNEL(dropout, const Tensor& x, const Tensor& y, double p, RandomKey key);
-/// One decision for each index of axis 0 (element = that index): stochastic depth (Huang et al., 2016), scaled by 1 / (1 - p).
-MESA_KERNEL(drop_path, const Tensor& x, const Tensor& y, double p, RandomKey key);
+/// y <- x + factors[b] branch for each index b of axis 0, where factors[b] <- uniform(random_word(key, b)) >= p ? 1 / (1 - p) : 0:
+/// stochastic depth (Huang et al., 2016). y has x's dtype; factors [dim 0] f32 (f64 for f64).
+MESA_KERNEL(add_drop_path, const Tensor& x, const Tensor& branch, double p, RandomKey key, const Tensor& y, const Tensor& factors);
 
 /// result [1] f64, where the tensors live, <- the sum of squares of all elements of `xs`, in double, in a fixed order.
 MESA_KERNEL(sum_squares, const std::vector<Tensor>& xs, const Tensor& result);

@@ -20,7 +20,8 @@ MESA_KERNEL(affine_coded, const Coded& xhat, const Tensor& gamma, const Tensor& 
 struct LayerNormGrads {
   Tensor dx = {};                  ///< in x's dtype
   bool add_x = false;              ///< to what dx holds
-  Tensor dx_copy = {};             ///< receives what dx then holds in bf16, too
+  Tensor dx_copy = {};             ///< receives what dx then holds in bf16, too,
+  Tensor copy_factors = {};        ///< times that of the row's sample [S]: S divides the rows; f32 (f64 for f64); undefined: 1
   Tensor y = {};                   ///< receives gamma xhat + beta, bit for bit as affine writes it, in xhat's dtype; may be dy
   Tensor dgamma = {}, dbeta = {};  ///< f32 or f64
   bool add_gamma = false, add_beta = false;

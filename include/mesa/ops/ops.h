@@ -70,8 +70,9 @@ struct RunningStatistics {
 Var batch_norm(const Var& x, const Var& gamma, const Var& beta, const RunningStatistics& running, double eps);
 /// Zeroes elements with probability p and scales the others by 1/(1-p). Identity without a tape.
 Var dropout(const Var& x, double p);
-/// Drops whole samples (axis 0) with probability p: stochastic depth. Identity without a tape.
-Var drop_path(const Var& x, double p);
+/// x + branch, of which whole samples (axis 0) are dropped with probability p and the others scaled by 1/(1-p): stochastic depth (Huang et
+/// al., ECCV 2016). The result has x's dtype. The plain sum without a tape. Keeps a factor for each sample.
+Var add_drop_path(const Var& x, const Var& branch, double p);
 
 // ---- tokens ----
 /// images [B, ch, H, W], w [C, ch, p, p], b [C] -> [B, (H/p)(W/p), C] in `out` dtype; products run in `compute` dtype.
