@@ -55,8 +55,8 @@ trap finish EXIT
 
 # Tests run side by side. Passive: OpenMP threads that spin while they wait would take the cores from each other's programs.
 export OMP_WAIT_POLICY=passive
-run_ctest() {  # its summary goes into the report; one test more than there are cores, since those that lose ranks mostly wait
-  ctest --output-on-failure --no-tests=error -j $((jobs + 1)) "$@" | tee "$log"
+run_ctest() {  # its summary goes into the report; more tests than there are cores, since those of ranks wait for much of their time
+  ctest --output-on-failure --no-tests=error -j $((jobs + 2)) "$@" | tee "$log"
 }
 
 stage "packages"

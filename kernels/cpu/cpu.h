@@ -64,6 +64,18 @@ void parallel_elements(int64_t n, const F& f) {
   }
 }
 
+/// f(row, begin, end) over the elements of rows of `width`: several threads may share a row, so that few long ones occupy all.
+template <class F>
+void parallel_within_rows(int64_t rows, int64_t width, const F& f) {
+  parallel_elements(rows * width, [&](int64_t begin, int64_t end) {
+    for (int64_t at = begin; at < end;) {
+      const int64_t row = at / width, stop = std::min(end, (row + 1) * width);
+      f(row, at, stop);
+      at = stop;
+    }
+  });
+}
+
 /// f(begin, end) over ranges of rows, each row `width` elements of work.
 template <class F>
 void parallel_rows(int64_t rows, int64_t width, const F& f) {

@@ -1,6 +1,7 @@
 // keep / (1 - p), keep = uniform >= p, times each element of x (dropout) or each sample of a branch (drop path).
-#include "cpu.h"
 #include "mesa/kernels/elementwise.h"
+
+#include "cpu.h"
 
 namespace mesa::kernels::MESA_ISA {
 
@@ -29,7 +30,7 @@ void dropout(const Tensor& x, const Tensor& y, double p, RandomKey key) {
 }
 
 void add_drop_path(const Tensor& x, const Tensor& branch, double p, RandomKey key, const Tensor& y, const Tensor& factors) {
-  check_drop_path(x, branch, p, y, factors);
+  check_add_drop_path(x, branch, p, y, factors);
   if (x.numel() == 0) return;
   const uint32_t threshold = scalar::dropout_threshold(p);
   const int64_t sample = x.numel() / x.dim(0);
@@ -39,16 +40,12 @@ void add_drop_path(const Tensor& x, const Tensor& branch, double p, RandomKey ke
     const auto* pb = branch.data<decltype(tb)>();
     auto* py = y.data<decltype(tx)>();
     A* pf = factors.data<A>();
-    parallel_elements(y.numel(), [=](int64_t begin, int64_t end) {
-      for (int64_t at = begin; at < end;) {
-        const int64_t b = at / sample, stop = std::min(end, (b + 1) * sample);
-        const bool keep = scalar::keeps(random_word(key, static_cast<uint64_t>(b)), threshold);
-        const A factor = keep ? static_cast<A>(1 / (1 - p)) : A(0);
-        if (at == b * sample) pf[b] = factor;
+    parallel_within_rows(x.dim(0), sample, [=](int64_t b, int64_t begin, int64_t end) {
+      const bool keep = scalar::keeps(random_word(key, static_cast<uint64_t>(b)), threshold);
+      const A factor = keep ? static_cast<A>(1 / (1 - p)) : A(0);
+      if (begin == b * sample) pf[b] = factor;
 #pragma omp simd
-        for (int64_t i = at; i < stop; ++i) store(py + i, load(px + i) + factor * load(pb + i));
-        at = stop;
-      }
+      for (int64_t i = begin; i < end; ++i) store(py + i, load(px + i) + factor * load(pb + i));
     });
   });
 }

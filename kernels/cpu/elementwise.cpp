@@ -47,18 +47,15 @@ void mul(const Tensor& a, const Tensor& b, const Tensor& y) {
 void scale_rows(const Tensor& x, const Tensor& s, const Tensor& y) {
   check_alike(x, y, "scale_rows");
   check(s.is_contiguous() && s.numel() == x.rows(), "scale_rows: ", s.numel(), " factors for ", x.rows(), " rows");
-  const int64_t width = width_of(x);
   dispatch(x.dtype(), y.dtype(), [&](auto tx, auto ty) {
     using A = Acc<decltype(tx)>;
     const auto* px = x.data<decltype(tx)>();
     const A* ps = s.data<A>();
     auto* py = y.data<decltype(ty)>();
-    parallel_rows(x.rows(), width, [=](int64_t begin, int64_t end) {
-      for (int64_t row = begin; row < end; ++row) {
-        const A factor = ps[row];
+    parallel_within_rows(x.rows(), width_of(x), [=](int64_t row, int64_t begin, int64_t end) {
+      const A factor = ps[row];
 #pragma omp simd
-        for (int64_t c = 0; c < width; ++c) store(py + row * width + c, factor * load(px + row * width + c));
-      }
+      for (int64_t i = begin; i < end; ++i) store(py + i, factor * load(px + i));
     });
   });
 }

@@ -81,14 +81,6 @@ struct Min {
   }
 };
 
-/// The reduction over `width` neighbouring lanes (a power of two), in every lane.
-template <int width = kWarp, class T, class F>
-__device__ inline T warp_reduce(T value, F f) {
-#pragma unroll
-  for (int distance = width / 2; distance > 0; distance /= 2) value = f(value, __shfl_xor_sync(kFullMask, value, distance));
-  return value;
-}
-
 /// The reduction over a block of `threads` threads (a multiple of 32, at most 1,024), in every thread. All threads must call it.
 template <class T, class F>
 __device__ inline T block_reduce(T value, F f, T identity) {

@@ -263,12 +263,14 @@ std::vector<Descriptor> engine_configs(const Descriptor& operations, const Gpu& 
   std::vector<Descriptor> all;
   std::string refusal;
   const auto add = [&](cudnnBackendHeurMode_t mode) {
+    std::vector<Descriptor> offered;
     try {
-      for (Descriptor& config : engine_configs(operations, gpu, mode))
-        if (!does(config, engines.without)) all.push_back(std::move(config));
+      offered = engine_configs(operations, gpu, mode);
     } catch (const Unsupported& reason) {
-      refusal = reason.what();
+      if (refusal.empty()) refusal = reason.what();
     }
+    for (Descriptor& config : offered)
+      if (!does(config, engines.without)) all.push_back(std::move(config));
   };
   add(CUDNN_HEUR_MODE_A);
   if (engines.fallback) add(CUDNN_HEUR_MODE_FALLBACK);

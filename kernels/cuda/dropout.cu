@@ -57,33 +57,22 @@ __device__ inline uint32_t word_of(RandomKey key, uint64_t i) {
   return i & 1 ? odd : even;
 }
 
-/// y = x + factor branch.
+/// x + factor branch, where the sample decides on the factor.
 template <class A>
-struct AddScaled {
-  A factor;
-  __device__ A operator()(A x, A branch) const { return x + factor * branch; }
-};
-
-/// blockIdx.y goes over the samples, each of which is a whole number of packs.
-template <int N, class X, class B>
-__global__ void add_drop_path_kernel(int64_t samples, int64_t packs, Mask<Acc<X>> mask, RandomKey key, const X* x, const B* branch, X* y,
-                                     Acc<X>* factors) {
-  const int64_t stride = global_stride();
-  for (int64_t b = blockIdx.y; b < samples; b += gridDim.y) {
-    const AddScaled<Acc<X>> add{mask(word_of(key, static_cast<uint64_t>(b)), Acc<X>(1))};
-    if (global_index() == 0) factors[b] = add.factor;
-    const int64_t end = (b + 1) * packs;
-    int64_t i = b * packs + global_index();
-    for (; i + stride < end; i += 2 * stride) {  // the loads of both packs are under way before the first store
-      const int64_t j = i + stride;
-      const auto low = apply<N>(add, elements_at<N>(x + i * N), elements_at<N>(branch + i * N));
-      const auto high = apply<N>(add, elements_at<N>(x + j * N), elements_at<N>(branch + j * N));
-      store_pack(y + i * N, low.v);
-      store_pack(y + j * N, high.v);
-    }
-    if (i < end) store_pack(y + i * N, apply<N>(add, elements_at<N>(x + i * N), elements_at<N>(branch + i * N)).v);
+struct AddPath {
+  Mask<A> mask;
+  RandomKey key;
+  A* factors;
+  struct OfElement {
+    A factor;
+    __device__ A operator()(A x, A branch) const { return x + factor * branch; }
+  };
+  __device__ OfElement operator()(int64_t sample) const {
+    const A factor = mask(word_of(key, static_cast<uint64_t>(sample)), A(1));
+    if (global_index() == 0) factors[sample] = factor;
+    return {factor};
   }
-}
+};
 
 }  // namespace
 
@@ -106,21 +95,12 @@ void dropout(const Tensor& x, const Tensor& y, double p, RandomKey key) {
 }
 
 void add_drop_path(const Tensor& x, const Tensor& branch, double p, RandomKey key, const Tensor& y, const Tensor& factors) {
-  check_drop_path(x, branch, p, y, factors);
+  check_add_drop_path(x, branch, p, y, factors);
   if (x.numel() == 0) return;
-  const int64_t samples = x.dim(0), sample = x.numel() / samples;
   dispatch(x.dtype(), branch.dtype(), [&](auto tx, auto tb) {
     using X = decltype(tx);
-    using B = decltype(tb);
-    constexpr int N = kLaneElements<X, B>;
-    const X* px = x.data<X>();
-    const B* pb = branch.data<B>();
-    X* py = y.data<X>();
-    const bool packed = sample % N == 0 && aligned(px, N * sizeof(X)) && aligned(pb, N * sizeof(B)) && aligned(py, N * sizeof(X));
-    const int64_t packs = sample / (packed ? N : 1);
-    const dim3 grid(grid_for(packs, 4 * kMapThreads, kMapBlocks), static_cast<unsigned>(std::min<int64_t>(samples, 65535)));
-    launch("add_drop_path", packed ? &add_drop_path_kernel<N, X, B> : &add_drop_path_kernel<1, X, B>, grid, kMapThreads, 0, samples, packs,
-           mask_of<Acc<X>>(p), key, px, pb, py, factors.data<Acc<X>>());
+    const AddPath<Acc<X>> path{mask_of<Acc<X>>(p), key, factors.data<Acc<X>>()};
+    map_rows("add_drop_path", path, x.dim(0), x.numel() / x.dim(0), y.data<X>(), x.data<X>(), branch.data<decltype(tb)>());
   });
 }
 

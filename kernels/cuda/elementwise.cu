@@ -1,7 +1,6 @@
 // y = value, y = a + b, y = a b, y = s x, y[m, n] = a[m, n] + b[n], y[m, n] = s[m] x[m, n].
 #include "mesa/kernels/elementwise.h"
 #include "pointwise.h"
-#include "rows.h"
 
 namespace mesa::kernels::cuda {
 
@@ -41,28 +40,14 @@ __global__ void add_rows_kernel(int64_t packs, int64_t across, const X* a, const
   if (i < packs) store_pack(y + i * N, apply<N>(Sum{}, elements_at<N>(a + i * N), vb).v);
 }
 
-template <class X, class Y>
-struct ScaledRow {
-  using A = Acc<X>;
-  static constexpr bool kOften = false;  // rows are whole samples: a block for each
-  Rows<X> x;
-  Rows<Y> y;
+template <class A>
+struct ScaleOfRow {
   const A* factors;
-  int64_t width;
-
-  template <class Team>
-  __device__ void operator()(Team team, int64_t row) const {
-    constexpr int V = Team::kVector;
-    Values<Team, X> values(row_at(x, row), width);
-    const A factor = factors[row];
-    team.each(width, [&](int p, auto c) {
-      const A(&v)[V] = values.at(p, c);
-      A out[V];
-#pragma unroll
-      for (int i = 0; i < V; ++i) out[i] = factor * v[i];
-      store_pack(row_at(y, row) + c, out);
-    });
-  }
+  struct OfElement {
+    A factor;
+    __device__ A operator()(A x) const { return factor * x; }
+  };
+  __device__ OfElement operator()(int64_t row) const { return {factors[row]}; }
 };
 
 }  // namespace
@@ -86,10 +71,7 @@ void scale_rows(const Tensor& x, const Tensor& s, const Tensor& y) {
   check(s.is_contiguous() && s.numel() == x.rows(), "scale_rows: ", s.numel(), " factors for ", x.rows(), " rows");
   dispatch(x.dtype(), y.dtype(), [&](auto tx, auto ty) {
     using X = decltype(tx);
-    using Y = decltype(ty);
-    constexpr int V = kVectorOf<X, Y>;
-    const ScaledRow<X, Y> rows{rows_of<X>(x), rows_of<Y>(y), s.data<Acc<X>>(), width_of(x)};
-    launch_rows<V>("scale_rows", x.rows(), rows.width, in_vectors<V>(rows.width, rows.x, rows.y), rows);
+    map_rows("scale_rows", ScaleOfRow<Acc<X>>{s.data<Acc<X>>()}, x.rows(), width_of(x), y.data<decltype(ty)>(), x.data<X>());
   });
 }
 

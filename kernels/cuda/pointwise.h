@@ -30,9 +30,10 @@ __device__ inline auto apply(const F& f, const Elements<A, N>&... x) {
   return y;
 }
 
-/// y may be one of x: an element is read before its own place is written.
+/// This thread's packs of N elements below n, those of the grid's threads behind each other. y may be one of x: an element is read before
+/// its own place is written.
 template <int N, class F, class Y, class... X>
-__global__ void map_kernel(int64_t n, F f, Y* y, const X*... x) {
+__device__ inline void map_packs(int64_t n, const F& f, Y* y, const X*... x) {
   const int64_t stride = global_stride() * N;
   int64_t i = global_index() * N;
   for (; i + stride + N <= n; i += 2 * stride) {  // two packs at a time: the loads of both are under way before the first store
@@ -41,6 +42,10 @@ __global__ void map_kernel(int64_t n, F f, Y* y, const X*... x) {
     store_pack(y + i + stride, high.v);
   }
   if (i + N <= n) store_pack(y + i, apply<N>(f, elements_at<N>(x + i)...).v);
+}
+template <int N, class F, class Y, class... X>
+__global__ void map_kernel(int64_t n, F f, Y* y, const X*... x) {
+  map_packs<N>(n, f, y, x...);
   if (const int64_t last = n / N * N + global_index(); N > 1 && last < n) store(y + last, f(load(x + last)...));
 }
 
@@ -55,7 +60,22 @@ void map(const char* name, const F& f, int64_t n, Y* y, const X*... x) {
   launch(name, kernel, grid_for(n, 2 * step * kMapThreads, kMapBlocks), kMapThreads, 0, n, f, y, x...);
 }
 
-/// The same for tensors of one shape.
+/// y[r, c] <- f(r)(x[r, c]...) for rows of `width`, a whole number of packs: few long ones or many short ones. blockIdx.y goes over rows.
+template <int N, class F, class Y, class... X>
+__global__ void map_rows_kernel(int64_t rows, int64_t width, F f, Y* y, const X*... x) {
+  for (int64_t r = blockIdx.y; r < rows; r += gridDim.y) map_packs<N>(width, f(r), y + r * width, x + r * width...);
+}
+template <class F, class Y, class... X>
+void map_rows(const char* name, const F& f, int64_t rows, int64_t width, Y* y, const X*... x) {
+  if (rows * width == 0) return;
+  constexpr int N = kLaneElements<Y, X...>;
+  const bool packed = width % N == 0 && aligned(y, N * sizeof(Y)) && (aligned(x, N * sizeof(X)) && ...);
+  void (*const kernel)(int64_t, int64_t, F, Y*, const X*...) = packed ? &map_rows_kernel<N, F, Y, X...> : &map_rows_kernel<1, F, Y, X...>;
+  const unsigned across = grid_for(width, 4 * (packed ? N : 1) * kMapThreads, kMapBlocks);
+  launch(name, kernel, dim3(across, static_cast<unsigned>(std::min<int64_t>(rows, 65535))), kMapThreads, 0, rows, width, f, y, x...);
+}
+
+/// y[i] <- f(x[i]...) for tensors of one shape.
 template <class F>
 void map(const char* name, const F& f, const Tensor& x, const Tensor& y) {
   check_alike(x, y, name);

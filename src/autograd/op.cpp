@@ -102,8 +102,7 @@ Var Op::record(const Tensor& y, std::function<Grads(const Tensor& dy, const Extr
   })[0];
   Tape::Step& step = tape_->steps_.back();
   step.extras = extras, step.adds = can.adds, step.dtype_x = inputs_[0].dtype();
-  Tape::Slot& slot = tape_->slots_[static_cast<size_t>(out.slot_)];
-  slot.products = step.products = can.products, slot.factors = step.factors = can.factors;
+  tape_->slots_[static_cast<size_t>(out.slot_)].products = step.products = can.products;
   if (waits) {
     Tape::Step rest;
     rest.path = step.path, rest.params = step.params, rest.inputs.assign(inputs_.size(), -1);

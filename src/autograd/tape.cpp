@@ -126,26 +126,28 @@ bool may_overwrite(const Tensor& gradient) { return gradient.buffer().use_count(
 
 void Tape::offer(Step& step, const Tensor& dy, const Tensor& copy) {
   Extras& to = *step.extras;
-  if (step.products) to.dy = for_products(step, dy, copy);
+  if (step.products) to.dy = copy.defined() ? copy : in_form(*step.products, dy);
   if (!step.waiting.empty()) to.y = step.again.get();
   if (!step.adds || step.inputs[0] < 0 || inspection_) return;  // who inspects wants to see each term
   Slot& x = slots_[step.inputs[0]];
   // A gradient may be shared (add hands dy to both inputs): only one owner may write to it.
   if (x.gradient.defined() && x.gradient.dtype() == step.dtype_x && may_overwrite(x.gradient)) to.sum = std::exchange(x.gradient, {});
   x.copy = Tensor();
-  if (x.gradient.defined() || x.products != DType::bf16 || step.dtype_x != DType::f32) return;
-  to.dx_copy = room_for_copy(dy, DType::bf16), to.copy_factors = x.factors;
+  const bool last = !x.gradient.defined(), samples = dy.rank() > 1 && dy.numel() > 0;
+  if (!last || !x.products || x.products->dtype != DType::bf16 || step.dtype_x != DType::f32) return;
+  if (x.products->factors.defined() && !samples) return;
+  to.dx_copy = room_for_copy(dy, DType::bf16), to.copy_factors = x.products->factors;
 }
 
-Tensor Tape::for_products(const Step& step, const Tensor& dy, const Tensor& copy) {
-  if (copy.defined()) return copy;
-  if (!step.factors.defined() && dy.dtype() == *step.products) return dy;
-  const Tensor made = room_for_copy(dy, *step.products);
-  if (!step.factors.defined()) {
+Tensor Tape::in_form(const GradientForm& form, const Tensor& dy) {
+  const bool same = form.dtype == dy.dtype();
+  if (same && !form.factors.defined()) return dy;
+  const Tensor made = same ? empty_like(dy) : room_for_copy(dy, form.dtype);
+  if (!form.factors.defined()) {
     kernels::copy(dy, made);
   } else if (dy.numel() > 0) {
     const Shape samples{dy.dim(0), dy.numel() / dy.dim(0)};
-    kernels::scale_rows(dy.reshape(samples), step.factors, made.reshape(samples));
+    kernels::scale_rows(dy.reshape(samples), form.factors, made.reshape(samples));
   }
   return made;
 }

@@ -121,8 +121,10 @@ Var ResNet::Block::operator()(const Var& x) const {
     if (i + 1 < convs.size()) branch = within(concat("act", i + 1), [&] { return relu(branch); });
   }
   const Var shortcut = shortcut_conv ? (*shortcut_norm)((*shortcut_conv)(x)) : x;
+  const std::string act = concat("act", convs.size());
+  if (drop_path == 0) return within(act, [&] { return relu(branch + shortcut); });
   const Var sum = within("drop_path", [&] { return add_drop_path(shortcut, branch, drop_path); });
-  return within(concat("act", convs.size()), [&] { return relu(sum); });
+  return within(act, [&] { return relu(sum); });
 }
 
 Var ResNet::operator()(const Var& images) const {

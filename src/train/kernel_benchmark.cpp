@@ -87,6 +87,12 @@ class Bench : public WorkList {
       add("layer_norm_grad, " + suffix, n * (2 * w + 8 + bits / 8.0 + copied), 0,
           [=] { kernels::layer_norm_grad_coded(dy, coded, rstd, gamma, beta, in_a_block); });
     }
+    if (copies) {
+      kernels::LayerNormGrads dropped = in_a_block;
+      dropped.copy_factors = values({e_.B}, DType::f32);
+      add("layer_norm_grad, behind drop path", n * (3 * w + 8 + copied), 0,
+          [=] { kernels::layer_norm_grad(dy, xhat, rstd, gamma, beta, dropped); });
+    }
     add("affine", n * 2 * w, 0, [=] { kernels::affine(xhat, gamma, beta, y); });
     add("layer_norm_grad", n * (2 * w + 4), 0, [=] { kernels::layer_norm_grad(dy, xhat, rstd, gamma, beta, alone); });
     add("layer_norm_grad, in a block", n * (3 * w + 8 + copied), 0,
@@ -118,6 +124,11 @@ class Bench : public WorkList {
     add("add_drop_path", n * (8 + w), 0, [=, factors = room({e_.B}, DType::f32)] {
       kernels::add_drop_path(residual, branch, 0.1, RandomKey{3, 4}, sum, factors);
     });
+    const Shape samples{e_.B, e_.N * e_.C};
+    add("scale_rows (of samples)", n * (4 + w), 0,
+        [from = residual.reshape(samples), to = branch.reshape(samples), factors = values({e_.B}, DType::f32)] {
+          kernels::scale_rows(from, factors, to);
+        });
     add("sum_rows", m * w, 0, [=] { kernels::sum_rows(h, db, false); });
     add("copy to f32", n * (w + 4), 0, [=] { kernels::copy(branch, sum); });
   }

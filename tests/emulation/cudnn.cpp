@@ -11,8 +11,8 @@
 #include <string>
 #include <vector>
 
+#include "cudnn_heuristics.h"
 #include "device_memory.h"
-#include "emulated.h"
 #include "mesa/base/dtype.h"
 
 namespace {

@@ -65,7 +65,6 @@ Arena& arena() {
     void* memory = mmap(nullptr, kAddresses + kHugePage, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     check(memory != MAP_FAILED, "no addresses for emulated device memory");
     a->base = reinterpret_cast<unsigned char*>(rounded(reinterpret_cast<uintptr_t>(memory), kHugePage));
-    madvise(a->base, kAddresses, MADV_HUGEPAGE);
     return a;
   }();
   return one;
@@ -131,6 +130,9 @@ size_t take_extent(Arena& a, size_t size) {
   const size_t before = a.used, now = rounded(a.end, kHugePage);
   if (now > before) {
     protect(before, now, PROT_READ | PROT_WRITE);
+    // Also tells these addresses from the rest for the system, which would otherwise join the two whenever they are closed, and part them
+    // again.
+    madvise(a.base + before, now - before, MADV_HUGEPAGE);
     poison(a.base + before, now - before);
     a.used = now;
   }

@@ -1,5 +1,6 @@
 // The twin of kernels/cuda/native/device_primitives.h for machines without a GPU: the same functions, on emulated threads.
 #pragma once
+#include <algorithm>
 #include <cmath>
 #include <tuple>
 
@@ -37,6 +38,30 @@ void launch(const char* name, void (*kernel)(Parameters...), dim3 grid, dim3 blo
 template <class T>
 T* dynamic_shared() {
   return reinterpret_cast<T*>(emulation::shared_memory());
+}
+
+namespace emulated {
+/// Every lane's reduction over its group, from all lanes' values, in the order of the shuffles.
+template <int width, class T, class F>
+void reduce(unsigned char* deposits) {
+  T values[32], next[32];
+  for (int lane = 0; lane < 32; ++lane) std::memcpy(&values[lane], deposits + emulation::kDeposit * lane, sizeof(T));
+  for (int distance = width / 2; distance > 0; distance /= 2) {
+    for (int lane = 0; lane < 32; ++lane) next[lane] = F{}(values[lane], values[lane ^ distance]);
+    std::copy(next, next + 32, values);
+  }
+  for (int lane = 0; lane < 32; ++lane) std::memcpy(deposits + emulation::kDeposit * lane, &values[lane], sizeof(T));
+}
+}  // namespace emulated
+/// The lanes meet once, not once for each shuffle.
+template <int width = 32, class T, class F>
+T warp_reduce(T value, F) {
+  static_assert(std::is_empty_v<F> && std::is_trivially_copyable_v<T> && sizeof(T) <= 8);
+  const unsigned char* all = emulation::exchange(0xffffffffu, &value, sizeof value, "warp_reduce", emulated::reduce<width, T, F>);
+  const unsigned group = (width == 32 ? 0xffffffffu : (1u << width % 32) - 1) << emulation::lane() / width * width;
+  if ((emulation::present() & group) != group) emulation::give_up("warp_reduce of lanes that take no part in it");
+  std::memcpy(&value, all + emulation::kDeposit * emulation::lane(), sizeof value);
+  return value;
 }
 
 inline uint32_t pack_bf16(float low, float high) { return bf16(low).bits | static_cast<uint32_t>(bf16(high).bits) << 16; }

@@ -7,17 +7,11 @@
 #include <unistd.h>
 
 #include <initializer_list>
-#include <set>
 #include <stdexcept>
 #include <string>
 #include <vector>
 
 #include "device_memory.h"
-
-namespace mesa::emulation {
-/// The heuristics of cuDNN (cudnnBackendHeurMode_t) that are to take no graph. Null where the build has no cuDNN.
-[[gnu::weak]] std::set<int>& refusing_heuristics();
-}  // namespace mesa::emulation
 
 namespace mesa::testing {
 

@@ -1,12 +1,15 @@
 // The emulated GPU itself: what its threads, warps and blocks do, and that it notices what a GPU would suffer in silence.
 #include <catch2/catch.hpp>
 #include <cmath>
+#include <cstring>
+#include <limits>
 #include <numeric>
 #include <vector>
 
 #include "device_primitives.h"
 #include "emulated.h"
 #include "support/errors.h"
+#include "support/random.h"
 
 using namespace mesa;
 using namespace mesa::testing;
@@ -54,6 +57,31 @@ __global__ void shuffles(int* indexed, int* swapped, int* down, int* up, int wid
   swapped[t] = __shfl_xor_sync(kAll, t, 4, width);
   down[t] = __shfl_down_sync(kAll, t, 3, width);
   up[t] = __shfl_up_sync(kAll, t, 3, width);
+}
+
+struct Total {
+  float operator()(float a, float b) const { return a + b; }
+};
+struct Least {
+  float operator()(float a, float b) const { return b < a ? b : a; }
+};
+template <int width, class F>
+float by_shuffles(float value, F f) {
+  for (int distance = width / 2; distance > 0; distance /= 2) value = f(value, __shfl_xor_sync(kAll, value, distance));
+  return value;
+}
+/// Ten results for each thread: over groups of 32 to 2 lanes, the sum and the least.
+__global__ void reductions(const float* x, float* once, float* shuffled) {
+  const int t = threadIdx.x;
+  const auto of = [&]<int width>(int k) {
+    once[t * 10 + k] = warp_reduce<width>(x[t], Total{}), once[t * 10 + k + 1] = warp_reduce<width>(x[t], Least{});
+    shuffled[t * 10 + k] = by_shuffles<width>(x[t], Total{}), shuffled[t * 10 + k + 1] = by_shuffles<width>(x[t], Least{});
+  };
+  of.template operator()<32>(0);
+  of.template operator()<16>(2);
+  of.template operator()<8>(4);
+  of.template operator()<4>(6);
+  of.template operator()<2>(8);
 }
 
 __global__ void votes(unsigned* out) {
@@ -126,6 +154,17 @@ TEST_CASE("emulation: the four shuffles keep to their groups of lanes", "[emulat
       CHECK(up.get()[t] == (t - 3 >= group ? t - 3 : t));
     }
   }
+}
+
+TEST_CASE("emulation: a reduction in which the lanes meet once is that by shuffles, bit for bit", "[emulation]") {
+  const std::vector<double> normal = normal_values(64, "x");
+  std::vector<float> values(normal.begin(), normal.end());
+  values[7] = std::numeric_limits<float>::quiet_NaN(), values[40] = -0.0f, values[41] = 0.0f;
+  const OnDevice<float> x(values), once(std::vector<float>(10 * 64)), shuffled(std::vector<float>(10 * 64));
+  launch("reductions", &reductions, 1, 64, 0, x.data(), once.data(), shuffled.data());
+  const std::vector<float> got = once.get(), want = shuffled.get();
+  CHECK(std::memcmp(got.data(), want.data(), got.size() * sizeof(float)) == 0);
+  CHECK((std::isnan(got[0]) && got[320] == got[630] && got[324] == got[394] && got[324] != got[404]));  // of all lanes, of groups of 8
 }
 
 TEST_CASE("emulation: votes of whole and of parted warps", "[emulation]") {
@@ -287,6 +326,7 @@ __global__ void product_of_half_a_warp(int) {
   float d[4] = {};
   mma_bf16(d, {0, 0, 0, 0}, {0, 0});
 }
+__global__ void reduction_of_half_a_warp(int) { warp_reduce(1.0f, Total{}); }
 __global__ void unaligned_copy(int* x) { copy_async_16(dynamic_shared<int>(), x + 1); }
 __global__ void odd_width(int) { __shfl_xor_sync(kAll, 1, 1, 12); }
 __global__ void throws(int) { check(threadIdx.x != 5, "five"); }
@@ -322,6 +362,7 @@ TEST_CASE("emulation: warp operations that a GPU leaves undefined", "[emulation]
   CHECK(out.get() == want);
   CHECK_THAT(error_in(&two_operations, 32, 0, 0), Contains("is in __ballot_sync while other lanes wait for it in __syncwarp"));
   CHECK_THAT(error_in(&product_of_half_a_warp, 16, 0, 0), Contains("mma_bf16 needs all 32 lanes"));
+  CHECK_THAT(error_in(&reduction_of_half_a_warp, 16, 0, 0), Contains("warp_reduce of lanes that take no part in it"));
   CHECK_THAT(error_in(&odd_width, 32, 0, 0), Contains("width must be a power of two"));
   CHECK_THAT(error_in(&unaligned_copy, 1, 64, out.data()), Contains("cp.async of unaligned addresses"));
 }

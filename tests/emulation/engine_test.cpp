@@ -5,8 +5,8 @@
 #include <nlohmann/json.hpp>
 #include <sstream>
 
+#include "cudnn_heuristics.h"
 #include "device_memory.h"
-#include "emulated.h"
 #include "emulator.h"
 #include "mesa/base/cuda.h"
 #include "mesa/base/files.h"
@@ -116,9 +116,12 @@ TEST_CASE("emulated GPU: a block starts the passes over memory that its bytes ar
     return counts;
   };
   using Kernels = std::map<std::string, int64_t>;
-  // In bytes for an element of [B, N, C]: 8 each, 16, 32, and 16 each, of which the second start only adds up dgamma and dbeta.
   const Kernels attention{{"fused_attention", 1}, {"fused_attention_grad (dk, dv)", 1}, {"fused_attention_grad (dq)", 1}};
-  Kernels exact{{"layer_norm", 2}, {"gelu", 1}, {"gelu_grad", 1}, {"layer_norm_grad", 4}};
+  // Bytes are of one start, for an element of [B, N, C].
+  Kernels exact{{"layer_norm", 2},        // 8
+                {"gelu", 1},              // 16
+                {"gelu_grad", 1},         // 32
+                {"layer_norm_grad", 4}};  // 16; every second only adds up dgamma and dbeta
   // q, k, v and the attention's result are packed by passes of their own, and the last is decoded again.
   Kernels coded{{"layer_norm_codes", 2}, {"gelu_codes", 1},       {"gelu_grad_coded", 1},
                 {"layer_norm_grad", 4},  {"quantize_current", 4}, {"dequantize", 1}};
@@ -126,7 +129,7 @@ TEST_CASE("emulated GPU: a block starts the passes over memory that its bytes ar
   CHECK(of_a_block("exact", "0") == exact);
   CHECK(of_a_block("int8", "0") == coded);
   CHECK(of_a_block("int4", "0") == coded);
-  // What drop path takes besides: 10 bytes each where a branch is masked and added. No pass in the gradient.
+  // What drop path takes besides: 10 bytes each where a branch is masked and added. The gradient is masked by the layer norm behind.
   for (Kernels* of : {&exact, &coded}) of->emplace("add_drop_path", 2);
   CHECK(of_a_block("exact", "0.1") == exact);
   CHECK(of_a_block("int8", "0.1") == coded);
@@ -165,10 +168,11 @@ TEST_CASE("emulated GPU: where one of cuDNN's heuristics takes no graph, another
   if (kernels::cuda::cudnn_conv_support == nullptr) return;
   const int first = 3, fallback = 2;  // CUDNN_HEUR_MODE_A, CUDNN_HEUR_MODE_FALLBACK
   const auto support = [](const std::set<int>& refusing) {
+    struct Restore {
+      ~Restore() { emulation::refusing_heuristics().clear(); }
+    } restore;
     emulation::refusing_heuristics() = refusing;
-    const std::string answer = kernels::cuda::cudnn_conv_support("{}", {8, 8, 3, 3, 1, 1}, 2, 16, 16, DType::f32);
-    emulation::refusing_heuristics().clear();
-    return answer;
+    return kernels::cuda::cudnn_conv_support("{}", {8, 8, 3, 3, 1, 1}, 2, 16, 16, DType::f32);
   };
   CHECK(support({}) == "");
   CHECK(support({fallback}) == "");

@@ -237,9 +237,12 @@ void normalization(std::vector<Case>& t) {
     t.push_back({"gelu", {{Input::Role::activation, Input::Fill::normal, s}}, [](Vars& v) { return gelu(v[0]); }});
     t.push_back({"relu", {{Input::Role::activation, Input::Fill::away_from_zero, s}}, [](Vars& v) { return relu(v[0]); }});
     t.push_back({"dropout", {{Input::Role::activation, Input::Fill::normal, s}}, [](Vars& v) { return dropout(v[0], 0.3); }});
-    t.push_back({"add_drop_path",
-                 {{Input::Role::activation, Input::Fill::normal, s}, {Input::Role::activation, Input::Fill::normal, s}},
-                 [](Vars& v) { return add_drop_path(v[0], v[1], 0.4); }});
+    const Input activation{Input::Role::activation, Input::Fill::normal, s}, frozen{Input::Role::frozen, Input::Fill::normal, s};
+    const auto dropped = [](Vars& v) { return add_drop_path(v[0], v[1], 0.4); };
+    t.push_back({"add_drop_path", {activation, activation}, dropped});
+    t.push_back({"add_drop_path, x frozen", {frozen, activation}, dropped});
+    t.push_back({"add_drop_path, branch frozen", {activation, frozen}, dropped});
+    t.push_back({"add_drop_path onto itself", {activation}, [](Vars& v) { return add_drop_path(v[0], v[0], 0.4); }});
   }
   t.push_back({"dropout by nothing", {normal(2, 3)}, [](Vars& v) { return dropout(add_drop_path(v[0], v[0], 0), 0); }});
   t.push_back({"mlp block", {spread(2, 3, 6), weight(6), weight(6), weight(9, 6), weight(9), weight(6, 9), weight(6)}, mlp_block});

@@ -13,23 +13,28 @@ namespace mesa {
 using Grads = std::vector<Tensor>;
 using Backward = std::function<Grads(const std::vector<Tensor>& dy)>;
 
+/// How a formula wants a gradient: in this dtype, and each sample (axis 0) times its factor where there are any, [dim 0] f32 (f64 for f64).
+struct GradientForm {
+  GradientForm(DType of, Tensor times = {}) : dtype(of), factors(std::move(times)) {}
+  DType dtype;
+  Tensor factors;
+};
+
 /// What the tape hands to a formula besides dy, where the op's Abilities offer to make use of it.
 struct Extras {
-  Tensor dy;            ///< dy in the dtype Abilities::products, times Abilities::factors
+  Tensor dy;            ///< dy in the form Abilities::products
   Tensor sum;           ///< what dx, the first input's gradient, is to be added to, in place, and returned; undefined: there is nothing yet
   Tensor dx_copy;       ///< where dx, or that sum, in f32, is wanted in bf16, too; undefined: nowhere
-  Tensor copy_factors;  ///< what the samples (axis 0) of that copy are multiplied by; undefined: nothing
+  Tensor copy_factors;  ///< what the samples (axis 0) of that copy are multiplied by, at least two axes of them; undefined: nothing
   Tensor* y = nullptr;  ///< receives the op's result, where that is wanted again
 };
 
 /// What an op can do on its way back to spare passes over memory.
 struct Abilities {
-  /// Its formula wants dy in this dtype, and each sample (axis 0) of it multiplied by a factor of its own, where these are defined: f32
-  /// (f64 for f64). Whoever makes dy may write both.
-  std::optional<DType> products = {};
-  Tensor factors = {};
-  /// It adds to the first input's gradient, as behind a residual connection, where that of the other branch is there already; and copies
-  /// it in bf16.
+  /// Its formula wants dy in this form. Whoever makes dy may write both.
+  std::optional<GradientForm> products = {};
+  /// It adds to the first input's gradient, as behind a residual connection, where that of the other branch is there already; and writes
+  /// it once more where Extras::dx_copy asks for that, times Extras::copy_factors.
   bool adds = false;
   /// It can rebuild its result beside its gradient. This rebuilds the result alone; it holds Saved handles and parameters only.
   std::function<void(const Tensor& y)> rebuild = {};
@@ -83,8 +88,7 @@ class Tape {
     std::vector<Param*> params;  // same length; null where the input is no parameter
     Backward backward;
     std::shared_ptr<Extras> extras;  // where the formula finds them; null: it takes none
-    std::optional<DType> products;
-    Tensor factors;
+    std::optional<GradientForm> products;
     bool adds = false;
     DType dtype_x = DType::f32;     // of the first input
     std::shared_ptr<Tensor> again;  // the result, once the formula has rebuilt it
@@ -92,20 +96,19 @@ class Tape {
   };
   /// The gradient of one value.
   struct Slot {
-    Tensor gradient, copy;          // copy: the same as its op wants it, where whoever made it wrote both
-    std::optional<DType> products;  // see Abilities
-    Tensor factors;
+    Tensor gradient, copy;                 // copy: in the form `products`, where whoever made it wrote both
+    std::optional<GradientForm> products;  // that its op wants
   };
 
   void run(const std::function<void(Param&)>& ready);
   void run_step(Step step, const std::function<void(Param&)>& ready);
   /// The gradients of a step, put where they belong.
   void go_back(Step& step, std::vector<Tensor> dy, Tensor copy);
-  /// dy as the step's formula wants it; `copy`: that, or undefined.
-  Tensor for_products(const Step& step, const Tensor& dy, const Tensor& copy);
-  /// Fills in what the formula takes besides dy.
+  /// Fills in what the formula takes besides dy; `copy`: dy in the form that it wants, or undefined.
   void offer(Step& step, const Tensor& dy, const Tensor& copy);
-  /// For a gradient in the dtype of products: the room of the one before, if that is free again. It lives from block to block, and would
+  /// dy in that form, by a pass of its own where it has another.
+  Tensor in_form(const GradientForm& form, const Tensor& dy);
+  /// For a gradient in another dtype: the room of the one before, if that is free again. It lives from block to block, and would
   /// lie somewhere among the tensors of one block if each block took its own.
   Tensor room_for_copy(const Tensor& dy, DType dtype);
   void accumulate(int slot, Tensor gradient);

@@ -58,13 +58,15 @@ inline void check_alike(const Tensor& x, const Tensor& y, const char* what) {
   check(x.is_contiguous() && y.is_contiguous(), what, " needs contiguous tensors");
 }
 
-inline void check_drop_path(const Tensor& x, const Tensor& branch, double p, const Tensor& y, const Tensor& factors) {
+inline void check_add_drop_path(const Tensor& x, const Tensor& branch, double p, const Tensor& y, const Tensor& factors) {
   check(x.rank() >= 1, "add_drop_path needs an axis of samples");
   check(p >= 0 && p <= 1, "add_drop_path: the probability ", p, " is not in [0, 1]");
   check_alike(x, branch, "add_drop_path: branch");
   check_alike(x, y, "add_drop_path: y");
   check(x.dtype() == y.dtype(), "add_drop_path adds to ", to_string(x.dtype()), " in ", to_string(y.dtype()));
   check(factors.is_contiguous() && factors.numel() == x.dim(0), "add_drop_path: ", factors.numel(), " factors for ", x.dim(0), " samples");
+  const DType wide = x.dtype() == DType::f64 ? DType::f64 : DType::f32;
+  check(factors.dtype() == wide, "add_drop_path: factors in ", to_string(factors.dtype()), ", not in ", to_string(wide));
 }
 
 /// One bit for each element of x.
@@ -168,6 +170,7 @@ inline void check_layer_norm_grad(const Tensor& dy, const Tensor& rstd, const Te
     check(factors.is_contiguous() && factors.dtype() == gamma.dtype(), "layer_norm_grad: factors of the copy in ",
           to_string(factors.dtype()), " beside a gamma in ", to_string(gamma.dtype()));
     check(factors.numel() > 0 && rows % factors.numel() == 0, "layer_norm_grad: ", factors.numel(), " factors for ", rows, " rows");
+    check(rows < int64_t{1} << 31, "layer_norm_grad: factors for ", rows, " rows are too many");  // which a GPU divides in 32 bits
   }
   if (!to.y.defined()) return;
   check_alike(dy, to.y, "layer_norm_grad: y");

@@ -16,7 +16,7 @@ MESA_KERNEL(add, const Tensor& a, const Tensor& b, const Tensor& y);
 MESA_KERNEL(mul, const Tensor& a, const Tensor& b, const Tensor& y);
 /// y <- s x.
 MESA_KERNEL(scale, const Tensor& x, double s, const Tensor& y);
-/// y[r, c] <- s[r] x[r, c] for rows of x's last axis; s [rows] f32 (f64 for f64).
+/// y[r, c] <- s[r] x[r, c] for rows of x's last axis, few long ones or many short ones; s [rows] f32 (f64 for f64).
 MESA_KERNEL(scale_rows, const Tensor& x, const Tensor& s, const Tensor& y);
 /// y[m, n] <- a[m, n] + b[n], where n runs over b's elements and m over the rest (bias, position embedding). a, y one shape; b's numel
 /// divides it.
@@ -46,7 +46,8 @@ MESA_KERNEL(gelu_grad_coded, const Tensor& dy, const Coded& x, const Tensor& dx,
 /// y[i] <- keep_i ? x[i] / (1 - p) : 0 with keep_i = uniform(random_word(key, i)) >= p. The gradient is the same call on dy.
 MESA_KERNEL(dropout, const Tensor& x, const Tensor& y, double p, RandomKey key);
 /// y <- x + factors[b] branch for each index b of axis 0, where factors[b] <- uniform(random_word(key, b)) >= p ? 1 / (1 - p) : 0:
-/// stochastic depth (Huang et al., 2016). y has x's dtype; factors [dim 0] f32 (f64 for f64).
+/// stochastic depth (Huang et al., 2016). branch may have another dtype; y has x's, and may be either; factors [dim 0] f32 (f64 for f64),
+/// not written where x is empty. 0 times NaN or infinity is NaN.
 MESA_KERNEL(add_drop_path, const Tensor& x, const Tensor& branch, double p, RandomKey key, const Tensor& y, const Tensor& factors);
 
 /// result [1] f64, where the tensors live, <- the sum of squares of all elements of `xs`, in double, in a fixed order.

@@ -18,11 +18,11 @@ MESA_KERNEL(affine, const Tensor& xhat, const Tensor& gamma, const Tensor& beta,
 MESA_KERNEL(affine_coded, const Coded& xhat, const Tensor& gamma, const Tensor& beta, const Tensor& y);
 /// Where the gradients of layer norm go, [.., C] and [C]; what is undefined is not computed, but for dx.
 struct LayerNormGrads {
-  Tensor dx = {};                  ///< in x's dtype
-  bool add_x = false;              ///< to what dx holds
-  Tensor dx_copy = {};             ///< receives what dx then holds in bf16, too,
-  Tensor copy_factors = {};        ///< times that of the row's sample [S]: S divides the rows; f32 (f64 for f64); undefined: 1
-  Tensor y = {};                   ///< receives gamma xhat + beta, bit for bit as affine writes it, in xhat's dtype; may be dy
+  Tensor dx = {};            ///< in x's dtype
+  bool add_x = false;        ///< to what dx holds
+  Tensor dx_copy = {};       ///< receives what dx then holds in bf16, too
+  Tensor copy_factors = {};  ///< for each sample, by what its rows of dx_copy are multiplied: [S], S divides the rows; in gamma's dtype
+  Tensor y = {};             ///< receives gamma xhat + beta, bit for bit as affine writes it, in xhat's dtype; may be dy
   Tensor dgamma = {}, dbeta = {};  ///< f32 or f64
   bool add_gamma = false, add_beta = false;
 };

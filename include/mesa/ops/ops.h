@@ -71,7 +71,8 @@ Var batch_norm(const Var& x, const Var& gamma, const Var& beta, const RunningSta
 /// Zeroes elements with probability p and scales the others by 1/(1-p). Identity without a tape.
 Var dropout(const Var& x, double p);
 /// x + branch, of which whole samples (axis 0) are dropped with probability p and the others scaled by 1/(1-p): stochastic depth (Huang et
-/// al., ECCV 2016). The result has x's dtype. The plain sum without a tape. Keeps a factor for each sample.
+/// al., ECCV 2016). The result has x's dtype. The plain sum without a tape. Keeps a factor for each sample. What is
+/// not finite in a dropped sample stays so in the sum (as timm has it).
 Var add_drop_path(const Var& x, const Var& branch, double p);
 
 // ---- tokens ----

@@ -33,6 +33,15 @@ __device__ inline T* dynamic_shared() {
   return reinterpret_cast<T*>(mesa_dynamic_shared);
 }
 
+/// The reduction over `width` neighbouring lanes (a power of two), in every lane: of the two halves, then of their halves. All lanes of the
+/// warp must call it. F holds nothing.
+template <int width = 32, class T, class F>
+__device__ inline T warp_reduce(T value, F f) {
+#pragma unroll
+  for (int distance = width / 2; distance > 0; distance /= 2) value = f(value, __shfl_xor_sync(0xffffffffu, value, distance));
+  return value;
+}
+
 /// Two floats rounded to bf16 (nearest even), `low` in the low half.
 __device__ inline uint32_t pack_bf16(float low, float high) {
   uint32_t out;
