@@ -49,7 +49,7 @@ target_compile_options(mesa_cuda PRIVATE
   "$<$<COMPILE_LANGUAGE:CUDA>:-Werror=all-warnings;-Xcompiler=-Wall,-Wextra,-Werror;-Xcompiler=${no_build_paths}>"
   "$<$<COMPILE_LANGUAGE:CXX>:-Wall;-Wextra;-Werror;${no_build_paths}>")
 set(cuda_objects $<TARGET_OBJECTS:mesa_cuda>)
-set(cuda_libraries CUDA::cudart_static CUDA::cublasLt)
+set(cuda_libraries CUDA::cudart_static)  # cuBLASLt and cuDNN are opened where a program first needs them
 if(CUDNN_INCLUDE_DIR)
   target_include_directories(mesa_cuda SYSTEM PRIVATE ${CUDNN_INCLUDE_DIR})
 endif()

@@ -13,9 +13,8 @@ mesa-report, the library with its headers, configs and documents.")
 if(cuda_objects)
   string(APPEND CPACK_PACKAGE_DESCRIPTION "
 
-It was built for NVIDIA GPUs with CUDA ${CUDAToolkit_VERSION_MAJOR} and needs its cuBLAS
-where the linker finds it; cuDNN is used where it is there. No package
-here brings them.")
+It was built for NVIDIA GPUs with CUDA ${CUDAToolkit_VERSION_MAJOR}, where it needs its
+cuBLAS, and uses cuDNN if it is there. No package here brings them.")
 endif()
 set(CPACK_PACKAGE_FILE_NAME mesa-${PROJECT_VERSION}-linux-${CMAKE_SYSTEM_PROCESSOR})
 set(CPACK_PACKAGE_CHECKSUM SHA256)
@@ -43,16 +42,9 @@ set(CPACK_DEBIAN_PACKAGE_RELEASE 1)
 set(CPACK_DEBIAN_PACKAGE_SECTION science)
 set(CPACK_DEBIAN_PACKAGE_SHLIBDEPS ON)
 set(CPACK_DEBIAN_PACKAGE_GENERATE_SHLIBS ON)
-if(cuda_objects)  # libraries of no package, in folders that the linker does not know: they are found there, and are no dependencies
-  set(cuda_folders ${CUDAToolkit_LIBRARY_DIR})
-  foreach(library ${CUDA_cublasLt_LIBRARY} ${NCCL_LIBRARY})  # each may be installed elsewhere, or not at all
-    if(EXISTS ${library})
-      get_filename_component(folder ${library} DIRECTORY)
-      list(APPEND cuda_folders ${folder})
-    endif()
-  endforeach()
-  list(REMOVE_DUPLICATES cuda_folders)
-  set(CPACK_DEBIAN_PACKAGE_SHLIBDEPS_PRIVATE_DIRS ${cuda_folders})
+if(TARGET mesa_nccl)  # NCCL may be of no package, in a folder that the linker does not know: it is found there, and is no dependency
+  get_filename_component(nccl_folder ${NCCL_LIBRARY} DIRECTORY)
+  set(CPACK_DEBIAN_PACKAGE_SHLIBDEPS_PRIVATE_DIRS ${nccl_folder})
 endif()
 set(CPACK_DEBIAN_PACKAGE_CONTROL_STRICT_PERMISSION ON)
 set(CPACK_DEBIAN_MESA_PACKAGE_NAME mesa)

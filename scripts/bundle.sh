@@ -10,7 +10,8 @@ usage() {
 Usage: scripts/bundle.sh FOLDER [BUILD]
   FOLDER   where the bundle goes (replaced if it is there), and as an archive FOLDER.tar.xz
   BUILD    a finished Release build (default: build)
-The bundle may be moved; FOLDER/bin/mesa-train needs nothing but the NVIDIA driver and the CUDA libraries.
+The bundle may be moved; FOLDER/bin/mesa-train needs nothing to start, and on a GPU
+the NVIDIA driver, cuBLAS and perhaps cuDNN.
 TEXT
 }
 [[ ${1:-} == -h || ${1:-} == --help ]] && { usage; exit 0; }
@@ -37,7 +38,7 @@ done | sort -u | while read -r library; do
 done
 rm -rf "${out:?}/$lib/cmake" "$out/include"
 
-missing=$(for program in "$out"/bin/*; do ldd "$program"; done | awk '/not found/ && !/cuda|cublas|cudnn|nvidia/ {print $1}' | sort -u)
+missing=$(for program in "$out"/bin/*; do ldd "$program"; done | awk '/not found/ {print $1}' | sort -u)
 [[ -z $missing ]] || { echo "bundle.sh: still missing: $missing" >&2; exit 1; }
 tar -C "$(dirname "$out")" -cJf "$out.tar.xz" "$(basename "$out")"
 printf 'bundle: %s, %s; %s.tar.xz, %s\n' "$out" "$(du -sh "$out" | cut -f1)" "$out" "$(du -sh "$out.tar.xz" | cut -f1)"

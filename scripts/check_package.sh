@@ -57,7 +57,7 @@ check_tree() {
     for file in "${binaries[@]}"; do
       sections=$(readelf -SW "$file") || complain "$file is no program"
       [[ $sections != *.symtab* && $sections != *.debug_* ]] || complain "$file is not stripped"
-      [[ $(readelf -d "$file") != *"[libcudnn"* ]] || complain "$file does not start without cuDNN"
+      [[ $(readelf -d "$file") != *"[libcu"[bd]* ]] || complain "$file does not start without CUDA's libraries"
     done
   fi
   file=$(find "$root" ! -type l \( -perm /022 -o -type d ! -perm -755 -o ! -perm -444 \))

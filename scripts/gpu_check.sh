@@ -92,6 +92,8 @@ else
   bin=$PWD/build/bin device_tests=build/device_tests.txt
 fi
 version=$(timeout 60 "${mesa[@]}" "$bin/mesa-train" --version 2>&1) || { say "FAILED    $bin/mesa-train does not start: $(tail -n 1 <<<"$version")"; exit 1; }
+unusable=$(sed -nE 's/^cuda .*, but //p' <<<"$version")
+[[ -z $unusable ]] || { say "FAILED    no GPU to check: $unusable"; exit 1; }
 build=$(head -n 1 <<<"$version" | tr ' ' '_')
 printf '%s\n' "$version" >>"$out/machine.txt"
 say "build     $build${after:+, after what stands above}"

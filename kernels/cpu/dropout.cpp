@@ -1,7 +1,6 @@
 // keep / (1 - p), keep = uniform >= p, times each element of x (dropout) or each sample of a branch (drop path).
-#include "mesa/kernels/elementwise.h"
-
 #include "cpu.h"
+#include "mesa/kernels/elementwise.h"
 
 namespace mesa::kernels::MESA_ISA {
 

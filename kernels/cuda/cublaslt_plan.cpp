@@ -66,6 +66,10 @@ void check_status(cublasStatus_t status, const char* what) {
   if (status != CUBLAS_STATUS_SUCCESS) fail("cublasLt: ", what, ": ", cublasLtGetStatusString(status));
 }
 
+void Destroy::operator()(cublasLtMatmulDesc_t operation) const { cublasLtMatmulDescDestroy(operation); }
+void Destroy::operator()(cublasLtMatrixLayout_t layout) const { cublasLtMatrixLayoutDestroy(layout); }
+void Destroy::operator()(cublasLtMatmulPreference_t preference) const { cublasLtMatmulPreferenceDestroy(preference); }
+
 cublasLtHandle_t handle() {
   static const cublasLtHandle_t one = [] {
     cublasLtHandle_t h = nullptr;

@@ -51,15 +51,16 @@ uint32_t alignment_of(const void* p);
 std::string to_string(const Form& form);
 
 /// Gives an object of cuBLASLt back.
-template <auto destroy>
 struct Destroy {
-  void operator()(auto* object) const { destroy(object); }
+  void operator()(cublasLtMatmulDesc_t operation) const;
+  void operator()(cublasLtMatrixLayout_t layout) const;
+  void operator()(cublasLtMatmulPreference_t preference) const;
 };
-template <class Pointer, auto destroy>
-using Owned = std::unique_ptr<std::remove_pointer_t<Pointer>, Destroy<destroy>>;
-using Operation = Owned<cublasLtMatmulDesc_t, cublasLtMatmulDescDestroy>;
-using Layout = Owned<cublasLtMatrixLayout_t, cublasLtMatrixLayoutDestroy>;
-using Preference = Owned<cublasLtMatmulPreference_t, cublasLtMatmulPreferenceDestroy>;
+template <class Pointer>
+using Owned = std::unique_ptr<std::remove_pointer_t<Pointer>, Destroy>;
+using Operation = Owned<cublasLtMatmulDesc_t>;
+using Layout = Owned<cublasLtMatrixLayout_t>;
+using Preference = Owned<cublasLtMatmulPreference_t>;
 
 struct Algorithm {
   cublasLtMatmulAlgo_t value{};

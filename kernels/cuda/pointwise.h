@@ -71,8 +71,9 @@ void map_rows(const char* name, const F& f, int64_t rows, int64_t width, Y* y, c
   constexpr int N = kLaneElements<Y, X...>;
   const bool packed = width % N == 0 && aligned(y, N * sizeof(Y)) && (aligned(x, N * sizeof(X)) && ...);
   void (*const kernel)(int64_t, int64_t, F, Y*, const X*...) = packed ? &map_rows_kernel<N, F, Y, X...> : &map_rows_kernel<1, F, Y, X...>;
-  const unsigned across = grid_for(width, 4 * (packed ? N : 1) * kMapThreads, kMapBlocks);
-  launch(name, kernel, dim3(across, static_cast<unsigned>(std::min<int64_t>(rows, 65535))), kMapThreads, 0, rows, width, f, y, x...);
+  const int64_t packs = width / (packed ? N : 1), threads = std::clamp<int64_t>(ceil_div(packs, 2 * kWarp) * kWarp, kWarp, kMapThreads);
+  const dim3 grid(grid_for(packs, 4 * threads, kMapBlocks), static_cast<unsigned>(std::min<int64_t>(rows, 65535)));
+  launch(name, kernel, grid, static_cast<unsigned>(threads), 0, rows, width, f, y, x...);
 }
 
 /// y[i] <- f(x[i]...) for tensors of one shape.

@@ -54,7 +54,7 @@ std::string detail::find_device() {
   if (const auto error = static_cast<cudaError_t>(probe_status()); error != cudaSuccess)
     return concat("this build has no code for ", properties.name, " (compute capability ", properties.major, ".", properties.minor,
                   "); build with -DCMAKE_CUDA_ARCHITECTURES=", properties.major, properties.minor, " (", cudaGetErrorString(error), ")");
-  return "";
+  return find_products();
 }
 
 void check_status(int status, const char* what) {

@@ -112,7 +112,7 @@ Var within(const char* name, const F& f) {
 /// softmax(scale q k^T) v spelled out; `biased` may add to the scores.
 template <class Biased>
 Var explicit_attention(const Var& qkv, int64_t heads, double scale_by, double attn_drop, const Biased& biased) {
-  const auto [q, k, v] = split_heads(qkv, heads);  // each [B, H, N, D]
+  const auto [q, k, v] = split_heads(qkv, heads);                                                                     // each [B, H, N, D]
   const Var scores = within("matmul1", [&, &q = q, &k = k] { return biased(scale(matmul(q, k, true), scale_by)); });  // [B, H, N, N]
   const Var weights = within("softmax", [&] { return softmax(scores); });
   const Var p = scoped_dropout("attn_drop", weights, attn_drop);

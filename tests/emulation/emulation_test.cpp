@@ -326,6 +326,12 @@ __global__ void product_of_half_a_warp(int) {
   float d[4] = {};
   mma_bf16(d, {0, 0, 0, 0}, {0, 0});
 }
+__global__ void two_reductions(int) {
+  if (threadIdx.x < 16)
+    warp_reduce(1.0f, Total{});
+  else
+    warp_reduce<4>(1.0f, Least{});
+}
 __global__ void reduction_of_half_a_warp(int) { warp_reduce(1.0f, Total{}); }
 __global__ void unaligned_copy(int* x) { copy_async_16(dynamic_shared<int>(), x + 1); }
 __global__ void odd_width(int) { __shfl_xor_sync(kAll, 1, 1, 12); }
@@ -362,6 +368,7 @@ TEST_CASE("emulation: warp operations that a GPU leaves undefined", "[emulation]
   CHECK(out.get() == want);
   CHECK_THAT(error_in(&two_operations, 32, 0, 0), Contains("is in __ballot_sync while other lanes wait for it in __syncwarp"));
   CHECK_THAT(error_in(&product_of_half_a_warp, 16, 0, 0), Contains("mma_bf16 needs all 32 lanes"));
+  CHECK_THAT(error_in(&two_reductions, 32, 0, 0), Contains("is in another form of warp_reduce than lanes that wait for it"));
   CHECK_THAT(error_in(&reduction_of_half_a_warp, 16, 0, 0), Contains("warp_reduce of lanes that take no part in it"));
   CHECK_THAT(error_in(&odd_width, 32, 0, 0), Contains("width must be a power of two"));
   CHECK_THAT(error_in(&unaligned_copy, 1, 64, out.data()), Contains("cp.async of unaligned addresses"));

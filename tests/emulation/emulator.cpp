@@ -340,6 +340,8 @@ const unsigned char* exchange(unsigned mask, const void* value, size_t bytes, co
   Meeting& meeting = **found;
   if (meeting.arrived != 0 && meeting.operation != operation && std::strcmp(meeting.operation, operation) != 0)
     give_up(concat("is in ", operation, " while other lanes wait for it in ", meeting.operation));
+  if (meeting.arrived != 0 && meeting.combine != combine)
+    give_up(concat("is in another form of ", operation, " than lanes that wait for it"));
   meeting.operation = operation;
   meeting.combine = combine;
   unsigned char* const places = meeting.places[meeting.generation % 2];

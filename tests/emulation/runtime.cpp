@@ -1,6 +1,6 @@
 // The CUDA runtime's functions that Mesa calls, on emulated memory: errors, the device, memory and copies; streams.cpp has the rest.
-// MESA_EMULATION_DEVICE=no_driver, old_driver, no_gpu, old_gpu or no_code is a machine that cannot run Mesa; MESA_EMULATION_GPUS=4 one
-// with four GPUs.
+// MESA_EMULATION_DEVICE=no_driver, old_driver, no_gpu, old_gpu, no_code or no_products is a machine that cannot run Mesa;
+// MESA_EMULATION_GPUS=4 one with four GPUs.
 #include <cuda_runtime_api.h>
 
 #include <algorithm>
@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "device_memory.h"
+#include "mesa/base/cuda.h"
 #include "mesa/base/error.h"
 #include "streams.h"
 
@@ -97,18 +98,17 @@ cudaError_t fill(const char* function, void* to, int value, size_t bytes, cudaSt
 
 // --- the device -------------------------------------------------------------------------------------------------------------------
 
-enum class Machine { whole, no_driver, old_driver, no_gpu, old_gpu, no_code };
+enum class Machine { whole, no_driver, old_driver, no_gpu, old_gpu, no_code, no_products };
 
 Machine machine() {
   const char* const wish = std::getenv("MESA_EMULATION_DEVICE");
   if (wish == nullptr || *wish == 0) return Machine::whole;
-  static const std::map<std::string, Machine> machines{{"no_driver", Machine::no_driver},
-                                                       {"old_driver", Machine::old_driver},
-                                                       {"no_gpu", Machine::no_gpu},
-                                                       {"old_gpu", Machine::old_gpu},
-                                                       {"no_code", Machine::no_code}};
+  static const std::map<std::string, Machine> machines{{"no_driver", Machine::no_driver}, {"old_driver", Machine::old_driver},
+                                                       {"no_gpu", Machine::no_gpu},       {"old_gpu", Machine::old_gpu},
+                                                       {"no_code", Machine::no_code},     {"no_products", Machine::no_products}};
   const auto found = machines.find(wish);
-  check(found != machines.end(), "MESA_EMULATION_DEVICE is '", wish, "'; it may be no_driver, old_driver, no_gpu, old_gpu or no_code");
+  check(found != machines.end(), "MESA_EMULATION_DEVICE is '", wish,
+        "'; it may be no_driver, old_driver, no_gpu, old_gpu, no_code or no_products");
   return found->second;
 }
 
@@ -181,6 +181,10 @@ bool kernel_may_use(const void* memory) {
 }
 
 }  // namespace mesa::emulation
+
+std::string mesa::cuda::detail::find_products() {
+  return emulation::machine() == emulation::Machine::no_products ? "cuBLAS was not found" : "";
+}
 
 using namespace mesa::emulation;
 

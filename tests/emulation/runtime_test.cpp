@@ -288,4 +288,5 @@ TEST_CASE("emulation: machines that cannot run Mesa", "[emulation]") {
   CHECK(reason_on("no_gpu") == "no NVIDIA GPU was found");
   CHECK_THAT(reason_on("old_gpu"), Contains("emulated has compute capability 7.0; Mesa needs 8.0 or newer"));
   CHECK_THAT(reason_on("no_code"), Contains("this build has no code for emulated (compute capability 9.0)"));
+  CHECK(reason_on("no_products") == "cuBLAS was not found");
 }

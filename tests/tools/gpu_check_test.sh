@@ -7,7 +7,7 @@ STUB=$(mktemp -d)
 trap 'rm -rf "$STUB"' EXIT
 complain() { echo "gpu_check_test.sh: $*" >&2; for log in "$STUB"/out*/summary.txt; do sed 's/^/  /' "$log"; done >&2; exit 1; }
 
-# STUB_SLEEP, STUB_FAIL: which calls, as a regular expression; STUB_RATE: images/s of exact storage; STUB_BUILD: what --version says.
+# STUB_SLEEP, STUB_FAIL: which calls, as a regular expression; STUB_RATE: images/s of exact storage; STUB_BUILD, STUB_CUDA: what --version says.
 mkdir -p "$STUB/path" "$STUB/bundle/bin" "$STUB/bundle/tests"
 printf '%s\n' kernels/matmul_test kernels/norm_test models/device_test train/plan_test >"$STUB/bundle/tests/device_tests.txt"
 REAL_PYTHON=$(command -v python3 || true)
@@ -25,7 +25,7 @@ for ((i = 0; i < $#; ++i)); do
 done
 spread() { printf '{"minimum":%s,"median":%s,"maximum":%s}' "$1" "$1" "$1"; }
 case $call in
-  mesa-train*--version*) echo "mesa 0.1.0 (${STUB_BUILD:-stub})" ;;
+  mesa-train*--version*) printf 'mesa 0.1.0 (%s)\ncuda      %s\n' "${STUB_BUILD:-stub}" "${STUB_CUDA:-stub of a GPU}" ;;
   mesa-train*--dry-run*) echo "largest batch within 24.0 GB: 1700" ;;
   mesa-train*)
     mkdir -p "$output"
@@ -101,6 +101,11 @@ check 0 out
 AFTER=$STUB/out/all.tgz check 0 out_elsewhere
 [[ $(calls '^(mesa-|compute-sanitizer|python3 tools/peers)') == 0 ]] || complain "a second call in another folder ran: $(cat "$STUB/calls")"
 [[ -z $REAL_PYTHON || $(diff -q "$STUB"/out{,_elsewhere}/summary.json) == "" ]] || complain "the results of the first call are gone"
+
+# Without a GPU that can be used nothing is run, so that nothing has failed.
+check 1 out_no_gpu STUB_CUDA='built for CUDA 13.0, but cuBLAS was not found'
+said 'FAILED +no GPU to check: cuBLAS was not found'
+[[ $(calls '^(mesa-|compute-sanitizer|python3 tools/peers)') == 0 ]] || complain "something ran: $(cat "$STUB/calls")"
 
 # With little time what fits is run, and a second call goes on with the rest.
 check 3 out_late MESA_CHECK_SECONDS=43

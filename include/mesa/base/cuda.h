@@ -7,7 +7,8 @@
 
 namespace mesa::cuda {
 
-/// "" if a GPU can be used; otherwise why not, in one line: no CUDA in this build, no GPU, a driver too old, an architecture without code.
+/// "" if a GPU can be used; otherwise why not, in one line: no CUDA in this build, no GPU, a driver too old, an
+/// architecture without code, no cuBLAS.
 std::string unavailable();
 /// True if the CUDA backend is in this build, whether or not a GPU is at hand; and the toolkit that built it, "13.0".
 bool built();
@@ -69,7 +70,8 @@ struct DeviceMemory {
 
 namespace detail {
 [[gnu::weak]] std::string find_device();
-[[gnu::weak]] int probe_status();  // kernels/cuda/probe.cu: cudaSuccess if there is code for the GPU
+[[gnu::weak]] std::string find_products();  // kernels/cuda/cublaslt_library.cpp: "" if cuBLASLt is there, or why not
+[[gnu::weak]] int probe_status();           // kernels/cuda/probe.cu: cudaSuccess if there is code for the GPU
 }  // namespace detail
 
 }  // namespace mesa::cuda
