@@ -61,7 +61,7 @@ TEST_CASE("ranks: LoRA trains on two as on one", "[ranks]") {
   check_close(run.metrics("one"), run.metrics("two"), 1e-5);
 }
 
-TEST_CASE("ranks: classes are counted exactly, whichever rank evaluates which pictures", "[ranks]") {
+TEST_CASE("ranks: classes are counted exactly, whichever rank evaluates which pictures", "[ranks][slow]") {
   if (!has_mpirun()) return;
   const RankRun run;
   const Args sets{"data.test_size=61", "train.epochs=1", "optimizer.lr=1e-12", "train.eval_batch_size=5", "storage=exact"};
@@ -152,7 +152,7 @@ TEST_CASE("ranks: what four share 1, 2 and 3 go on with, and what nobody shared 
   check_close(run.metrics("straight"), run.metrics("whole"), 1e-5);
 }
 
-TEST_CASE("ranks: a shared optimizer keeps the copies in bf16 fresh, and goes on where nothing can be written", "[ranks]") {
+TEST_CASE("ranks: a shared optimizer keeps the copies in bf16 fresh, and goes on where nothing can be written", "[ranks][slow]") {
   if (!has_mpirun()) return;
   const RankRun run;
   const Args mixed{"train.precision=bf16", "train.force_precision=true", "storage=exact",

@@ -165,7 +165,7 @@ TEST_CASE("ranks: an error of one is the end of all", "[ranks]") {
   }
 }
 
-TEST_CASE("ranks: one alone tells of a rank that is there but does not come to a collective, also where it is the leader", "[ranks]") {
+TEST_CASE("ranks: one alone tells of a rank that is there but does not come to a collective, also where it is the leader", "[ranks][slow]") {
   for (const char* stuck : {"0", "1"}) {
     setenv("MESA_TEST_RANK_STUCK", stuck, 1);
     Ranks ranks(3, 8);
@@ -181,7 +181,7 @@ TEST_CASE("ranks: one alone tells of a rank that is there but does not come to a
   }
 }
 
-TEST_CASE("ranks: one may be busy, but not keep the others waiting in a collective for ever", "[ranks]") {
+TEST_CASE("ranks: one may be busy, but not keep the others waiting in a collective for ever", "[ranks][slow]") {
   setenv("MESA_TEST_RANK_LATE", "1", 1);
   Ranks ranks(3);
   unsetenv("MESA_TEST_RANK_LATE");

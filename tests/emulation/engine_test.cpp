@@ -87,7 +87,7 @@ TEST_CASE("emulated GPU: forward and backward never wait for the device, whateve
     }
 }
 
-TEST_CASE("emulated GPU: a block starts the passes over memory that its bytes are counted by, and no others", "[emulation]") {
+TEST_CASE("emulated GPU: a block starts the passes over memory that its bytes are counted by, and no others", "[emulation][slow]") {
   // How often a step of so many blocks starts each kernel.
   const auto started = [](const std::string& storage, const std::string& drop_path, int depth) {
     const RunConfig config =
