@@ -255,7 +255,7 @@ TEST_CASE("emulated GPU: a run that does not fit says what would", "[emulation]"
   CHECK(train(config, {"", true}) == 0);
 }
 
-TEST_CASE("emulated GPU: nothing is allocated after the second step, on the device or pinned", "[emulation]") {
+TEST_CASE("emulated GPU: nothing is allocated after the second step, on the device or pinned", "[emulation][slow]") {
   for (const char* storage :
        {"[{match: \"*\", codec: int8, groups: heads, range: running}]", "[{match: \"*\", codec: int4}]", "[{match: \"*\", codec: host}]"}) {
     INFO(storage);
