@@ -58,15 +58,7 @@ PASS_ON(cublasLtMatmul,
          cudaStream_t stream),
         (handle, operation, alpha, a, layout_a, b, layout_b, beta, c, layout_c, d, layout_d, algorithm, workspace, workspace_bytes, stream))
 
-/// 0 where cuBLASLt is not there.
-MESA_HIDDEN size_t cublasLtGetVersion() {
-  static const auto there = library().find<decltype(cublasLtGetVersion)>("cublasLtGetVersion");
-  return there != nullptr ? there() : 0;
-}
-
-MESA_HIDDEN const char* cublasLtGetStatusString(cublasStatus_t status) {
-  static const auto there = library().find<decltype(cublasLtGetStatusString)>("cublasLtGetStatusString");
-  return there != nullptr ? there(status) : library().why.c_str();
-}
+MESA_PASS_ON(library(), size_t{0}, cublasLtGetVersion, (), ())
+MESA_PASS_ON(library(), library().why.c_str(), cublasLtGetStatusString, (cublasStatus_t status), (status))
 
 }  // extern "C"

@@ -31,16 +31,8 @@ PASS_ON(cudnnBackendGetAttribute,
         (descriptor, name, type, room, count, values))
 PASS_ON(cudnnBackendExecute, (cudnnHandle_t handle, cudnnBackendDescriptor_t plan, cudnnBackendDescriptor_t pack), (handle, plan, pack))
 
-/// 0 where cuDNN is not there.
-MESA_HIDDEN size_t cudnnGetVersion() {
-  static const auto there = library().find<decltype(cudnnGetVersion)>("cudnnGetVersion");
-  return there != nullptr ? there() : 0;
-}
-
-MESA_HIDDEN const char* cudnnGetErrorString(cudnnStatus_t status) {
-  static const auto there = library().find<decltype(cudnnGetErrorString)>("cudnnGetErrorString");
-  return there != nullptr ? there(status) : library().why.c_str();
-}
+MESA_PASS_ON(library(), size_t{0}, cudnnGetVersion, (), ())
+MESA_PASS_ON(library(), library().why.c_str(), cudnnGetErrorString, (cudnnStatus_t status), (status))
 
 MESA_HIDDEN void cudnnGetLastErrorString(char* message, size_t size) {
   static const auto there = library().find<decltype(cudnnGetLastErrorString)>("cudnnGetLastErrorString");

@@ -142,7 +142,8 @@ void Tape::offer(Step& step, const Tensor& dy, const Tensor& copy) {
 Tensor Tape::in_form(const GradientForm& form, const Tensor& dy) {
   const bool same = form.dtype == dy.dtype();
   if (same && !form.factors.defined()) return dy;
-  const Tensor made = same ? empty_like(dy) : room_for_copy(dy, form.dtype);  // in f32 the room would be as large as a gradient itself
+  // The room stays until the pass ends: for a copy in bf16, not for one as large as the gradient.
+  const Tensor made = same ? empty_like(dy) : room_for_copy(dy, form.dtype);
   if (!form.factors.defined()) {
     kernels::copy(dy, made);
   } else if (dy.numel() > 0) {
