@@ -1,39 +1,20 @@
 // With P = exp(scale q k^T - lse), dP = dO v^T and dS = P (dP - delta): dv = P^T dO, dq = scale dS k, dk = scale dS^T q (Dao et al., 2022).
 // Two passes, so that every sum has one owner and a fixed order: queries meet all keys for dq, then keys meet all queries for dk and dv.
-// The first also finds delta = sum_d dO o. Without o and lse it first meets the keys once more, for lse and delta = sum_j P dP.
-#include "attention_window.cuh"
-#include "mesa/kernels/attention.h"
+// The first also finds delta = sum_d dO o. Without o and lse it first meets the keys once more, for lse and delta = sum_j P dP. Where keys
+// are few, several blocks meet the queries of each in turns, and their sums are added up in order.
+#include "attention_gradient.cuh"
 #include "mesa/kernels/elementwise.h"
 
 namespace mesa::kernels::cuda {
 namespace {
 
-/// A tile each.
-inline constexpr int kWarps = 8;
 /// Blocks of a multiprocessor: as many as leave each thread the registers it needs.
 template <int head>
 inline constexpr int kBlocks = head == 64 ? 2 : 3;
 /// What a block may use on every GPU from compute capability 8.0 on.
 inline constexpr size_t kSharedBytes = 99 << 10;
 
-template <class Seen>
-struct Problem {
-  Extent extent;
-  Seen seen;  ///< NoWindows or InWindows
-  Operand q, k, v, o, d_o, dq, dk, dv;
-  float *lse, *delta;  ///< [B, H, N], or [B windows, H, n]
-  float scale;
-};
-
 // --- dq ---------------------------------------------------------------------------------------------------------------------------
-
-/// 16 queries; lse in units of log2.
-template <int head>
-struct Queries {
-  uint32_t q[head / 16][4], d_o[head / 16][4];
-  float dq[head / 8][4];
-  float lse[2], delta[2];  ///< of each half's row
-};
 
 /// Sums over the keys that this lane has seen of each half's row: exp2(s - top) and, weighted by it, dP.
 struct RowSums {
@@ -95,10 +76,10 @@ template <int head, class Seen, class Place>
 __device__ inline void read_row_statistics(Queries<head>& x, const Problem<Seen>& p, const Share& share, Place place, int token) {
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    const int at = token + threadIdx.x % kWarp / 4 + 8 * half, row = min(at, p.extent.tokens - 1);
-    x.lse[half] = kLog2E * p.lse[share.line + row];
+    const int at = token + threadIdx.x % kWarp / 4 + 8 * half, row = min(at, p.extent.own - 1);
+    x.lse[half] = kLog2E * p.lse[share.line * p.extent.own + row];
     x.delta[half] = dot_rows<head>(x.d_o, half, p.o.values + place[row] * p.o.stride + share.column);
-    if (threadIdx.x % 4 == 0 && at < p.extent.tokens) p.delta[share.line + at] = x.delta[half];
+    if (threadIdx.x % 4 == 0 && at < p.extent.own) p.delta[share.line * p.extent.own + at] = x.delta[half];
   }
 }
 /// The same from the sums over all keys.
@@ -108,9 +89,9 @@ __device__ inline void finish_row_statistics(Queries<head>& x, RowSums& sums, co
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const int at = token + threadIdx.x % kWarp / 4 + 8 * half;
-    if (threadIdx.x % 4 != 0 || at >= p.extent.tokens) continue;
-    p.lse[share.line + at] = kLn2 * x.lse[half];
-    p.delta[share.line + at] = x.delta[half];
+    if (threadIdx.x % 4 != 0 || at >= p.extent.own) continue;
+    p.lse[share.line * p.extent.own + at] = kLn2 * x.lse[half];
+    p.delta[share.line * p.extent.own + at] = x.delta[half];
   }
 }
 
@@ -121,7 +102,7 @@ __device__ inline void meet_keys(Queries<head>& x, RowSums& sums, const bf16* k,
   multiply_transposed<head>(s, x.q, k);
   multiply_transposed<head>(dp, x.d_o, k + kSecond<head>);
   const float scale = p.seen.template add<false>(s, p.scale, p.extent, query, key);
-  mask_columns(s, p.extent.tokens - key);
+  mask_columns(s, p.extent.met - key);
   if constexpr (summing) {
     sums.add(s, dp, scale);
   } else {
@@ -146,7 +127,7 @@ __global__ void __launch_bounds__(kWarps* kWarp, kBlocks<head>) queries_kernel(P
   const Extent& e = p.extent;
   const Share share = share_of<head>(e);
   const int warp = threadIdx.x / kWarp, rows = blockDim.x / kWarp * kTile, chunks = e.chunks(), visits = exact ? chunks : 2 * chunks;
-  const auto place = p.seen.open(e, share);
+  const auto place = p.seen.open(e, share), keys = p.seen.met(e, share);
   bf16* const q = dynamic_shared<bf16>() + p.seen.shared_elements(e);
   bf16* const d_o = q + rows * kPitch<head>;
   bf16* const slots = d_o + rows * kPitch<head>;
@@ -155,13 +136,13 @@ __global__ void __launch_bounds__(kWarps* kWarp, kBlocks<head>) queries_kernel(P
     if (visit < chunks || e.slots < chunks) {
       const int c = visit % chunks, rows = e.rows(c);
       bf16* const k = slots + visit % e.slots * kSlot<head>;
-      load_operands<head>(k, p.k, p.v, kSecond<head>, place.from(c * kChunk), share.column, rows, whole_tiles(rows));
+      load_operands<head>(k, p.k, p.v, kSecond<head>, keys.from(c * kChunk), share.column, rows, whole_tiles(rows));
     }
     copy_async_commit();
   };
   const int first = share.first * kTile, token = first + warp * kTile;
-  load_operand<head>(q, p.q, place.from(first), share.column, e.tokens - first, share.tiles * kTile);
-  load_values<head>(d_o, p.d_o, place.from(first), share.column, e.tokens - first, share.tiles * kTile);
+  load_operand<head>(q, p.q, place.from(first), share.column, e.own - first, share.tiles * kTile);
+  load_values<head>(d_o, p.d_o, place.from(first), share.column, e.own - first, share.tiles * kTile);
 
   Queries<head> x = {};
   RowSums sums;
@@ -186,7 +167,7 @@ __global__ void __launch_bounds__(kWarps* kWarp, kBlocks<head>) queries_kernel(P
   }
   if (!active) return;
   const float factor[2] = {p.scale * kLn2, p.scale * kLn2};
-  store_product<head>(x.dq, factor, q + warp * kTile * kPitch<head>, p.dq, place.from(token), share.column, e.tokens - token);
+  store_product<head>(x.dq, factor, q + warp * kTile * kPitch<head>, p.dq, place.from(token), share.column, e.own - token);
 }
 
 // --- dk, dv -----------------------------------------------------------------------------------------------------------------------
@@ -198,9 +179,15 @@ struct Keys {
   float dk[head / 8][4], dv[head / 8][4];
 };
 
-/// 16 queries from token `query` on, with (lse, delta) of each: their share of dk / scale and dv. `key` is the warp's first.
+/// Of each query of a chunk; infinity and 0 for padding, so that P = exp2(s - infinity) = 0.
+struct Statistics {
+  float lse[kChunk], delta[kChunk];
+};
+
+/// 16 queries from token `query` on, the `at`th of their chunk: their share of dk / scale and dv. `key` is the warp's first.
 template <int head, class Seen>
-__device__ inline void meet_queries(Keys<head>& x, const bf16* q, const float2* statistics, const Problem<Seen>& p, int key, int query) {
+__device__ inline void meet_queries(Keys<head>& x, const bf16* q, const Statistics& of, int at, const Problem<Seen>& p, int key,
+                                    int query) {
   const bf16* d_o = q + kSecond<head>;
   float s[2][4] = {}, dp[2][4] = {};
   multiply_transposed<head>(s, x.k, q);
@@ -208,12 +195,13 @@ __device__ inline void meet_queries(Keys<head>& x, const bf16* q, const float2* 
   const float scale = p.seen.template add<true>(s, p.scale, p.extent, key, query);
 #pragma unroll
   for (int j = 0; j < 2; ++j) {
-    float of[4];  // lse and delta of this lane's two columns
-    load_pack(&statistics[8 * j + threadIdx.x % 4 * 2].x, of);
+    float lse[2], delta[2];  // of this lane's columns
+    load_pack(of.lse + at + 8 * j + threadIdx.x % 4 * 2, lse);
+    load_pack(of.delta + at + 8 * j + threadIdx.x % 4 * 2, delta);
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      s[j][i] = exp2_approx(fmaf(s[j][i], scale, -of[i % 2 * 2]));
-      dp[j][i] = s[j][i] * (dp[j][i] - of[i % 2 * 2 + 1]);
+      s[j][i] = exp2_approx(fmaf(s[j][i], scale, -kLog2E * lse[i % 2]));
+      dp[j][i] = s[j][i] * (dp[j][i] - delta[i % 2]);
     }
   }
   uint32_t left[4];
@@ -223,147 +211,115 @@ __device__ inline void meet_queries(Keys<head>& x, const bf16* q, const float2* 
   multiply<head>(x.dk, left, q);
 }
 
+/// The warp's 16 rows of a sum [sequences, M, C], the first `valid` of them, from element `to` on.
+template <int head>
+__device__ inline void store_sum(const float (&d)[head / 8][4], float factor, float* to, int64_t channels, int valid) {
+  const int row = threadIdx.x % kWarp / 4;
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    if (row + 8 * half >= valid) continue;
+    float* const x = to + (row + 8 * half) * channels + threadIdx.x % 4 * 2;
+#pragma unroll
+    for (int j = 0; j < head / 8; ++j) {
+      const float pair[2] = {factor * d[j][2 * half], factor * d[j][2 * half + 1]};
+      store_pack(x + 8 * j, pair);
+    }
+  }
+}
+
 template <int head, class Seen>
-__global__ void __launch_bounds__(kWarps* kWarp, kBlocks<head>) keys_kernel(Problem<Seen> p) {
+__global__ void __launch_bounds__(kWarps* kWarp, kBlocks<head>) keys_kernel(Problem<Seen> p, float* sums) {
   const Extent& e = p.extent;
   const Share share = share_of<head>(e);
-  const int warp = threadIdx.x / kWarp, rows = blockDim.x / kWarp * kTile, chunks = e.chunks();
-  const auto place = p.seen.open(e, share);
-  float2* const statistics = reinterpret_cast<float2*>(dynamic_shared<bf16>() + p.seen.shared_elements(e));
-  bf16* const k = reinterpret_cast<bf16*>(statistics + e.tiles() * kTile);
+  const int warp = threadIdx.x / kWarp, rows = blockDim.x / kWarp * kTile, end = share.chunks.first + share.chunks.count;
+  const auto place = p.seen.open(e, share), queries = p.seen.met(e, share);
+  Statistics* const statistics = reinterpret_cast<Statistics*>(dynamic_shared<bf16>() + p.seen.shared_elements(e));
+  bf16* const k = reinterpret_cast<bf16*>(statistics + e.slots);
   bf16* const v = k + rows * kPitch<head>;
   bf16* const slots = v + rows * kPitch<head>;
   const auto load_chunk = [&](int c) {
     const int rows = e.rows(c);
     bf16* const q = slots + c % e.slots * kSlot<head>;
-    load_operand<head>(q, p.q, place.from(c * kChunk), share.column, rows, whole_tiles(rows));
-    load_values<head>(q + kSecond<head>, p.d_o, place.from(c * kChunk), share.column, rows, whole_tiles(rows));
+    load_operand<head>(q, p.q, queries.from(c * kChunk), share.column, rows, whole_tiles(rows));
+    load_values<head>(q + kSecond<head>, p.d_o, queries.from(c * kChunk), share.column, rows, whole_tiles(rows));
+    Statistics& of = statistics[c % e.slots];
+    const int line = share.line * e.met + c * kChunk;
+    for (int i = threadIdx.x; i < whole_tiles(rows); i += blockDim.x) {
+      if (i < rows)
+        copy_async_4(of.lse + i, p.lse + line + i), copy_async_4(of.delta + i, p.delta + line + i);
+      else
+        of.lse[i] = INFINITY, of.delta[i] = 0;
+    }
     copy_async_commit();
   };
   const int first = share.first * kTile, token = first + warp * kTile;
-  load_operands<head>(k, p.k, p.v, static_cast<int>(v - k), place.from(first), share.column, e.tokens - first, share.tiles * kTile);
-  for (int i = threadIdx.x; i < e.tiles() * kTile; i += blockDim.x) {
-    // Queries that are padding: P = exp2(s - infinity) = 0.
-    statistics[i] = i < e.tokens ? float2{kLog2E * p.lse[share.line + i], p.delta[share.line + i]} : float2{INFINITY, 0.0f};
-  }
+  load_operands<head>(k, p.k, p.v, static_cast<int>(v - k), place.from(first), share.column, e.own - first, share.tiles * kTile);
 
   Keys<head> x = {};
   const bool active = warp < share.tiles;
-  for (int c = -1; c < chunks; ++c) {
-    if (c + 1 < chunks) load_chunk(c + 1);
-    if (active && c >= 0) {
+  for (int c = share.chunks.first - 1; c < end; ++c) {  // before the first things are loaded, no more
+    const bool loading = c < share.chunks.first;
+    if (c + 1 < end) load_chunk(c + 1);
+    if (active && !loading) {
       const bf16* q = slots + c % e.slots * kSlot<head>;
-      const int end = min(e.tokens, (c + 1) * kChunk);
-      for (int query = c * kChunk; query < end; query += kTile, q += kTile * kPitch<head>)
-        meet_queries<head>(x, q, statistics + query, p, token, query);
+      for (int at = 0; at < e.rows(c); at += kTile, q += kTile * kPitch<head>)
+        meet_queries<head>(x, q, statistics[c % e.slots], at, p, token, c * kChunk + at);
     }
     copy_async_wait<0>();
     __syncthreads();
-    if (active && c < 0) {
+    if (active && loading) {
       load_left<head>(x.k, k + warp * kTile * kPitch<head>);
       load_left<head>(x.v, v + warp * kTile * kPitch<head>);
     }
   }
   if (!active) return;
   const float factor[2] = {p.scale * kLn2, p.scale * kLn2}, one[2] = {1, 1};
-  store_product<head>(x.dk, factor, k + warp * kTile * kPitch<head>, p.dk, place.from(token), share.column, e.tokens - token);
-  store_product<head>(x.dv, one, v + warp * kTile * kPitch<head>, p.dv, place.from(token), share.column, e.tokens - token);
+  if (sums) {
+    const int64_t channels = e.heads * head, all = static_cast<int64_t>(gridDim.x / (e.parts * e.turns)) * e.own * head;
+    float* const to = sums + 2 * share.turn * all + (static_cast<int64_t>(share.sequence) * e.own + token) * channels + share.column;
+    store_sum<head>(x.dk, factor[0], to, channels, e.own - token);
+    store_sum<head>(x.dv, 1, to + all, channels, e.own - token);
+    return;
+  }
+  store_product<head>(x.dk, factor, k + warp * kTile * kPitch<head>, p.dk, place.from(token), share.column, e.own - token);
+  store_product<head>(x.dv, one, v + warp * kTile * kPitch<head>, p.dv, place.from(token), share.column, e.own - token);
+}
+
+size_t threads_of(const Deal& d) { return d.extent.most_tiles() * kWarp; }
+
+template <int head, class Seen>
+size_t shared_bytes(const Deal& d, const Seen& seen) {
+  return (seen.shared_elements(d.extent) + 2 * d.extent.most_tiles() * kTile * kPitch<head> + slot_elements<head>(d.extent)) * sizeof(bf16);
 }
 
 template <int head, class Seen>
-void start(const Sizes& n, Problem<Seen> p, bool exact) {
-  const auto bytes = [&](const Deal& d) {
-    return (p.seen.shared_elements(d.extent) + 2 * d.extent.most_tiles() * kTile * kPitch<head> + slot_elements<head>(d.extent)) *
-           sizeof(bf16);
-  };
-  const Deal by_keys = deal(n, kWarps, 2);
-  Deal by_queries = deal(n, kWarps, exact ? 2 : static_cast<int>(n.length));
-  if (bytes(by_queries) > kSharedBytes) by_queries = by_keys;  // the keys then come twice
-  const dim3 block(by_keys.extent.most_tiles() * kWarp);
-  p.extent = by_queries.extent;
-  launch("fused_attention_grad (dq)", exact ? &queries_kernel<head, true, Seen> : &queries_kernel<head, false, Seen>, dim3(by_queries.grid),
-         block, bytes(by_queries), p);
-  p.extent = by_keys.extent;
-  const size_t rows = p.extent.tiles() * kTile * sizeof(float2);
-  launch("fused_attention_grad (dk, dv)", &keys_kernel<head, Seen>, dim3(by_keys.grid), block, bytes(by_keys) + rows, p);
+void start_queries(const Sizes& n, Problem<Seen> p, bool exact) {
+  Deal d = by_queries(n, kWarps, exact ? 2 : static_cast<int>(n.sequence.keys));
+  if (shared_bytes<head>(d, p.seen) > kSharedBytes) d = by_queries(n, kWarps, 2);  // the keys then come twice
+  p.extent = d.extent;
+  launch("fused_attention_grad (dq)", exact ? &queries_kernel<head, true, Seen> : &queries_kernel<head, false, Seen>, dim3(d.grid),
+         dim3(threads_of(d)), shared_bytes<head>(d, p.seen), p);
 }
 
-// --- the table of biases ------------------------------------------------------------------------------------------------------------
-
-/// The gradient of the biases of 16 queries and a chunk of keys, summed over the windows of a part in their order: sums [parts, heads, n,
-/// n]. One warp each; blockIdx.x runs over row tiles and chunks within heads within parts.
-template <int head>
-__global__ void __launch_bounds__(kWarp) bias_kernel(Problem<InWindows> p, int sequences, int parts, float* sums) {
-  const Extent& e = p.extent;
-  const int tiles = e.tiles(), chunks = e.chunks();
-  const int tile = blockIdx.x % tiles, c = blockIdx.x / tiles % chunks, h = blockIdx.x / (tiles * chunks) % e.heads;
-  const int part = blockIdx.x / (tiles * chunks * e.heads);
-  const int query = tile * kTile, key = c * kChunk, rows = e.rows(c);
-  bf16* const q = dynamic_shared<bf16>() + p.seen.shared_elements(e);
-  bf16* const d_o = q + kTile * kPitch<head>;
-  bf16* const k = d_o + kTile * kPitch<head>;
-  float sum[kChunk / 8][4] = {};
-  const int end = static_cast<int>(int64_t{part + 1} * sequences / parts);
-  for (int sequence = static_cast<int>(int64_t{part} * sequences / parts); sequence < end; ++sequence) {
-    const Share share{sequence, (sequence * e.heads + h) * e.tokens, h * head, 0, tiles};
-    __syncthreads();  // the previous window may still be read
-    const auto place = p.seen.open(e, share);
-    load_operand<head>(q, p.q, place.from(query), share.column, e.tokens - query, kTile);
-    load_values<head>(d_o, p.d_o, place.from(query), share.column, e.tokens - query, kTile);
-    load_operand<head>(k, p.k, place.from(key), share.column, rows, whole_tiles(rows));
-    load_operand<head>(k + kSecond<head>, p.v, place.from(key), share.column, rows, whole_tiles(rows));
-    copy_async_commit();
-    copy_async_wait<0>();
-    __syncthreads();
-    Queries<head> x = {};
-    load_left<head>(x.q, q);
-    load_left<head>(x.d_o, d_o);
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int at = share.line + min(query + static_cast<int>(threadIdx.x) / 4 + 8 * half, e.tokens - 1);
-      x.lse[half] = kLog2E * p.lse[at];
-      x.delta[half] = p.delta[at];
-    }
-#pragma unroll
-    for (int g = 0; g < kChunk / kTile; ++g) {
-      if (g * kTile >= rows) break;
-      float s[2][4] = {}, dp[2][4] = {};
-      multiply_transposed<head>(s, x.q, k + g * kTile * kPitch<head>);
-      multiply_transposed<head>(dp, x.d_o, k + kSecond<head> + g * kTile * kPitch<head>);
-      p.seen.template add<false>(s, p.scale, e, query, key + g * kTile);
-#pragma unroll
-      for (int j = 0; j < 2; ++j) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) sum[2 * g + j][i] += exp2_approx(s[j][i] - x.lse[i / 2]) * (dp[j][i] - x.delta[i / 2]);
-      }
-    }
-  }
-  float* const to = sums + (static_cast<int64_t>(part) * e.heads + h) * e.tokens * e.tokens;
-#pragma unroll
-  for (int j = 0; j < kChunk / 8; ++j) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const int row = query + static_cast<int>(threadIdx.x) / 4 + i / 2 * 8,
-                column = key + 8 * j + static_cast<int>(threadIdx.x) % 4 * 2 + i % 2;
-      if (row < e.tokens && column < e.tokens) to[row * e.tokens + column] = sum[j][i];
-    }
-  }
+template <int head, class Seen>
+void start_keys(const Sizes& n, Problem<Seen> p, const Tensor& dk, const Tensor& dv) {
+  const Deal d = by_keys(n, kWarps, 2, !Seen::windowed);
+  p.extent = d.extent;
+  const int64_t turns = d.extent.turns;
+  const Tensor sums = turns > 1 ? Tensor::empty({turns, 2, n.batch, n.image.keys, n.channels}, DType::f32, dk.device()) : Tensor();
+  launch("fused_attention_grad (dk, dv)", &keys_kernel<head, Seen>, dim3(d.grid), dim3(threads_of(d)),
+         shared_bytes<head>(d, p.seen) + d.extent.slots * sizeof(Statistics), p, turns > 1 ? sums.data<float>() : nullptr);
+  if (turns == 1) return;
+  const Tensor sum = Tensor::empty({2, n.batch, n.image.keys, n.channels}, DType::f32, dk.device());
+  sum_rows(sums.reshape({turns, sum.numel()}), sum.reshape({sum.numel()}), false);
+  copy(sum.narrow(0, 0, 1).reshape(dk.shape()), dk);
+  copy(sum.narrow(0, 1, 1).reshape(dv.shape()), dv);
 }
 
-/// The rows' statistics must be there.
-template <int head>
-void start_bias(const Sizes& n, Problem<InWindows> p, const WindowBias& windows) {
-  p.extent = deal(n, kWarps, 2).extent;
-  const int64_t across = p.extent.tiles() * p.extent.chunks() * n.heads, pairs = n.heads * n.length * n.length;
-  constexpr int64_t kWarpsToFill = 132 * 16;  // a large GPU, with 16 warps on each multiprocessor
-  const int64_t parts = std::clamp<int64_t>(kWarpsToFill / across, 1, n.sequences);
-  const Tensor sums = Tensor::empty({parts, pairs}, DType::f32, windows.d_table.device());
-  const Tensor sum = Tensor::empty({n.heads, n.length, n.length}, DType::f32, windows.d_table.device());
-  const int elements = p.seen.shared_elements(p.extent) + 2 * kTile * kPitch<head> + kSlot<head>;
-  launch("fused_attention_grad (biases)", &bias_kernel<head>, dim3(static_cast<unsigned>(across * parts)), dim3(kWarp),
-         elements * sizeof(bf16), p, static_cast<int>(n.sequences), static_cast<int>(parts), sums.data<float>());
-  sum_rows(sums, sum.reshape({pairs}), false);
-  expand_bias_grad(sum, windows.windows, 1, windows.d_table, windows.accumulate);
+template <int head, class Seen>
+void start(const Sizes& n, const Problem<Seen>& p, bool exact, const Tensor& dk, const Tensor& dv) {
+  start_queries<head>(n, p, exact);
+  start_keys<head>(n, p, dk, dv);
 }
 
 }  // namespace
@@ -371,38 +327,30 @@ void start_bias(const Sizes& n, Problem<InWindows> p, const WindowBias& windows)
 void fused_attention_grad(const Tensor& d_o, const AttentionOperand& q, const AttentionOperand& k, const AttentionOperand& v,
                           const Tensor& o, const Tensor& lse, int64_t heads, double scale, const Tensor& dq, const Tensor& dk,
                           const Tensor& dv, const WindowBias& windows) {
-  const Sizes n = sizes_of(d_o, heads, scale, windows);
+  const Sizes n = sizes_of(d_o, dk, heads, scale, windows);
   if (lse.defined()) n.check_lines(lse, "lse");
   if (d_o.numel() == 0) {
+    for (const Tensor& d : {dk, dv})  // of no queries
+      if (d.numel() > 0) copy(Tensor::zeros(d.shape(), d.dtype(), d.device()), d);
     if (windows.d_table.defined() && !windows.accumulate) fill(windows.d_table, 0);
     return;
   }
   const bool exact = o.defined() && lse.defined();
-  const auto lines = [&] { return Tensor::empty({n.sequences, heads, n.length}, DType::f32, d_o.device()); };
+  const auto lines = [&] { return Tensor::empty({n.sequences, heads, n.sequence.queries}, DType::f32, d_o.device()); };
   const Tensor rows = exact ? lse : lines(), delta = lines();
   const auto problem = [&](auto seen) {
-    return Problem<decltype(seen)>{{},
-                                   seen,
-                                   n.operand(q, "q"),
-                                   n.operand(k, "k"),
-                                   n.operand(v, "v"),
-                                   exact ? n.operand(o, "o") : Operand(),
-                                   n.operand(d_o, "d_o"),
-                                   n.operand(dq, "dq"),
-                                   n.operand(dk, "dk"),
-                                   n.operand(dv, "dv"),
-                                   rows.data<float>(),
-                                   delta.data<float>(),
-                                   static_cast<float>(scale * kLog2E)};
+    auto p = problem_of(n, seen, q, k, v, d_o, rows, delta, scale);
+    if (exact) p.o = n.queries({o, {}}, "o");
+    p.dq = n.queries({dq, {}}, "dq"), p.dk = n.keys({dk, {}}, "dk"), p.dv = n.keys({dv, {}}, "dv");
+    return p;
   };
   if (windows.defined()) {
-    const auto p = problem(InWindows{windows.windows, windows.table.data<float>()});
-    start<32>(n, p, exact);
-    if (windows.d_table.defined()) start_bias<32>(n, p, windows);
+    start<32>(n, problem(InWindows{windows.windows, windows.table.data<float>()}), exact, dk, dv);
+    if (windows.d_table.defined()) window_bias_grad(d_o, q, k, v, rows, delta, heads, scale, windows);
   } else if (n.head == 64) {
-    start<64>(n, problem(NoWindows{}), exact);
+    start<64>(n, problem(NoWindows{}), exact, dk, dv);
   } else {
-    start<32>(n, problem(NoWindows{}), exact);
+    start<32>(n, problem(NoWindows{}), exact, dk, dv);
   }
 }
 

@@ -24,11 +24,13 @@ struct Problem {
   Producer codes[3];
 };
 
-/// The rows of one operand that belong to this block: straight from global memory, where the tiles will find them in the cache.
+/// `tiles` of an operand of so many tokens, which are this block's: straight from global memory, where the products will find them in the
+/// cache.
 template <int head, class Place>
-__device__ inline void write_codes(const Producer& to, const Operand& x, const Extent& e, const Share& share, Place place) {
+__device__ inline void write_codes(const Producer& to, const Operand& x, const Extent& e, const Share& share, const Run& tiles, int tokens,
+                                   Place place) {
   constexpr int lanes = head / kUnit;
-  const int from = share.first * kTile, rows = min(share.tiles * kTile, e.tokens - from);
+  const int from = tiles.first * kTile, rows = min(tiles.count * kTile, tokens - from);
   const uint32_t group = to.group_at(share.column);
   const GroupScale scale = to.scale_of(group);
   Noted noted;
@@ -50,10 +52,12 @@ __device__ inline void write_codes(const Producer& to, const Operand& x, const E
   }
 }
 template <int head, class Seen, class Place>
-__device__ inline void write_codes(const Problem<Seen>& p, const Share& share, Place place) {
-  if (p.codes[0].codes) write_codes<head>(p.codes[0], p.q, p.extent, share, place);
-  if (p.codes[1].codes) write_codes<head>(p.codes[1], p.k, p.extent, share, place);
-  if (p.codes[2].codes) write_codes<head>(p.codes[2], p.v, p.extent, share, place);
+__device__ inline void write_codes(const Problem<Seen>& p, const Share& share, Place queries, Place keys) {
+  const Extent& e = p.extent;
+  const Run of_keys = run_of(tiles_of(e.met), share.part, e.parts);
+  if (p.codes[0].codes) write_codes<head>(p.codes[0], p.q, e, share, {share.first, share.tiles}, e.own, queries);
+  if (p.codes[1].codes) write_codes<head>(p.codes[1], p.k, e, share, of_keys, e.met, keys);
+  if (p.codes[2].codes) write_codes<head>(p.codes[2], p.v, e, share, of_keys, e.met, keys);
 }
 /// When all blocks have written theirs, the last one takes the ranges into the estimates.
 template <class Seen>
@@ -137,7 +141,7 @@ __device__ inline void attend(Queries<head> (&x)[tiles], const bf16* k, int key,
 #pragma unroll
   for (int t = 0; t < active; ++t) {
     const float scale = of.seen.template add<false>(s[t], of.scale, of.extent, of.row + t * of.step, key);
-    mask_columns(s[t], of.extent.tokens - key);
+    mask_columns(s[t], of.extent.met - key);
     exponentials<Seen::windowed>(s[t], x[t], scale);
   }
 #pragma unroll
@@ -177,19 +181,19 @@ __global__ void __launch_bounds__(kWarps* kWarp, kBlocks<head>) attention_kernel
   const Extent& e = p.extent;
   const Share share = share_of<head>(e);
   const int warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp, chunks = e.chunks();
-  const auto place = p.seen.open(e, share);
+  const auto place = p.seen.open(e, share), keys = p.seen.met(e, share);
   bf16* const q = dynamic_shared<bf16>() + p.seen.shared_elements(e);
   bf16* const slots = q + e.most_tiles() * kTile * kPitch<head>;
   const auto load_chunk = [&](int c) {
     const int rows = e.rows(c);
     bf16* const k = slots + c % e.slots * kSlot<head>;
-    load_values<head>(k, p.k, place.from(c * kChunk), share.column, rows, whole_tiles(rows));
-    load_values<head>(k + kSecond<head>, p.v, place.from(c * kChunk), share.column, rows, whole_tiles(rows));
+    load_values<head>(k, p.k, keys.from(c * kChunk), share.column, rows, whole_tiles(rows));
+    load_values<head>(k + kSecond<head>, p.v, keys.from(c * kChunk), share.column, rows, whole_tiles(rows));
     copy_async_commit();
   };
-  if constexpr (coded) write_codes<head>(p, share, place);
+  if constexpr (coded) write_codes<head>(p, share, place, keys);
   const int own = share.first * kTile;  // the block's first query
-  load_values<head>(q, p.q, place.from(own), share.column, e.tokens - own, share.tiles * kTile);
+  load_values<head>(q, p.q, place.from(own), share.column, e.own - own, share.tiles * kTile);
 
   // Tile warp + t warps of the share is tile t of the warp: no warp has two more than another.
   Queries<head> x[tiles] = {};
@@ -224,9 +228,9 @@ __global__ void __launch_bounds__(kWarps* kWarp, kBlocks<head>) attention_kernel
       const float sum = warp_reduce<4>(x[t].sum[half], Sum{});
       const int at = token + threadIdx.x % kWarp / 4 + 8 * half;
       inverse[half] = 1.0f / sum;
-      if (threadIdx.x % 4 == 0 && at < e.tokens) p.lse[share.line + at] = kLn2 * x[t].top[half] + std::log(sum);
+      if (threadIdx.x % 4 == 0 && at < e.own) p.lse[share.line * e.own + at] = kLn2 * x[t].top[half] + std::log(sum);
     }
-    store_product<head>(x[t].o, inverse, q + tile * kTile * kPitch<head>, p.o, place.from(token), share.column, e.tokens - token);
+    store_product<head>(x[t].o, inverse, q + tile * kTile * kPitch<head>, p.o, place.from(token), share.column, e.own - token);
   }
   if constexpr (coded) finish_codes(p);
 }
@@ -234,7 +238,7 @@ __global__ void __launch_bounds__(kWarps* kWarp, kBlocks<head>) attention_kernel
 template <int head, class Seen>
 void start(const Sizes& n, Problem<Seen> p, bool coded) {
   constexpr int tiles = kTilesPerWarp<head>;
-  const Deal d = deal(n, kWarps * tiles, 2);
+  const Deal d = by_queries(n, kWarps * tiles, 2);
   p.extent = d.extent;
   const int warps = std::min(d.extent.most_tiles(), kWarps);
   const int elements = p.seen.shared_elements(d.extent) + d.extent.most_tiles() * kTile * kPitch<head> + slot_elements<head>(d.extent);
@@ -246,30 +250,30 @@ void start(const Sizes& n, Problem<Seen> p, bool coded) {
 
 void fused_attention(const Tensor& q, const Tensor& k, const Tensor& v, int64_t heads, double scale, const Tensor& o, const Tensor& lse,
                      const QkvCodes& codes, const WindowBias& windows) {
-  const Sizes n = sizes_of(q, heads, scale, windows);
+  const Sizes n = sizes_of(q, k, heads, scale, windows);
   n.check_lines(lse, "lse");
   Producer producers[3];
   const Tensor* const rows[] = {&q, &k, &v};
   std::array<WatchedGroups, 3> groups;  // live until the launch
   for (int i = 0; i < 3; ++i) {
     if (!codes[i].defined()) continue;
-    if (q.numel() == 0 || !can_produce(codes[i], q.numel(), n.channels, kUnit) ||
+    if (q.numel() == 0 || !can_produce(codes[i], rows[i]->numel(), n.channels, kUnit) ||
         (codes[i].layout.groups > 1 && codes[i].layout.inner % n.head != 0)) {
       encode(*rows[i], codes[i]);
       continue;
     }
     groups[i] = WatchedGroups(codes[i], i);
-    producers[i] = producer_of(codes[i], q.numel(), groups[i]);
+    producers[i] = producer_of(codes[i], rows[i]->numel(), groups[i]);
   }
   if (q.numel() == 0) return;
   const bool coded = producers[0].codes || producers[1].codes || producers[2].codes;
   const auto problem = [&](auto seen) {
     return Problem<decltype(seen)>{{},
                                    seen,
-                                   n.operand(q, "q"),
-                                   n.operand(k, "k"),
-                                   n.operand(v, "v"),
-                                   n.operand(o, "o"),
+                                   n.queries({q, {}}, "q"),
+                                   n.keys({k, {}}, "k"),
+                                   n.keys({v, {}}, "v"),
+                                   n.queries({o, {}}, "o"),
                                    lse.data<float>(),
                                    static_cast<float>(scale * kLog2E),
                                    {producers[0], producers[1], producers[2]}};

@@ -8,13 +8,11 @@
 namespace mesa::kernels::cuda {
 namespace {
 
-inline constexpr int64_t kMostTokens = 1024;
-
 /// Rows of a tile in shared memory lie head + 8 elements apart: eight rows at one column then lie in different banks.
 template <int head>
 inline constexpr int kPitch = head + 8;
 
-/// One of q, k, v, o and their gradients, [B, N, C], as the kernels see it.
+/// One of q, k, v, o and their gradients, [B, N or M, C], as the kernels see it.
 struct Operand {
   bf16* values = nullptr;  ///< rows `stride` elements apart; null: codes
   int64_t stride = 0;
@@ -75,34 +73,53 @@ inline Operand coded_operand(const Coded& x, int64_t batch, int64_t tokens, int6
   return out;
 }
 
+/// Tokens that attend, and those that they attend to.
+struct Tokens {
+  int64_t queries, keys;
+};
+
+/// What blocks know of each token of a window must fit shared memory.
+inline constexpr int64_t kMostWindowed = 1024;
+
 /// The sizes of a call, checked.
 struct Sizes {
-  int64_t batch, tokens, channels, heads, head;
-  int64_t sequences, length;  ///< that attend within themselves: images, or windows
+  int64_t batch, channels, heads, head;
+  Tokens image;
+  int64_t sequences;  ///< that attend to keys of their own: images, or windows
+  Tokens sequence;
 
-  Operand operand(const Tensor& x, const char* what) const { return values_operand(x, batch, tokens, channels, what); }
-  Operand operand(const AttentionOperand& x, const char* what) const {
-    return x.values.defined() ? operand(x.values, what) : coded_operand(x.coded, batch, tokens, channels, what);
-  }
+  Operand queries(const AttentionOperand& x, const char* what) const { return operand(x, image.queries, what); }
+  Operand keys(const AttentionOperand& x, const char* what) const { return operand(x, image.keys, what); }
   void check_lines(const Tensor& x, const char* what) const {
-    check(x.is_contiguous() && x.numel() == sequences * heads * length, "fused attention: ", what, " is ", x.shape(), ", not [", sequences,
-          ", ", heads, ", ", length, "]");
+    check(x.is_contiguous() && x.numel() == sequences * heads * sequence.queries, "fused attention: ", what, " is ", x.shape(), ", not [",
+          sequences, ", ", heads, ", ", sequence.queries, "]");
+  }
+
+ private:
+  Operand operand(const AttentionOperand& x, int64_t tokens, const char* what) const {
+    return x.values.defined() ? values_operand(x.values, batch, tokens, channels, what)
+                              : coded_operand(x.coded, batch, tokens, channels, what);
   }
 };
 
-inline Sizes sizes_of(const Tensor& x, int64_t heads, double scale, const WindowBias& windows) {
-  check(x.rank() == 3 && heads > 0 && x.dim(2) % heads == 0, "fused attention: ", heads, " heads in a tensor of shape ", x.shape());
-  Sizes n{x.dim(0), x.dim(1), x.dim(2), heads, x.dim(2) / heads, x.dim(0), x.dim(1)};
+/// Of queries [B, N, C] and keys [B, M, C], or their gradients.
+inline Sizes sizes_of(const Tensor& q, const Tensor& k, int64_t heads, double scale, const WindowBias& windows) {
+  check(q.rank() == 3 && heads > 0 && q.dim(2) % heads == 0, "fused attention: ", heads, " heads in a tensor of shape ", q.shape());
+  check(k.rank() == 3 && k.dim(1) > 0, "fused attention: no keys in a tensor of shape ", k.shape());
+  const Tokens image{q.dim(1), k.dim(1)};
+  Sizes n{q.dim(0), q.dim(2), heads, q.dim(2) / heads, image, q.dim(0), image};
   check(n.head == 32 || n.head == 64, "fused attention: heads of 32 or 64 channels, not ", n.head);
   if (windows.defined()) {
-    windows.windows.validate(n.tokens);
+    windows.windows.validate(image.queries);
+    check(image.keys == image.queries, "fused attention in windows: ", image.queries, " queries and ", image.keys, " keys");
     check(n.head == 32, "fused attention in windows: heads of 32 channels, not ", n.head);
     check(windows.table.is_contiguous() && windows.table.shape() == Shape({windows.windows.distances(), heads}),
           "fused attention: a table of biases ", windows.table.shape());
     n.sequences *= windows.windows.count();
-    n.length = windows.windows.length();
+    const int64_t length = windows.windows.length();
+    check(length <= kMostWindowed, "fused attention: at most ", kMostWindowed, " tokens in a window, not ", length);
+    n.sequence = {length, length};
   }
-  check(n.length <= kMostTokens, "fused attention: at most ", kMostTokens, " tokens, not ", n.length);
   check(scale > 0, "fused attention: the scale is ", scale, " but must be positive");
   return n;
 }

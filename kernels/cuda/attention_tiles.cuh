@@ -18,35 +18,51 @@ inline constexpr int kSlot = 2 * kSecond<head>;
 
 inline constexpr float kLog2E = 1.44269504f, kLn2 = 0.693147181f;
 
-/// What all blocks of one launch have in common.
+MESA_HD inline int tiles_of(int rows) { return (rows + kTile - 1) / kTile; }
+MESA_HD inline int whole_tiles(int rows) { return tiles_of(rows) * kTile; }
+
+/// Consecutive items of many, dealt out.
+struct Run {
+  int first, count;
+};
+MESA_HD inline Run run_of(int items, int part, int parts) {
+  const int first = part * items / parts;
+  return {first, (part + 1) * items / parts - first};
+}
+
+/// What all blocks of one launch have in common. In a head of a sequence blocks own tiles of some tokens (queries, say) and meet those of
+/// the other kind (keys) by chunks.
 struct Extent {
-  int tokens, heads;
-  int parts;  ///< blocks that share the tiles of one head
+  int own, met;  ///< tokens of a sequence
+  int heads;
+  int parts;  ///< blocks that share the tiles of a head
+  int turns;  ///< blocks that share the chunks of a head
   int slots;  ///< chunks that shared memory holds
 
-  MESA_HD int tiles() const { return (tokens + kTile - 1) / kTile; }
+  MESA_HD int tiles() const { return tiles_of(own); }
   MESA_HD int most_tiles() const { return (tiles() + parts - 1) / parts; }  ///< of one block
-  MESA_HD int chunks() const { return (tokens + kChunk - 1) / kChunk; }
+  MESA_HD int chunks() const { return (met + kChunk - 1) / kChunk; }
   /// Rows of chunk c that exist.
-  MESA_HD int rows(int c) const { return tokens - c * kChunk < kChunk ? tokens - c * kChunk : kChunk; }
+  MESA_HD int rows(int c) const { return met - c * kChunk < kChunk ? met - c * kChunk : kChunk; }
 };
 
-/// The block's share: `tiles` tiles of 16 tokens from `first` on of one head of one sequence.
+/// The block's share: tiles of 16 tokens of one head of one sequence, and the chunks that they meet.
 struct Share {
   int sequence;  ///< the image, or the window of one
-  int line;      ///< of the sequence's and head's first token among the rows of all heads
+  int line;      ///< which head of which sequence
   int column;    ///< of the head's first channel
+  int part, turn;
   int first, tiles;
+  Run chunks;
 };
 
 template <int head>
 __device__ inline Share share_of(const Extent& e) {
-  const unsigned part = blockIdx.x % e.parts, at = blockIdx.x / e.parts;  // parts of a head side by side: they read the same rows
-  const int first = part * e.tiles() / e.parts, end = (part + 1) * e.tiles() / e.parts;
-  return {static_cast<int>(at / e.heads), static_cast<int>(at * e.tokens), static_cast<int>(at % e.heads * head), first, end - first};
+  // Parts of a head side by side: they read the same rows.
+  const int part = blockIdx.x % e.parts, turn = blockIdx.x / e.parts % e.turns, line = blockIdx.x / e.parts / e.turns;
+  const Run tiles = run_of(e.tiles(), part, e.parts);
+  return {line / e.heads, line, line % e.heads * head, part, turn, tiles.first, tiles.count, run_of(e.chunks(), turn, e.turns)};
 }
-
-MESA_HD inline int whole_tiles(int rows) { return (rows + kTile - 1) / kTile * kTile; }
 
 /// Elements of shared memory for the slots; where all chunks have one, the last is as short as its chunk.
 template <int head>
@@ -55,19 +71,28 @@ int slot_elements(const Extent& e) {
   return e.slots * kSlot<head> - spare * kPitch<head>;
 }
 
-/// How the tiles of a head are dealt out evenly to blocks.
+/// How the tiles of a head are dealt out evenly to blocks, and where `turning` the chunks, too, if the tiles leave a GPU idle.
 struct Deal {
   Extent extent;
   unsigned grid;
 };
-inline Deal deal(const Sizes& n, int most_tiles, int most_slots) {
-  Extent e{static_cast<int>(n.length), static_cast<int>(n.heads), 1, 1};
+inline Deal deal(const Sizes& n, int64_t own, int64_t met, int most_tiles, int most_slots, bool turning) {
+  constexpr int64_t kWarpsToFill = 132 * 16, kLeastChunks = 8;  // a large GPU; less work than that is not worth the sums
+  const int64_t heads = n.sequences * n.heads;
+  check(heads * (own + met) < int64_t{1} << 31 && std::max(own, met) <= int64_t{1} << 20, "fused attention: ", n.batch, " images of ",
+        n.heads, " heads and ", std::max(own, met), " tokens are too many for one launch");
+  Extent e{static_cast<int>(own), static_cast<int>(met), static_cast<int>(n.heads), 1, 1, 1};
   e.parts = static_cast<int>(ceil_div(e.tiles(), most_tiles));
   e.slots = std::min(e.chunks(), most_slots);
-  const int64_t lines = n.sequences * n.heads * n.length, blocks = n.sequences * n.heads * e.parts;
-  check(std::max(lines, blocks) < int64_t{1} << 31, "fused attention: ", n.batch, " images of ", n.heads,
-        " heads are too many for one launch");
-  return {e, static_cast<unsigned>(blocks)};
+  if (turning)
+    e.turns = static_cast<int>(std::clamp<int64_t>(kWarpsToFill / (heads * e.tiles()), 1, std::max<int64_t>(1, e.chunks() / kLeastChunks)));
+  return {e, static_cast<unsigned>(heads * e.parts * e.turns)};
+}
+inline Deal by_queries(const Sizes& n, int most_tiles, int most_slots) {
+  return deal(n, n.sequence.queries, n.sequence.keys, most_tiles, most_slots, false);
+}
+inline Deal by_keys(const Sizes& n, int most_tiles, int most_slots, bool turning) {
+  return deal(n, n.sequence.keys, n.sequence.queries, most_tiles, most_slots, turning);
 }
 
 // --- fragments --------------------------------------------------------------------------------------------------------------------

@@ -10,7 +10,8 @@ namespace {
 /// The attention of whole images has no such thing.
 struct NoWindows {
   static constexpr bool windowed = false;
-  __device__ Consecutive open(const Extent& e, const Share& share) const { return {share.sequence * e.tokens}; }
+  __device__ Consecutive open(const Extent& e, const Share& share) const { return {share.sequence * e.own}; }
+  __device__ Consecutive met(const Extent& e, const Share& share) const { return {share.sequence * e.met}; }
   MESA_HD int shared_elements(const Extent&) const { return 0; }
   template <bool transposed, int n>
   __device__ float add(float (&)[n][4], float scale, const Extent&, int, int) const {
@@ -27,7 +28,7 @@ struct InWindows {
   struct Token {
     int position, region;
   };
-  MESA_HD static int padded(const Extent& e) { return whole_tiles(e.tokens); }
+  MESA_HD static int padded(const Extent& e) { return whole_tiles(e.own); }
   /// In units of bf16, so that tiles may follow at multiples of 16 bytes.
   MESA_HD int shared_elements(const Extent& e) const { return (3 * padded(e) + (w.distances() + 3) / 4 * 4) * 2; }
 
@@ -35,19 +36,21 @@ struct InWindows {
   __device__ static int* rows(const Extent& e) { return reinterpret_cast<int*>(tokens() + padded(e)); }
   __device__ static float* biases(const Extent& e) { return reinterpret_cast<float*>(rows(e) + padded(e)); }
 
-  /// Fills shared memory; all threads of the block take part. `share.sequence` may be another one each time.
+  /// Where the block's own tokens are, and those that they meet: the same. The first fills shared memory; all threads of the block take
+  /// part. `share.sequence` may be another one each time.
   __device__ Listed open(const Extent& e, const Share& share) const {
     const int image = share.sequence / w.count(), window = share.sequence - image * w.count();
     for (int t = threadIdx.x; t < padded(e); t += blockDim.x) {
-      const int place = min(t, e.tokens - 1);
+      const int place = min(t, e.own - 1);
       tokens()[t] = {w.position(place), w.region(window, place)};
       rows(e)[t] = image * static_cast<int>(w.tokens()) + w.token(window, place);
     }
-    const int head = share.line / e.tokens % e.heads;
+    const int head = share.line % e.heads;
     for (int i = threadIdx.x; i < w.distances(); i += blockDim.x) biases(e)[i] = kLog2E * table[i * e.heads + head];
     __syncthreads();
     return {rows(e)};
   }
+  __device__ Listed met(const Extent& e, const Share&) const { return {rows(e)}; }
   /// s <- scale s + bias in units of log2, -infinity where two tokens do not see each other: rows from token `row` on, columns from
   /// `column`. The rows are queries, or keys if `transposed`. Returns the factor that is left to apply.
   template <bool transposed, int n>

@@ -53,7 +53,12 @@ class Sequences {
     if (windows_.defined()) scatter_windows(part, windows_, from, x);
   }
 
-  Tensor scores(DType dtype, Device device) const { return Tensor::empty({of_a_turn(), heads_, queries_, keys_}, dtype, device); }
+  /// On a GPU rows of scores begin at multiples of 16 bytes: of an odd number of keys its matrix units would read single elements. (Those
+  /// of windows are summed as one row each.)
+  Tensor scores(DType dtype, Device device) const {
+    const int64_t pitch = gpu_ && !windows_.defined() ? (keys_ + 7) / 8 * 8 : keys_;
+    return Tensor::empty({of_a_turn(), heads_, queries_, pitch}, dtype, device).narrow(-1, 0, keys_);
+  }
   /// A number for each row of each head.
   Tensor lines(DType dtype, Device device) const { return Tensor::empty({count_, heads_, queries_}, dtype, device); }
 
@@ -65,6 +70,11 @@ class Sequences {
 
 /// The first `count` sequences of a turn's buffer.
 Tensor head(const Tensor& t, int64_t count) { return t.dim(0) == count ? t : t.narrow(0, 0, count); }
+
+/// Scores with what fills up their rows.
+Tensor whole(const Tensor& scores) {
+  return scores.as_strided({scores.dim(0), scores.dim(1), scores.dim(2), scores.strides()[-2]}, scores.strides(), scores.offset());
+}
 
 /// A bias table laid out for the scores of any window.
 class Bias {
@@ -110,8 +120,8 @@ Tensor by_head(const Tensor& x, int64_t heads) { return x.split_last(x.dim(-1) /
 
 bool has_fused_kernel(const Tensor& o, const Tensor& k, int64_t heads, const WindowBias& windows) {
   const int64_t head = o.dim(2) / heads;
-  if (!is_gpu(o.device()) || o.dim(1) != k.dim(1) || fused_attention.cuda == nullptr || o.dtype() != DType::bf16) return false;
-  return windows.defined() ? head == 32 && windows.windows.length() <= 1024 : (head == 32 || head == 64) && o.dim(1) <= 1024;
+  if (!is_gpu(o.device()) || k.dim(1) == 0 || fused_attention.cuda == nullptr || o.dtype() != DType::bf16) return false;
+  return windows.defined() ? head == 32 && windows.windows.length() <= 1024 : head == 32 || head == 64;
 }
 
 Tensor decode(const AttentionOperand& x, const Tensor& like) { return x.values.defined() ? x.values : decoded(x.coded, like); }
@@ -174,7 +184,7 @@ void attention_grad(const Tensor& d_o, const AttentionOperand& q_coded, const At
     const auto lines = [&](const Tensor& x) { return x.defined() ? x.narrow(0, from, count) : x; };
     const auto rounded = [&](const Tensor& x, const Tensor& buffer) {
       if (!buffer.defined()) return x;
-      copy(x, head(buffer, count));
+      copy(whole(x), whole(head(buffer, count)));
       return head(buffer, count);
     };
     const Tensor p = head(probabilities, count), ds = head(gradients, count);

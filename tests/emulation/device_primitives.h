@@ -155,6 +155,7 @@ inline void ldmatrix_x4(uint32_t (&r)[4], const void* row) { emulated::ldmatrix<
 inline void ldmatrix_x4_transposed(uint32_t (&r)[4], const void* row) { emulated::ldmatrix<true>(r, row); }
 
 inline void copy_async_16(void* shared, const void* global) { emulation::copy_later(shared, global, 16); }
+inline void copy_async_4(float* shared, const float* global) { emulation::copy_later(shared, global, 4); }
 inline void copy_async_commit() { emulation::commit_copies(); }
 template <int pending>
 void copy_async_wait() {

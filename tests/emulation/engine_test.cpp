@@ -27,14 +27,16 @@ using Catch::Matchers::Contains;
 
 namespace {
 
-RunConfig config_of(const std::vector<std::string>& sets) {
-  return parse_config(
-      "model: {name: vit, image_size: 32, patch_size: 8, width: 64, depth: 2, heads: 2, classes: 10}\n"
-      "data: {kind: random, train_size: 512, test_size: 64, workers: 1}\n"
-      "train: {epochs: 1, batch_size: 64, threads: 1, steps: 2}\n"
-      "device: cuda\n"
-      "storage: [{match: \"*\", codec: int8, groups: heads, range: running}]\n",
-      "engine.yaml", sets);
+const char* const kViT = "{name: vit, image_size: 32, patch_size: 8, width: 64, depth: 2, heads: 2, classes: 10}";
+
+RunConfig config_of(const std::vector<std::string>& sets, const std::string& model = kViT) {
+  return parse_config(concat("model: ", model, R"(
+data: {kind: random, train_size: 512, test_size: 64, workers: 1}
+train: {epochs: 1, batch_size: 64, threads: 1, steps: 2}
+device: cuda
+storage: [{match: "*", codec: int8, groups: heads, range: running}]
+)"),
+                      "engine.yaml", sets);
 }
 
 /// int4, by way of `pack` alone: every value is coded when it is there.
@@ -85,6 +87,29 @@ TEST_CASE("emulated GPU: forward and backward never wait for the device, whateve
         CHECK(emulation::waits() > before);  // the count does count
       }
     }
+}
+
+TEST_CASE("emulated GPU: attention in bf16 of heads of 32 or 64 is one kernel, to whatever it attends", "[emulation]") {
+  const auto scores_in_memory = [](const std::string& model) {
+    const RunConfig config = config_of({"train.precision=bf16"}, model);
+    BuiltModel built(config, model_config(config, 10), kCuda);
+    StoragePolicy policy = make_policy(config.storage);
+    const std::map<std::string, int64_t> before = emulation::launches();
+    Tape tape(policy, 1, 0);
+    tape.backward(cross_entropy(built.net(to(normal_tensor({2, 3, 32, 32}, "images"), kCuda, MemoryKind::inputs)),
+                                to(Tensor::from<int64_t>({2}, {3, 4}), kCuda, MemoryKind::inputs)));
+    std::map<std::string, int64_t> counts = emulation::launches();
+    for (const auto& [kernel, count] : before) counts[kernel] -= count;
+    CHECK(counts["fused_attention"] == counts["fused_attention_grad (dk, dv)"]);
+    return std::pair{counts["fused_attention"] > 0, counts["attention_softmax"] > 0};
+  };
+  CHECK(scores_in_memory("{name: vit, image_size: 32, patch_size: 8, width: 64, depth: 1, heads: 2, classes: 10}") ==
+        std::pair{true, false});
+  CHECK(scores_in_memory("{name: vit, image_size: 32, patch_size: 8, width: 64, depth: 1, heads: 4, classes: 10}") ==
+        std::pair{false, true});
+  CHECK(scores_in_memory("{name: swin, image_size: 32, patch_size: 4, width: 32, depths: [2], heads: 1, window: 4, classes: 10}") ==
+        std::pair{true, false});
+  CHECK(scores_in_memory("{name: pvt_tiny, image_size: 32, depths: [1, 1, 1, 1], classes: 10}") == std::pair{true, false});
 }
 
 TEST_CASE("emulated GPU: a block starts the passes over memory that its bytes are counted by, and no others", "[emulation][slow]") {

@@ -2,12 +2,15 @@
 #include <catch2/catch.hpp>
 #include <filesystem>
 #include <nlohmann/json.hpp>
+#include <regex>
+#include <set>
 #include <sstream>
 
 #include "../../kernels/cuda/cublaslt_plan.h"
 #include "cublaslt_descriptors.h"
 #include "mesa/base/cuda.h"
 #include "mesa/base/files.h"
+#include "mesa/kernels/attention.h"
 #include "mesa/kernels/elementwise.h"
 #include "mesa/kernels/matmul.h"
 #include "mesa/train/files.h"
@@ -228,4 +231,27 @@ TEST_CASE("products: where a result in bf16 is summed in parts, these stay f32",
   kernels::fill(a, 0.0625), kernels::fill(b, 1);
   kernels::matmul(a, b, c);  // few tiles of a long sum; the emulated library refuses if parts might be rounded
   CHECK(numbers_of(c) == std::vector<double>(32 * 32, 32));
+}
+
+TEST_CASE("products: attention's rows of scores begin at multiples of 16 bytes, however many keys there are", "[emulation]") {
+  const Delays delays({0, 0, 0});
+  kernels::tune_products(true);  // which tells the forms
+  const auto tensor = [](const Shape& shape, const char* name) { return on_gpu(normal_tensor(shape, name, DType::bf16)); };
+  const Tensor q = tensor({2, 5, 32}, "q"), kv = tensor({2, 7, 64}, "kv"), o = empty_like(q), dq = empty_like(q), dkv = empty_like(kv);
+  const auto part = [](const Tensor& t, int i) { return t.narrow(-1, 32 * i, 32); };
+  const Tensor lse = Tensor::empty({2, 2, 5}, DType::f32, kCuda);
+  kernels::attention(q, part(kv, 0), part(kv, 1), 2, 0.25, o, lse);
+  kernels::attention_grad(tensor({2, 5, 32}, "d_o"), {q, {}}, {part(kv, 0), {}}, {part(kv, 1), {}}, o, lse, 2, 0.25, dq, part(dkv, 0),
+                          part(dkv, 1));
+  std::set<std::string> forms;
+  for (const auto& [form, algorithm] : kernels::product_choices()) {
+    INFO(form);
+    const std::regex matrix("(bf16|fp32)( t)? [0-9]+x[0-9]+/([0-9]+)");
+    int matrices = 0;
+    for (std::sregex_iterator i(form.begin(), form.end(), matrix), end; i != end; ++i, ++matrices)
+      CHECK(std::stoi((*i)[3]) * ((*i)[1] == "bf16" ? 2 : 4) % 16 == 0);
+    CHECK(matrices == 3);
+    forms.insert(form.substr(0, form.find(", aligned")));
+  }
+  CHECK(forms.size() == 3);  // q k^T and dO v^T, P v and dS k, P^T dO and dS^T q
 }

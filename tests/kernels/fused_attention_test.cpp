@@ -15,59 +15,91 @@ namespace {
 struct Form {
   int64_t B, N, H, D;
   kernels::Windows windows = {};  ///< of the N tokens, or none
+  int64_t others = 0;             ///< keys of their own, or none: the N tokens are
+
+  int64_t keys() const { return others > 0 ? others : N; }
 };
 
-/// A packed projection in bf16 on the device with the rest of an attention's operands, and the same numbers in double on the host.
+/// q, k and v: thirds of one packed projection or, with other tokens' keys, a tensor and the halves of another.
+struct Packed {
+  std::vector<Tensor> tensors;
+  int64_t width;
+
+  Tensor part(int i) const {
+    const int whole = tensors.size() == 1 || i == 0 ? 0 : 1;
+    return tensors[static_cast<size_t>(whole)].narrow(-1, (i - whole) * width, width);
+  }
+  std::vector<double> numbers() const {
+    std::vector<double> all;
+    for (const Tensor& t : tensors) {
+      const std::vector<double> some = t.to_vector<double>();
+      all.insert(all.end(), some.begin(), some.end());
+    }
+    return all;
+  }
+  Packed like() const {
+    Packed out{{}, width};
+    for (const Tensor& t : tensors) out.tensors.push_back(empty_like(t));
+    return out;
+  }
+};
+
+/// An attention's operands in bf16 on the device, and the same numbers in double on the host.
 struct Operands {
   Form f;
   double scale;
-  Tensor qkv, d_o, o, lse, dqkv;
-  Tensor wide_qkv, wide_d_o, wide_o, wide_lse, wide_dqkv;
+  Packed qkv, dqkv;
+  Tensor d_o, o, lse;
+  Packed wide_qkv, wide_dqkv;
+  Tensor wide_d_o, wide_o, wide_lse;
   kernels::WindowBias windows, wide_windows;
 
   Operands(const Form& form, double spread) : f(form), scale(1 / std::sqrt(static_cast<double>(form.D))) {
     const int64_t C = f.H * f.D;
-    const Tensor x = random({f.B, f.N, 3 * C}, DType::bf16, "qkv", spread), g = random({f.B, f.N, C}, DType::bf16, "d_o");
-    qkv = to(x, kCuda), d_o = to(g, kCuda);
-    o = empty_like(d_o), dqkv = empty_like(qkv);
+    qkv.width = wide_qkv.width = C;
+    const auto add = [&](const Shape& shape, const char* name) {
+      const Tensor x = random(shape, DType::bf16, name, spread);
+      qkv.tensors.push_back(to(x, kCuda)), wide_qkv.tensors.push_back(widened(x));
+    };
+    if (f.others == 0)
+      add({f.B, f.N, 3 * C}, "qkv");
+    else
+      add({f.B, f.N, C}, "q"), add({f.B, f.others, 2 * C}, "kv");
+    dqkv = qkv.like(), wide_dqkv = wide_qkv.like();
+    const Tensor g = random({f.B, f.N, C}, DType::bf16, "d_o");
+    d_o = to(g, kCuda), wide_d_o = widened(g);
+    o = empty_like(d_o), wide_o = empty_like(wide_d_o);
     const bool windowed = f.windows.defined();
     const Shape rows = windowed ? Shape{f.B * f.windows.count(), f.H, f.windows.length()} : Shape{f.B, f.H, f.N};
-    lse = Tensor::empty(rows, DType::f32, kCuda);
+    lse = Tensor::empty(rows, DType::f32, kCuda), wide_lse = Tensor::empty(rows, DType::f64);
     if (windowed) {
       const Tensor table = random({f.windows.distances(), f.H}, DType::f32, "table", spread);
       windows = {f.windows, to(table, kCuda), Tensor::empty(table.shape(), DType::f32, kCuda), false};
       wide_windows = {f.windows, widened(table), Tensor::empty(table.shape(), DType::f64), false};
     }
-    wide_qkv = Tensor::empty(x.shape(), DType::f64), wide_d_o = Tensor::empty(g.shape(), DType::f64);
-    kernels::copy(widened(x), wide_qkv), kernels::copy(widened(g), wide_d_o);
-    wide_o = empty_like(wide_d_o), wide_dqkv = empty_like(wide_qkv);
-    wide_lse = Tensor::empty(rows, DType::f64);
   }
   static Tensor widened(const Tensor& x) { return Tensor::from(x.shape(), x.to_vector<double>()); }
-  Tensor third(const Tensor& t, int i) const { return t.narrow(-1, i * f.H * f.D, f.H * f.D); }
 
   void forward() {
-    kernels::fused_attention(third(qkv, 0), third(qkv, 1), third(qkv, 2), f.H, scale, o, lse, kernels::QkvCodes{}, windows);
-    kernels::attention(third(wide_qkv, 0), third(wide_qkv, 1), third(wide_qkv, 2), f.H, scale, wide_o, wide_lse,
-                       kernels::AttentionBy::engine, {}, wide_windows);
+    kernels::fused_attention(qkv.part(0), qkv.part(1), qkv.part(2), f.H, scale, o, lse, kernels::QkvCodes{}, windows);
+    kernels::attention(wide_qkv.part(0), wide_qkv.part(1), wide_qkv.part(2), f.H, scale, wide_o, wide_lse, kernels::AttentionBy::engine, {},
+                       wide_windows);
   }
   void wide_backward(bool exact) {
-    kernels::attention_grad(wide_d_o, {third(wide_qkv, 0), {}}, {third(wide_qkv, 1), {}}, {third(wide_qkv, 2), {}},
-                            exact ? wide_o : Tensor(), exact ? wide_lse : Tensor(), f.H, scale, third(wide_dqkv, 0), third(wide_dqkv, 1),
-                            third(wide_dqkv, 2), kernels::AttentionBy::engine, wide_windows);
+    kernels::attention_grad(wide_d_o, {wide_qkv.part(0), {}}, {wide_qkv.part(1), {}}, {wide_qkv.part(2), {}}, exact ? wide_o : Tensor(),
+                            exact ? wide_lse : Tensor(), f.H, scale, wide_dqkv.part(0), wide_dqkv.part(1), wide_dqkv.part(2),
+                            kernels::AttentionBy::engine, wide_windows);
   }
 };
 
-kernels::AttentionOperand values_of(const Tensor& x) { return {x, {}}; }
-
-void backward(const Operands& x, bool exact) {
-  kernels::fused_attention_grad(x.d_o, values_of(x.third(x.qkv, 0)), values_of(x.third(x.qkv, 1)), values_of(x.third(x.qkv, 2)),
-                                exact ? x.o : Tensor(), exact ? x.lse : Tensor(), x.f.H, x.scale, x.third(x.dqkv, 0), x.third(x.dqkv, 1),
-                                x.third(x.dqkv, 2), x.windows);
+void backward(const Operands& x, const std::array<kernels::AttentionOperand, 3>& from, bool exact) {
+  kernels::fused_attention_grad(x.d_o, from[0], from[1], from[2], exact ? x.o : Tensor(), exact ? x.lse : Tensor(), x.f.H, x.scale,
+                                x.dqkv.part(0), x.dqkv.part(1), x.dqkv.part(2), x.windows);
 }
+void backward(const Operands& x, bool exact) { backward(x, {{{x.qkv.part(0), {}}, {x.qkv.part(1), {}}, {x.qkv.part(2), {}}}}, exact); }
 
 void check_gradient(const Operands& x) {
-  const Numbers got = x.dqkv.to_vector<double>(), want = x.wide_dqkv.to_vector<double>();
+  const Numbers got = x.dqkv.numbers(), want = x.wide_dqkv.numbers();
   CHECK(relative_error(got, want) <= 1e-2);
   CHECK(largest_difference(got, want) <= 0.03 * std::max(1e-3, largest(want)));
   // Of a single window and head little is summed, and it cancels.
@@ -84,10 +116,15 @@ const Form kWindowForms[] = {windowed(2, 2, {14, 21, 7, 7, 3, 3, 14, 21}),   win
 
 const Form kForms[] = {{2, 1, 1, 64},  {1, 2, 3, 32},  {2, 15, 1, 32}, {1, 16, 2, 64},  {3, 17, 2, 32}, {1, 49, 3, 32},
                        {1, 63, 1, 64}, {1, 64, 1, 32}, {1, 65, 2, 64}, {2, 197, 3, 64}, {1, 257, 1, 32}};
+/// PVT's first and last stage, fewer queries than keys, a last chunk of queries of one, met by blocks in turns, and many more tokens than a
+/// block's shared memory holds.
+const Form kLongForms[] = {
+    {1, 3136, 1, 64, {}, 49}, {2, 50, 8, 64, {}, 50}, {2, 17, 2, 32, {}, 150}, {1, 1025, 2, 32, {}, 16}, {1, 1090, 1, 32}};
 
 std::vector<Form> all_forms() {
   std::vector<Form> all(std::begin(kForms), std::end(kForms));
   all.insert(all.end(), std::begin(kWindowForms), std::end(kWindowForms));
+  all.insert(all.end(), std::begin(kLongForms), std::end(kLongForms));
   return all;
 }
 
@@ -97,7 +134,7 @@ TEST_CASE("fused attention: output and log-sum-exp are those of the definition",
   if (test_device() != kCuda) return;
   for (const Form& f : all_forms())
     for (const double spread : {1.0, 6.0}) {
-      CAPTURE(f.B, f.N, f.H, f.D, spread);
+      CAPTURE(f.B, f.N, f.keys(), f.H, f.D, spread);
       Operands x(f, spread);
       x.forward();
       CHECK(relative_error(x.o.to_vector<double>(), x.wide_o.to_vector<double>()) <= 1e-2);
@@ -110,52 +147,62 @@ TEST_CASE("fused attention: gradients, from exact storage and with rows normaliz
   if (test_device() != kCuda) return;
   for (const Form& f : all_forms())
     for (const bool exact : {true, false}) {
-      CAPTURE(f.B, f.N, f.H, f.D, exact);
+      CAPTURE(f.B, f.N, f.keys(), f.H, f.D, exact);
       Operands x(f, 1.5);
       x.forward();
       x.wide_backward(exact);
       backward(x, exact);
       check_gradient(x);
-      const Tensor once = empty_like(x.dqkv);
-      transfer(x.dqkv, once);
+      const Numbers once = x.dqkv.numbers();
       const std::vector<float> table = f.windows.defined() ? x.windows.d_table.to_vector<float>() : std::vector<float>();
       backward(x, exact);
-      CHECK(x.dqkv.to_vector<float>() == once.to_vector<float>());  // the same bits again
+      CHECK(x.dqkv.numbers() == once);  // the same bits again
       if (f.windows.defined()) CHECK(x.windows.d_table.to_vector<float>() == table);
     }
 }
 
 TEST_CASE("fused attention: codes are decoded as dequantize decodes them", "[kernels][fused]") {
   if (test_device() != kCuda) return;
-  for (const Form& f : {Form{2, 17, 2, 32}, Form{1, 65, 1, 64}, Form{2, 50, 3, 64}, kWindowForms[0]})
+  for (const Form& f : {Form{2, 17, 2, 32}, Form{1, 65, 1, 64}, Form{2, 50, 3, 64}, Form{2, 130, 1, 64, {}, 49}, kWindowForms[0]})
     for (const int bits : {8, 4, 2})
       for (const bool consecutive : {true, false}) {
-        CAPTURE(f.B, f.N, f.H, f.D, bits, consecutive);
+        CAPTURE(f.B, f.N, f.keys(), f.H, f.D, bits, consecutive);
         Operands x(f, 1.5);
-        const int64_t C = f.H * f.D, n = f.B * f.N * C;
-        const kernels::GroupLayout layout =
-            consecutive ? kernels::GroupLayout{1, (n + 255) / 256, 256, true} : kernels::GroupLayout{f.B * f.N, f.H, f.D, false};
-        kernels::AttentionOperand coded[3], decoded[3];
+        std::array<kernels::AttentionOperand, 3> coded, decoded;
         for (int i = 0; i < 3; ++i) {
+          const Tensor exact = x.qkv.part(i);
+          const int64_t n = exact.numel();
+          const kernels::GroupLayout layout =
+              consecutive ? kernels::GroupLayout{1, (n + 255) / 256, 256, true} : kernels::GroupLayout{exact.rows(), f.H, f.D, false};
           const Tensor codes = Tensor::empty({(n * bits + 7) / 8}, DType::u8, kCuda),
                        step = Tensor::empty({layout.groups}, DType::f32, kCuda);
-          const Tensor offset = empty_like(step), values = Tensor::empty({f.B, f.N, C}, DType::bf16, kCuda);
-          kernels::quantize_current(x.third(x.qkv, i), layout, bits, true, RandomKey{1, 2}, step, offset, codes, Tensor());
+          const Tensor offset = empty_like(step), values = Tensor::empty(exact.shape(), DType::bf16, kCuda);
+          kernels::quantize_current(exact, layout, bits, true, RandomKey{1, 2}, step, offset, codes, Tensor());
           kernels::dequantize(codes, layout, bits, step, offset, values);
           coded[i] = {{}, {codes, step, offset, layout, bits}};
           decoded[i] = {values, {}};
         }
-        const auto gradient = [&](const kernels::AttentionOperand* operands) {
-          kernels::fused_attention_grad(x.d_o, operands[0], operands[1], operands[2], Tensor(), Tensor(), f.H, x.scale, x.third(x.dqkv, 0),
-                                        x.third(x.dqkv, 1), x.third(x.dqkv, 2), x.windows);
-          std::vector<float> all = x.dqkv.to_vector<float>();
+        const auto gradient = [&](const std::array<kernels::AttentionOperand, 3>& operands) {
+          backward(x, operands, false);
+          Numbers all = x.dqkv.numbers();
           if (!f.windows.defined()) return all;
-          const std::vector<float> table = x.windows.d_table.to_vector<float>();
+          const Numbers table = x.windows.d_table.to_vector<double>();
           all.insert(all.end(), table.begin(), table.end());
           return all;
         };
         CHECK(gradient(coded) == gradient(decoded));
-        const kernels::AttentionOperand mixed[] = {coded[0], decoded[1], coded[2]};
-        CHECK(gradient(mixed) == gradient(decoded));
+        CHECK(gradient({coded[0], decoded[1], coded[2]}) == gradient(decoded));
       }
+}
+
+TEST_CASE("fused attention: keys that no query attends to get no gradient", "[kernels][fused]") {
+  if (test_device() != kCuda) return;
+  const Tensor none = Tensor::empty({2, 0, 64}, DType::bf16, kCuda), lse = Tensor::empty({2, 1, 0}, DType::f32, kCuda);
+  const Tensor kv = to(random({2, 5, 128}, DType::bf16, "kv"), kCuda), dkv = empty_like(kv);
+  kernels::fill(dkv, 1);
+  const kernels::AttentionOperand q{none, {}}, k{kv.narrow(-1, 0, 64), {}}, v{kv.narrow(-1, 64, 64), {}};
+  kernels::fused_attention(none, k.values, v.values, int64_t{1}, 0.1, none, lse, kernels::QkvCodes{}, kernels::WindowBias{});
+  kernels::fused_attention_grad(none, q, k, v, none, lse, int64_t{1}, 0.1, none, dkv.narrow(-1, 0, 64), dkv.narrow(-1, 64, 64),
+                                kernels::WindowBias{});
+  CHECK(largest(dkv.to_vector<double>()) == 0);
 }

@@ -187,34 +187,38 @@ TEST_CASE("running codes: attention codes the q, k and v that it reads", "[kerne
   struct Form {
     int64_t B, N, H, D;
     kernels::Windows windows = {};
+    int64_t others = 0;  ///< keys of their own
   };
-  for (const auto& [B, N, H, D, grid] :
-       {Form{2, 17, 2, 32}, Form{1, 197, 3, 64}, Form{3, 5, 1, 64}, Form{1, 70, 4, 32}, Form{2, 98, 3, 32, {7, 14, 7, 7, 0, 3, 7, 14}}})
+  for (const auto& [B, N, H, D, grid, others] :
+       {Form{2, 17, 2, 32}, Form{1, 197, 3, 64}, Form{3, 5, 1, 64}, Form{1, 70, 4, 32}, Form{2, 98, 3, 32, {7, 14, 7, 7, 0, 3, 7, 14}},
+        Form{2, 150, 1, 64, {}, 49}, Form{1, 17, 2, 32, {}, 150}})
     for (const Setting& s : kSettings)
       for (const int without : {-1, 0, 2}) {
-        CAPTURE(B, N, H, D, s.bits, s.stochastic, without);
-        const int64_t C = H * D, n = B * N * C;
-        const auto all = layouts(B * N, C, H);
-        const Tensor qkv = random({B, N, 3 * C}, DType::bf16, "qkv"), o = Tensor::empty({B, N, C}, DType::bf16), want_o = empty_like(o);
+        CAPTURE(B, N, others, H, D, s.bits, s.stochastic, without);
+        const int64_t C = H * D;
+        const Tensor qkv = random({B, N, 3 * C}, DType::bf16, "qkv"), kv = random({B, others, 2 * C}, DType::bf16, "kv");
+        const Tensor o = Tensor::empty({B, N, C}, DType::bf16), want_o = empty_like(o);
         const Tensor lse = Tensor::empty({B, H, N}, DType::f32), want_lse = empty_like(lse);
         kernels::WindowBias windows{grid, {}, {}, false};
         if (grid.defined()) windows.table = random({grid.distances(), H}, DType::f32, "table");
-        const auto third = [&](int i) { return qkv.narrow(-1, i * C, C); };
-        staged(kernels::cuda::fused_attention)(third(0), third(1), third(2), H, 0.125, want_o, want_lse, kernels::QkvCodes{}, windows);
+        const auto part = [&](int i) { return others > 0 && i > 0 ? kv.narrow(-1, (i - 1) * C, C) : qkv.narrow(-1, i * C, C); };
+        staged(kernels::cuda::fused_attention)(part(0), part(1), part(2), H, 0.125, want_o, want_lse, kernels::QkvCodes{}, windows);
         kernels::QkvCodes got, want;
         for (int i = 0; i < 3; ++i) {
           if (i == without) continue;
+          const int64_t n = part(i).numel();
           if (without == 2 && i == 1) {  // beside the running ranges of q
             got[i] = current(64, s.bits, s.stochastic, n), want[i] = current(64, s.bits, s.stochastic, n);
-            kernels::plain::quantize_current(third(i), want[i].layout, s.bits, s.stochastic, want[i].key, want[i].step, want[i].offset,
+            kernels::plain::quantize_current(part(i), want[i].layout, s.bits, s.stochastic, want[i].key, want[i].step, want[i].offset,
                                              want[i].codes, want[i].counts);
             continue;
           }
+          const auto all = layouts(n / C, C, H);
           const GroupLayout& layout = all[(i + s.bits / 4) % 3];  // by head, by layer and by channel in turn
           got[i] = running(layout, s.bits, s.stochastic, n, s.in_place), want[i] = running(layout, s.bits, s.stochastic, n, s.in_place);
-          staged(kernels::cuda::quantize_running)(third(i), want[i]);
+          staged(kernels::cuda::quantize_running)(part(i), want[i]);
         }
-        staged(kernels::cuda::fused_attention)(third(0), third(1), third(2), H, 0.125, o, lse, got, windows);
+        staged(kernels::cuda::fused_attention)(part(0), part(1), part(2), H, 0.125, o, lse, got, windows);
         for (int i = 0; i < 3; ++i)
           if (i != without) REQUIRE((written(got[i]) == written(want[i])));
         CHECK(o.to_vector<double>() == want_o.to_vector<double>());

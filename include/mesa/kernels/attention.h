@@ -34,8 +34,8 @@ void attention_grad(const Tensor& d_o, const AttentionOperand& q, const Attentio
                     const Tensor& lse, int64_t heads, double scale, const Tensor& dq, const Tensor& dk, const Tensor& dv,
                     AttentionBy by = AttentionBy::engine, const WindowBias& windows = {});
 
-// One kernel for all of it, where a backend has one: CUDA, bf16, heads of 32 or 64 channels (32 in windows), at most 1,024 tokens that see
-// each other. Deterministic.
+// One kernel for all of it, where a backend has one: CUDA, bf16, heads of 32 or 64 channels; windows have heads of 32 and at most 1,024
+// tokens. Deterministic.
 MESA_KERNEL(fused_attention, const Tensor& q, const Tensor& k, const Tensor& v, int64_t heads, double scale, const Tensor& o,
             const Tensor& lse, const QkvCodes& codes, const WindowBias& windows);
 MESA_KERNEL(fused_attention_grad, const Tensor& d_o, const AttentionOperand& q, const AttentionOperand& k, const AttentionOperand& v,

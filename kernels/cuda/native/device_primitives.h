@@ -122,6 +122,11 @@ __device__ inline void copy_async_16(void* shared, const void* global) {
   const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(address), "l"(global));
 }
+/// The same of 4 bytes.
+__device__ inline void copy_async_4(float* shared, const float* global) {
+  const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(address), "l"(global));
+}
 __device__ inline void copy_async_commit() { asm volatile("cp.async.commit_group;"); }
 /// Waits until at most `pending` of this thread's committed groups are not done.
 template <int pending>
