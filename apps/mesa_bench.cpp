@@ -5,6 +5,7 @@
 #include <optional>
 
 #include "app.h"
+#include "mesa/kernels/conv.h"
 #include "mesa/train/benchmark.h"
 #include "mesa/train/files.h"
 #include "mesa/train/kernel_benchmark.h"
@@ -106,6 +107,8 @@ int run(const Arguments& args) {
   if (args.phases) print_plans(config, options.policies);
   const mesa::BenchmarkResult result = measure(config, options);
   std::cout << mesa::format_benchmark(result) << std::flush;
+  for (const std::string& which : mesa::kernels::slow_convolutions())
+    std::cerr << "convolutions are slow, not having been run by cuDNN: " << which << "\n";
   if (!args.json.empty()) mesa::write_file_atomically(args.json, mesa::benchmark_json(result));
   return 0;
 }

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Everything that only a GPU can tell, what is wanted most first: kernel tests, training beside PyTorch in turns, the same gradients as the
-# CPU, the speed of each kernel, compute-sanitizer, all tests on the device, and more of the above as time allows.
+# CPU, the speed of each kernel, larger and smaller models, compute-sanitizer, all tests on the device, and more as time allows.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -13,8 +13,8 @@ Usage: scripts/gpu_check.sh [--after ALL.tgz] OUT [BUNDLE]
   --after  goes on after the call that left this all.tgz (default: OUT/all.tgz, if it is there). What passed is not run again; what failed
            is, by another build; what was left out, or took too long (now with twice the time), is.
 Environment:
-  MESA_CHECK_SECONDS   time for this call (default 560); a second call with --after runs what is left
-  MESA_CHECK_ONLY      groups to run, of: smoke numbers parity kernels sanitizer tests more (default: all, in this order)
+  MESA_CHECK_SECONDS   time for this call (default 560); another call with --after runs what is left
+  MESA_CHECK_ONLY      groups to run, of: smoke numbers parity kernels models sanitizer tests more (default: all, in this order)
 Exit codes: 0 all passed and every number that was measured is reached; 1 something failed, took too long or misses its number;
             2 wrong usage; 3 nothing failed, but something was left out: call again.
 TEXT
@@ -29,14 +29,15 @@ mkdir -p "$out" || exit 2
 out=$(cd "$out" && pwd)
 [[ -n $after || ! -f $out/all.tgz ]] || after=$out/all.tgz
 logs=$(mktemp -d)  # what comes back is few files: the logs go into one archive, which also tells a later call what is done
-keep() { tar -czf "$out/all.tgz.new" -C "$logs" . && mv "$out/all.tgz.new" "$out/all.tgz"; }
+keep() { tar -czf "$out/all.tgz.new" --exclude=./runs/*/checkpoints -C "$logs" . && mv "$out/all.tgz.new" "$out/all.tgz"; }
 [[ -z $after ]] || tar -xzf "$after" -C "$logs" || { echo "gpu_check.sh: $after cannot be read" >&2; exit 2; }
 cp "$logs/summary.txt" "$out/summary.txt" 2>/dev/null || : >"$out/summary.txt"
 trap 'keep; rm -rf "$logs"' EXIT
 budget=${MESA_CHECK_SECONDS:-560}
-only=${MESA_CHECK_ONLY:-smoke numbers parity kernels sanitizer tests more}
+groups="smoke numbers parity kernels models sanitizer tests more"
+only=${MESA_CHECK_ONLY:-$groups}
 for group in $only; do
-  [[ " smoke numbers parity kernels sanitizer tests more " == *" $group "* ]] || { echo "gpu_check.sh: no group '$group'" >&2; exit 2; }
+  [[ " $groups " == *" $group "* ]] || { echo "gpu_check.sh: no group '$group'" >&2; exit 2; }
 done
 left_out=0 failed=0
 left() { echo $((budget - SECONDS)); }
@@ -84,7 +85,11 @@ print("".join(":" + f for s in site.getsitepackages() for f in sorted(glob.glob(
 mesa=(env "LD_LIBRARY_PATH=$libraries")
 
 build=none
-if [[ ! -e $bundle && -f $bundle.tar.xz ]]; then mkdir -p "$bundle" && tar -xJf "$bundle.tar.xz" -C "$bundle" --strip-components 1; fi
+if [[ ! -e $bundle && -f $bundle.tar.xz ]] && ! { mkdir -p "$bundle" && tar -xJf "$bundle.tar.xz" -C "$bundle" --strip-components 1; }; then
+  rm -rf "$bundle"
+  say "FAILED    $bundle.tar.xz cannot be unpacked: carry the folder itself"
+  exit 1
+fi
 if [[ -x $bundle/bin/mesa-train ]]; then
   bin=$(cd "$bundle/bin" && pwd) device_tests=$bundle/tests/device_tests.txt
 else
@@ -130,7 +135,6 @@ compare() {  # MODEL BATCH ROUND [torch_step.py's options]: Mesa, also with tune
   attempt "mesa_tuned_${model}_$round" 60 "${bench[@]}" --storage exact --set train.autotune=true --json "$logs/mesa_tuned_${model}_$round.json"
   attempt "torch_${model}_$round" 180 python3 tools/peers/torch_step.py --model "$model" --batch "$batch" --steps 20 --compile both "$@"
 }
-deit_round() { compare deit_small 128 "$1"; compare deit_base 128 "$1"; compare deit_tiny 256 "$1"; }
 
 short_run() {  # STAGE SECONDS CONFIG SETTING...: a run of mesa-train on random pictures
   local stage=$1 limit=$2 config=$3 settings=() setting
@@ -144,10 +148,14 @@ short_run() {  # STAGE SECONDS CONFIG SETTING...: a run of mesa-train on random 
   return $code
 }
 
-run_smoke() { test_files smoke 80 '^kernels/' '~[slow]'; }
+# Convolutions have cuDNN compile dozens of plans, which takes longer than all others together: they come with all tests.
+run_smoke() { test_files smoke 80 '^kernels/(?!conv_)' '~[slow]'; }
 
-run_numbers() {
-  deit_round 1
+run_numbers() { compare deit_small 128 1; }
+
+run_models() {
+  compare deit_base 128 1
+  compare deit_tiny 256 1
   # The largest batch: PyTorch's by trying, Mesa's by its plan, which a run of it then has to keep.
   attempt torch_largest 60 python3 tools/peers/torch_step.py --model deit_base --largest-batch "$memory"
   local int4=(train.precision=bf16 storage=int4) fit=$logs/mesa_fit.log
@@ -192,12 +200,12 @@ run_more() {
     --set train.precision=bf16)
   attempt mesa_cudnn_attention 50 "${small[@]}" --storage exact,int8 --set model.attention=cudnn --json "$logs/mesa_cudnn_attention.json"
   attempt mesa_codec_host 50 "${small[@]}" --storage "exact,$logs/host.yaml" --json "$logs/mesa_codec_host.json"
-  deit_round 2
-  deit_round 3
+  compare deit_small 128 2
+  compare deit_small 128 3
 }
 
 memory=24e9
-for group in smoke numbers parity kernels sanitizer tests more; do
+for group in $groups; do
   [[ " $only " != *" $group "* ]] || "run_$group"
 done
 

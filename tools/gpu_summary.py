@@ -152,11 +152,11 @@ def kernels(results, table):
     rows = [kernel for kernel in (results.kernels or {"kernels": []})["kernels"] if kernel["bytes"] > 0]
     slow = [kernel for kernel in rows if kernel["of_copy"] < OF_COPY]
     lowest = min(rows, key=lambda kernel: kernel["of_copy"])["name"] if rows else ""
-    table.add(f"lowest bandwidth of {len(rows)} kernels / copy", [min(k["of_copy"] for k in rows)] if rows else [], OF_COPY, note=lowest)
+    table.add(f"lowest bandwidth of {len(rows)} kernels / copy of as many bytes", [min(k["of_copy"] for k in rows)] if rows else [], OF_COPY, note=lowest)
     for kernel in sorted(slow, key=lambda kernel: kernel["of_copy"]):
         table.add(f"  {kernel['name']}: bandwidth / copy", [kernel["of_copy"]], OF_COPY)
     if results.kernels:
-        table.add("copy: GB/s", [results.kernels["copy_bytes_per_second"] / 1e9])
+        table.add("copy of 1 GiB: GB/s", [results.kernels["copy_bytes_per_second"] / 1e9])
         for kernel in results.kernels["kernels"]:
             if kernel["flops"] > 0:
                 table.add(f"{kernel['name']}: TFLOP/s", [kernel["flops"] / kernel["ms"]["median"] / 1e9])

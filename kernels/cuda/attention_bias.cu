@@ -71,7 +71,6 @@ void start_bias(const Sizes& n, Problem<InWindows> p, const WindowBias& windows)
   const int64_t length = n.sequence.queries;
   p.extent = by_queries(n, kWarps, 2).extent;
   const int64_t across = p.extent.tiles() * p.extent.chunks() * n.heads, pairs = n.heads * length * length;
-  constexpr int64_t kWarpsToFill = 132 * 16;  // a large GPU, with 16 warps on each multiprocessor
   const int64_t parts = std::clamp<int64_t>(kWarpsToFill / across, 1, n.sequences);
   const Tensor sums = Tensor::empty({parts, pairs}, DType::f32, windows.d_table.device());
   const Tensor sum = Tensor::empty({n.heads, length, length}, DType::f32, windows.d_table.device());

@@ -71,13 +71,16 @@ int slot_elements(const Extent& e) {
   return e.slots * kSlot<head> - spare * kPitch<head>;
 }
 
+/// A large GPU, with 16 warps on each multiprocessor.
+inline constexpr int64_t kWarpsToFill = 132 * 16;
+
 /// How the tiles of a head are dealt out evenly to blocks, and where `turning` the chunks, too, if the tiles leave a GPU idle.
 struct Deal {
   Extent extent;
   unsigned grid;
 };
 inline Deal deal(const Sizes& n, int64_t own, int64_t met, int most_tiles, int most_slots, bool turning) {
-  constexpr int64_t kWarpsToFill = 132 * 16, kLeastChunks = 8;  // a large GPU; less work than that is not worth the sums
+  constexpr int64_t kLeastChunks = 8;  // less work than that is not worth the sums
   const int64_t heads = n.sequences * n.heads;
   check(heads * (own + met) < int64_t{1} << 31 && std::max(own, met) <= int64_t{1} << 20, "fused attention: ", n.batch, " images of ",
         n.heads, " heads and ", std::max(own, met), " tokens are too many for one launch");

@@ -26,7 +26,7 @@ ChunkTable<Part> chunk_table(const std::vector<Part>& parts, int64_t size, Devic
     Tensor table;
   };
   constexpr size_t kTables = 8;
-  static thread_local std::list<Entry> cache;  // the latest first; for each thread, since each has a stream of its own
+  static thread_local std::list<Entry> cache;  // the latest first; each thread has its own, which so needs no lock
   auto found = std::find_if(cache.begin(), cache.end(), [&](const Entry& entry) { return entry.parts == parts; });
   if (found == cache.end()) {
     Entry entry{parts, {}, {}};

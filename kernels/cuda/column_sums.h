@@ -15,6 +15,40 @@ struct ColumnTile {
   static constexpr int kColumns = kAcross * N;
 };
 
+/// How blocks finish the sums of a matrix of few rows, those of chunks: 8 columns each, a sector of memory for a row, so that there are
+/// many blocks, whose lanes share the rows.
+struct FewColumns {
+  static constexpr int kColumns = 8, kLanes = 32, kThreads = kColumns * kLanes;
+  static unsigned blocks(int64_t width) { return static_cast<unsigned>((width + kColumns - 1) / kColumns); }
+  __device__ static int64_t column() { return static_cast<int64_t>(blockIdx.x) * kColumns + threadIdx.x % kColumns; }
+  __device__ static int lane() { return threadIdx.x / kColumns; }
+
+  template <int n>
+  struct Sums {
+    double of[n];
+  };
+  /// The sums over the lanes of a column, in a fixed order, in its lane 0. All threads of the block must call it, once.
+  template <int n>
+  __device__ static Sums<n> sum(Sums<n> own) {
+    constexpr int kWarps = kThreads / kWarp;
+    __shared__ double parts[n][kWarps][kColumns];
+    const int lane_of_warp = threadIdx.x % kWarp;
+#pragma unroll
+    for (int i = 0; i < n; ++i) {
+#pragma unroll
+      for (int distance = kColumns; distance < kWarp; distance *= 2) own.of[i] += __shfl_xor_sync(kFullMask, own.of[i], distance);
+      if (lane_of_warp < kColumns) parts[i][threadIdx.x / kWarp][lane_of_warp] = own.of[i];
+    }
+    __syncthreads();
+#pragma unroll
+    for (int i = 0; i < n; ++i) {
+      own.of[i] = 0;
+      for (int w = 0; w < kWarps; ++w) own.of[i] += parts[i][w][threadIdx.x % kColumns];
+    }
+    return own;
+  }
+};
+
 /// Thread t < kColumns gets the sum over x[row, begin + t], row < rows, of a matrix with rows of `width` elements; N divides width.
 /// First each lane adds every kRows-th row, then the lanes' sums are added in order. All threads of the block must call it.
 template <int N, class T>

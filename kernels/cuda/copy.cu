@@ -1,6 +1,7 @@
 // y <- x between any two strided layouts and floating dtypes.
 #include <limits>
 
+#include "divider.h"
 #include "mesa/kernels/elementwise.h"
 #include "pointwise.h"
 
@@ -10,6 +11,7 @@ namespace {
 
 struct Axis {
   int64_t extent, x_stride, y_stride;
+  Divider by_extent{};  ///< where items are counted in 32 bits
 };
 /// Axes that visit the elements in y's memory order, the innermost last.
 struct Walk {
@@ -23,6 +25,10 @@ struct Walk {
     std::copy(axis + i + 1, axis + rank, axis + i);
     --rank;
     return taken;
+  }
+  /// For walks of less than 2^31 items.
+  void prepare() {
+    for (int i = 0; i < rank; ++i) axis[i].by_extent = Divider(axis[i].extent);
   }
   int64_t items() const {
     int64_t n = 1;
@@ -51,16 +57,21 @@ Walk plan(const Tensor& x, const Tensor& y) {
 struct Place {
   int64_t x, y;
 };
-/// Where item number `item` of a walk lies. Index is 32 bits wide where that is enough: its divisions are several times cheaper.
+/// Where item number `item` of a walk lies. Index is 32 bits wide where that is enough: its divisions are multiplications.
 template <class Index>
 __device__ inline Place place_of(const Walk& walk, Index item) {
   Place at{0, 0};
   for (int i = walk.rank - 1; i >= 0; --i) {
-    const auto extent = static_cast<Index>(walk.axis[i].extent);
-    const Index rest = i == 0 ? 0 : item / extent;
+    const Axis& axis = walk.axis[i];
+    const auto extent = static_cast<Index>(axis.extent);
+    Index rest = 0;
+    if constexpr (sizeof(Index) == 4)
+      rest = axis.by_extent.quotient(item);
+    else if (i > 0)
+      rest = item / extent;
     const auto index = static_cast<int64_t>(item - rest * extent);
-    at.x += index * walk.axis[i].x_stride;
-    at.y += index * walk.axis[i].y_stride;
+    at.x += index * axis.x_stride;
+    at.y += index * axis.y_stride;
     item = rest;
   }
   return at;
@@ -88,6 +99,7 @@ void copy_items(Walk walk, const X* x, Y* y) {
   if constexpr (N > 1) walk.inner() = {walk.inner().extent / N, N, N};
   const int64_t items = walk.items();
   const unsigned grid = grid_for(items, kMapThreads, kMapBlocks);
+  walk.prepare();
   if (items < std::numeric_limits<int32_t>::max())
     launch("copy", &copy_kernel<N, uint32_t, X, Y>, grid, kMapThreads, 0, items, walk, x, y);
   else

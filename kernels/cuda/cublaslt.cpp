@@ -1,8 +1,9 @@
-// Matrix products through cuBLASLt. For each form of operands an algorithm is chosen once: the library's first suggestion or, with
-// tune_products, the fastest of several.
+// Matrix products through cuBLASLt. For each form of operands an algorithm is chosen once: the library's first suggestion that it does not
+// take back or, with tune_products, the fastest of several.
 #include <algorithm>
 #include <array>
 #include <chrono>
+#include <functional>
 #include <limits>
 #include <map>
 #include <mutex>
@@ -36,6 +37,7 @@ Products& products() {
 }
 
 constexpr int kCandidates = 8;
+const std::string kApart = "apart";  // the choice for a product with sums: another product, and a pass for the sums
 
 /// A product's operands, and the vector of its epilogue.
 struct Operands {
@@ -66,9 +68,17 @@ double seconds_of(int runs, const F& f) {
   return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count() / runs;
 }
 
-/// Leaves the plan the fastest of its algorithms, by a few runs of each on these operands, in turns.
-void settle(const Form& form, Plan& plan, const Operands& x) {
+/// What each of several ways takes, by the best of a few rounds in turns.
+std::vector<double> seconds_of(const std::vector<std::function<void()>>& ways) {
   constexpr int kRounds = 3, kRuns = 10;
+  std::vector<double> best(ways.size(), std::numeric_limits<double>::infinity());
+  for (int round = 0; round < kRounds; ++round)
+    for (size_t i = 0; i < ways.size(); ++i) best[i] = std::min(best[i], seconds_of(kRuns, ways[i]));
+  return best;
+}
+
+/// Leaves the plan those of its algorithms that work, the fastest first, by a few runs of each on these operands.
+void settle(const Form& form, Plan& plan, const Operands& x) {
   std::vector<Algorithm> working;
   cublasStatus_t first = CUBLAS_STATUS_SUCCESS;
   for (const Algorithm& algorithm : plan.algorithms) {  // also to warm up
@@ -82,42 +92,71 @@ void settle(const Form& form, Plan& plan, const Operands& x) {
     else if (first == CUBLAS_STATUS_SUCCESS)
       first = status;
   }
-  if (working.empty()) blas::check_status(first, "multiplying");
-  std::vector<double> best(working.size(), std::numeric_limits<double>::infinity());
-  for (int round = 0; round < kRounds; ++round)
-    for (size_t i = 0; i < working.size(); ++i)
-      best[i] =
-          std::min(best[i], seconds_of(kRuns, [&] { blas::check_status(multiply(form, plan, working[i], x), "timing an algorithm"); }));
-  plan.algorithms = {working[blas::clearly_fastest(best)]};
+  if (working.empty() && (!form.bias || first != CUBLAS_STATUS_NOT_SUPPORTED)) blas::check_status(first, "multiplying");
+  plan.algorithms = working;
+  plan.open = false;
+  if (working.empty()) return;
+  std::vector<std::function<void()>> ways;
+  for (const Algorithm& algorithm : working)
+    ways.push_back([&] { blas::check_status(multiply(form, plan, algorithm, x), "timing an algorithm"); });
+  std::swap(plan.algorithms[0], plan.algorithms[blas::clearly_fastest(seconds_of(ways))]);
   products().choices[to_string(form)] = to_text(plan.algorithms[0]);
 }
 
 Plan& plan_of(const Form& form, const void* bias) {
   Products& all = products();
   if (auto found = all.plans.find(form); found != all.plans.end()) return found->second;
-  Plan plan = make_plan(form, bias, all.tuning ? kCandidates : 1);
-  if (const auto choice = all.choices.find(to_string(form)); choice != all.choices.end())
-    if (const auto algorithm = from_text(plan, choice->second)) plan.algorithms = {*algorithm};
+  Plan plan = make_plan(form, bias, kCandidates);
+  plan.open = all.tuning && plan.algorithms.size() > (form.row_sums ? 0 : 1);  // the sums may also be had apart
+  if (const auto choice = all.choices.find(to_string(form)); choice != all.choices.end()) {
+    if (choice->second == kApart)
+      plan.algorithms.clear(), plan.open = false;
+    else if (const auto algorithm = from_text(plan, choice->second))
+      plan.algorithms.insert(plan.algorithms.begin(), *algorithm), plan.open = false;
+  }
   return all.plans.emplace(form, std::move(plan)).first->second;
 }
 
-/// d <- a b (+ c) (+ bias), or with `row_sums` also bias <- sums; false if cuBLASLt has no algorithm for it.
-bool run(Form form, const Operands& x) {
-  const std::lock_guard lock(products().mutex);
+Form aligned(Form form, const Operands& x) {
   form.aligned = {alignment_of(x.a), alignment_of(x.b), std::min(alignment_of(x.c), alignment_of(x.d)), alignment_of(x.bias)};
+  return form;
+}
+
+/// By the first of the plan's algorithms that works: what the library suggested it may still refuse. False if it has none for an epilogue,
+/// which there is another way for. That operands are invalid for all of them is our mistake.
+bool run_by_first(const Form& form, Plan& plan, const Operands& x) {
+  cublasStatus_t status = CUBLAS_STATUS_NOT_SUPPORTED;
+  while (!plan.algorithms.empty()) {
+    status = multiply(form, plan, plan.algorithms[0], x);
+    if (status != CUBLAS_STATUS_NOT_SUPPORTED && status != CUBLAS_STATUS_INVALID_VALUE) break;
+    if (plan.algorithms.size() == 1 && (!form.bias || status == CUBLAS_STATUS_INVALID_VALUE)) break;
+    plan.algorithms.erase(plan.algorithms.begin());
+  }
+  if (plan.algorithms.empty()) return false;
+  blas::check_status(status, "multiplying");
+  return true;
+}
+
+/// d <- a b (+ c) (+ bias), or with `row_sums` also bias <- sums; false if cuBLASLt has no algorithm for it.
+bool run(const Form& any, const Operands& x) {
+  const std::lock_guard lock(products().mutex);
+  const Form form = aligned(any, x);
   Plan& plan = plan_of(form, x.bias);
   if (x.bias != nullptr) set_bias(plan, x.bias);
-  // What is added to in its own place changes with each run.
-  const bool repeatable = !x.accumulate || x.c != x.d;
-  if (plan.algorithms.size() > 1 && mesa::cuda::recording()) {  // which keeps what it has, and so does a run that is resumed
-    plan.algorithms.resize(1);
+  if (plan.open && mesa::cuda::recording()) {  // which keeps what it has, and so does a run that is resumed
+    plan.open = false;
     products().choices[to_string(form)] = to_text(plan.algorithms[0]);
   }
-  if (plan.algorithms.size() > 1 && repeatable) settle(form, plan, x);
-  if (plan.algorithms.empty()) return false;
-  blas::check_status(multiply(form, plan, plan.algorithms[0], x), "multiplying");
+  // What is added to in its own place changes with each run.
+  if (plan.open && (!x.accumulate || x.c != x.d)) settle(form, plan, x);
+  if (!run_by_first(form, plan, x)) return false;
   if (mesa::cuda::synchronous()) mesa::cuda::synchronize("a product by cuBLASLt");
   return true;
+}
+
+bool is_open(const Form& form, const Operands& x) {
+  const std::lock_guard lock(products().mutex);
+  return plan_of(aligned(form, x), x.bias).open && !mesa::cuda::recording();
 }
 
 /// The leading axes of a, b and c as one batch, if each has one constant distance; otherwise the longer of the last two, and the caller
@@ -183,7 +222,22 @@ bool product_and_row_sums(const Tensor& dy, const Tensor& x, const Tensor& dw, b
   const Tensor a = dy.transpose(0, 1);
   const Form form{matrix_of(a), matrix_of(x), matrix_of(dw), {}, db.dtype(), true, {}};
   if (form.c.transposed || dy.dim(0) == 0 || dw.numel() == 0) return false;
-  return run(form, {a.raw(), x.raw(), dw.raw(), dw.raw(), db.raw(), accumulate});
+  const Operands operands{a.raw(), x.raw(), dw.raw(), dw.raw(), db.raw(), accumulate};
+  const bool first = !accumulate && is_open(form, operands);
+  if (!run(form, operands)) return false;
+  if (!first) return true;
+  const auto together = [&] { run(form, operands); };
+  const auto apart = [&] {
+    product(a, x, dw, Tensor(), Tensor());
+    kernels::sum_rows(dy, db, false);
+  };
+  apart();  // to settle that product, too
+  if (blas::clearly_fastest(seconds_of({together, apart})) == 1) {
+    const std::lock_guard lock(products().mutex);
+    plan_of(aligned(form, operands), db.raw()).algorithms.clear();
+    products().choices[to_string(aligned(form, operands))] = kApart;
+  }
+  return true;
 }
 
 void tune_products(bool on, const std::map<std::string, std::string>& choices) {

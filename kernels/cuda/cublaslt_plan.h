@@ -71,7 +71,8 @@ struct Algorithm {
 struct Plan {
   Operation operation;
   Layout left, right, result;
-  std::vector<Algorithm> algorithms;  ///< that can run it, what the library thinks fastest first; none: it has no such product
+  std::vector<Algorithm> algorithms;  ///< that can run it, what is thought fastest first; none: another way is taken
+  bool open = false;                  ///< which is fastest is still to be found out
 };
 /// With at most `most` algorithms. `bias`: the vector of the first call.
 Plan make_plan(const Form& form, const void* bias, int most);

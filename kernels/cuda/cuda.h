@@ -43,7 +43,7 @@ __device__ inline void load_pack(const T* p, Acc<T> (&x)[N]) {
   for (int i = 0; i < N; ++i) x[i] = load(&pack.v[i]);
 }
 template <class T, int N, class V>
-__device__ inline void store_pack(T* p, const V (&x)[N]) {
+__device__ inline Pack<T, N> pack_of(const V (&x)[N]) {
   Pack<T, N> pack;
   if constexpr (std::is_same_v<T, bf16> && N % 2 == 0) {
     uint32_t words[N / 2];
@@ -54,7 +54,11 @@ __device__ inline void store_pack(T* p, const V (&x)[N]) {
 #pragma unroll
     for (int i = 0; i < N; ++i) store(&pack.v[i], x[i]);
   }
-  *reinterpret_cast<Pack<T, N>*>(p) = pack;
+  return pack;
+}
+template <class T, int N, class V>
+__device__ inline void store_pack(T* p, const V (&x)[N]) {
+  *reinterpret_cast<Pack<T, N>*>(p) = pack_of<T>(x);
 }
 
 /// True if p may be read in pieces of `bytes`.

@@ -1,5 +1,6 @@
 // Convolutions by cuDNN: y = x * w, dx = dy * w^T, dw = x * dy, each a graph of one operation in nhwc, planned for each shape once.
 // All tensors have one dtype, dw included: of bf16 operands cuDNN 9.19 has no engine with an f32 dw. Sums run in f32.
+#include <algorithm>
 #include <map>
 #include <optional>
 
@@ -13,6 +14,7 @@ namespace mesa::kernels::cuda {
 bool cudnn_conv(const Tensor& x, const Tensor& w, const Tensor& y, const ConvGeometry& geometry);
 bool cudnn_conv_data_grad(const Tensor& dy, const Tensor& w, const Tensor& dx, const ConvGeometry& geometry);
 bool cudnn_conv_weight_grad(const Tensor& dy, const Tensor& x, const Tensor& dw, const ConvGeometry& geometry);
+std::vector<std::string> cudnn_slow_convolutions();
 
 namespace {
 
@@ -54,42 +56,61 @@ Graph graph_of(const Case& c) {
   return graph;
 }
 
-/// Results that repeat bit for bit, and of f32 operands f32 products, as elsewhere.
+/// Results that repeat bit for bit, and of f32 operands sums of f32 products, as elsewhere: by transforms (Winograd's, Fourier's) they are
+/// less exact. No plan of a run has cuDNN's workspace.
 cudnn::Engines engines() {
-  return {
-      {CUDNN_NUMERICAL_NOTE_NONDETERMINISTIC, CUDNN_NUMERICAL_NOTE_DOWN_CONVERT_INPUTS, CUDNN_NUMERICAL_NOTE_REDUCED_PRECISION_REDUCTION},
-      true};
+  return {{CUDNN_NUMERICAL_NOTE_NONDETERMINISTIC, CUDNN_NUMERICAL_NOTE_DOWN_CONVERT_INPUTS,
+           CUDNN_NUMERICAL_NOTE_REDUCED_PRECISION_REDUCTION, CUDNN_NUMERICAL_NOTE_FFT, CUDNN_NUMERICAL_NOTE_WINOGRAD,
+           CUDNN_NUMERICAL_NOTE_WINOGRAD_TILE_4x4, CUDNN_NUMERICAL_NOTE_WINOGRAD_TILE_6x6, CUDNN_NUMERICAL_NOTE_WINOGRAD_TILE_13x13},
+          true,
+          int64_t{512} << 20};
 }
 
-/// Null where there is no engine.
-const Plan* plan_of(const Case& c, cudnnHandle_t on) {
+std::vector<std::string>& slow_convolutions() {
+  static std::vector<std::string>& all = *new std::vector<std::string>;
+  return all;
+}
+void note_slow(const std::string& text) {
+  std::vector<std::string>& all = slow_convolutions();
+  if (std::find(all.begin(), all.end(), text) == all.end()) all.push_back(text);
+}
+void note_slow(const Case& c, const std::string& reason) {
+  const char* const passes[] = {"forward", "gradient of x", "gradient of w"};
+  note_slow(concat(passes[static_cast<int>(c.pass)], ", [", c.B, ", ", c.I, ", ", c.g.height, ", ", c.g.width, "] by [", c.O, ", ",
+                   c.I / c.g.groups, ", ", c.g.kernel_height, ", ", c.g.kernel_width, "], stride ", c.g.stride, ", in ", to_string(c.dtype),
+                   ": ", reason));
+}
+
+/// Empty where there is no engine.
+std::optional<Plan>& plan_of(const Case& c, cudnnHandle_t on) {
   static std::map<Case, std::optional<Plan>>& plans = *new std::map<Case, std::optional<Plan>>;
-  auto found = plans.find(c);
-  if (found == plans.end()) {
-    found = plans.try_emplace(c).first;
-    try {
-      found->second.emplace(graph_of(c), on, engines());
-    } catch (const cudnn::Unsupported&) {
-      found->second.reset();
-    }
+  if (const auto found = plans.find(c); found != plans.end()) return found->second;
+  std::optional<Plan> plan;
+  try {
+    plan.emplace(graph_of(c), on, engines());
+  } catch (const cudnn::Unsupported& reason) {
+    note_slow(c, reason.what());
   }
-  return found->second ? &*found->second : nullptr;
+  return plans.emplace(c, std::move(plan)).first->second;
 }
 
 bool run(Pass pass, const Tensor& x, const Tensor& w, const Tensor& y, const ConvGeometry& g) {
-  for (const Tensor* t : {&x, &w, &y})
-    if (reinterpret_cast<uintptr_t>(t->raw()) % 16 != 0) return false;
-  if (cudnnGetVersion() == 0) return false;  // not installed here
+  const Case c{pass, x.dim(0), x.dim(2), y.dim(2), g, x.dtype()};
   cudnn::Library& library = cudnn::Library::get();
   const std::lock_guard lock(library.mutex);
+  if (cudnnGetVersion() == 0) return note_slow("all, since cuDNN was not found"), false;
+  for (const Tensor* t : {&x, &w, &y})
+    if (reinterpret_cast<uintptr_t>(t->raw()) % 16 != 0) return note_slow(c, "operands that do not begin at multiples of 16 bytes"), false;
   const cudnnHandle_t handle = library.handle_on(mesa::cuda::stream());
-  const Plan* plan = plan_of({pass, x.dim(0), x.dim(2), y.dim(2), g, x.dtype()}, handle);
-  if (plan == nullptr) return false;
+  std::optional<Plan>& plan = plan_of(c, handle);
+  if (!plan) return false;
   const Tensor workspace = Tensor::empty({plan->workspace_bytes()}, DType::u8, x.device());
   try {
     plan->run(handle, {{kX, x.raw()}, {kW, w.raw()}, {kY, y.raw()}}, workspace.raw());
-  } catch (const cudnn::Unsupported& reason) {
-    fail("cuDNN ", cudnn::version(), " refuses to run a convolution that it had planned: ", reason.what());
+  } catch (const cudnn::Unsupported& reason) {  // of what it had planned
+    note_slow(c, reason.what());
+    plan.reset();
+    return false;
   }
   if (mesa::cuda::synchronous()) mesa::cuda::synchronize("a convolution by cuDNN");
   return true;
@@ -105,6 +126,11 @@ bool cudnn_conv_data_grad(const Tensor& dy, const Tensor& w, const Tensor& dx, c
 
 bool cudnn_conv_weight_grad(const Tensor& dy, const Tensor& x, const Tensor& dw, const ConvGeometry& g) {
   return run(Pass::weights, x, dw, dy, g);
+}
+
+std::vector<std::string> cudnn_slow_convolutions() {
+  const std::lock_guard lock(cudnn::Library::get().mutex);
+  return slow_convolutions();
 }
 
 std::string cudnn_conv_support(const std::string& device_properties, const ConvGeometry& g, int64_t B, int64_t I, int64_t O, DType dtype) {

@@ -266,7 +266,7 @@ std::vector<Descriptor> engine_configs(const Descriptor& operations, const Gpu& 
     std::vector<Descriptor> offered;
     try {
       offered = engine_configs(operations, gpu, mode);
-    } catch (const Unsupported& reason) {
+    } catch (const std::runtime_error& reason) {  // that this one fails, in whatever way, is no reason not to ask the other
       if (refusal.empty()) refusal = reason.what();
     }
     for (Descriptor& config : offered)
@@ -278,8 +278,14 @@ std::vector<Descriptor> engine_configs(const Descriptor& operations, const Gpu& 
   return all;
 }
 
+int64_t workspace_of(const Descriptor& plan) {
+  int64_t bytes = 0;
+  plan.read(CUDNN_ATTR_EXECUTION_PLAN_WORKSPACE_SIZE, CUDNN_TYPE_INT64, 1, &bytes);
+  return bytes;
+}
+
 /// The plan of the first configuration that yields one. For a GPU that is only described its code is compiled but not loaded.
-Descriptor execution_plan(const std::vector<Descriptor>& configs, const Gpu& gpu) {
+Descriptor execution_plan(const std::vector<Descriptor>& configs, const Gpu& gpu, int64_t most_workspace) {
   std::string reason;
   for (const Descriptor& config : configs) {
     Descriptor plan(CUDNN_BACKEND_EXECUTION_PLAN_DESCRIPTOR, "execution plan");
@@ -287,9 +293,9 @@ Descriptor execution_plan(const std::vector<Descriptor>& configs, const Gpu& gpu
     if (gpu.handle != nullptr) plan.set(CUDNN_ATTR_EXECUTION_PLAN_HANDLE, gpu.handle);
     if (gpu.properties != nullptr) plan.set(CUDNN_ATTR_EXECUTION_PLAN_DEVICEPROP, gpu.properties->get());
     const cudnnStatus_t status = cudnnBackendFinalize(plan.get());
-    if (status == CUDNN_STATUS_SUCCESS) return plan;
+    if (status == CUDNN_STATUS_SUCCESS && workspace_of(plan) <= most_workspace) return plan;
     if (gpu.handle == nullptr && status == CUDNN_STATUS_EXECUTION_FAILED_CUDA_DRIVER) return plan;
-    reason = describe(status);
+    reason = status == CUDNN_STATUS_SUCCESS ? concat("a workspace of ", workspace_of(plan), " bytes") : describe(status);
   }
   if (reason.empty()) reason = last_message();
   throw Unsupported(reason.empty() ? "no engine takes the graph" : reason);
@@ -301,16 +307,15 @@ Plan::Plan(Graph graph, cudnnHandle_t handle, const Engines& engines)
     : graph_(std::move(graph)),
       operations_(operation_graph(graph_, handle)),
       configs_(engine_configs(operations_, {handle, nullptr}, engines)),
-      plan_(execution_plan(configs_, {handle, nullptr})) {
-  plan_.read(CUDNN_ATTR_EXECUTION_PLAN_WORKSPACE_SIZE, CUDNN_TYPE_INT64, 1, &workspace_bytes_);
-}
+      plan_(execution_plan(configs_, {handle, nullptr}, engines.most_workspace)),
+      workspace_bytes_(workspace_of(plan_)) {}
 
 void Plan::check_support(const Graph& graph, const std::string& device_properties, const Engines& engines) {
   Descriptor properties(CUDNN_BACKEND_DEVICEPROP_DESCRIPTOR, "device properties");
   properties.set_all(CUDNN_ATTR_DEVICEPROP_JSON_REPRESENTATION, device_properties);
   properties.finalize();
   const Descriptor operations = operation_graph(graph, nullptr);
-  execution_plan(engine_configs(operations, {nullptr, &properties}, engines), {nullptr, &properties});
+  execution_plan(engine_configs(operations, {nullptr, &properties}, engines), {nullptr, &properties}, engines.most_workspace);
 }
 
 void Plan::run(cudnnHandle_t handle, const Memory& memory, void* workspace) const {

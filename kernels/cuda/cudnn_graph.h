@@ -6,6 +6,7 @@
 #include <array>
 #include <cstdint>
 #include <deque>
+#include <limits>
 #include <mutex>
 #include <stdexcept>
 #include <string>
@@ -151,11 +152,12 @@ class Graph {
 /// Where each tensor of a graph is, by uid.
 using Memory = std::vector<std::pair<int64_t, void*>>;
 
-/// Which engines may make a plan: without those that do what is listed, and perhaps those that cuDNN falls back to behind its first
-/// choices.
+/// Which engines may make a plan: without those that do what is listed or want more workspace, and perhaps those that cuDNN falls back to
+/// behind its first choices.
 struct Engines {
   std::vector<cudnnBackendNumericalNote_t> without;
   bool fallback = false;
+  int64_t most_workspace = std::numeric_limits<int64_t>::max();
 };
 
 /// Code for a graph on one GPU. Making one compiles and takes about a second; it may then run any number of times, one at a time.

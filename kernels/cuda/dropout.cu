@@ -18,7 +18,7 @@ Mask<A> mask_of(double p) {
   return {scalar::dropout_threshold(p), p < 1 ? static_cast<A>(1 / (1 - p)) : A(0)};
 }
 
-/// A thread takes N consecutive elements, a multiple of the four that share one call of the generator.
+/// A thread takes N consecutive elements at a time, a multiple of the four that share one call of the generator.
 template <bool kPacked, int N, class X, class Y>
 __global__ void dropout_kernel(int64_t n, Mask<Acc<X>> mask, RandomKey key, const X* x, Y* y) {
   static_assert(N % 4 == 0);
@@ -90,7 +90,7 @@ void dropout(const Tensor& x, const Tensor& y, double p, RandomKey key) {
     Y* py = y.data<Y>();
     const bool packed = kLaneElements<X, Y> == N && aligned(px, N * sizeof(X)) && aligned(py, N * sizeof(Y));
     launch("dropout", packed ? &dropout_kernel<true, N, X, Y> : &dropout_kernel<false, 4, X, Y>,
-           grid_for(n, (packed ? N : 4) * kMapThreads, kMapBlocks), kMapThreads, 0, n, mask_of<Acc<X>>(p), key, px, py);
+           grid_for(n, 4 * (packed ? N : 4) * kMapThreads, kMapBlocks), kMapThreads, 0, n, mask_of<Acc<X>>(p), key, px, py);
   });
 }
 

@@ -25,19 +25,13 @@ struct Scale {
   }
 };
 
-/// Packs of N elements, `across` in each row. The stride is a whole number of rows, so that a thread keeps its columns and its piece of b.
 template <int N, class X, class B, class Y>
 __global__ void add_rows_kernel(int64_t packs, int64_t across, const X* a, const B* b, Y* y) {
-  const int64_t stride = global_stride() / across * across, first = global_index();
-  if (first >= stride) return;
-  const auto vb = elements_at<N>(b + first % across * N);
-  int64_t i = first;
-  for (; i + stride < packs; i += 2 * stride) {
-    const auto low = apply<N>(Sum{}, elements_at<N>(a + i * N), vb), high = apply<N>(Sum{}, elements_at<N>(a + (i + stride) * N), vb);
-    store_pack(y + i * N, low.v);
-    store_pack(y + (i + stride) * N, high.v);
-  }
-  if (i < packs) store_pack(y + i * N, apply<N>(Sum{}, elements_at<N>(a + i * N), vb).v);
+  const ColumnLoop loop(packs, across);
+  if (!loop.takes_part()) return;
+  const auto vb = elements_at<N>(b + loop.column * N);
+  loop.each([&](int64_t i) { return elements_at<N>(a + i * N); },
+            [&](int64_t i, const auto& va) { store_whole(y + i * N, apply<N>(Sum{}, va, vb).v); });
 }
 
 template <class A>
@@ -91,9 +85,8 @@ void add_rows(const Tensor& a, const Tensor& b, const Tensor& y) {
     Y* py = y.data<Y>();
     const bool packed = width % N == 0 && aligned(pa, N * sizeof(X)) && aligned(pb, N * sizeof(B)) && aligned(py, N * sizeof(Y));
     const int64_t packs = y.numel() / (packed ? N : 1), across = width / (packed ? N : 1);
-    const auto blocks = std::max<int64_t>(grid_for(packs, 2 * kMapThreads), ceil_div(across, kMapThreads));  // at least one row
-    launch("add_rows", packed ? &add_rows_kernel<N, X, B, Y> : &add_rows_kernel<1, X, B, Y>, static_cast<unsigned>(blocks), kMapThreads, 0,
-           packs, across, pa, pb, py);
+    launch("add_rows", packed ? &add_rows_kernel<N, X, B, Y> : &add_rows_kernel<1, X, B, Y>, ColumnLoop::grid(packs, across), kMapThreads,
+           0, packs, across, pa, pb, py);
   });
 }
 

@@ -1,6 +1,7 @@
 // (x / 255 - mean[c]) / std[c], of pixels that may be mixed before; an image as rows of patches and back; a token before the others; the
 // mean of tokens.
 #include "column_sums.h"
+#include "divider.h"
 #include "mesa/kernels/elementwise.h"
 #include "mesa/kernels/image.h"
 #include "pointwise.h"
@@ -25,11 +26,13 @@ struct Pixels {
   int64_t batch, plane, width;
   const uint8_t* mirrored;  ///< null: none
   const Mixing* mixing;     ///< null: none
+  Divider by_width;
 
+  __device__ int64_t row(int64_t at) const { return by_width.quotient(static_cast<uint32_t>(at)); }
   __device__ bool is_mirrored(int64_t image) const { return mirrored != nullptr && mirrored[image] != 0; }
   /// Where the pixels are that are read as those from `at` on, n within a row.
   __device__ int64_t source(int64_t image, int64_t at, int n) const {
-    return image * plane + (is_mirrored(image) ? at + width - n - 2 * (at % width) : at);
+    return image * plane + (is_mirrored(image) ? at + width - n - 2 * (at - row(at) * width) : at);
   }
 };
 
@@ -50,20 +53,23 @@ struct PixelPack {
   __device__ uint32_t at(int k, int c) const { return reversed ? byte((N - 1 - k) * C + c) : byte(k * C + c); }
 };
 
-/// C interleaved planes: N pixels a thread are N C bytes, read as 32-bit words, and C packs.
+// blockIdx.y goes over images.
+
+/// C interleaved planes: N pixels a thread are N C bytes, read as 32-bit words, and C packs. If kMixed, all N lie in one row.
 template <bool kMixed, int C, int N, class T>
 __global__ void normalize_packs_kernel(Pixels pixels, Normalization<Acc<T>> by, T* y) {
   static_assert(N * C % 4 == 0);
   using A = Acc<T>;
-  const int64_t plane = pixels.plane;
-  for (int64_t i = global_index() * N; i < pixels.batch * plane; i += global_stride() * N) {
-    const int64_t image = i / plane, at = i - image * plane;
+  const int64_t plane = pixels.plane, at = global_index() * N;
+  if (at >= plane) return;
+  for (int64_t image = blockIdx.y; image < pixels.batch; image += gridDim.y) {
     const PixelPack<C, N> own(pixels, image, at), other(pixels, kMixed ? Mixing::partner(image) : image, at);
     A weight[N];
     if constexpr (kMixed) {
       const Mixing mixing = pixels.mixing[image];
+      const int64_t row = pixels.row(at), column = at - row * pixels.width;
 #pragma unroll
-      for (int k = 0; k < N; ++k) weight[k] = mixing.weight((at + k) / pixels.width, (at + k) % pixels.width);
+      for (int k = 0; k < N; ++k) weight[k] = mixing.weight(row, column + k);
     }
     T* const to = y + image * plane * C + at;
 #pragma unroll
@@ -84,10 +90,11 @@ __global__ void normalize_packs_kernel(Pixels pixels, Normalization<Acc<T>> by, 
 template <class T>
 __global__ void normalize_kernel(Pixels pixels, int channels, Normalization<Acc<T>> by, T* y) {
   using A = Acc<T>;
-  const int64_t plane = pixels.plane;
-  for (int64_t i = global_index(); i < pixels.batch * plane; i += global_stride()) {
-    const int64_t image = i / plane, at = i - image * plane;
-    const A weight = pixels.mixing == nullptr ? 1 : pixels.mixing[image].weight(at / pixels.width, at % pixels.width);
+  const int64_t plane = pixels.plane, at = global_index();
+  if (at >= plane) return;
+  const int64_t row = pixels.row(at), column = at - row * pixels.width;
+  for (int64_t image = blockIdx.y; image < pixels.batch; image += gridDim.y) {
+    const A weight = pixels.mixing == nullptr ? 1 : pixels.mixing[image].weight(row, column);
     T* const to = y + image * plane * channels + at;
 #pragma unroll
     for (int c = 0; c < kMaxChannels; ++c) {
@@ -125,18 +132,18 @@ __global__ void mean_tokens_kernel(int64_t tokens, int64_t from, int64_t width, 
   if (threadIdx.x < Tile::kColumns && begin + threadIdx.x < width) store(y + b * width + begin + threadIdx.x, sum * share);
 }
 
-/// Packs of N elements, `across` in each row of dx.
+/// Packs of N elements, `across` in each row of dx. A block writes kGradTokens tokens of an image, a thread the same columns of each.
+constexpr int kGradTokens = 16;
 template <int N, class Y, class X>
-__global__ void mean_tokens_grad_kernel(int64_t packs, int64_t across, int64_t tokens, int64_t from, Acc<Y> share, const Y* dy, X* dx) {
-  for (int64_t i = global_index(); i < packs; i += global_stride()) {
-    const int64_t row = i / across, b = row / tokens;
-    Elements<Acc<Y>, N> v{};
-    if (row - b * tokens >= from) {
-      v = elements_at<N>(dy + (b * across + (i - row * across)) * N);
+__global__ void mean_tokens_grad_kernel(int64_t across, int64_t tokens, int64_t from, Acc<Y> share, const Y* dy, X* dx) {
+  const int64_t parts = (tokens + kGradTokens - 1) / kGradTokens, b = blockIdx.x / parts, first = blockIdx.x % parts * kGradTokens;
+  const int64_t end = first + kGradTokens < tokens ? first + kGradTokens : tokens;
+  for (int64_t c = threadIdx.x; c < across; c += blockDim.x) {
+    auto v = elements_at<N>(dy + (b * across + c) * N);
 #pragma unroll
-      for (int k = 0; k < N; ++k) v.v[k] *= share;
-    }
-    store_pack(dx + i * N, v.v);
+    for (int k = 0; k < N; ++k) v.v[k] *= share;
+    for (int64_t token = first; token < end; ++token)
+      store_pack(dx + ((b * tokens + token) * across + c) * N, (token < from ? Elements<Acc<Y>, N>{} : v).v);
   }
 }
 
@@ -160,8 +167,12 @@ void normalize_images(const Tensor& pixels, const std::vector<float>& mean, cons
   check_mixing(mixing, pixels);
   if (y.numel() == 0) return;
   const auto* mixed = mixing.defined() ? reinterpret_cast<const Mixing*>(mixing.data<float>()) : nullptr;
-  const Pixels from{pixels.data<uint8_t>(), pixels.dim(0), plane, width, mirror_flags(mirrored, pixels), mixed};
-  const int64_t n = from.batch * plane;
+  check(plane < int64_t{1} << 31, "normalize_images: images of ", height, " x ", width, "; on a GPU there may be 2^31 pixels");
+  const Pixels from{pixels.data<uint8_t>(), pixels.dim(0), plane, width, mirror_flags(mirrored, pixels), mixed, Divider(width)};
+  // One thread for so many pixels of each image.
+  const auto grid = [&](int64_t n) {
+    return dim3(static_cast<unsigned>(ceil_div(plane, n * kMapThreads)), static_cast<unsigned>(std::min<int64_t>(from.batch, 65535)));
+  };
   dispatch_float(y.dtype(), [&](auto tag) {
     using T = decltype(tag);
     using A = Acc<T>;
@@ -172,11 +183,12 @@ void normalize_images(const Tensor& pixels, const std::vector<float>& mean, cons
       by.factor[c] = static_cast<A>(1 / (255.0 * static_cast<double>(std[c])));
       by.shift[c] = static_cast<A>(static_cast<double>(mean[c]) / static_cast<double>(std[c]));
     }
-    if (channels == 3 && (mirrored.defined() ? width : plane) % N == 0 && aligned(from.x, 4) && aligned(py, N * sizeof(T)))
+    if (channels == 3 && (mirrored.defined() || mixed != nullptr ? width : plane) % N == 0 && aligned(from.x, 4) &&
+        aligned(py, N * sizeof(T)))
       launch("normalize_images", mixed != nullptr ? &normalize_packs_kernel<true, 3, N, T> : &normalize_packs_kernel<false, 3, N, T>,
-             grid_for(n, N * kMapThreads, kMapBlocks), kMapThreads, 0, from, by, py);
+             grid(N), kMapThreads, 0, from, by, py);
     else
-      launch("normalize_images", &normalize_kernel<T>, grid_for(n, kMapThreads, kMapBlocks), kMapThreads, 0, from, channels, by, py);
+      launch("normalize_images", &normalize_kernel<T>, grid(1), kMapThreads, 0, from, static_cast<int>(channels), by, py);
   });
 }
 
@@ -226,9 +238,10 @@ void mean_tokens_grad(const Tensor& dy, int64_t from, const Tensor& dx) {
     const Y* py = dy.data<Y>();
     X* px = dx.data<X>();
     const bool packed = width % N == 0 && aligned(py, N * sizeof(Y)) && aligned(px, N * sizeof(X));
-    const int64_t packs = dx.numel() / (packed ? N : 1), across = width / (packed ? N : 1);
+    const int64_t across = width / (packed ? N : 1), blocks = dx.dim(0) * ceil_div(tokens, kGradTokens);
+    const int64_t threads = std::clamp<int64_t>(ceil_div(across, kWarp) * kWarp, kWarp, kMapThreads);
     launch("mean_tokens_grad", packed ? &mean_tokens_grad_kernel<N, Y, X> : &mean_tokens_grad_kernel<1, Y, X>,
-           grid_for(packs, kMapThreads, kMapBlocks), kMapThreads, 0, packs, across, tokens, from,
+           static_cast<unsigned>(blocks), static_cast<unsigned>(threads), 0, across, tokens, from,
            Acc<Y>(1) / static_cast<Acc<Y>>(tokens - from), py, px);
   });
 }

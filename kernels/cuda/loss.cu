@@ -1,14 +1,10 @@
 // loss = lse(x) - sum_k t_k x_k for targets t that sum to 1;  dx = dloss / B (softmax(x) - t);  the mean over a batch.
-// A block for each row of logits: there are few rows, and up to tens of thousands of classes.
 #include "mesa/kernels/loss.h"
 #include "rows.h"
 
 namespace mesa::kernels::cuda {
 
 namespace {
-
-using Block = Team<1, 0>;
-constexpr int kMostThreads = 1024;
 
 /// What a row's softmax needs: probabilities are exp(x[k] - top) / sum, log sum exp is top + log(sum).
 template <class T>
@@ -17,13 +13,22 @@ struct RowSum {
   __device__ T exponential(T x) const { return scalar::exp_nonpositive(x - top); }
   __device__ double log_sum_exp() const { return static_cast<double>(top) + std::log(static_cast<double>(sum)); }
 };
-template <class T>
-__device__ RowSum<T> exponentiate(const T* x, int64_t classes) {
+template <class Team, class T>
+__device__ RowSum<T> exponentiate(Team team, Values<Team, T>& x, int64_t classes) {
+  constexpr int V = Team::kVector;
   RowSum<T> row{static_cast<T>(-INFINITY), 0};
-  Block::each(classes, [&](int, int64_t k) { row.top = Max{}(x[k], row.top); });  // passes over a NaN, which comes back in the sum
-  row.top = Block::reduce(row.top, Max{}, static_cast<T>(-INFINITY));
-  Block::each(classes, [&](int, int64_t k) { row.sum += row.exponential(x[k]); });
-  row.sum = Block::sum(row.sum);
+  team.each(classes, [&](int p, auto k) {
+    const T(&v)[V] = x.at(p, k);
+#pragma unroll
+    for (int i = 0; i < V; ++i) row.top = Max{}(v[i], row.top);  // passes over a NaN, which comes back in the sum
+  });
+  row.top = team.reduce(row.top, Max{}, static_cast<T>(-INFINITY));
+  team.each(classes, [&](int p, auto k) {
+    const T(&v)[V] = x.at(p, k);
+#pragma unroll
+    for (int i = 0; i < V; ++i) row.sum += row.exponential(v[i]);
+  });
+  row.sum = team.sum(row.sum);
   return row;
 }
 
@@ -35,15 +40,21 @@ struct LabelLoss {
   int64_t classes;
   double smoothing;
 
-  __device__ void operator()(Block block, int64_t b) const {
-    const T* x = row_at(logits, b);
-    const double lse = exponentiate(x, classes).log_sum_exp();
+  template <class Team>
+  __device__ void operator()(Team team, int64_t b) const {
+    constexpr int V = Team::kVector;
+    Values<Team, T> x(row_at(logits, b), classes);
+    const double lse = exponentiate(team, x, classes).log_sum_exp();
     double spread = 0;
     if (smoothing > 0) {  // without, a class of probability 0 costs nothing, though its gap is infinite
-      block.each(classes, [&](int, int64_t k) { spread += lse - x[k]; });
-      spread = smoothing / static_cast<double>(classes) * block.sum(spread);
+      team.each(classes, [&](int p, auto k) {
+        const T(&v)[V] = x.at(p, k);
+#pragma unroll
+        for (int i = 0; i < V; ++i) spread += lse - v[i];
+      });
+      spread = smoothing / static_cast<double>(classes) * team.sum(spread);
     }
-    if (block.leads()) loss[b] = static_cast<T>((1 - smoothing) * (lse - x[labels[b]]) + spread);
+    if (team.leads()) loss[b] = static_cast<T>((1 - smoothing) * (lse - row_at(logits, b)[labels[b]]) + spread);
   }
 };
 
@@ -53,13 +64,19 @@ struct TargetLoss {
   T* loss;
   int64_t classes;
 
-  __device__ void operator()(Block block, int64_t b) const {
-    const T *x = row_at(logits, b), *t = row_at(targets, b);
-    const double lse = exponentiate(x, classes).log_sum_exp();
+  template <class Team>
+  __device__ void operator()(Team team, int64_t b) const {
+    constexpr int V = Team::kVector;
+    Values<Team, T> x(row_at(logits, b), classes), t(row_at(targets, b), classes);
+    const double lse = exponentiate(team, x, classes).log_sum_exp();
     double sum = 0;
-    block.each(classes, [&](int, int64_t k) { sum += t[k] * (lse - x[k]); });
-    sum = block.sum(sum);
-    if (block.leads()) loss[b] = static_cast<T>(sum);
+    team.each(classes, [&](int p, auto k) {
+      const T(&v)[V] = x.at(p, k), (&share)[V] = t.at(p, k);
+#pragma unroll
+      for (int i = 0; i < V; ++i) sum += share[i] * (lse - v[i]);
+    });
+    sum = team.sum(sum);
+    if (team.leads()) loss[b] = static_cast<T>(sum);
   }
 };
 
@@ -79,15 +96,22 @@ struct LabelGrad {
   int64_t classes;
   T spread, hit;
 
-  __device__ void operator()(Block block, int64_t b) const {
-    const T* x = row_at(logits, b);
-    T* dx = row_at(dlogits, b);
+  template <class Team>
+  __device__ void operator()(Team team, int64_t b) const {
+    constexpr int V = Team::kVector;
+    Values<Team, T> x(row_at(logits, b), classes);
     const int64_t label = labels[b];
-    const RowSum<T> row = exponentiate(x, classes);
+    const RowSum<T> row = exponentiate(team, x, classes);
     const T inverse = static_cast<T>(1 / static_cast<double>(row.sum)), factor = upstream();
-    block.each(classes, [&](int, int64_t k) {
-      const T rest = row.exponential(x[k]) * inverse - spread;
-      dx[k] = factor * (k == label ? rest - hit : rest);
+    team.each(classes, [&](int p, auto k) {
+      const T(&v)[V] = x.at(p, k);
+      T dx[V];
+#pragma unroll
+      for (int i = 0; i < V; ++i) {
+        const T rest = row.exponential(v[i]) * inverse - spread;
+        dx[i] = factor * (k + i == label ? rest - hit : rest);
+      }
+      store_pack(row_at(dlogits, b) + k, dx);
     });
   }
 };
@@ -98,12 +122,19 @@ struct TargetGrad {
   Rows<T> logits, targets, dlogits;
   int64_t classes;
 
-  __device__ void operator()(Block block, int64_t b) const {
-    const T *x = row_at(logits, b), *t = row_at(targets, b);
-    T* dx = row_at(dlogits, b);
-    const RowSum<T> row = exponentiate(x, classes);
+  template <class Team>
+  __device__ void operator()(Team team, int64_t b) const {
+    constexpr int V = Team::kVector;
+    Values<Team, T> x(row_at(logits, b), classes), t(row_at(targets, b), classes);
+    const RowSum<T> row = exponentiate(team, x, classes);
     const T inverse = static_cast<T>(1 / static_cast<double>(row.sum)), factor = upstream();
-    block.each(classes, [&](int, int64_t k) { dx[k] = factor * (row.exponential(x[k]) * inverse - t[k]); });
+    team.each(classes, [&](int p, auto k) {
+      const T(&v)[V] = x.at(p, k), (&share)[V] = t.at(p, k);
+      T dx[V];
+#pragma unroll
+      for (int i = 0; i < V; ++i) dx[i] = factor * (row.exponential(v[i]) * inverse - share[i]);
+      store_pack(row_at(dlogits, b) + k, dx);
+    });
   }
 };
 
@@ -118,11 +149,6 @@ __global__ void add_part(const In* x, int64_t n, int64_t size, double count, Out
   if (threadIdx.x == 0) sums[blockIdx.x] = static_cast<Out>(sum / count);
 }
 
-template <class Kernel>
-void run(const char* name, const Tensor& logits, const Kernel& kernel) {
-  launch_teams<Block>(name, logits.dim(0), logits.dim(1), kernel, kMostThreads);
-}
-
 }  // namespace
 
 void cross_entropy(const Tensor& logits, const Tensor& labels, double smoothing, const Tensor& loss) {
@@ -131,7 +157,8 @@ void cross_entropy(const Tensor& logits, const Tensor& labels, double smoothing,
   check(loss.is_contiguous() && loss.numel() == logits.dim(0), "cross_entropy: loss has ", loss.numel(), " elements");
   dispatch_wide(logits.dtype(), [&](auto tag) {
     using T = decltype(tag);
-    run("cross_entropy", logits, LabelLoss<T>{rows_of<T>(logits), labels.data<int64_t>(), loss.data<T>(), logits.dim(1), smoothing});
+    const LabelLoss<T> kernel{rows_of<T>(logits), labels.data<int64_t>(), loss.data<T>(), logits.dim(1), smoothing};
+    launch_few_rows("cross_entropy", kernel, logits.dim(0), logits.dim(1), kernel.logits);
   });
 }
 
@@ -139,7 +166,8 @@ void cross_entropy_soft(const Tensor& logits, const Tensor& targets, const Tenso
   check_loss(logits, targets, loss, "cross_entropy_soft");
   dispatch_wide(logits.dtype(), [&](auto tag) {
     using T = decltype(tag);
-    run("cross_entropy_soft", logits, TargetLoss<T>{rows_of<T>(logits), rows_of<T>(targets), loss.data<T>(), logits.dim(1)});
+    const TargetLoss<T> kernel{rows_of<T>(logits), rows_of<T>(targets), loss.data<T>(), logits.dim(1)};
+    launch_few_rows("cross_entropy_soft", kernel, logits.dim(0), logits.dim(1), kernel.logits, kernel.targets);
   });
 }
 
@@ -150,14 +178,14 @@ void cross_entropy_grad(const Tensor& dloss, const Tensor& logits, const Tensor&
   dispatch_wide(logits.dtype(), [&](auto tag) {
     using T = decltype(tag);
     const int64_t classes = logits.dim(1);
-    run("cross_entropy_grad", logits,
-        LabelGrad<T>{{dloss.data<T>(), logits.dim(0)},
-                     rows_of<T>(logits),
-                     rows_of<T>(dlogits),
-                     labels.data<int64_t>(),
-                     classes,
-                     static_cast<T>(smoothing / static_cast<double>(classes)),
-                     static_cast<T>(1 - smoothing)});
+    const LabelGrad<T> kernel{{dloss.data<T>(), logits.dim(0)},
+                              rows_of<T>(logits),
+                              rows_of<T>(dlogits),
+                              labels.data<int64_t>(),
+                              classes,
+                              static_cast<T>(smoothing / static_cast<double>(classes)),
+                              static_cast<T>(1 - smoothing)};
+    launch_few_rows("cross_entropy_grad", kernel, logits.dim(0), logits.dim(1), kernel.logits, kernel.dlogits);
   });
 }
 
@@ -165,8 +193,9 @@ void cross_entropy_soft_grad(const Tensor& dloss, const Tensor& logits, const Te
   check_loss_grad(logits, targets, dlogits, "cross_entropy_soft_grad");
   dispatch_wide(logits.dtype(), [&](auto tag) {
     using T = decltype(tag);
-    run("cross_entropy_soft_grad", logits,
-        TargetGrad<T>{{dloss.data<T>(), logits.dim(0)}, rows_of<T>(logits), rows_of<T>(targets), rows_of<T>(dlogits), logits.dim(1)});
+    const TargetGrad<T> kernel{
+        {dloss.data<T>(), logits.dim(0)}, rows_of<T>(logits), rows_of<T>(targets), rows_of<T>(dlogits), logits.dim(1)};
+    launch_few_rows("cross_entropy_soft_grad", kernel, logits.dim(0), logits.dim(1), kernel.logits, kernel.targets, kernel.dlogits);
   });
 }
 

@@ -30,6 +30,21 @@ __device__ inline auto apply(const F& f, const Elements<A, N>&... x) {
   return y;
 }
 
+/// store_pack to global memory, by one instruction: an assignment nvcc takes apart into elements where it stands behind another.
+template <class T, int N, class V>
+__device__ inline void store_whole(T* p, const V (&x)[N]) {
+  constexpr size_t kBytes = N * sizeof(T);
+  using Word = std::conditional_t<kBytes == 16, uint4, std::conditional_t<kBytes == 8, uint2, uint32_t>>;
+  if constexpr (N > 1 && kBytes == sizeof(Word)) {
+    const Pack<T, N> pack = pack_of<T>(x);
+    Word word;
+    memcpy(&word, &pack, sizeof word);
+    store_global(reinterpret_cast<Word*>(p), word);
+  } else {
+    store_pack(p, x);
+  }
+}
+
 /// This thread's packs of N elements below n, those of the grid's threads behind each other. y may be one of x: an element is read before
 /// its own place is written.
 template <int N, class F, class Y, class... X>
@@ -38,10 +53,10 @@ __device__ inline void map_packs(int64_t n, const F& f, Y* y, const X*... x) {
   int64_t i = global_index() * N;
   for (; i + stride + N <= n; i += 2 * stride) {  // two packs at a time: the loads of both are under way before the first store
     const auto low = apply<N>(f, elements_at<N>(x + i)...), high = apply<N>(f, elements_at<N>(x + i + stride)...);
-    store_pack(y + i, low.v);
-    store_pack(y + i + stride, high.v);
+    store_whole(y + i, low.v);
+    store_whole(y + i + stride, high.v);
   }
-  if (i + N <= n) store_pack(y + i, apply<N>(f, elements_at<N>(x + i)...).v);
+  if (i + N <= n) store_whole(y + i, apply<N>(f, elements_at<N>(x + i)...).v);
 }
 template <int N, class F, class Y, class... X>
 __global__ void map_kernel(int64_t n, F f, Y* y, const X*... x) {
@@ -75,6 +90,33 @@ void map_rows(const char* name, const F& f, int64_t rows, int64_t width, Y* y, c
   const dim3 grid(grid_for(packs, 4 * threads, kMapBlocks), static_cast<unsigned>(std::min<int64_t>(rows, 65535)));
   launch(name, kernel, grid, static_cast<unsigned>(threads), 0, rows, width, f, y, x...);
 }
+
+/// A loop over packs, `across` in each row, by strides of whole rows: a thread keeps its columns, and in registers what belongs to them.
+struct ColumnLoop {
+  int64_t packs, stride, first, column;  ///< column: pack of a row
+
+  __device__ ColumnLoop(int64_t packs, int64_t across)
+      : packs(packs), stride(global_stride() / across * across), first(global_index()), column(first % across) {}
+  /// False in the threads that are left over.
+  __device__ bool takes_part() const { return first < stride; }
+  /// use(i, load(i)) for this thread's packs, two at a time: both are loaded before the first is used.
+  template <class Load, class Use>
+  __device__ void each(const Load& load, const Use& use) const {
+    int64_t i = first;
+    for (; i + stride < packs; i += 2 * stride) {
+      auto low = load(i), high = load(i + stride);
+      use(i, low);
+      use(i + stride, high);
+    }
+    if (i < packs) {
+      auto last = load(i);
+      use(i, last);
+    }
+  }
+  static unsigned grid(int64_t packs, int64_t across) {  // at least one row
+    return static_cast<unsigned>(std::max<int64_t>(grid_for(packs, 2 * kMapThreads), ceil_div(across, kMapThreads)));
+  }
+};
 
 /// y[i] <- f(x[i]...) for tensors of one shape.
 template <class F>

@@ -173,6 +173,15 @@ void launch_rows(const char* name, int64_t rows, int64_t width, bool vectors, co
     with_team<1, may_keep>(width, run);
 }
 
+/// The same for logits and the like, of which a batch has few rows: warps keep those of up to 1,024 columns, blocks go over longer ones.
+template <class Kernel, class T, class... Others>
+void launch_few_rows(const char* name, const Kernel& kernel, int64_t rows, int64_t width, const Rows<T>& operand, const Others&... others) {
+  constexpr int V = 4, P = 8, kMostThreads = 1024;
+  if constexpr (std::is_same_v<T, float>)
+    if (in_vectors<V>(width, operand, others...) && width <= V * P * kWarp) return launch_teams<Team<V, P>>(name, rows, width, kernel);
+  launch_teams<Team<1, 0>>(name, rows, width, kernel, kMostThreads);
+}
+
 // --- contracts -------------------------------------------------------------------------------------------------------------------
 
 inline void check_rows(const Tensor& s, const Tensor& p, const char* name) {

@@ -25,29 +25,46 @@ __global__ void sum_chunks_kernel(int64_t rows, int64_t width, const T* x, Acc<T
   if (threadIdx.x < Tile::kColumns && begin + threadIdx.x < width) partial[chunk * width + begin + threadIdx.x] = sum;
 }
 
-constexpr int kFinishLanes = 16;
-
-/// out[n] <- (accumulate ? out[n] : 0) + sum_c partial[c, n] in double: 32 columns for each block, whose warps share the chunks.
+/// out[n] <- (accumulate ? out[n] : 0) + sum_c partial[c, n] in double.
 template <class A, class Out>
 __global__ void add_partials_kernel(int64_t chunks, int64_t width, const A* partial, Out* out, bool accumulate) {
-  __shared__ double parts[kFinishLanes][kWarp];
-  const int column = threadIdx.x % kWarp, lane = threadIdx.x / kWarp;
-  const int64_t n = static_cast<int64_t>(blockIdx.x) * kWarp + column;
+  const int64_t n = FewColumns::column();
   double sum = 0;
   if (n < width)
 #pragma unroll 4
-    for (int64_t c = lane; c < chunks; c += kFinishLanes) sum += partial[c * width + n];
-  parts[lane][column] = sum;
-  __syncthreads();
-  if (lane != 0 || n >= width) return;
-  double total = accumulate ? static_cast<double>(out[n]) : 0.0;
-  for (int l = 0; l < kFinishLanes; ++l) total += parts[l][column];
-  out[n] = static_cast<Out>(total);
+    for (int64_t c = FewColumns::lane(); c < chunks; c += FewColumns::kLanes) sum += partial[c * width + n];
+  const double total = FewColumns::sum<1>({{sum}}).of[0];
+  if (FewColumns::lane() == 0 && n < width) out[n] = static_cast<Out>((accumulate ? static_cast<double>(out[n]) : 0.0) + total);
+}
+
+/// The same at once of no more rows than a chunk has: a thread for N columns.
+template <int N, class T, class Out>
+__global__ void sum_few_rows_kernel(int64_t rows, int64_t width, const T* x, Out* out, bool accumulate) {
+  for (int64_t c = global_index() * N; c < width; c += global_stride() * N) {
+    Acc<T> sum[N] = {};
+#pragma unroll 4
+    for (int64_t row = 0; row < rows; ++row) {
+      const auto v = elements_at<N>(x + row * width + c);
+#pragma unroll
+      for (int k = 0; k < N; ++k) sum[k] += v.v[k];
+    }
+    Out total[N];
+#pragma unroll
+    for (int k = 0; k < N; ++k) total[k] = static_cast<Out>((accumulate ? static_cast<double>(out[c + k]) : 0.0) + sum[k]);
+    store_pack(out + c, total);
+  }
+}
+
+template <class T, class Out>
+void sum_few_rows(const T* x, int64_t rows, int64_t width, Out* out, bool accumulate) {
+  constexpr int N = kLaneElements<T, Out>;
+  const bool packed = width % N == 0 && aligned(x, N * sizeof(T)) && aligned(out, N * sizeof(Out));
+  launch("sum_rows", packed ? &sum_few_rows_kernel<N, T, Out> : &sum_few_rows_kernel<1, T, Out>,
+         grid_for(width, (packed ? N : 1) * kMapThreads, kMapBlocks), kMapThreads, 0, rows, width, x, out, accumulate);
 }
 
 template <class T>
 void sum_chunks(const T* x, int64_t rows, int64_t width, int64_t chunks, Acc<T>* partial) {
-  if (chunks == 0) return;
   constexpr int N = kLaneElements<T>;
   const bool packed = width % N == 0 && aligned(x, N * sizeof(T));
   const int64_t blocks = chunks * ceil_div(width, packed ? ColumnTile<N>::kColumns : ColumnTile<1>::kColumns);
@@ -155,12 +172,13 @@ void sum_rows(const Tensor& dy, const Tensor& db, bool accumulate) {
   dispatch_float(dy.dtype(), [&](auto tag) {
     using T = decltype(tag);
     using A = Acc<T>;
-    const Tensor partial = Tensor::empty({chunks, width}, dtype_of<A>, dy.device());
-    sum_chunks(dy.data<T>(), rows, width, chunks, partial.data<A>());
     dispatch_wide(db.dtype(), [&](auto out) {
       using Out = decltype(out);
-      launch("sum_rows (finish)", &add_partials_kernel<A, Out>, static_cast<unsigned>(ceil_div(width, kWarp)), kFinishLanes * kWarp, 0,
-             chunks, width, partial.data<A>(), db.data<Out>(), accumulate);
+      if (chunks <= 1) return sum_few_rows(dy.data<T>(), rows, width, db.data<Out>(), accumulate);
+      const Tensor partial = Tensor::empty({chunks, width}, dtype_of<A>, dy.device());
+      sum_chunks(dy.data<T>(), rows, width, chunks, partial.data<A>());
+      launch("sum_rows (finish)", &add_partials_kernel<A, Out>, FewColumns::blocks(width), FewColumns::kThreads, 0, chunks, width,
+             partial.data<A>(), db.data<Out>(), accumulate);
     });
   });
 }

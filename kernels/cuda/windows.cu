@@ -1,4 +1,5 @@
 // Windows of a grid as rows that lie together, and back; scale s + bias by relative position, and the sum of gradients for each distance.
+#include "divider.h"
 #include "mesa/kernels/windows_common.h"
 #include "pointwise.h"
 
@@ -6,13 +7,25 @@ namespace mesa::kernels::cuda {
 
 namespace {
 
+constexpr int kMovedRows = 64;  // of a block, which looks up where each lies
+
 /// Rows of the grid and of its windows, in packs of `across` a row.
 template <class T, bool gather>
-__global__ void move_windows_kernel(int64_t packs, int64_t across, Windows w, int64_t first, T* grid, int64_t stride, T* windowed) {
-  for (int64_t i = global_index(); i < packs; i += global_stride()) {
-    const int64_t row = i / across, window = first + row / w.length(), image = window / w.count();
+__global__ void move_windows_kernel(int64_t rows, Divider across, Windows w, int64_t first, T* grid, int64_t stride, T* windowed) {
+  __shared__ int64_t places[kMovedRows];
+  const int64_t begin = static_cast<int64_t>(blockIdx.x) * kMovedRows;
+  const uint32_t count = rows - begin < kMovedRows ? static_cast<uint32_t>(rows - begin) : kMovedRows;
+  if (threadIdx.x < count) {
+    const int64_t row = begin + threadIdx.x, window = first + row / w.length(), image = window / w.count();
     const int token = w.token(static_cast<int>(window - image * w.count()), static_cast<int>(row % w.length()));
-    T* const there = grid + (image * w.tokens() + token) * stride + (i - row * across);
+    places[threadIdx.x] = (image * w.tokens() + token) * stride;
+  }
+  __syncthreads();
+  windowed += begin * across.divisor;
+#pragma unroll 4
+  for (uint32_t i = threadIdx.x; i < count * across.divisor; i += kMapThreads) {
+    const uint32_t row = across.quotient(i);
+    T* const there = grid + places[row] + (i - row * across.divisor);
     if constexpr (gather)
       windowed[i] = *there;
     else
@@ -28,10 +41,12 @@ void move_windows(const char* name, const Tensor& grid, const Tensor& windowed, 
   const int64_t width = grid.dim(2) * size_of(grid.dtype()), stride = grid.row_stride() * size_of(grid.dtype());
   const auto run = [&](auto unit) {
     using T = decltype(unit);
-    const int64_t across = width / sizeof(T), packs = windowed.dim(0) * windowed.dim(1) * across;
-    if (packs > 0)
-      launch(name, &move_windows_kernel<T, gather>, grid_for(packs, kMapThreads, kMapBlocks), kMapThreads, 0, packs, across, w, first,
-             static_cast<T*>(grid.raw()), static_cast<int64_t>(stride / sizeof(T)), static_cast<T*>(windowed.raw()));
+    const int64_t across = width / sizeof(T), rows = windowed.dim(0) * windowed.dim(1);
+    check(across < (int64_t{1} << 31) / kMovedRows, name, ": rows of ", across, " packs");
+    if (rows * across > 0)
+      launch(name, &move_windows_kernel<T, gather>, static_cast<unsigned>(ceil_div(rows, kMovedRows)), kMapThreads, 0, rows,
+             Divider(across), w, first, static_cast<T*>(grid.raw()), static_cast<int64_t>(stride / sizeof(T)),
+             static_cast<T*>(windowed.raw()));
   };
   if (width % 16 == 0 && stride % 16 == 0 && aligned(grid.raw(), 16) && aligned(windowed.raw(), 16))
     run(uint4{});

@@ -31,7 +31,7 @@ class Sequences {
   /// Scores of a turn (f32, [sequences, H, N, M]) should stay in the cores' second-level caches; on a GPU they should be worth a launch.
   int64_t of_a_turn() const {
     const int64_t score_bytes = gpu_ ? 1 << 26 : 1 << 21;
-    const int64_t one = heads_ * queries_ * keys_ * 4;
+    const int64_t one = heads_ * queries_ * pitch() * 4;
     return std::clamp<int64_t>(score_bytes / std::max<int64_t>(one, 1), 1, std::max<int64_t>(count_, 1));
   }
   template <class Turn>
@@ -56,13 +56,14 @@ class Sequences {
   /// On a GPU rows of scores begin at multiples of 16 bytes: of an odd number of keys its matrix units would read single elements. (Those
   /// of windows are summed as one row each.)
   Tensor scores(DType dtype, Device device) const {
-    const int64_t pitch = gpu_ && !windows_.defined() ? (keys_ + 7) / 8 * 8 : keys_;
-    return Tensor::empty({of_a_turn(), heads_, queries_, pitch}, dtype, device).narrow(-1, 0, keys_);
+    return Tensor::empty({of_a_turn(), heads_, queries_, pitch()}, dtype, device).narrow(-1, 0, keys_);
   }
   /// A number for each row of each head.
   Tensor lines(DType dtype, Device device) const { return Tensor::empty({count_, heads_, queries_}, dtype, device); }
 
  private:
+  int64_t pitch() const { return gpu_ && !windows_.defined() ? (keys_ + 7) / 8 * 8 : keys_; }
+
   Windows windows_;
   int64_t count_, queries_, keys_, heads_;
   bool gpu_;
@@ -73,6 +74,7 @@ Tensor head(const Tensor& t, int64_t count) { return t.dim(0) == count ? t : t.n
 
 /// Scores with what fills up their rows.
 Tensor whole(const Tensor& scores) {
+  if (scores.numel() == 0) return scores;
   return scores.as_strided({scores.dim(0), scores.dim(1), scores.dim(2), scores.strides()[-2]}, scores.strides(), scores.offset());
 }
 
@@ -118,9 +120,9 @@ class BiasGradient {
 /// [B, N, C] -> [B, H, N, C/H], a view.
 Tensor by_head(const Tensor& x, int64_t heads) { return x.split_last(x.dim(-1) / heads).transpose(1, 2); }
 
-bool has_fused_kernel(const Tensor& o, const Tensor& k, int64_t heads, const WindowBias& windows) {
+bool has_fused_kernel(const Tensor& o, int64_t heads, const WindowBias& windows) {
   const int64_t head = o.dim(2) / heads;
-  if (!is_gpu(o.device()) || k.dim(1) == 0 || fused_attention.cuda == nullptr || o.dtype() != DType::bf16) return false;
+  if (!is_gpu(o.device()) || fused_attention.cuda == nullptr || o.dtype() != DType::bf16) return false;
   return windows.defined() ? head == 32 && windows.windows.length() <= 1024 : head == 32 || head == 64;
 }
 
@@ -140,7 +142,7 @@ void cudnn_grad(const Tensor& d_o, const AttentionOperand& q_rows, const Attenti
 
 void attention(const Tensor& q_rows, const Tensor& k_rows, const Tensor& v_rows, int64_t heads, double scale, const Tensor& o_rows,
                const Tensor& lse, AttentionBy by, const QkvCodes& codes, const WindowBias& windows) {
-  if (by == AttentionBy::engine && has_fused_kernel(o_rows, k_rows, heads, windows))
+  if (by == AttentionBy::engine && has_fused_kernel(o_rows, heads, windows))
     return fused_attention(q_rows, k_rows, v_rows, heads, scale, o_rows, lse, codes, windows);
   if (codes[0].defined()) encode(q_rows, codes[0]);
   if (codes[1].defined()) encode(k_rows, codes[1]);
@@ -164,7 +166,7 @@ void attention_grad(const Tensor& d_o, const AttentionOperand& q_coded, const At
                     const Tensor& o, const Tensor& lse, int64_t heads, double scale, const Tensor& dq_rows, const Tensor& dk_rows,
                     const Tensor& dv_rows, AttentionBy by, const WindowBias& windows) {
   if (by == AttentionBy::cudnn) return cudnn_grad(d_o, q_coded, k_coded, v_coded, o, lse, heads, scale, dq_rows, dk_rows, dv_rows);
-  if (has_fused_kernel(dq_rows, dk_rows, heads, windows))
+  if (has_fused_kernel(dq_rows, heads, windows))
     return fused_attention_grad(d_o, q_coded, k_coded, v_coded, o, lse, heads, scale, dq_rows, dk_rows, dv_rows, windows);
   const Tensor q_rows = decode(q_coded, dq_rows), k_rows = decode(k_coded, dk_rows), v_rows = decode(v_coded, dv_rows);
   const Device device = q_rows.device();

@@ -1,6 +1,8 @@
 // Which engine computes a convolution: a matrix product where a window is one token, oneDNN, cuDNN, or products over unfolded windows.
 #include "mesa/kernels/conv.h"
 
+#include <atomic>
+
 #include "mesa/kernels/elementwise.h"
 #include "mesa/kernels/matmul.h"
 #include "onednn.h"
@@ -13,6 +15,7 @@ namespace cuda {
 [[gnu::weak]] bool cudnn_conv(const Tensor& x, const Tensor& w, const Tensor& y, const ConvGeometry& geometry);
 [[gnu::weak]] bool cudnn_conv_data_grad(const Tensor& dy, const Tensor& w, const Tensor& dx, const ConvGeometry& geometry);
 [[gnu::weak]] bool cudnn_conv_weight_grad(const Tensor& dy, const Tensor& x, const Tensor& dw, const ConvGeometry& geometry);
+[[gnu::weak]] std::vector<std::string> cudnn_slow_convolutions();
 }  // namespace cuda
 
 void ConvGeometry::validate() const {
@@ -144,7 +147,13 @@ void computed_into(const Tensor& y, const F& f) {
   copy(wide, y);
 }
 
-bool by_cudnn(const Tensor& x) { return x.device().kind == DeviceKind::cuda && x.dtype() != DType::f64 && cuda::cudnn_conv != nullptr; }
+std::atomic<bool> without_cudnn = false;  // a GPU had a convolution for it, and this build has none
+
+bool by_cudnn(const Tensor& x) {
+  if (x.device().kind != DeviceKind::cuda || x.dtype() == DType::f64) return false;
+  if (cuda::cudnn_conv == nullptr) without_cudnn = true;
+  return cuda::cudnn_conv != nullptr;
+}
 
 }  // namespace
 
@@ -191,6 +200,11 @@ void conv2d_weight_grad(const Tensor& dy, const Tensor& x, const Tensor& dw, boo
     if (cuda::cudnn_conv_weight_grad(dy, x, gradient, g)) return put_weight_grad(gradient, dw, accumulate);
   }
   unfolded_weight_grad(dy, x, dw, accumulate, g);
+}
+
+std::vector<std::string> slow_convolutions() {
+  if (without_cudnn) return {"all, since this build has no cuDNN"};
+  return cuda::cudnn_slow_convolutions ? cuda::cudnn_slow_convolutions() : std::vector<std::string>();
 }
 
 }  // namespace mesa::kernels

@@ -126,9 +126,8 @@ const Key kKeys[] = {
     KEY(train.reduce_precision, one_of("fp32|bf16"), "With several ranks: what gradients are added up in"),
     KEY(train.cuda_graph, any(), "Record the passes of a GPU and run them as one: for small models"),
     KEY(train.autotune, any(),
-        "On a GPU: time the algorithms that the library has for each product, at its first use, and keep the fastest; a resumed run finds "
-        "them "
-        "in its folder"),
+        "On a GPU: time the algorithms that the library has for each product (and the sums for biases in it or apart) at its first use, "
+        "and keep the fastest; a resumed run finds them in its folder"),
     KEY(train.weights, any(),
         "Begin with the weights of this checkpoint or safetensors file: positions are resized, a head of other classes begins anew"),
     KEY(train.ema_decay, fraction(),

@@ -4,6 +4,7 @@
 #include <chrono>
 #include <cmath>
 #include <cstdio>
+#include <map>
 #include <nlohmann/json.hpp>
 
 #include "kernel_work.h"
@@ -189,6 +190,7 @@ class Bench : public WorkList {
       }
       add(concat(l.name, ": dx = dy w"), 0, flops, [=] { kernels::matmul(y, w, dx); });
       add(concat(l.name, ": dw, db"), 0, flops, [=] { kernels::matmul_weight_grad(y, x, dw, false, db, false); });
+      add(concat(l.name, ": dw"), 0, flops, [=] { kernels::matmul_weight_grad(y, x, dw, false, Tensor(), false); });
     }
   }
 
@@ -247,13 +249,36 @@ Spread time_calls(const Calls& calls, Device device) {
   return spread_of(std::move(ms));
 }
 
-double copy_bandwidth(Device device, int64_t bytes) {
-  const int64_t beyond_caches = device.kind == DeviceKind::cuda ? int64_t{1} << 30 : int64_t{1} << 27;
-  const int64_t elements = (bytes > 0 ? bytes : beyond_caches) / 4;
-  const Tensor x = Tensor::zeros({elements}, DType::f32, device), y = empty_like(x);
-  const double ms = time_calls({[&] { kernels::copy(x, y); }}, device).median;
-  return 8e3 * static_cast<double>(elements) / ms;
-}
+/// What copies reach: of random values, since zeros move faster on some GPUs, and through all of two buffers in turns, so that a short one
+/// does not find the last one's in the cache.
+class Copies {
+ public:
+  /// `side` bytes in each buffer; 0 takes many more than the device's caches hold.
+  Copies(Device device, int64_t side) : device_(device) {
+    if (side == 0) side = device.kind == DeviceKind::cuda ? int64_t{1} << 30 : int64_t{1} << 27;
+    from_ = random_values({side / 4}, DType::f32, device), to_ = empty_like(from_);
+  }
+  /// Bytes a second of a copy that reads and writes about `bytes` together; a short one pays for its start and its end, too.
+  double rate(double bytes) {
+    constexpr int64_t kPack = 64, kMostCalls = 1024;
+    const int64_t all = from_.numel();
+    const int64_t elements = std::clamp<int64_t>(static_cast<int64_t>(bytes / 8) / kPack * kPack, std::min(kPack, all), all);
+    const auto [known, is_new] = rates_.try_emplace(elements, 0.0);
+    if (is_new) {
+      Calls calls;
+      for (int64_t i = 0; i < std::min(kMostCalls, all / elements); ++i)
+        calls.push_back([x = from_.narrow(0, i * elements, elements), y = to_.narrow(0, i * elements, elements)] { kernels::copy(x, y); });
+      known->second = 8e3 * static_cast<double>(elements) / time_calls(calls, device_).median;
+    }
+    return known->second;
+  }
+  double longest() { return rate(8.0 * static_cast<double>(from_.numel())); }
+
+ private:
+  Device device_;
+  Tensor from_, to_;
+  std::map<int64_t, double> rates_;  // by elements
+};
 
 std::vector<Work> all_kernels(const Extents& extents, const std::shared_ptr<DrawnValues>& drawn) {
   std::vector<Work> work = Bench(extents, drawn).work();
@@ -298,15 +323,19 @@ KernelReport run_kernel_benchmark(const RunConfig& config, const std::function<v
                         device};
   KernelReport report;
   report.device = describe_device(config.device, device);
-  report.copy_bytes_per_second = copy_bandwidth(device, copy_bytes);
+  Copies copies(device, copy_bytes);
+  report.copy_bytes_per_second = copies.longest();
   const std::vector<std::vector<Work>> sets = sets_of_operands(extents);
   for (size_t i = 0; i < sets.front().size(); ++i) {
     const Work& work = sets.front()[i];
     if (progress) progress(work.name);
     Calls calls;
     for (const std::vector<Work>& set : sets) calls.push_back(set[i].call);
-    KernelResult result{work.name, work.bytes, work.flops, time_calls(calls, device), 0};
-    result.of_copy = work.bytes / (result.ms.median * 1e-3) / report.copy_bytes_per_second;
+    KernelResult result{work.name, work.bytes, work.flops, time_calls(calls, device), 0, 0};
+    if (work.bytes > 0) {
+      const double rate = work.bytes / (result.ms.median * 1e-3);
+      result.of_copy = rate / copies.rate(work.bytes), result.of_bandwidth = rate / report.copy_bytes_per_second;
+    }
     report.kernels.push_back(std::move(result));
   }
   return report;
@@ -314,16 +343,19 @@ KernelReport run_kernel_benchmark(const RunConfig& config, const std::function<v
 
 std::string format_kernels(const KernelReport& report) {
   char line[160];
-  std::snprintf(line, sizeof line, "copy: %.1f GB/s\n\n%-34s %10s %10s %8s %10s\n", report.copy_bytes_per_second / 1e9, "kernel", "ms",
-                "GB/s", "of copy", "TFLOP/s");
+  std::snprintf(line, sizeof line, "bandwidth: %.1f GB/s, by a long copy; \"of copy\" is beside one of as many bytes\n\n",
+                report.copy_bytes_per_second / 1e9);
   std::string out = report.device + "\n" + line;
+  std::snprintf(line, sizeof line, "%-38s %10s %10s %8s %13s %10s\n", "kernel", "ms", "GB/s", "of copy", "of bandwidth", "TFLOP/s");
+  out += line;
   for (const KernelResult& k : report.kernels) {
     const double seconds = k.ms.median * 1e-3;
     if (k.bytes > 0)
-      std::snprintf(line, sizeof line, "%-34s %10.4f %10.1f %7.0f%%\n", k.name.c_str(), k.ms.median, k.bytes / seconds / 1e9,
-                    100 * k.of_copy);
+      std::snprintf(line, sizeof line, "%-38s %10.4f %10.1f %7.0f%% %12.0f%%\n", k.name.c_str(), k.ms.median, k.bytes / seconds / 1e9,
+                    100 * k.of_copy, 100 * k.of_bandwidth);
     else
-      std::snprintf(line, sizeof line, "%-34s %10.4f %10s %8s %10.3f\n", k.name.c_str(), k.ms.median, "", "", k.flops / seconds / 1e12);
+      std::snprintf(line, sizeof line, "%-38s %10.4f %10s %8s %13s %10.3f\n", k.name.c_str(), k.ms.median, "", "", "",
+                    k.flops / seconds / 1e12);
     out += line;
   }
   return out;
@@ -337,7 +369,8 @@ std::string kernels_json(const KernelReport& report) {
                               {"bytes", k.bytes},
                               {"flops", k.flops},
                               {"ms", {{"minimum", k.ms.minimum}, {"median", k.ms.median}, {"maximum", k.ms.maximum}}},
-                              {"of_copy", k.of_copy}});
+                              {"of_copy", k.of_copy},
+                              {"of_bandwidth", k.of_bandwidth}});
   return out.dump(2) + "\n";
 }
 

@@ -14,18 +14,20 @@
 
 namespace mesa {
 
+Tensor random_values(const Shape& shape, DType dtype, Device device) {
+  RandomStream random(RandomKey::of(1, to_string(shape), 0));
+  std::vector<float> block(4096);
+  for (float& v : block) v = static_cast<float>(random.normal());
+  std::vector<float> all(static_cast<size_t>(shape.numel()));
+  for (size_t i = 0; i < all.size(); ++i) all[i] = block[(i * 7 + i / 4096) % 4096];
+  const Tensor converted = Tensor::empty(shape, dtype);
+  kernels::copy(Tensor::from<float>(shape, all), converted);
+  return to(converted, device);
+}
+
 Tensor WorkList::values(const Shape& shape, DType dtype) const {
   Tensor& drawn = (*drawn_)[{std::vector<int64_t>(shape.begin(), shape.end()), dtype}];
-  if (!drawn.defined()) {
-    RandomStream random(RandomKey::of(1, to_string(shape), 0));
-    std::vector<float> block(4096);
-    for (float& v : block) v = static_cast<float>(random.normal());
-    std::vector<float> all(static_cast<size_t>(shape.numel()));
-    for (size_t i = 0; i < all.size(); ++i) all[i] = block[(i * 7 + i / 4096) % 4096];
-    const Tensor converted = Tensor::empty(shape, dtype);
-    kernels::copy(Tensor::from<float>(shape, all), converted);
-    drawn = to(converted, e_.device);
-  }
+  if (!drawn.defined()) drawn = random_values(shape, dtype, e_.device);
   const Tensor own = room(shape, dtype);
   kernels::copy(drawn, own);
   return own;

@@ -30,6 +30,9 @@ struct Extents {
 /// Random tensors, each drawn once for its shape and copied on the device from then on.
 using DrawnValues = std::map<std::pair<std::vector<int64_t>, DType>, Tensor>;
 
+/// About normal, the same at each call.
+Tensor random_values(const Shape& shape, DType dtype, Device device);
+
 /// A list of kernels, each with operands of its own.
 class WorkList {
  public:

@@ -97,7 +97,7 @@ class Run {
   double saved_best_ = -1, judged_ = -1;  // top-1 of what is on the disk as `best`, and of the last evaluation
   bool finished_before_ = false, saved_ = true, first_update_done_ = false, copied_ = false, told_of_waiting_ = false;
   int64_t bad_samples_before_ = 0;
-  size_t reported_skips_ = 0, reported_left_out_ = 0;
+  size_t reported_skips_ = 0, reported_left_out_ = 0, reported_slow_ = 0;
   double last_wait_ = 0, last_sync_wait_ = 0;
   StageTimes last_stages_;
   double stages_since_ = 0;

@@ -224,6 +224,7 @@ double scalar(const Operation& o, const void* value) {
 const std::string& why_refused() { return reason; }
 
 std::array<AlgorithmUse, kAlgorithms> algorithm_uses;
+EpilogueUse epilogue_use;
 
 }  // namespace mesa::emulation
 
@@ -248,7 +249,8 @@ cublasStatus_t cublasLtMatmulAlgoGetHeuristic(cublasLtHandle_t handle, cublasLtM
     require(chosen.workspace == 0 || p.d.type != CUDA_R_16BF ||
                 !(preference_of(preference).reduction_schemes & CUBLASLT_REDUCTION_SCHEME_OUTPUT_TYPE),
             kInvalid, "parts of a sum may be rounded to bf16");
-    for (; *count < std::min(wanted, kAlgorithms); ++*count) {
+    const int suggested = p.epilogue == Epilogue::none ? kAlgorithms : epilogue_use.algorithms;
+    for (; *count < std::min(wanted, suggested); ++*count) {
       chosen.number = static_cast<uint32_t>(*count);
       results[*count] = {};
       std::memcpy(&results[*count].algo, &chosen, sizeof chosen);
@@ -304,7 +306,8 @@ cublasStatus_t cublasLtMatmul(cublasLtHandle_t handle, cublasLtMatmulDesc_t oper
     AlgorithmUse& use = algorithm_uses[algorithm.number];
     ++use.runs;
     require(!use.fails, kUnsupported, "the algorithm is out of order");
-    const auto work = [p, workspace, bytes = algorithm.workspace, delay = use.delay] {
+    const auto delay = use.delay + (p.epilogue == Epilogue::none ? std::chrono::microseconds(0) : epilogue_use.delay);
+    const auto work = [p, workspace, bytes = algorithm.workspace, delay] {
       const DeviceAccess access;
       if (delay.count() > 0) std::this_thread::sleep_for(delay);
       multiply(p);

@@ -44,6 +44,12 @@ struct AlgorithmUse {
   bool fails = false;
 };
 extern std::array<AlgorithmUse, kAlgorithms> algorithm_uses;
+/// Of products with an epilogue: what they take more, and how many of the algorithms can run them.
+struct EpilogueUse {
+  std::chrono::microseconds delay{0};
+  int algorithms = kAlgorithms;
+};
+extern EpilogueUse epilogue_use;
 
 /// Why the last product of this thread was refused.
 const std::string& why_refused();

@@ -11,7 +11,7 @@
 #include <string>
 #include <vector>
 
-#include "cudnn_heuristics.h"
+#include "cudnn_troubles.h"
 #include "device_memory.h"
 #include "mesa/base/dtype.h"
 
@@ -237,9 +237,9 @@ void run(const Object& op, Memory& memory) {
 
 }  // namespace
 
-std::set<int>& mesa::emulation::refusing_heuristics() {
-  static std::set<int> modes;
-  return modes;
+mesa::emulation::CudnnTroubles& mesa::emulation::cudnn_troubles() {
+  static CudnnTroubles troubles;
+  return troubles;
 }
 
 extern "C" {
@@ -262,9 +262,10 @@ cudnnStatus_t cudnnBackendDestroyDescriptor(cudnnBackendDescriptor_t d) {
 cudnnStatus_t cudnnBackendFinalize(cudnnBackendDescriptor_t d) {
   const Object& object = *static_cast<Object*>(d);
   if (object.type != CUDNN_BACKEND_ENGINEHEUR_DESCRIPTOR) return CUDNN_STATUS_SUCCESS;
-  const bool refused = mesa::emulation::refusing_heuristics().count(object.one<int>(CUDNN_ATTR_ENGINEHEUR_MODE)) > 0;
-  last_error = refused ? "Reason: this heuristic takes no graph" : "";
-  return refused ? CUDNN_STATUS_NOT_SUPPORTED : CUDNN_STATUS_SUCCESS;
+  const auto& failing = mesa::emulation::cudnn_troubles().heuristics;
+  const auto found = failing.find(object.one<int>(CUDNN_ATTR_ENGINEHEUR_MODE));
+  last_error = found != failing.end() ? "Reason: this heuristic takes no graph" : "";
+  return found != failing.end() ? static_cast<cudnnStatus_t>(found->second) : CUDNN_STATUS_SUCCESS;
 }
 cudnnStatus_t cudnnBackendSetAttribute(cudnnBackendDescriptor_t d, cudnnBackendAttributeName_t name, cudnnBackendAttributeType_t type,
                                        int64_t n, const void* values) {
@@ -285,11 +286,14 @@ cudnnStatus_t cudnnBackendGetAttribute(cudnnBackendDescriptor_t d, cudnnBackendA
     *n = 0;  // this engine does nothing to be wary of
   } else if (name == CUDNN_ATTR_EXECUTION_PLAN_WORKSPACE_SIZE) {
     *n = 1;
-    *static_cast<int64_t*>(values) = 256;
+    *static_cast<int64_t*>(values) = mesa::emulation::cudnn_troubles().workspace;
   }
   return CUDNN_STATUS_SUCCESS;
 }
 cudnnStatus_t cudnnBackendExecute(cudnnHandle_t, cudnnBackendDescriptor_t plan, cudnnBackendDescriptor_t pack) {
+  mesa::emulation::CudnnTroubles& troubles = mesa::emulation::cudnn_troubles();
+  ++troubles.runs;
+  if (troubles.running != 0) return static_cast<cudnnStatus_t>(troubles.running);
   const Object& graph =
       static_cast<Object*>(plan)->part(CUDNN_ATTR_EXECUTION_PLAN_ENGINE_CONFIG).part(CUDNN_ATTR_ENGINEHEUR_OPERATION_GRAPH);
   const Object& given = *static_cast<Object*>(pack);

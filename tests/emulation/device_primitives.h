@@ -66,6 +66,11 @@ T warp_reduce(T value, F) {
 
 inline uint32_t pack_bf16(float low, float high) { return bf16(low).bits | static_cast<uint32_t>(bf16(high).bits) << 16; }
 
+template <class Word>
+void store_global(Word* p, Word word) {
+  *emulation::hinted(p) = word;
+}
+
 inline float exp2_approx(float x) { return std::exp2(x); }
 
 namespace emulated {

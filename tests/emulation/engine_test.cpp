@@ -5,7 +5,6 @@
 #include <nlohmann/json.hpp>
 #include <sstream>
 
-#include "cudnn_heuristics.h"
 #include "device_memory.h"
 #include "emulator.h"
 #include "mesa/base/cuda.h"
@@ -187,22 +186,6 @@ TEST_CASE("emulated GPU: codes that kernels write as they compute are those of v
     CHECK((ranges[0].size() > 20) == (std::string(range) == "running"));
     CHECK(ranges[0] == ranges[1]);
   }
-}
-
-TEST_CASE("emulated GPU: where one of cuDNN's heuristics takes no graph, another is asked", "[emulation]") {
-  if (kernels::cuda::cudnn_conv_support == nullptr) return;
-  const int first = 3, fallback = 2;  // CUDNN_HEUR_MODE_A, CUDNN_HEUR_MODE_FALLBACK
-  const auto support = [](const std::set<int>& refusing) {
-    struct Restore {
-      ~Restore() { emulation::refusing_heuristics().clear(); }
-    } restore;
-    emulation::refusing_heuristics() = refusing;
-    return kernels::cuda::cudnn_conv_support("{}", {8, 8, 3, 3, 1, 1}, 2, 16, 16, DType::f32);
-  };
-  CHECK(support({}) == "");
-  CHECK(support({fallback}) == "");
-  CHECK(support({first}) == "");
-  CHECK_THAT(support({first, fallback}), Contains("forward: ") && Contains("this heuristic takes no graph"));
 }
 
 TEST_CASE("emulated GPU: each kind of pass is recorded once and run from its record", "[emulation]") {

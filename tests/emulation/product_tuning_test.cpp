@@ -1,6 +1,7 @@
 // The choice among a library's algorithms for products.
 #include <catch2/catch.hpp>
 #include <filesystem>
+#include <map>
 #include <nlohmann/json.hpp>
 #include <regex>
 #include <set>
@@ -114,6 +115,60 @@ TEST_CASE("tuning: algorithms that do not run are left out, and that none does i
   CHECK_THROWS_WITH(product(), Catch::Contains("multiplying"));
   for (auto& use : algorithm_uses) use.fails = false;
   CHECK(product() == want);  // nothing of it stays
+}
+
+TEST_CASE("products: an algorithm that the library takes back is replaced by its next, an epilogue by a pass of its own", "[emulation]") {
+  const Product product;
+  const std::vector<double> want = product();
+  const Delays delays({0, 0, 0});
+  kernels::tune_products(false);  // nothing is known
+  algorithm_uses[0].fails = true;
+  CHECK(product() == want);
+  CHECK(product() == want);
+  CHECK(Delays::runs() == std::array{1, 2, 0});  // and is not tried again
+  kernels::tune_products(false);
+  for (auto& use : algorithm_uses) use.fails = true;
+  CHECK_THROWS_WITH(product(), Catch::Contains("multiplying"));
+  const auto all = Delays::runs();
+  CHECK((all[0] == 2 && all[1] == 2 && all[2] == 2));  // with the bias and without
+}
+
+TEST_CASE("tuning: the sums of a weight's gradient get a pass of their own where that is faster", "[emulation]") {
+  const Tensor dy = on_gpu(normal_tensor({24, 8}, "dy", DType::f32)), x = on_gpu(normal_tensor({24, 16}, "x", DType::f32));
+  const Tensor dw = Tensor::zeros({8, 16}, DType::f32, kCuda), db = Tensor::zeros({8}, DType::f32, kCuda);
+  const auto gradients = [&] {
+    kernels::fill(dw, -1), kernels::fill(db, -1);
+    kernels::matmul_weight_grad(dy, x, dw, false, db, false);
+    std::vector<double> all = numbers_of(dw), sums = numbers_of(db);
+    all.insert(all.end(), sums.begin(), sums.end());
+    return all;
+  };
+  const auto check = [&](const std::vector<double>& want) {
+    const std::vector<double> got = gradients();
+    REQUIRE(got.size() == want.size());
+    for (size_t i = 0; i < got.size(); ++i) CHECK(std::fabs(got[i] - want[i]) <= 1e-5 * std::max(1.0, std::fabs(want[i])));
+  };
+  const std::vector<double> want = gradients();
+  const Delays delays({0, 0, 0});
+  struct Epilogues {
+    explicit Epilogues(const emulation::EpilogueUse& use) { emulation::epilogue_use = use; }
+    ~Epilogues() { emulation::epilogue_use = {}; }
+  };
+  std::map<std::string, std::string> choices;
+  for (const int algorithms : {1, 3}) {
+    const Epilogues slow({microseconds(20000), algorithms});
+    kernels::tune_products(true);
+    check(want), check(want);
+    choices = kernels::product_choices();
+    REQUIRE(choices.size() == 2);  // with sums, and without
+    CHECK(std::count_if(choices.begin(), choices.end(), [](const auto& c) { return c.second == "apart"; }) == 1);
+  }
+  Delays::runs();
+  kernels::tune_products(true, choices);  // as a run that is resumed
+  check(want);
+  const auto runs = Delays::runs();
+  CHECK(runs[0] + runs[1] + runs[2] == 1);
+  CHECK(kernels::product_choices() == choices);
 }
 
 TEST_CASE("tuning: what is added to in its place is added once, and no choice is made there", "[emulation]") {

@@ -145,7 +145,7 @@ TEST_CASE("bf16 stores round to nearest even and keep NaN", "[kernels]") {
 }
 
 TEST_CASE("rows are added and summed", "[kernels]") {
-  for (const auto& [m, n] : {std::pair<int64_t, int64_t>{1, 1}, {3, 17}, {65, 197}, {130, 768}, {500, 10}}) {
+  for (const auto& [m, n] : {std::pair<int64_t, int64_t>{1, 1}, {3, 17}, {65, 197}, {130, 768}, {500, 10}, {4500, 5}}) {
     const int64_t columns = n;
     for (const Mix& mix : kMixes) {
       CAPTURE(m, n, to_string(mix.a), to_string(mix.b), to_string(mix.y));
@@ -271,8 +271,11 @@ TEST_CASE("gelu is accurate over its whole range", "[kernels]") {
       worst = std::max(worst, std::fabs(y.data<float>()[i] - want) / std::max(1.0, std::fabs(want)));
       worst_slope = std::max(worst_slope, std::fabs(dx.data<float>()[i] - normal_cdf(v) - v * normal_density(v)));
     }
-    CHECK(worst < 1.5e-7);
-    CHECK(worst_slope < 4e-7);
+    // Of a GPU's two instructions, ex2.approx and rcp.approx, 2^-22 and 2^-23 may be wrong (PTX ISA), which here adds up to 0.9e-7 and
+    // 3e-7.
+    const bool gpu = test_device() == kCuda;
+    CHECK(worst < (gpu ? 2e-7 : 1.5e-7));
+    CHECK(worst_slope < (gpu ? 5.5e-7 : 4e-7));
   }
 }
 

@@ -9,7 +9,7 @@ complain() { echo "gpu_check_test.sh: $*" >&2; for log in "$STUB"/out*/summary.t
 
 # STUB_SLEEP, STUB_FAIL: which calls, as a regular expression; STUB_RATE: images/s of exact storage; STUB_BUILD, STUB_CUDA: what --version says.
 mkdir -p "$STUB/path" "$STUB/bundle/bin" "$STUB/bundle/tests"
-printf '%s\n' kernels/matmul_test kernels/norm_test models/device_test train/plan_test >"$STUB/bundle/tests/device_tests.txt"
+printf '%s\n' kernels/conv_test kernels/matmul_test kernels/norm_test models/device_test train/plan_test >"$STUB/bundle/tests/device_tests.txt"
 REAL_PYTHON=$(command -v python3 || true)
 export REAL_PYTHON
 cat >"$STUB/stub" <<'STUB'
@@ -17,6 +17,7 @@ cat >"$STUB/stub" <<'STUB'
 name=${0##*/} json= storage= output=
 call="$name $*"
 [[ $call == *--version* ]] || echo "$call" >>"$STUB/calls"
+if tar -tzf "$STUB/out/all.tgz" 2>/dev/null | grep -q checkpoints; then touch "$STUB/checkpoints_kept"; fi
 [[ -z ${STUB_SLEEP:-} || ! $call =~ $STUB_SLEEP ]] || exec sleep 1000
 [[ -z ${STUB_FAIL:-} || ! $call =~ $STUB_FAIL ]] || { echo "no luck"; exit 1; }
 arguments=("$@")
@@ -28,7 +29,8 @@ case $call in
   mesa-train*--version*) printf 'mesa 0.1.0 (%s)\ncuda      %s\n' "${STUB_BUILD:-stub}" "${STUB_CUDA:-stub of a GPU}" ;;
   mesa-train*--dry-run*) echo "largest batch within 24.0 GB: 1700" ;;
   mesa-train*)
-    mkdir -p "$output"
+    mkdir -p "$output/checkpoints/last"
+    echo weights >"$output/checkpoints/last/model.safetensors"
     echo '{"steps": 3}' >"$output/summary.json"
     echo '{"step": 1, "loss": 6.9, "grad_norm": 1.5, "images_per_second": 3000, "data_wait": 0.01}' >"$output/metrics.jsonl"
     echo "GPU memory: 23900000000 bytes taken, 23000000000 in use at most" >"$output/log.txt" ;;
@@ -71,12 +73,13 @@ said() { grep -qE "$1" "$STUB/said" || complain "nothing was said like: $1"; }
 check 0 out
 stages=$(sed -nE 's/^ *[0-9]+ s  ok +([a-z0-9_]+) .*/\1/p' "$STUB/out/summary.txt" | paste -sd' ')
 pair() { echo "mesa_$1 mesa_tuned_$1 torch_$1"; }
-deit() { echo "$(pair "deit_small_$1") $(pair "deit_base_$1") $(pair "deit_tiny_$1")"; }
-want="smoke $(deit 1) torch_largest mesa_fit mesa_largest parity kernels memcheck racecheck tests $(pair swin_tiny_1) $(pair resnet50_1)"
-want+=" graph_deit_tiny_false graph_deit_tiny_true graph_resnet18_false graph_resnet18_true mesa_cudnn_attention mesa_codec_host"
-want+=" $(deit 2) $(deit 3)"
+want="smoke $(pair deit_small_1) parity kernels $(pair deit_base_1) $(pair deit_tiny_1) torch_largest mesa_fit mesa_largest memcheck racecheck"
+want+=" tests $(pair swin_tiny_1) $(pair resnet50_1) graph_deit_tiny_false graph_deit_tiny_true graph_resnet18_false graph_resnet18_true"
+want+=" mesa_cudnn_attention mesa_codec_host $(pair deit_small_2) $(pair deit_small_3)"
 [[ $stages == "$want" ]] || complain "the stages were '$stages'"
 [[ $(calls 'compute-sanitizer .*racecheck.*#norm_test') == 1 && $(calls 'compute-sanitizer .*#matmul_test') == 0 ]] || complain "the sanitizer's files"
+[[ $(calls '^mesa-tests .*#conv_test') == 1 ]] || complain "convolutions are tested among all tests, and only there"
+[[ ! -e $STUB/checkpoints_kept ]] || complain "checkpoints were packed among the logs"
 [[ $(calls '^mesa-train .*batch_size=1700') == 1 ]] || complain "the largest batch was not run"
 (($(find "$STUB/out" -type f | wc -l) <= 8)) || complain "more files came back than a person looks at"
 if [[ -n $REAL_PYTHON ]]; then
@@ -90,7 +93,7 @@ assert rows["DeiT-S, batch 128, bf16: exact / torch.compile"]["rounds"] == 3
 assert rows["DeiT-B, batch 128: exact, tuned / torch.compile"]["measured"] == 1.5
 assert rows["DeiT-B in 24 GB: int4's / PyTorch eager's"]["measured"] == 8.5
 assert abs(rows["DeiT-Ti, fp32: largest error of a gradient against the CPU"]["measured"] - 2e-5) < 1e-12
-assert len(json.load(open(sys.argv[1] + "/mesa.json"))) == 24
+assert len(json.load(open(sys.argv[1] + "/mesa.json"))) == 16
 PYTHON
 fi
 
@@ -115,11 +118,11 @@ said 'ok +mesa_deit_small_1'
 [[ $(calls 'mesa-tests -s') == 0 && $(calls 'mesa-bench .*deit_small.*--storage exact,int8,int4') == 3 ]] || complain "the second call began anew"
 
 # What hangs is ended: at its own limit it has failed and gets twice the time next; at the end of the call it is left to another one.
-check 1 out_slow MESA_CHECK_ONLY=numbers MESA_CHECK_SECONDS=30 STUB_SLEEP=dry-run
+check 1 out_slow MESA_CHECK_ONLY=models MESA_CHECK_SECONDS=30 STUB_SLEEP=dry-run
 said 'TIME OUT +mesa_fit after 10 s'
-check 3 out_slow MESA_CHECK_ONLY=numbers MESA_CHECK_SECONDS=13 STUB_SLEEP=dry-run
+check 3 out_slow MESA_CHECK_ONLY=models MESA_CHECK_SECONDS=13 STUB_SLEEP=dry-run
 said 'LEFT OUT +mesa_fit: cut short after 1[23] s'
-check 0 out_slow MESA_CHECK_ONLY=numbers
+check 0 out_slow MESA_CHECK_ONLY=models
 said 'ok +mesa_fit'
 
 # What failed fails again, without being run, until there is another build; then only the files that failed are run.

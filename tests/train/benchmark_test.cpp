@@ -193,16 +193,22 @@ TEST_CASE("benchmark: every kernel of a step is timed, in bytes or in products")
     INFO(kernel.name);
     CHECK(kernel.name == told[i]);
     CHECK((kernel.bytes > 0) != (kernel.flops > 0));
+    CHECK((kernel.of_copy > 0) == (kernel.bytes > 0));
+    CHECK((kernel.of_bandwidth > 0) == (kernel.bytes > 0));
     check_ordered(kernel.ms);
     CHECK(kernel.ms.minimum > 0);
     CHECK_THAT(format_kernels(report), Contains(kernel.name));
   }
+  // Each beside a copy of as many bytes, which is not the longest.
+  CHECK(
+      std::any_of(report.kernels.begin(), report.kernels.end(), [](const auto& kernel) { return kernel.of_copy != kernel.of_bandwidth; }));
   for (const char* name : {"layer_norm",
                            "gelu_grad",
                            "quantize, runs of 256, 4 bits",
                            "dequantize, 2 bits",
                            "attention_grad",
                            "fc1: dw, db",
+                           "fc1: dw",
                            "adamw",
                            "sgd",
                            "lamb",

@@ -203,21 +203,28 @@ TEST_CASE("plan: the passes of a run cover no more of a GPU's memory than its pl
   if (test_device() != kCuda) return;
   const TemporaryFolder folder;
   Allocator& memory = Allocator::of(kCuda);
+  // No plan has a product's workspace: the stand-in for cuBLASLt wants none for products this small, the library may, so that there the
+  // model is one beside which it is small.
+  const bool emulated = kernels::product_library().find("emulated") != std::string::npos;
+  const int64_t workspace = emulated ? 0 : 32 << 20;
   // Running ranges are measured apart by the first pass.
   for (const char* storage :
        {"storage=[{match: \"*\", codec: int8, groups: heads, range: running}]", "storage=exact", "storage=int8", "storage=int4"})
     for (const char* other : {"train.eval_batch_size=8", "train.eval_batch_size=32", "train.accumulation=2", "data.mixup=0.8"}) {
       CAPTURE(storage, other);
-      const std::vector<std::string> sets{storage, other, "train.epochs=2", "train.precision=bf16", "train.batch_size=16"};
+      std::vector<std::string> sets{storage, other, "train.epochs=2", "train.precision=bf16", "train.batch_size=16"};
+      if (!emulated)
+        sets.insert(sets.end(), {"model.image_size=128", "model.width=384", "model.heads=6", "model.depth=12", "train.batch_size=48"});
       RunConfig config = parse_config(kTinyTraining, "tiny.yaml", sets);
       config.output = (folder.path() / "run").string();
       memory.release_cached();
       REQUIRE(memory.use().covered == 0);
       const Plan plan = plan_run(config, model_config(config, known_classes(config)));
+      REQUIRE((emulated || plan.passing > 4 * workspace));
       REQUIRE(train(config, {"", true}) == 0);
       std::filesystem::remove_all(config.output);
-      CHECK(memory.use().covered <= plan.passing + 1024);  // sums of gradients that add up lie between the blocks
-      CHECK(memory.use().covered > plan.passing / 2);      // which is not much too much either
+      CHECK(memory.use().covered <= plan.passing + workspace + 1024);  // sums of gradients that add up lie between the blocks
+      CHECK(memory.use().covered > plan.passing / 2);                  // which is not much too much either
     }
 }
 

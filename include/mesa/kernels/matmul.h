@@ -17,7 +17,8 @@ void matmul(const Tensor& a, const Tensor& b, const Tensor& c, const Tensor& bia
 void matmul_weight_grad(const Tensor& dy, const Tensor& x, const Tensor& dw, bool accumulate_w, const Tensor& db, bool accumulate_b);
 
 /// On a GPU the library suggests several algorithms for each form of operands. Its first is taken or, `on`, the fastest: the first call of
-/// each form times them on its own operands, some 30 times each, for which the host waits. Which one wins may differ from run
+/// each form times them on its own operands, some 30 times each, for which the host waits; matmul_weight_grad also in one product with its
+/// sums and apart. Which one wins may differ from run
 /// to run, and with it the last bits of results; with the `choices` of another process they are the same. Does nothing on a CPU.
 void tune_products(bool on, const std::map<std::string, std::string>& choices = {});
 /// What was chosen so far, algorithms by forms. Of use to the same library on the same kind of GPU: "cublasLt 130101 on NVIDIA H200, ...".

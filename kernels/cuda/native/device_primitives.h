@@ -4,19 +4,30 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <map>
+#include <mutex>
 
 #include "mesa/base/cuda.h"
 
 namespace mesa::kernels::cuda {
+
+/// Lets every launch of the kernel have so much dynamic shared memory. Only raised, since a recorded launch may want more than the next.
+inline void allow_shared_memory(const void* kernel, size_t bytes, const char* name) {
+  static std::mutex mutex;
+  static std::map<const void*, size_t>& allowed = *new std::map<const void*, size_t>;
+  const std::lock_guard lock(mutex);
+  size_t& most = allowed[kernel];
+  if (bytes <= most) return;
+  mesa::cuda::check_status(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)), name);
+  most = bytes;
+}
 
 /// Runs `kernel` on the current stream. `shared_bytes` of dynamic shared memory may be up to what the device opts in to (227 KB on sm_90).
 /// Throws mesa::Error naming the kernel if it cannot start.
 template <class... Parameters, class... Arguments>
 void launch(const char* name, void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, Arguments&&... arguments) {
   if (shared_bytes > 40 * 1024)  // with the kernel's static memory there may be 48 KB without it
-    mesa::cuda::check_status(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                                  static_cast<int>(shared_bytes)),
-                             name);
+    allow_shared_memory(reinterpret_cast<const void*>(kernel), shared_bytes, name);
   cudaLaunchConfig_t config{};
   config.gridDim = grid;
   config.blockDim = block;
@@ -55,6 +66,15 @@ __device__ inline float exp2_approx(float x) {
   float out;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(out) : "f"(x));
   return out;
+}
+
+/// *p <- word, in global memory, by one instruction.
+__device__ inline void store_global(uint32_t* p, uint32_t word) { asm volatile("st.global.b32 [%0], %1;" ::"l"(p), "r"(word) : "memory"); }
+__device__ inline void store_global(uint2* p, uint2 word) {
+  asm volatile("st.global.v2.b32 [%0], {%1, %2};" ::"l"(p), "r"(word.x), "r"(word.y) : "memory");
+}
+__device__ inline void store_global(uint4* p, uint4 word) {
+  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(p), "r"(word.x), "r"(word.y), "r"(word.z), "r"(word.w) : "memory");
 }
 
 /// The smaller and the larger number in the order of IEEE 754-2019: -0 below +0, and NaN if either is NaN.

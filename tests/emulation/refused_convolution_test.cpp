@@ -1,0 +1,75 @@
+// What becomes of a convolution when cuDNN, or the stand-in for it, cannot do it.
+#include <catch2/catch.hpp>
+
+#include "cudnn_troubles.h"
+#include "emulator.h"
+#include "mesa/kernels/conv.h"
+#include "mesa/kernels/elementwise.h"
+#include "support/gradcheck.h"
+#include "support/random.h"
+
+using namespace mesa;
+using namespace mesa::testing;
+using Catch::Matchers::Contains;
+
+namespace {
+
+constexpr int kFirst = 3, kFallback = 2;                    // CUDNN_HEUR_MODE_A, CUDNN_HEUR_MODE_FALLBACK
+constexpr int kNotSupported = 3000, kInternalError = 4000;  // of cudnnStatus_t
+constexpr int64_t kVast = int64_t{1} << 40;
+
+struct Troubled {
+  explicit Troubled(const emulation::CudnnTroubles& troubles) { emulation::cudnn_troubles() = troubles; }
+  ~Troubled() { emulation::cudnn_troubles() = {}; }
+};
+
+}  // namespace
+
+TEST_CASE("emulated GPU: where one of cuDNN's heuristics takes no graph, another is asked", "[emulation]") {
+  if (kernels::cuda::cudnn_conv_support == nullptr) return;
+  const auto support = [](const std::map<int, int>& failing) {
+    const Troubled troubled({failing});
+    return kernels::cuda::cudnn_conv_support("{}", {8, 8, 3, 3, 1, 1}, 2, 16, 16, DType::f32);
+  };
+  CHECK(support({}) == "");
+  CHECK(support({{kFallback, kNotSupported}}) == "");
+  CHECK(support({{kFirst, kNotSupported}}) == "");
+  CHECK(support({{kFirst, kInternalError}}) == "");
+  for (const int status : {kNotSupported, kInternalError})
+    CHECK_THAT(support({{kFirst, status}, {kFallback, status}}), Contains("forward: ") && Contains("this heuristic takes no graph"));
+}
+
+TEST_CASE("emulated GPU: a convolution that cuDNN cannot run, or not in little memory, is done by products, and that is told",
+          "[emulation]") {
+  if (kernels::cuda::cudnn_conv_support == nullptr) return;
+  const auto on_gpu = [](const Shape& shape, const char* name) { return to(normal_tensor(shape, name, DType::f32), kCuda); };
+  int64_t size = 6;
+  const auto check = [&](const emulation::CudnnTroubles& troubles, bool by_cudnn, const char* reason, int tried) {
+    const kernels::ConvGeometry g{size, size, 3, 3, 1, 1};  // another each time: plans are kept
+    const Tensor x = on_gpu({2, size * size, 8}, "x"), w = on_gpu({8, 8, 3, 3}, "w"), y = empty_like(x), again = empty_like(x);
+    ++size;
+    const auto unfolded = [] { return std::map<std::string, int64_t>(emulation::launches())["unfold"]; };
+    const int64_t before = unfolded();
+    const size_t told = kernels::slow_convolutions().size();
+    int runs = 0;
+    {
+      const Troubled troubled(troubles);
+      kernels::conv2d(x, w, {}, y, g);
+      kernels::conv2d(x, w, {}, again, g);
+      runs = emulation::cudnn_troubles().runs;
+    }
+    CHECK(unfolded() - before == (by_cudnn ? 0 : 2));
+    CHECK(runs == tried);
+    REQUIRE(kernels::slow_convolutions().size() == told + (by_cudnn ? 0 : 1));
+    if (!by_cudnn) CHECK_THAT(kernels::slow_convolutions().back(), Contains("forward, [2, 8, ") && Contains(reason));
+    const Tensor host = to(x, kCpu), want = empty_like(host);
+    kernels::conv2d(host, to(w, kCpu), {}, want, g);
+    CHECK(relative_error(y.to_vector<double>(), want.to_vector<double>()) < 1e-6);
+    CHECK(y.to_vector<double>() == again.to_vector<double>());
+  };
+  check({}, true, "", 2);
+  check({{{kFirst, kInternalError}}}, true, "", 2);
+  check({{{kFirst, kInternalError}, {kFallback, kNotSupported}}}, false, "this heuristic takes no graph", 0);
+  check({.heuristics = {}, .workspace = kVast}, false, "a workspace of 1099511627776 bytes", 0);
+  check({.heuristics = {}, .running = kNotSupported}, false, "CUDNN_STATUS", 1);
+}
