@@ -8,7 +8,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 usage() {
   cat <<'TEXT'
 Usage: scripts/bundle.sh FOLDER [BUILD]
-  FOLDER   where the bundle goes (replaced if it is there), and as an archive FOLDER.tar.xz
+  FOLDER   where the bundle goes (replaced if it is there), and as an archive FOLDER.tar.gz
   BUILD    a finished Release build (default: build)
 The bundle may be moved; FOLDER/bin/mesa-train needs nothing to start, and on a GPU
 the NVIDIA driver, cuBLAS and perhaps cuDNN.
@@ -40,5 +40,5 @@ rm -rf "${out:?}/$lib/cmake" "$out/include"
 
 missing=$(for program in "$out"/bin/*; do ldd "$program"; done | awk '/not found/ {print $1}' | sort -u)
 [[ -z $missing ]] || { echo "bundle.sh: still missing: $missing" >&2; exit 1; }
-tar -C "$(dirname "$out")" -cJf "$out.tar.xz" "$(basename "$out")"
-printf 'bundle: %s, %s; %s.tar.xz, %s\n' "$out" "$(du -sh "$out" | cut -f1)" "$out" "$(du -sh "$out.tar.xz" | cut -f1)"
+tar -C "$(dirname "$out")" -czf "$out.tar.gz" "$(basename "$out")"
+printf 'bundle: %s, %s; %s.tar.gz, %s\n' "$out" "$(du -sh "$out" | cut -f1)" "$out" "$(du -sh "$out.tar.gz" | cut -f1)"

@@ -105,7 +105,7 @@ awk '/^epoch/ {loss[++n] = $4} /^top-1/ {top1 = $2}
 scripts/bundle.sh "$tried/bundle" "$build"
 moved=$(mktemp -d)
 trap 'rm -rf "$moved"' EXIT
-tar -C "$moved" -xJf "$tried/bundle.tar.xz" && rm -rf "$tried/bundle" "$tried/bundle.tar.xz"
+tar -C "$moved" -xzf "$tried/bundle.tar.gz" && rm -rf "$tried/bundle" "$tried/bundle.tar.gz"
 from=$(for file in "$moved"/bundle/bin/*; do ldd "$file"; done | awk '$2 == "=>" {print $3}' | grep -F "$source/" || true)
 [[ -z $from ]] || complain "the bundle's programs load $from"
 "$moved/bundle/bin/mesa-train" --version | sed -n 1p

@@ -9,7 +9,7 @@ usage() {
 Usage: scripts/gpu_check.sh [--after ALL.tgz] OUT [BUNDLE]
   OUT      folder for summary.txt (what happened, and a table of what was measured beside what must be), summary.json (that table),
            machine.txt, mesa.json, kernels.json, torch.jsonl, and all.tgz with every log and result
-  BUNDLE   what scripts/bundle.sh made, its folder or archive without .tar.xz (default: bundle; without one build/ is built first)
+  BUNDLE   what scripts/bundle.sh made, its folder or archive without .tar.gz (default: bundle; without one build/ is built first)
   --after  goes on after the call that left this all.tgz (default: OUT/all.tgz, if it is there). What passed is not run again; what failed
            is, by another build; what was left out, or took too long (now with twice the time), is.
 Environment:
@@ -85,9 +85,9 @@ print("".join(":" + f for s in site.getsitepackages() for f in sorted(glob.glob(
 mesa=(env "LD_LIBRARY_PATH=$libraries")
 
 build=none
-if [[ ! -e $bundle && -f $bundle.tar.xz ]] && ! { mkdir -p "$bundle" && tar -xJf "$bundle.tar.xz" -C "$bundle" --strip-components 1; }; then
+if [[ ! -e $bundle && -f $bundle.tar.gz ]] && ! { mkdir -p "$bundle" && tar -xzf "$bundle.tar.gz" -C "$bundle" --strip-components 1; }; then
   rm -rf "$bundle"
-  say "FAILED    $bundle.tar.xz cannot be unpacked: carry the folder itself"
+  say "FAILED    $bundle.tar.gz cannot be unpacked"
   exit 1
 fi
 if [[ -x $bundle/bin/mesa-train ]]; then

@@ -2,6 +2,8 @@
 
 #include <fnmatch.h>
 
+#include <algorithm>
+#include <cmath>
 #include <numeric>
 
 #include "mesa/base/scope.h"
@@ -137,6 +139,20 @@ double draw(RandomStream& random, const Init& init) {
   return 0;
 }
 
+/// The values of one stream, one after the other. Where each takes as much of it, all threads draw.
+std::vector<float> draw_all(RandomKey key, const Init& init, int64_t count) {
+  std::vector<float> values(static_cast<size_t>(count));
+  const bool cut = init.kind == Init::Kind::truncated_normal && std::fabs(init.value) * RandomStream::kFarthest >= 2;  // drawn again then
+  const int64_t of_a_block = init.kind == Init::Kind::uniform ? 2 : 1, chunk = cut ? std::max<int64_t>(count, 1) : 8192;
+#pragma omp parallel for if (count > chunk)
+  for (int64_t first = 0; first < count; first += chunk) {
+    RandomStream random(key, static_cast<uint64_t>(first / of_a_block));
+    const int64_t end = std::min(count, first + chunk);
+    for (int64_t i = first; i < end; ++i) values[static_cast<size_t>(i)] = static_cast<float>(draw(random, init));
+  }
+  return values;
+}
+
 }  // namespace
 
 Param& Builder::param(const std::string& name, const Shape& shape, Init init, bool decay) const {
@@ -145,11 +161,8 @@ Param& Builder::param(const std::string& name, const Shape& shape, Init init, bo
   param.decay = decay;
   param.value = Tensor::empty(shape, master_, device_, MemoryKind::parameters);
   if (device_.kind != DeviceKind::meta) {
-    std::vector<float> values(shape.numel());
-    RandomStream random(RandomKey::of(seed_, param.name, 0));
-    for (float& v : values) v = static_cast<float>(draw(random, init));
     const Tensor drawn = Tensor::empty(shape, master_);
-    kernels::copy(Tensor::from<float>(shape, values), drawn);
+    kernels::copy(Tensor::from<float>(shape, draw_all(RandomKey::of(seed_, param.name, 0), init, shape.numel())), drawn);
     transfer(drawn, param.value);
   }
   return store_.add(std::move(param));

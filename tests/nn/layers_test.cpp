@@ -1,8 +1,11 @@
 // Layers and the parameter store: names, freezing, the gradient arena, and layers that say what does not fit.
 #include "mesa/nn/layers.h"
 
+#include <omp.h>
+
 #include <catch2/catch.hpp>
 #include <cmath>
+#include <functional>
 
 #include "mesa/base/scope.h"
 #include "support/gradcheck.h"
@@ -48,6 +51,40 @@ TEST_CASE("layers: values depend on seed and name, not on what was made before")
   CHECK(one.at("other.weight").value.to_vector<float>()[0] != a.weight->value.to_vector<float>()[0]);
 }
 
+TEST_CASE("layers: initial values are one stream's, however many threads draw them") {
+  constexpr int64_t kCount = 20001;
+  const int threads = omp_get_max_threads();
+  for (const auto& [init,
+                    next] : std::vector<std::pair<Init, std::function<double(RandomStream&)>>>{{Init::normal(0.02),
+                                                                                                [](RandomStream& r) {
+                                                                                                  return 0.02 * r.normal();
+                                                                                                }},
+                                                                                               {Init::truncated_normal(0.02),
+                                                                                                [](RandomStream& r) {
+                                                                                                  return 0.02 * r.normal();
+                                                                                                }},
+                                                                                               {Init::truncated_normal(1),
+                                                                                                [](RandomStream& r) {
+                                                                                                  double x = r.normal();
+                                                                                                  while (std::fabs(x) >= 2) x = r.normal();
+                                                                                                  return x;
+                                                                                                }},
+                                                                                               {Init::uniform(0.1), [](RandomStream& r) {
+                                                                                                  return r.uniform(-0.1, 0.1);
+                                                                                                }}}) {
+    CAPTURE(static_cast<int>(init.kind), init.value);
+    RandomStream random(RandomKey::of(7, "weight", 0));
+    std::vector<float> want;
+    for (int64_t i = 0; i < kCount; ++i) want.push_back(static_cast<float>(next(random)));
+    for (const int count : {1, 3}) {
+      omp_set_num_threads(count);
+      ParamStore store;
+      CHECK(Builder(store, 7).param("weight", {kCount}, init, true).value.to_vector<float>() == want);
+    }
+  }
+  omp_set_num_threads(threads);
+}
+
 TEST_CASE("layers: fused and explicit attention are the same function with the same gradients") {
   INFO(seed_note());
   std::vector<Numbers> results[2];
@@ -71,7 +108,8 @@ TEST_CASE("layers: fused and explicit attention are the same function with the s
 TEST_CASE("layers: what does not fit is refused") {
   ParamStore store;
   const Builder build(store, 1);
-  CHECK_THROWS_WITH(Attention::make(build, "a", 10, 3, {AttentionKind::fused, true, 0, 0}), Contains("width 10 does not divide by 3 heads"));
+  CHECK_THROWS_WITH(Attention::make(build, "a", 10, 3, {AttentionKind::fused, true, 0, 0}),
+                    Contains("width 10 does not divide by 3 heads"));
   CHECK_THROWS_WITH(Attention::make(build, "b", 12, 3, {AttentionKind::fused, true, 0, 0.1}), Contains("needs model.attention: explicit"));
   const Linear layer = Linear::make(build, "c", 4, 2);
   CHECK_THROWS_WITH(layer(normal_tensor({2, 5}, "x")), Contains("c: linear: x ends in 5 but the weight is [2, 4]"));

@@ -50,7 +50,8 @@ struct RandomKey {
   uint64_t step = 0;
   /// Where the step stands in the memory of the device that draws, in place of `step`: work that is recorded once and run at many steps.
   const uint64_t* live = nullptr;
-  /// Where this part begins in the elements of a whole that several ranks hold together: their numbers are those of one rank that holds all.
+  /// Where this part begins in the elements of a whole that several ranks hold together: their numbers are those of one rank that holds
+  /// all.
   uint64_t first = 0;
 
   static RandomKey of(uint64_t seed, std::string_view stream, uint64_t step, const uint64_t* live = nullptr) {
@@ -68,7 +69,8 @@ MESA_HD inline uint32_t random_word(RandomKey k, uint64_t i) { return philox((i 
 /// A sequential reader of one stream, for host code that draws a varying number of values (augmentation, shuffling, initialization).
 class RandomStream {
  public:
-  explicit RandomStream(RandomKey key) : key_(key) {}
+  /// From the `block`th four words on.
+  explicit RandomStream(RandomKey key, uint64_t block = 0) : key_(key), counter_(block) {}
   uint32_t next() {
     if (used_ == 4) {
       block_ = philox(counter_++, key_.step, key_.key);
@@ -86,12 +88,13 @@ class RandomStream {
     const uint64_t bits = uint64_t{next()} << 32 | next();
     return static_cast<uint64_t>((static_cast<unsigned __int128>(bits) * n) >> 64);
   }
-  /// Standard normal (Box-Muller, one of the pair).
+  /// Standard normal (Box-Muller, one of the pair), of one block; within +-kFarthest.
+  static constexpr double kFarthest = 8.6;  // sqrt(-2 log 2^-53) = 8.57
   double normal();
 
  private:
   RandomKey key_;
-  uint64_t counter_ = 0;
+  uint64_t counter_;
   Philox4 block_{};
   int used_ = 4;
 };
