@@ -121,7 +121,7 @@ TEST_CASE("targets of mixed samples are their smoothed labels in the proportion 
   const Tensor mixing = Tensor::empty({4, Mixing::kNumbers}, DType::f32), label = Tensor::from<int64_t>({4}, labels);
   kernels::fill(mixing, 7);
   for (int64_t b = 0; b < 4; ++b) mixing.data<float>()[b * Mixing::kNumbers + 5] = shares[b];
-  for (const int64_t classes : {3, 50})
+  for (const int64_t classes : {3, 50, 100})
     for (const DType dtype : {DType::f32, DType::f64})
       for (const double smoothing : {0.0, 0.1})
         for (const bool mixed : {false, true}) {
