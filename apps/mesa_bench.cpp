@@ -18,7 +18,7 @@ struct Arguments {
   std::vector<std::string> storage, overrides;
   int64_t steps = 10, warmup = 2;
   std::optional<int64_t> threads;
-  bool phases = false, kernels = false;
+  bool phases = false, kernels = false, profile = false;
 };
 
 constexpr const char* kFooter =
@@ -49,6 +49,7 @@ void add_options(CLI::App& app, Arguments& args) {
   app.add_option("--device", args.device, "auto, cpu or cuda (default: the config's)")->check(CLI::IsMember({"auto", "cpu", "cuda"}));
   app.add_option("--threads", args.threads, "OpenMP threads, 0 for all cores (default: the config's)")->type_name("N");
   app.add_flag("--kernels", args.kernels, "Time every kernel of a step alone instead: GB/s beside a measured copy, TFLOP/s of products");
+  app.add_flag("--profile", args.profile, "On a GPU: time each kernel within a few further steps, and list them by their share");
   app.add_flag("--phases", args.phases, "Print first what each policy keeps at each site");
 }
 
@@ -104,6 +105,7 @@ int run(const Arguments& args) {
   if (options.policies.empty()) options.policies.push_back(config.storage);
   options.steps = args.steps;
   options.warmup = args.warmup;
+  options.profile = args.profile;
   if (args.phases) print_plans(config, options.policies);
   const mesa::BenchmarkResult result = measure(config, options);
   std::cout << mesa::format_benchmark(result) << std::flush;

@@ -173,6 +173,13 @@ def graphs(results, table):
         table.add(f"{title}, batch 16: the same losses and norms, bit for bit", [float(len(lines) > 0 and numbers(lines) == numbers(same))] if both else [], 1)
 
 
+def profile(results, table):
+    """Where a step's time goes: the kernels of the last round of DeiT-S that take most of it."""
+    rounds = [policy for policy in results.policies("deit_small", "exact") if policy.get("profile")]
+    for row in rounds[-1]["profile"][:20] if rounds else []:
+        table.add(f"DeiT-S, exact: ms a step in {row['name']}", [row["ms"]], note=f"{row['calls']} calls")
+
+
 def besides(results, table):
     """What has no number to reach."""
     of = lambda name, storage: [p["images_per_second"]["median"] for p in results.mesa.get(name, {"policies": []})["policies"] if p["storage"] == storage]
@@ -197,6 +204,7 @@ def main():
     table.passed("all tests on the device", [stage("tests")])
     graphs(results, table)
     besides(results, table)
+    profile(results, table)
     print(table.text())
     out = sys.argv[2]
     for name, value in (("summary", table.rows), ("mesa", results.mesa), ("kernels", results.kernels)):

@@ -10,6 +10,7 @@
 
 #include "cudnn_graph.h"
 #include "mesa/base/cuda.h"
+#include "mesa/base/cuda_profile.h"
 #include "mesa/kernels/attention.h"
 
 namespace mesa::kernels::cuda {
@@ -115,6 +116,7 @@ void run(const Case& c, Device device, Memory memory, double scale) {
     const cudnnHandle_t handle = library.handle_on(mesa::cuda::stream());
     const Plan& plan = plan_of(c, handle);
     const Tensor workspace = Tensor::empty({plan.workspace_bytes()}, DType::u8, device);
+    const mesa::cuda::Timed timed(c.backward ? "attention by cuDNN, backward" : "attention by cuDNN");
     plan.run(handle, memory, workspace.raw());
   } catch (const cudnn::Unsupported& reason) {
     fail("cuDNN ", cudnn::version(), " has no ", c.backward ? "backward" : "forward", " attention for ", c.H, " heads of ", c.D,

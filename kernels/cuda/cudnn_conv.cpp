@@ -6,6 +6,7 @@
 
 #include "cudnn_graph.h"
 #include "mesa/base/cuda.h"
+#include "mesa/base/cuda_profile.h"
 #include "mesa/kernels/conv.h"
 
 namespace mesa::kernels::cuda {
@@ -74,12 +75,13 @@ void note_slow(const std::string& text) {
   std::vector<std::string>& all = slow_convolutions();
   if (std::find(all.begin(), all.end(), text) == all.end()) all.push_back(text);
 }
-void note_slow(const Case& c, const std::string& reason) {
+std::string to_string(const Case& c) {
   const char* const passes[] = {"forward", "gradient of x", "gradient of w"};
-  note_slow(concat(passes[static_cast<int>(c.pass)], ", [", c.B, ", ", c.I, ", ", c.g.height, ", ", c.g.width, "] by [", c.O, ", ",
-                   c.I / c.g.groups, ", ", c.g.kernel_height, ", ", c.g.kernel_width, "], stride ", c.g.stride, ", in ", to_string(c.dtype),
-                   ": ", reason));
+  return concat(passes[static_cast<int>(c.pass)], ", [", c.B, ", ", c.I, ", ", c.g.height, ", ", c.g.width, "] by [", c.O, ", ",
+                c.I / c.g.groups, ", ", c.g.kernel_height, ", ", c.g.kernel_width, "], stride ", c.g.stride, ", in ",
+                mesa::to_string(c.dtype));
 }
+void note_slow(const Case& c, const std::string& reason) { note_slow(concat(to_string(c), ": ", reason)); }
 
 /// Empty where there is no engine.
 std::optional<Plan>& plan_of(const Case& c, cudnnHandle_t on) {
@@ -105,6 +107,7 @@ bool run(Pass pass, const Tensor& x, const Tensor& w, const Tensor& y, const Con
   std::optional<Plan>& plan = plan_of(c, handle);
   if (!plan) return false;
   const Tensor workspace = Tensor::empty({plan->workspace_bytes()}, DType::u8, x.device());
+  const mesa::cuda::Timed timed(mesa::cuda::profiling() ? "convolution by cuDNN: " + to_string(c) : "");
   try {
     plan->run(handle, {{kX, x.raw()}, {kW, w.raw()}, {kY, y.raw()}}, workspace.raw());
   } catch (const cudnn::Unsupported& reason) {  // of what it had planned

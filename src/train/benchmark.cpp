@@ -253,6 +253,18 @@ void measure_phases(Bench& bench, const Contestants& contestants, const std::vec
   }
 }
 
+/// Means over a few steps.
+void profile_steps(Bench& bench, const Contestants& contestants, BenchmarkResult& result) {
+  constexpr int64_t kSteps = 3;
+  for (size_t c = 0; c < contestants.size(); ++c) {
+    bench.tell("timing the kernels of " + result.policies[c].storage);
+    cuda::start_profile();
+    for (int64_t i = 0; i < kSteps; ++i) contestants[c]->train(bench.batch, bench.step++);
+    result.policies[c].profile = cuda::end_profile();
+    for (cuda::ProfileRow& row : result.policies[c].profile) row.calls /= kSteps, row.ms /= kSteps;
+  }
+}
+
 void measure_steps(Bench& bench, const Contestants& contestants, BenchmarkResult& result) {
   const int64_t warmup = bench.options.warmup, steps = bench.options.steps;
   std::vector<Samples> samples(contestants.size());
@@ -271,6 +283,7 @@ void measure_steps(Bench& bench, const Contestants& contestants, BenchmarkResult
     result.policies[c].sites = contestants[c]->policy().sites();
   }
   measure_phases(bench, contestants, samples, result);
+  if (bench.options.profile) profile_steps(bench, contestants, result);
 }
 
 }  // namespace
@@ -289,6 +302,7 @@ BenchmarkResult run_benchmark(const RunConfig& config, const BenchmarkOptions& o
   check(options.training_steps >= 0, "cannot train for ", options.training_steps, " steps");
   const NetConfig model = model_config(config, known_classes(config));
   const Device device = choose_device(config.device);
+  if (options.profile && device.kind != DeviceKind::cuda) throw UsageError("profile: only a GPU's kernels are timed; use --device cuda");
   use_threads(config);
   const std::vector<StorageConfig> policies = options.policies.empty() ? std::vector{config.storage} : options.policies;
 

@@ -57,9 +57,24 @@ ordered_json json_of(const PolicyResult& policy) {
   out["gradient_relative_error"] = json_of(policy.gradient_relative_error);
   for (int kind = 0; kind < kMemoryKinds; ++kind)
     out["bytes_by_kind"][to_string(static_cast<MemoryKind>(kind))] = policy.bytes_by_kind[kind];
+  if (!policy.profile.empty()) {
+    out["profile"] = ordered_json::array();
+    for (const cuda::ProfileRow& row : policy.profile) out["profile"].push_back({{"name", row.name}, {"calls", row.calls}, {"ms", row.ms}});
+  }
   out["sites"] = ordered_json::array();
   for (const SiteRecord& record : policy.sites) out["sites"].push_back(json_of(record));
   return out;
+}
+
+/// The kernels of a step, the longest first.
+std::string format_profile(const PolicyResult& policy) {
+  double all = 0;
+  for (const cuda::ProfileRow& row : policy.profile) all += row.ms;
+  std::vector<std::vector<std::string>> rows{{concat("kernels of a step, ", policy.storage), "calls", "ms", "share"}};
+  for (const cuda::ProfileRow& row : policy.profile)
+    rows.push_back({row.name, std::to_string(row.calls), number("%.3f", row.ms), number("%.1f %%", all > 0 ? 100 * row.ms / all : 0)});
+  rows.push_back({concat("all, beside a step of ", number("%.3f", policy.step_ms.median), " ms"), "", number("%.3f", all), ""});
+  return concat("\n", align(rows));
 }
 
 }  // namespace
@@ -87,7 +102,10 @@ std::string format_benchmark(const BenchmarkResult& result) {
     kinds.push_back({p.storage});
     for (int64_t bytes : p.bytes_by_kind) kinds.back().push_back(format_bytes(bytes));
   }
-  return out + align(speed) + "\n" + align(kinds);
+  out += align(speed) + "\n" + align(kinds);
+  for (const PolicyResult& p : result.policies)
+    if (!p.profile.empty()) out += format_profile(p);
+  return out;
 }
 
 std::string benchmark_json(const BenchmarkResult& result) {

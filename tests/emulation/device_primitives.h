@@ -7,6 +7,7 @@
 #include "device_memory.h"
 #include "emulator.h"
 #include "mesa/base/cuda.h"
+#include "mesa/base/cuda_profile.h"
 #include "mesa/base/dtype.h"
 
 namespace mesa::kernels::cuda {
@@ -23,6 +24,7 @@ void check_argument(const char* kernel, const T& argument) {
 
 template <class... Parameters, class... Arguments>
 void launch(const char* name, void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, Arguments&&... arguments) {
+  const mesa::cuda::Timed timed(name);
   const auto work = [=, given = std::tuple<Parameters...>(static_cast<Parameters>(arguments)...)] {
     std::apply(
         [&](const auto&... argument) {

@@ -182,6 +182,32 @@ TEST_CASE("benchmark: what cannot be measured is refused") {
   CHECK_THROWS_WITH(run_benchmark(diverging, one_step({storage("exact")})), Contains("the loss of step"));
 }
 
+TEST_CASE("benchmark: a profile has every kernel of a GPU's step, the longest first") {
+  BenchmarkOptions options = one_step({storage("exact"), storage("int4")});
+  options.profile = true;
+  if (testing::test_device() != kCuda) {
+    CHECK_THROWS_WITH(run_benchmark(tiny(), options), Contains("only a GPU's kernels") && Contains("--device cuda"));
+    return;
+  }
+  const BenchmarkResult result = run_benchmark(tiny({"train.precision=bf16", "device=cuda"}), options);
+  const auto calls = [](const PolicyResult& policy, const std::string& kernel) {
+    int64_t count = 0;
+    for (const cuda::ProfileRow& row : policy.profile) count += row.name.starts_with(kernel) ? row.calls : 0;
+    return count;
+  };
+  for (const PolicyResult& policy : result.policies) {
+    CAPTURE(policy.storage);
+    CHECK(std::is_sorted(policy.profile.begin(), policy.profile.end(), [](const auto& a, const auto& b) { return a.ms > b.ms; }));
+    CHECK(policy.profile.front().ms > 0);
+    CHECK(calls(policy, "fused_attention_grad (dq)") == 2);    // one a block
+    CHECK(calls(policy, "product: ") == 3 * (2 * 4 + 1) + 2);  // y, dx, dw of four linears a block and of the head, y and dw of patches
+    CHECK((calls(policy, "quantize_current") > 0) == (policy.storage == "int4"));
+    CHECK_THAT(format_benchmark(result), Contains("kernels of a step, " + policy.storage) && Contains("fused_attention_grad (dq)"));
+  }
+  CHECK(nlohmann::json::parse(benchmark_json(result)).at("policies")[1].at("profile").size() == result.policies[1].profile.size());
+  CHECK(!cuda::profiling());
+}
+
 TEST_CASE("benchmark: every kernel of a step is timed, in bytes or in products") {
   std::vector<std::string> told;
   const KernelReport report = run_kernel_benchmark(

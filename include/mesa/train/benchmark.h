@@ -5,6 +5,7 @@
 #include <string>
 #include <vector>
 
+#include "mesa/base/cuda_profile.h"
 #include "mesa/train/setup.h"
 
 namespace mesa {
@@ -14,6 +15,7 @@ struct BenchmarkOptions {
   int64_t steps = 10;                   ///< measured steps of each policy, at least 1
   int64_t warmup = 2;                   ///< steps of each policy before them
   int64_t training_steps = 3;           ///< before gradients are compared: just after initialization the network is almost linear
+  bool profile = false;                 ///< on a GPU: time each kernel, in a few steps more
   int64_t draws = 3;                    ///< gradients compared, each with other random numbers, at least 1
   std::function<void(const std::string& what)> progress;  ///< told before each piece of work; may be empty
 };
@@ -35,6 +37,7 @@ struct PolicyResult {
   Spread gradient_relative_error;                     ///< ||g - g_exact|| / ||g_exact|| over all parameters, same weights and batch
   std::array<int64_t, kMemoryKinds> bytes_by_kind{};  ///< at the peak of the last step
   std::vector<SiteRecord> sites;                      ///< of one batch
+  std::vector<cuda::ProfileRow> profile;              ///< of one step
 };
 
 struct BenchmarkResult {
@@ -50,7 +53,7 @@ struct BenchmarkResult {
 /// threads from train.threads. Throws UsageError for options, rules or values that do not fit, Error if a loss is not finite.
 BenchmarkResult run_benchmark(const RunConfig& config, const BenchmarkOptions& options);
 
-/// Tables for people: one of speed, bytes and errors, and one of bytes by kind.
+/// Tables for people: one of speed, bytes and errors, one of bytes by kind, and of each policy's kernels where they were timed.
 std::string format_benchmark(const BenchmarkResult& result);
 /// The same for programs, with every site.
 std::string benchmark_json(const BenchmarkResult& result);

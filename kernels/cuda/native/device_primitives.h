@@ -8,6 +8,7 @@
 #include <mutex>
 
 #include "mesa/base/cuda.h"
+#include "mesa/base/cuda_profile.h"
 
 namespace mesa::kernels::cuda {
 
@@ -33,6 +34,7 @@ void launch(const char* name, void (*kernel)(Parameters...), dim3 grid, dim3 blo
   config.blockDim = block;
   config.dynamicSmemBytes = shared_bytes;
   config.stream = static_cast<cudaStream_t>(mesa::cuda::stream());
+  const mesa::cuda::Timed timed(name);
   mesa::cuda::check_status(cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...), name);
   if (mesa::cuda::synchronous()) mesa::cuda::check_status(cudaStreamSynchronize(config.stream), name);
 }
