@@ -131,7 +131,7 @@ compare() {  # MODEL BATCH ROUND [torch_step.py's options]: Mesa, also with tune
   shift 3
   local bench=("${mesa[@]}" "$bin/mesa-bench" --config "bench/$model.yaml" --device cuda --steps 20 --warmup 5 --set "train.batch_size=$batch"
     --set train.precision=bf16)
-  attempt "mesa_${model}_$round" 90 "${bench[@]}" --storage exact,int8,int4 --profile --json "$logs/mesa_${model}_$round.json"
+  attempt "mesa_${model}_$round" 90 "${bench[@]}" --storage exact,int8,int4 --json "$logs/mesa_${model}_$round.json"
   attempt "mesa_tuned_${model}_$round" 60 "${bench[@]}" --storage exact --set train.autotune=true --json "$logs/mesa_tuned_${model}_$round.json"
   attempt "torch_${model}_$round" 180 python3 tools/peers/torch_step.py --model "$model" --batch "$batch" --steps 20 --compile both "$@"
 }
@@ -170,6 +170,8 @@ run_parity() { attempt parity 40 env MESA_TEST_DEVICE=cuda "${mesa[@]}" "$bin/me
 run_kernels() {
   attempt kernels 60 "${mesa[@]}" "$bin/mesa-bench" --config bench/deit_small.yaml --device cuda --set train.batch_size=128 \
     --set train.precision=bf16 --kernels --json "$logs/kernels.json"
+  attempt mesa_profile 60 "${mesa[@]}" "$bin/mesa-bench" --config bench/deit_small.yaml --device cuda --set train.batch_size=128 \
+    --set train.precision=bf16 --storage exact,int8,int4 --steps 3 --warmup 3 --profile --json "$logs/mesa_profile.json"
 }
 
 # Of the kernels' tests all but the sweeps over matrix products and convolutions, which are cuBLASLt's and cuDNN's code, and long.

@@ -126,6 +126,7 @@ Form aligned(Form form, const Operands& x) {
 /// By the first of the plan's algorithms that works: what the library suggested it may still refuse. False if it has none for an epilogue,
 /// which there is another way for. That operands are invalid for all of them is our mistake.
 bool run_by_first(const Form& form, Plan& plan, const Operands& x) {
+  if (plan.algorithms.empty()) return false;
   const mesa::cuda::Timed timed(mesa::cuda::profiling() ? "product: " + to_string(form) : "");
   cublasStatus_t status = CUBLAS_STATUS_NOT_SUPPORTED;
   while (!plan.algorithms.empty()) {

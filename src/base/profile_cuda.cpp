@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <map>
+#include <utility>
 
 #include "mesa/base/cuda.h"
 #include "mesa/base/cuda_profile.h"
@@ -19,9 +20,10 @@ struct Span {
 struct Profile {
   bool on = false;
   std::vector<Span> spans;
+  std::vector<size_t> open;  // which of them have no end yet, the inner ones last
   std::vector<cudaEvent_t> free;
 
-  cudaEvent_t mark() {
+  cudaEvent_t take() {
     cudaEvent_t event = nullptr;
     if (free.empty()) {
       check_status(cudaEventCreate(&event), "creating an event");
@@ -29,10 +31,10 @@ struct Profile {
       event = free.back();
       free.pop_back();
     }
-    check_status(cudaEventRecord(event, static_cast<cudaStream_t>(stream())), "marking the stream");
     return event;
   }
 };
+cudaError_t mark(cudaEvent_t event) { return cudaEventRecord(event, static_cast<cudaStream_t>(stream())); }
 Profile& profile() {
   static Profile& one = *new Profile;
   return one;
@@ -40,29 +42,43 @@ Profile& profile() {
 
 }  // namespace
 
-void start_profile() { profile().on = true; }
+void start_profile() {
+  profile().on = true;
+  profile().spans.clear();  // of a profile that an error ended
+}
+void stop_profile() { profile().on = false; }
 bool profiling() { return profile().on && !recording(); }
 
 std::vector<ProfileRow> end_profile() {
   Profile& p = profile();
   p.on = false;
+  const std::vector<Span> spans = std::exchange(p.spans, {});
   synchronize("a profile's end");
   std::map<std::string, ProfileRow> by_name;
-  for (const Span& span : p.spans) {
+  for (const Span& span : spans) {
     float ms = 0;
     check_status(cudaEventElapsedTime(&ms, span.from, span.to), "reading a time");
     ProfileRow& row = by_name[span.name];
     row.name = span.name, ++row.calls, row.ms += static_cast<double>(ms);
     p.free.insert(p.free.end(), {span.from, span.to});
   }
-  p.spans.clear();
   std::vector<ProfileRow> rows;
   for (auto& [name, row] : by_name) rows.push_back(std::move(row));
   std::sort(rows.begin(), rows.end(), [](const ProfileRow& a, const ProfileRow& b) { return a.ms > b.ms; });
   return rows;
 }
 
-void detail::begin_timed(std::string_view name) { profile().spans.push_back({std::string(name), profile().mark(), nullptr}); }
-void detail::end_timed() { profile().spans.back().to = profile().mark(); }
+void detail::begin_timed(std::string_view name) {
+  Profile& p = profile();
+  const Span span{std::string(name), p.take(), p.take()};
+  check_status(mark(span.from), "marking the stream");
+  p.open.push_back(p.spans.size());
+  p.spans.push_back(span);
+}
+void detail::end_timed() {  // also when an error is on its way, which then is what is told
+  Profile& p = profile();
+  mark(p.spans[p.open.back()].to);
+  p.open.pop_back();
+}
 
 }  // namespace mesa::cuda

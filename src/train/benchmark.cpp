@@ -258,7 +258,12 @@ void profile_steps(Bench& bench, const Contestants& contestants, BenchmarkResult
   constexpr int64_t kSteps = 3;
   for (size_t c = 0; c < contestants.size(); ++c) {
     bench.tell("timing the kernels of " + result.policies[c].storage);
-    cuda::start_profile();
+    const struct Taken {
+      Taken() { cuda::start_profile(); }
+      ~Taken() {
+        if (cuda::profiling()) cuda::stop_profile();
+      }
+    } until_an_error;
     for (int64_t i = 0; i < kSteps; ++i) contestants[c]->train(bench.batch, bench.step++);
     result.policies[c].profile = cuda::end_profile();
     for (cuda::ProfileRow& row : result.policies[c].profile) row.calls /= kSteps, row.ms /= kSteps;

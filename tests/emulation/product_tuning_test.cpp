@@ -9,6 +9,7 @@
 #include "../../kernels/cuda/cublaslt_plan.h"
 #include "cublaslt_descriptors.h"
 #include "mesa/base/cuda.h"
+#include "mesa/base/cuda_profile.h"
 #include "mesa/base/files.h"
 #include "mesa/kernels/attention.h"
 #include "mesa/kernels/elementwise.h"
@@ -130,6 +131,22 @@ TEST_CASE("products: an algorithm that the library takes back is replaced by its
   CHECK_THROWS_WITH(product(), Catch::Contains("multiplying"));
   const auto all = Delays::runs();
   CHECK((all[0] == 2 && all[1] == 2 && all[2] == 2));  // with the bias and without
+}
+
+TEST_CASE("products: a profile has those that ran, not what the library has no algorithm for", "[emulation]") {
+  const Product product;
+  const std::vector<double> want = product();
+  kernels::tune_products(false);  // nothing is known
+  emulation::epilogue_use.algorithms = 0;
+  cuda::start_profile();
+  CHECK(product() == want);
+  CHECK(product() == want);
+  const std::vector<cuda::ProfileRow> rows = cuda::end_profile();
+  emulation::epilogue_use = {};
+  kernels::tune_products(false);
+  std::map<std::string, int64_t> calls;
+  for (const cuda::ProfileRow& row : rows) calls[row.name.substr(0, row.name.find(", aligned"))] = row.calls;
+  CHECK(calls == std::map<std::string, int64_t>{{"product: fp32 24x16/16 * fp32 16x8/8 = fp32 24x8/8", 2}, {"add_rows", 2}});
 }
 
 TEST_CASE("tuning: the sums of a weight's gradient get a pass of their own where that is faster", "[emulation]") {

@@ -3,6 +3,8 @@
 
 #include "cudnn_troubles.h"
 #include "emulator.h"
+#include "mesa/base/cuda_profile.h"
+#include "mesa/kernels/attention.h"
 #include "mesa/kernels/conv.h"
 #include "mesa/kernels/elementwise.h"
 #include "support/gradcheck.h"
@@ -72,4 +74,18 @@ TEST_CASE("emulated GPU: a convolution that cuDNN cannot run, or not in little m
   check({{{kFirst, kInternalError}, {kFallback, kNotSupported}}}, false, "this heuristic takes no graph", 0);
   check({.heuristics = {}, .workspace = kVast}, false, "a workspace of 1099511627776 bytes", 0);
   check({.heuristics = {}, .running = kNotSupported}, false, "CUDNN_STATUS", 1);
+}
+
+TEST_CASE("emulated GPU: a profile names what cuDNN runs", "[emulation]") {
+  if (kernels::cuda::cudnn_conv_support == nullptr) return;
+  const auto on_gpu = [](const Shape& shape, DType type) { return to(normal_tensor(shape, "x", type), kCuda); };
+  const Tensor x = on_gpu({2, 25, 8}, DType::f32), w = on_gpu({8, 8, 3, 3}, DType::f32), q = on_gpu({1, 4, 16}, DType::bf16);
+  cuda::start_profile();
+  kernels::conv2d(x, w, {}, empty_like(x), {5, 5, 3, 3, 1, 1});
+  kernels::attention(q, q, q, 2, 0.3, empty_like(q), Tensor::empty({1, 2, 4}, DType::f32, kCuda), kernels::AttentionBy::cudnn);
+  int found = 0;
+  for (const cuda::ProfileRow& row : cuda::end_profile())
+    found +=
+        row.name == "convolution by cuDNN: forward, [2, 8, 5, 5] by [8, 8, 3, 3], stride 1, in fp32" || row.name == "attention by cuDNN";
+  CHECK(found == 2);
 }

@@ -54,24 +54,16 @@ TEST_CASE("layers: values depend on seed and name, not on what was made before")
 TEST_CASE("layers: initial values are one stream's, however many threads draw them") {
   constexpr int64_t kCount = 20001;
   const int threads = omp_get_max_threads();
-  for (const auto& [init,
-                    next] : std::vector<std::pair<Init, std::function<double(RandomStream&)>>>{{Init::normal(0.02),
-                                                                                                [](RandomStream& r) {
-                                                                                                  return 0.02 * r.normal();
-                                                                                                }},
-                                                                                               {Init::truncated_normal(0.02),
-                                                                                                [](RandomStream& r) {
-                                                                                                  return 0.02 * r.normal();
-                                                                                                }},
-                                                                                               {Init::truncated_normal(1),
-                                                                                                [](RandomStream& r) {
-                                                                                                  double x = r.normal();
-                                                                                                  while (std::fabs(x) >= 2) x = r.normal();
-                                                                                                  return x;
-                                                                                                }},
-                                                                                               {Init::uniform(0.1), [](RandomStream& r) {
-                                                                                                  return r.uniform(-0.1, 0.1);
-                                                                                                }}}) {
+  const auto narrow = [](RandomStream& r) { return 0.02 * r.normal(); };
+  const auto cut = [](RandomStream& r) {
+    double x = r.normal();
+    while (std::fabs(x) >= 2) x = r.normal();
+    return x;
+  };
+  const auto even = [](RandomStream& r) { return r.uniform(-0.1, 0.1); };
+  const std::vector<std::pair<Init, std::function<double(RandomStream&)>>> kinds{
+      {Init::normal(0.02), narrow}, {Init::truncated_normal(0.02), narrow}, {Init::truncated_normal(1), cut}, {Init::uniform(0.1), even}};
+  for (const auto& [init, next] : kinds) {
     CAPTURE(static_cast<int>(init.kind), init.value);
     RandomStream random(RandomKey::of(7, "weight", 0));
     std::vector<float> want;

@@ -73,7 +73,7 @@ said() { grep -qE "$1" "$STUB/said" || complain "nothing was said like: $1"; }
 check 0 out
 stages=$(sed -nE 's/^ *[0-9]+ s  ok +([a-z0-9_]+) .*/\1/p' "$STUB/out/summary.txt" | paste -sd' ')
 pair() { echo "mesa_$1 mesa_tuned_$1 torch_$1"; }
-want="smoke $(pair deit_small_1) parity kernels $(pair deit_base_1) $(pair deit_tiny_1) torch_largest mesa_fit mesa_largest memcheck racecheck"
+want="smoke $(pair deit_small_1) parity kernels mesa_profile $(pair deit_base_1) $(pair deit_tiny_1) torch_largest mesa_fit mesa_largest memcheck racecheck"
 want+=" tests $(pair swin_tiny_1) $(pair resnet50_1) graph_deit_tiny_false graph_deit_tiny_true graph_resnet18_false graph_resnet18_true"
 want+=" mesa_cudnn_attention mesa_codec_host $(pair deit_small_2) $(pair deit_small_3)"
 [[ $stages == "$want" ]] || complain "the stages were '$stages'"
@@ -93,8 +93,8 @@ assert rows["DeiT-S, batch 128, bf16: exact / torch.compile"]["rounds"] == 3
 assert rows["DeiT-B, batch 128: exact, tuned / torch.compile"]["measured"] == 1.5
 assert rows["DeiT-B in 24 GB: int4's / PyTorch eager's"]["measured"] == 8.5
 assert abs(rows["DeiT-Ti, fp32: largest error of a gradient against the CPU"]["measured"] - 2e-5) < 1e-12
-assert rows["DeiT-S, exact: ms a step in gelu"]["measured"] == 0.25
-assert len(json.load(open(sys.argv[1] + "/mesa.json"))) == 16
+assert rows["DeiT-S, exact: ms a step, kernel 1"]["measured"] == 0.25
+assert len(json.load(open(sys.argv[1] + "/mesa.json"))) == 17
 PYTHON
 fi
 

@@ -198,6 +198,7 @@ TEST_CASE("benchmark: a profile has every kernel of a GPU's step, the longest fi
   for (const PolicyResult& policy : result.policies) {
     CAPTURE(policy.storage);
     CHECK(std::is_sorted(policy.profile.begin(), policy.profile.end(), [](const auto& a, const auto& b) { return a.ms > b.ms; }));
+    REQUIRE(!policy.profile.empty());
     CHECK(policy.profile.front().ms > 0);
     CHECK(calls(policy, "fused_attention_grad (dq)") == 2);    // one a block
     CHECK(calls(policy, "product: ") == 3 * (2 * 4 + 1) + 2);  // y, dx, dw of four linears a block and of the head, y and dw of patches

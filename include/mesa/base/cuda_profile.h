@@ -11,13 +11,16 @@ namespace mesa::cuda {
 struct ProfileRow {
   std::string name;
   int64_t calls = 0;
-  double ms = 0;  ///< of all calls; each is timed from the event before it to the one behind it, a microsecond or two more than it takes
+  double ms =
+      0;  ///< of all calls, each from the event before it to the one behind: some microseconds more where the GPU waits for the host
 };
 
 /// From here on work that is handed to stream() by name is timed; for one thread.
 [[gnu::weak]] void start_profile();
 /// Waits for the GPU; the rows with the most time first.
 [[gnu::weak]] std::vector<ProfileRow> end_profile();
+/// Ends it where nobody will ask for the rows.
+[[gnu::weak]] void stop_profile();
 /// True in between, unless work is recorded, which has no time of its own.
 [[gnu::weak]] bool profiling();
 
