@@ -143,6 +143,14 @@ TEST_CASE("products: a profile has those that ran, not what the library has no a
   CHECK(product() == want);
   const std::vector<cuda::ProfileRow> rows = cuda::end_profile();
   emulation::epilogue_use = {};
+  emulation::epilogue_use.delay = microseconds(3000);
+  kernels::tune_products(false);
+  cuda::start_profile();
+  product(), product();
+  const std::vector<cuda::ProfileRow> slow = cuda::end_profile();
+  emulation::epilogue_use = {};
+  REQUIRE(!slow.empty());
+  CHECK((slow[0].name.starts_with("product: ") && slow[0].calls == 2 && slow[0].ms >= 6));  // what it slept at the least
   kernels::tune_products(false);
   std::map<std::string, int64_t> calls;
   for (const cuda::ProfileRow& row : rows) calls[row.name.substr(0, row.name.find(", aligned"))] = row.calls;

@@ -9,7 +9,7 @@ complain() { echo "gpu_check_test.sh: $*" >&2; for log in "$STUB"/out*/summary.t
 
 # STUB_SLEEP, STUB_FAIL: which calls, as a regular expression; STUB_RATE: images/s of exact storage; STUB_BUILD, STUB_CUDA: what --version says.
 mkdir -p "$STUB/path" "$STUB/bundle/bin" "$STUB/bundle/tests"
-printf '%s\n' kernels/conv_test kernels/matmul_test kernels/norm_test models/device_test train/plan_test >"$STUB/bundle/tests/device_tests.txt"
+printf '%s\n' kernels/matmul_test kernels/norm_test models/device_test train/plan_test >"$STUB/bundle/tests/device_tests.txt"
 REAL_PYTHON=$(command -v python3 || true)
 export REAL_PYTHON
 cat >"$STUB/stub" <<'STUB'
@@ -78,7 +78,6 @@ want+=" tests $(pair swin_tiny_1) $(pair resnet50_1) graph_deit_tiny_false graph
 want+=" mesa_cudnn_attention mesa_codec_host $(pair deit_small_2) $(pair deit_small_3)"
 [[ $stages == "$want" ]] || complain "the stages were '$stages'"
 [[ $(calls 'compute-sanitizer .*racecheck.*#norm_test') == 1 && $(calls 'compute-sanitizer .*#matmul_test') == 0 ]] || complain "the sanitizer's files"
-[[ $(calls '^mesa-tests .*#conv_test') == 1 ]] || complain "convolutions are tested among all tests, and only there"
 [[ ! -e $STUB/checkpoints_kept ]] || complain "checkpoints were packed among the logs"
 [[ $(calls '^mesa-train .*batch_size=1700') == 1 ]] || complain "the largest batch was not run"
 (($(find "$STUB/out" -type f | wc -l) <= 8)) || complain "more files came back than a person looks at"

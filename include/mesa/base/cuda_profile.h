@@ -7,12 +7,12 @@
 
 namespace mesa::cuda {
 
-/// All that ran under one name.
+/// All that ran under one name. A call is timed from the event before it to the one behind it: some microseconds more than it takes, where
+/// the GPU waits for the host.
 struct ProfileRow {
   std::string name;
   int64_t calls = 0;
-  double ms =
-      0;  ///< of all calls, each from the event before it to the one behind: some microseconds more where the GPU waits for the host
+  double ms = 0;  ///< of all calls
 };
 
 /// From here on work that is handed to stream() by name is timed; for one thread.
