@@ -100,7 +100,7 @@ if ((!quick)); then
   # A request for too much memory must reach our own error, so the allocator returns null as malloc does.
   export ASAN_OPTIONS="detect_leaks=$leaks:allocator_may_return_null=1:strict_string_checks=1:detect_stack_use_after_return=1"
   export UBSAN_OPTIONS=print_stacktrace=1
-  run_ctest --test-dir "$root/build-asan" -LE isa
+  run_ctest --test-dir "$root/build-asan"
 
   stage "fuzzing: configure and build"
   cmake -S tests/fuzz -B "$root/build-fuzz" -G Ninja -DCMAKE_CXX_COMPILER=clang++ -DMESA_FUZZ_SECONDS="${MESA_FUZZ_SECONDS:-20}" \

@@ -5,7 +5,9 @@
 #include <map>
 #include <regex>
 #include <set>
+#include <sstream>
 #include <string>
+#include <vector>
 
 #include "support/paths.h"
 
@@ -126,6 +128,78 @@ TEST_CASE("architecture: CUDA headers appear only where the CUDA backend stands"
     }
   }
   CHECK(seen > 1000);
+}
+
+namespace {
+
+/// The headers that builds read once for all files (target_precompile_headers), by what files use of them: a build would not see that one
+/// of these is missing.
+const std::map<std::string, std::string>& headers_of_names() {
+  static const std::map<std::string, std::string> all = [] {
+    const std::map<std::string, std::string> names = {
+        {"algorithm",
+         "all_of any_of clamp copy copy_if copy_n count count_if equal fill fill_n find find_if for_each generate includes is_sorted "
+         "lower_bound max max_element merge min min_element minmax minmax_element mismatch none_of nth_element partial_sort partition "
+         "remove_if replace reverse rotate set_difference shuffle sort stable_sort transform unique upper_bound"},
+        {"cmath",
+         "cbrt ceil cos erf exp exp2 expm1 fabs floor fmod frexp hypot isfinite isinf isnan ldexp llround log log10 log1p log2 lround "
+         "nearbyint nextafter pow rint round sin sqrt tanh trunc"},
+        {"filesystem", "filesystem"},
+        {"fstream", "fstream ifstream ofstream"},
+        {"functional", "cref function hash invoke reference_wrapper"},
+        {"map", "map multimap"},
+        {"memory", "make_shared make_unique shared_ptr unique_ptr weak_ptr"},
+        {"optional", "make_optional nullopt optional"},
+        {"set", "multiset set"},
+        {"sstream", "istringstream ostringstream stringstream"},
+        {"string", "getline stod stoi stol string to_string"},
+        {"vector", "vector"}};
+    std::map<std::string, std::string> by_name;
+    for (const auto& [header, list] : names) {
+      std::istringstream words(list);
+      for (std::string word; words >> word;) by_name[word] = header;
+    }
+    return by_name;
+  }();
+  return all;
+}
+
+/// What a file includes in <>, itself or through the project's headers.
+const std::set<std::string>& system_headers(const fs::path& path) {
+  static std::map<fs::path, std::set<std::string>> known;
+  if (const auto found = known.find(path); found != known.end()) return found->second;
+  std::set<std::string>& all = known[path];
+  const fs::path root = mesa::testing::source_dir();
+  std::ifstream file(root / path);
+  for (std::string line; std::getline(file, line);) {
+    if (!line.starts_with("#include ")) continue;
+    const std::string name = line.substr(10, line.find_first_of(">\"", 10) - 10);
+    if (line[9] == '<') all.insert(name);
+    for (const fs::path& folder : {path.parent_path(), fs::path("include"), fs::path("tests")})
+      if (const fs::path own = (folder / name).lexically_normal(); line[9] == '"' && fs::exists(root / own)) {
+        const std::set<std::string> theirs = system_headers(own);
+        all.insert(theirs.begin(), theirs.end());
+        break;
+      }
+  }
+  return all;
+}
+
+}  // namespace
+
+TEST_CASE("architecture: files include what they use, though builds read it before") {
+  std::map<std::string, int> seen;
+  for (const Source& source : sources())
+    for (const std::string& line : source.lines)
+      for (size_t at = line.find("std::"), comment = line.find("//"); at < comment; at = line.find("std::", at + 5)) {
+        const size_t end = line.find_first_not_of("abcdefghijklmnopqrstuvwxyz0123456789_", at + 5);
+        const auto header = headers_of_names().find(line.substr(at + 5, end - at - 5));
+        if (header == headers_of_names().end()) continue;
+        ++seen[header->second];
+        INFO(source.path.string() << ": " << line);
+        CHECK(system_headers(source.path).count(header->second) == 1);
+      }
+  CHECK(seen.size() == 12);
 }
 
 TEST_CASE("architecture: files stay readable") {

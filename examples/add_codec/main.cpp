@@ -1,4 +1,5 @@
 // A codec of one's own: one bit an element and one scale a run, registered beside the built-in ones and used by a storage rule.
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>

@@ -2,7 +2,6 @@
 // take back or, with tune_products, the fastest of several.
 #include <algorithm>
 #include <array>
-#include <chrono>
 #include <functional>
 #include <limits>
 #include <map>
@@ -59,22 +58,17 @@ cublasStatus_t multiply(const Form& form, const Plan& plan, const Algorithm& alg
                         algorithm.workspace, static_cast<cudaStream_t>(mesa::cuda::stream()));
 }
 
-/// Of one run.
-template <class F>
-double seconds_of(int runs, const F& f) {
-  mesa::cuda::synchronize("timing products");
-  const auto start = std::chrono::steady_clock::now();
-  for (int run = 0; run < runs; ++run) f();
-  mesa::cuda::synchronize("timing products");
-  return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count() / runs;
-}
-
-/// What each of several ways takes, by the best of a few rounds in turns.
+/// Seconds that each of several ways takes, by the best of a few rounds in turns.
 std::vector<double> seconds_of(const std::vector<std::function<void()>>& ways) {
   constexpr int kRounds = 3, kRuns = 10;
   std::vector<double> best(ways.size(), std::numeric_limits<double>::infinity());
   for (int round = 0; round < kRounds; ++round)
-    for (size_t i = 0; i < ways.size(); ++i) best[i] = std::min(best[i], seconds_of(kRuns, ways[i]));
+    for (size_t i = 0; i < ways.size(); ++i) {
+      const auto runs = [&] {
+        for (int run = 0; run < kRuns; ++run) ways[i]();
+      };
+      best[i] = std::min(best[i], mesa::cuda::seconds_of(runs) / kRuns);
+    }
   return best;
 }
 

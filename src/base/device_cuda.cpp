@@ -44,7 +44,11 @@ std::string detail::find_device() {
   if (status == cudaErrorInsufficientDriver)
     return concat("the NVIDIA driver supports CUDA ", version_text(driver), ", but this build needs ", version_text(CUDART_VERSION),
                   "; update the driver");
-  if (status == cudaErrorNoDevice || (status == cudaSuccess && devices == 0)) return "no NVIDIA GPU was found";
+  if (status == cudaErrorNoDevice || (status == cudaSuccess && devices == 0)) {
+    const char* const visible = std::getenv("CUDA_VISIBLE_DEVICES");
+    if (visible == nullptr) return "no NVIDIA GPU was found";
+    return concat("no NVIDIA GPU was found: CUDA_VISIBLE_DEVICES, which ranks of a host set to a GPU of their own, is '", visible, "'");
+  }
   if (status != cudaSuccess) return concat("CUDA does not start: ", cudaGetErrorString(status));
   cudaDeviceProp properties{};
   if (const cudaError_t error = cudaGetDeviceProperties(&properties, 0); error != cudaSuccess)

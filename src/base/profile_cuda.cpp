@@ -35,6 +35,11 @@ struct Profile {
   }
 };
 cudaError_t mark(cudaEvent_t event) { return cudaEventRecord(event, static_cast<cudaStream_t>(stream())); }
+double seconds_between(cudaEvent_t from, cudaEvent_t to) {
+  float ms = 0;
+  check_status(cudaEventElapsedTime(&ms, from, to), "reading a time");
+  return 1e-3 * static_cast<double>(ms);
+}
 Profile& profile() {
   static Profile& one = *new Profile;
   return one;
@@ -56,16 +61,27 @@ std::vector<ProfileRow> end_profile() {
   synchronize("a profile's end");
   std::map<std::string, ProfileRow> by_name;
   for (const Span& span : spans) {
-    float ms = 0;
-    check_status(cudaEventElapsedTime(&ms, span.from, span.to), "reading a time");
     ProfileRow& row = by_name[span.name];
-    row.name = span.name, ++row.calls, row.ms += static_cast<double>(ms);
+    row.name = span.name, ++row.calls, row.ms += 1e3 * seconds_between(span.from, span.to);
     p.free.insert(p.free.end(), {span.from, span.to});
   }
   std::vector<ProfileRow> rows;
   for (auto& [name, row] : by_name) rows.push_back(std::move(row));
   std::sort(rows.begin(), rows.end(), [](const ProfileRow& a, const ProfileRow& b) { return a.ms > b.ms; });
   return rows;
+}
+
+double seconds_of(const std::function<void()>& f) {
+  struct Events {  // which go back even if f throws
+    cudaEvent_t from = profile().take(), to = profile().take();
+    ~Events() { profile().free.insert(profile().free.end(), {from, to}); }
+  } const events;
+  synchronize("timing");
+  check_status(mark(events.from), "marking the stream");
+  f();
+  check_status(mark(events.to), "marking the stream");
+  synchronize("timing");
+  return seconds_between(events.from, events.to);
 }
 
 void detail::begin_timed(std::string_view name) {

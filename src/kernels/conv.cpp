@@ -1,6 +1,7 @@
 // Which engine computes a convolution: a matrix product where a window is one token, oneDNN, cuDNN, or products over unfolded windows.
 #include "mesa/kernels/conv.h"
 
+#include <algorithm>
 #include <atomic>
 
 #include "mesa/kernels/elementwise.h"

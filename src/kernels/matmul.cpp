@@ -1,5 +1,7 @@
 #include "mesa/kernels/matmul.h"
 
+#include <algorithm>
+
 #include "mesa/kernels/elementwise.h"
 #include "onednn.h"
 

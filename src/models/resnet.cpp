@@ -1,5 +1,6 @@
 #include "mesa/models/resnet.h"
 
+#include <algorithm>
 #include <cmath>
 #include <numeric>
 

@@ -1,5 +1,6 @@
 // Affine codes of 8, 4 or 2 bits: q = clamp(floor((x - offset) / step + u), 0, 2^bits - 1), decoded as offset + q step
 // (Pan et al. 2021, arXiv 2111.11124; both ends are clamped and the scale travels with the codes, which their code does not do).
+#include <algorithm>
 #include <cstdlib>
 #include <numeric>
 #include <utility>

@@ -1,5 +1,7 @@
 #include "mesa/storage/codec.h"
 
+#include <algorithm>
+
 #include "builtin_codecs.h"
 
 namespace mesa {

@@ -1,4 +1,5 @@
 // exact: the tensor itself. bf16: rounded to 16 bits, relative error at most 2^-8 (half a unit of an 8-bit significand).
+#include <algorithm>
 #include <cmath>
 
 #include "builtin_codecs.h"

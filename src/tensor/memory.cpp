@@ -8,6 +8,7 @@
 #endif
 #include <sys/mman.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cstdio>
 #include <mutex>

@@ -39,7 +39,7 @@ LoadedModel load_model(const std::string& path, WeightsKind kind, const RunConfi
   LoadedModel out;
   out.averaged = fs::path(file).filename() == kEmaFile;
   out.config = given != nullptr ? *given : parse_config(config->second, file);
-  if (given != nullptr) strip_wrappers(tensors);
+  if (given != nullptr) rename_as_here(tensors);
   if (names != tensors.metadata.end()) {
     const json list = json::parse(names->second, nullptr, false);
     check(list.is_array(), file, ": its class names are damaged");

@@ -1,5 +1,6 @@
 // One training run: everything that it consists of, and what it does from its beginning to its end.
 #pragma once
+#include <algorithm>
 #include <memory>
 #include <optional>
 #include <string>

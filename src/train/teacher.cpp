@@ -34,7 +34,7 @@ Teacher::Teacher(const RunConfig& config, const ImageConfig& student, Device dev
   try {
     const std::string file = weights_file(config.distill.teacher, WeightsKind::automatic, !plan);
     SafetensorsFile weights = read_safetensors(file, plan ? kMeta : kCpu);
-    strip_wrappers(weights);
+    rename_as_here(weights);
     merge_lora(weights, file);
     const NetConfig model = teacher_config(config, weights, student);
     const ImageConfig& input = model.input();

@@ -4,6 +4,8 @@
 #include <charconv>
 #include <cstdint>
 #include <map>
+#include <string_view>
+#include <utility>
 
 #include "mesa/base/error.h"
 
@@ -44,8 +46,6 @@ std::string ranges(std::vector<int64_t> numbers) {
   return concat("[", out, "]");
 }
 
-}  // namespace
-
 void strip_wrappers(SafetensorsFile& file) {
   const auto strip = [&](const std::string& prefix) {
     const auto begins = [&](const NamedTensor& t) { return t.name.size() > prefix.size() && t.name.starts_with(prefix); };
@@ -54,6 +54,35 @@ void strip_wrappers(SafetensorsFile& file) {
     return true;
   };
   while (strip("module.") || strip("_orig_mod.") || strip("model.")) continue;
+}
+
+/// "layers.0.downsample.norm.weight" as "layers.1.downsample.norm.weight".
+void rename_original_swin(std::string& name) {
+  constexpr std::string_view kLayers = "layers.", kPart = ".downsample.";
+  if (name == "head.weight" || name == "head.bias") name.insert(4, ".fc");
+  const size_t end = name.find(kPart);
+  if (!name.starts_with(kLayers) || end == std::string::npos) return;
+  int stage = 0;
+  const auto [stop, code] = std::from_chars(name.data() + kLayers.size(), name.data() + end, stage);
+  if (code == std::errc{} && stop == name.data() + end && stage >= 0 && stage < 100) name = concat(kLayers, stage + 1, name.substr(end));
+}
+
+/// "blocks.0.gamma_1" as "blocks.0.ls1.gamma".
+void rename_original_deit3(std::string& name) {
+  for (const auto& [original, here] : {std::pair(".gamma_1", ".ls1.gamma"), std::pair(".gamma_2", ".ls2.gamma")})
+    if (name.starts_with("blocks.") && name.ends_with(original)) name.replace(name.rfind('.'), std::string::npos, here);
+}
+
+}  // namespace
+
+void rename_as_here(SafetensorsFile& file) {
+  strip_wrappers(file);
+  const auto downsamples = [](const NamedTensor& t) { return t.name.starts_with("layers.0.downsample."); };
+  const bool original_swin = std::any_of(file.tensors.begin(), file.tensors.end(), downsamples);
+  for (NamedTensor& tensor : file.tensors) {
+    if (original_swin) rename_original_swin(tensor.name);
+    rename_original_deit3(tensor.name);
+  }
 }
 
 bool is_derived(const std::string& name) {

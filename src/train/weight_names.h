@@ -7,9 +7,11 @@
 
 namespace mesa {
 
-/// Takes away the prefixes that wrappers put in front of every name ("module." of DistributedDataParallel, "_orig_mod." of torch.compile,
-/// "model." of trainers), as long as all names begin with the same one.
-void strip_wrappers(SafetensorsFile& file);
+/// Gives weights from elsewhere the names that the models here have, which are timm's. Prefixes that wrappers put in front of every name go
+/// ("module." of DistributedDataParallel, "_orig_mod." of torch.compile, "model." of trainers). The original Swin (and timm before 0.9) has
+/// its downsampling at the end of the stage before, "layers.0.downsample", and "head" for "head.fc"; the original DeiT III "gamma_1" for
+/// "ls1.gamma". What has none of these names stays as it is.
+void rename_as_here(SafetensorsFile& file);
 
 /// A tensor that follows from the model's sizes or has no use here: "...num_batches_tracked", which matters only to batch norms without a
 /// momentum, and a Swin's "...relative_position_index" and "...attn_mask".

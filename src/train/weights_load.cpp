@@ -79,7 +79,7 @@ Tensor resized(const Param& param, const Tensor& values) {
 std::string start_from_weights(ParamStore& params, const std::string& path) {
   const std::string file = weights_file(path, WeightsKind::automatic);
   SafetensorsFile weights = read_safetensors(file);
-  strip_wrappers(weights);
+  rename_as_here(weights);
   const int64_t merged = merge_lora(weights, file);
   const std::set<std::string> with_factors = adapted_linears(params);
   std::vector<std::string> problems, adapted, fresh, unused;

@@ -1,5 +1,6 @@
 // Runs that are cut off at any moment: what they must leave on the disk.
 #pragma once
+#include <algorithm>
 #include <cstdlib>
 #include <map>
 

@@ -1,4 +1,5 @@
 // What ops do on their way back to spare passes over memory: values rebuilt beside gradients, gradients added in place and copied.
+#include <algorithm>
 #include <catch2/catch.hpp>
 #include <cmath>
 

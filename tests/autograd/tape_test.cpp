@@ -1,4 +1,5 @@
 // The tape's invariants: what it keeps alive, when it lets go, and how gradients come together.
+#include <algorithm>
 #include <catch2/catch.hpp>
 #include <cmath>
 #include <map>

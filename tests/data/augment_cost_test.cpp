@@ -1,4 +1,5 @@
 // What augmentation costs a picture on one thread: mesa-tests "[augment-cost]". Hidden, as it measures time.
+#include <algorithm>
 #include <catch2/catch.hpp>
 #include <chrono>
 #include <cstdio>

@@ -1,4 +1,5 @@
 // What a picture costs from each format on one thread, beside libjpeg-turbo alone: mesa-tests "[data-cost]". Hidden, as it measures time.
+#include <algorithm>
 #include <catch2/catch.hpp>
 #include <chrono>
 #include <fstream>

@@ -2,6 +2,7 @@
 #include "mesa/data/packed.h"
 
 #include <catch2/catch.hpp>
+#include <cmath>
 #include <cstring>
 #include <filesystem>
 #include <functional>

@@ -1,6 +1,7 @@
 // Resampling against its definition, value by value: whatever the vectors do, the bytes are those of Pillow's fixed-point sums.
 #include "mesa/data/resize.h"
 
+#include <algorithm>
 #include <catch2/catch.hpp>
 #include <cmath>
 

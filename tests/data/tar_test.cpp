@@ -1,6 +1,7 @@
 // Tar archives: every kind of header that writers use, and every way an archive can be wrong.
 #include "mesa/data/tar.h"
 
+#include <algorithm>
 #include <catch2/catch.hpp>
 #include <cstring>
 

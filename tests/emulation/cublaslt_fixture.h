@@ -2,6 +2,7 @@
 #pragma once
 #include <cublasLt.h>
 
+#include <algorithm>
 #include <catch2/catch.hpp>
 #include <cmath>
 #include <functional>

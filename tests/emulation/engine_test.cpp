@@ -1,5 +1,6 @@
 // What the engine promises of a GPU and only an emulated one can count: when the host waits, and what happens when memory runs out.
 #include <catch2/catch.hpp>
+#include <cmath>
 #include <cstring>
 #include <filesystem>
 #include <nlohmann/json.hpp>

@@ -283,9 +283,13 @@ TEST_CASE("emulation: machines that cannot run Mesa", "[emulation]") {
            })
         .err;
   };
+  unsetenv("CUDA_VISIBLE_DEVICES");
   CHECK(reason_on("no_driver") == "no NVIDIA driver is installed");
   CHECK_THAT(reason_on("old_driver"), Contains("the NVIDIA driver supports CUDA 12.0, but this build needs 13.0"));
   CHECK(reason_on("no_gpu") == "no NVIDIA GPU was found");
+  setenv("CUDA_VISIBLE_DEVICES", "7", 1);  // as the eighth rank of a host with fewer GPUs
+  CHECK_THAT(reason_on("no_gpu"), Contains("no NVIDIA GPU was found: CUDA_VISIBLE_DEVICES") && Contains("is '7'"));
+  unsetenv("CUDA_VISIBLE_DEVICES");
   CHECK_THAT(reason_on("old_gpu"), Contains("emulated has compute capability 7.0; Mesa needs 8.0 or newer"));
   CHECK_THAT(reason_on("no_code"), Contains("this build has no code for emulated (compute capability 9.0)"));
   CHECK(reason_on("no_products") == "cuBLAS was not found");

@@ -1,7 +1,9 @@
 #include "streams.h"
 
+#include <atomic>
 #include <cstdio>
 #include <cstdlib>
+#include <optional>
 #include <string>
 #include <thread>
 #include <utility>
@@ -12,14 +14,20 @@
 namespace mesa::emulation {
 namespace {
 
-using Clock = std::chrono::steady_clock;
+/// The device's.
+struct Clock {
+  using Real = std::chrono::steady_clock;
+  static inline std::atomic<std::chrono::microseconds> told;
+  static inline std::optional<Real::time_point> stopped;
+  static Real::time_point now() { return stopped.value_or(Real::now()) + told.load(); }
+};
 using Graph = std::vector<std::function<void()>>;
 
 /// One cudaEventRecord.
 struct Record {
   Stream* stream = nullptr;
   bool done = false;
-  Clock::time_point when;
+  Clock::Real::time_point when;
 };
 
 struct Event {
@@ -152,6 +160,10 @@ int64_t wait_count = 0, made_count = 0, graph_count = 0;
 int64_t waits() { return wait_count; }
 int64_t graphs_made() { return made_count; }
 int64_t graph_launches() { return graph_count; }
+
+void pass(std::chrono::microseconds time) { Clock::told = Clock::told.load() + time; }
+ToldTime::ToldTime() { Clock::stopped = Clock::Real::now(); }
+ToldTime::~ToldTime() { Clock::stopped.reset(); }
 
 void lose_device(bool now) { lost = now; }
 cudaError_t alive() { return lost ? result(cudaErrorIllegalAddress) : cudaSuccess; }

@@ -58,6 +58,16 @@ cudaError_t alive();
 int64_t waits();
 int64_t graphs_made();
 int64_t graph_launches();
+/// The device's clock, by which its events tell the time, goes forward by what work is said to take.
+void pass(std::chrono::microseconds time);
+/// While one lives, it goes by nothing else.
+class ToldTime {
+ public:
+  ToldTime();
+  ~ToldTime();
+  ToldTime(const ToldTime&) = delete;
+  ToldTime& operator=(const ToldTime&) = delete;
+};
 /// Whether there is a device at all.
 cudaError_t ready();
 

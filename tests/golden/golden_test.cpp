@@ -1,4 +1,5 @@
 // The whole network against PyTorch in double (generate.py wrote the numbers): logits, loss, every gradient, ten steps of AdamW.
+#include <algorithm>
 #include <catch2/catch.hpp>
 #include <cmath>
 

@@ -3,6 +3,8 @@
 
 #include <omp.h>
 
+#include <algorithm>
+
 #include "mesa/kernels/elementwise.h"
 #include "mesa/kernels/norm.h"
 #include "support/kernels.h"

@@ -1,4 +1,5 @@
 // The fused attention kernels against the same maths in double, over lengths, heads, layouts and codes. They exist on a GPU only.
+#include <algorithm>
 #include <catch2/catch.hpp>
 #include <cmath>
 

@@ -1,6 +1,7 @@
 // Images to tokens and back, element by element, on every instruction set this CPU has.
 #include "mesa/kernels/image.h"
 
+#include <algorithm>
 #include <array>
 #include <catch2/catch.hpp>
 #include <cmath>

@@ -1,5 +1,6 @@
 // One step of a network on the test device against the same step on the CPU. On the CPU itself there is nothing to compare.
 #include <catch2/catch.hpp>
+#include <cmath>
 
 #include "mesa/kernels/attention.h"
 #include "mesa/train/setup.h"

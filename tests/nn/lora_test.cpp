@@ -1,6 +1,7 @@
 // Low-rank adaptation: first values, the formula, what is kept, and every family's linears.
 #include "mesa/nn/lora.h"
 
+#include <algorithm>
 #include <catch2/catch.hpp>
 #include <cmath>
 

@@ -1,4 +1,5 @@
 // Every row of the case table: gradients against central differences in double, and f32 against double.
+#include <algorithm>
 #include <catch2/catch.hpp>
 #include <cmath>
 

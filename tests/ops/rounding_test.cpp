@@ -1,4 +1,5 @@
 // bf16 against double: an op may differ by what rounding its result and its gradients explains, and by no more.
+#include <algorithm>
 #include <bit>
 #include <catch2/catch.hpp>
 #include <cmath>

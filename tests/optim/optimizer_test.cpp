@@ -1,6 +1,7 @@
 // Every optimizer and the moving average against PyTorch and timm (golden/optim.py wrote the numbers); states; what an average does.
 #include "mesa/optim/optimizer.h"
 
+#include <algorithm>
 #include <barrier>
 #include <catch2/catch.hpp>
 #include <cmath>

@@ -1,4 +1,5 @@
 // Every row of the case table with every codec: decoded values within the stated error, gradients within what follows from it.
+#include <algorithm>
 #include <catch2/catch.hpp>
 #include <cmath>
 

@@ -1,4 +1,5 @@
 // Policies: which rule wins, what is kept once, what is refused and how, and what is told of bad values.
+#include <algorithm>
 #include <catch2/catch.hpp>
 #include <cmath>
 #include <functional>

@@ -1,5 +1,6 @@
 // What tests of kernels share: random tensors, every implementation that this CPU runs, and comparison with doubles.
 #pragma once
+#include <algorithm>
 #include <catch2/catch.hpp>
 #include <cmath>
 
@@ -17,13 +18,17 @@ inline Tensor random(const Shape& shape, DType dtype, const std::string& name, d
   return tensor_of(shape, values, dtype);
 }
 
-/// The implementations of a kernel that the test device has: one for each instruction set of this CPU, or the CUDA one.
+/// The implementations of a kernel that the test device has: the CUDA one, or one for each instruction set of this CPU; sanitized builds
+/// may lack one between the plain one and the best.
 template <class Signature>
 std::vector<std::function<Signature>> implementations(const kernels::Kernel<Signature>& kernel) {
   if (test_device() == kCuda) return {staged(kernel.cuda)};
-  std::vector<std::function<Signature>> out{kernel.plain};
-  if (cpu_isa() >= Isa::avx2) out.push_back(kernel.avx2);
-  if (cpu_isa() >= Isa::avx512) out.push_back(kernel.avx512);
+  Signature* const all[] = {kernel.plain, kernel.avx2, kernel.avx512};
+  const auto best = static_cast<size_t>(cpu_isa());
+  check(all[best] != nullptr, "this build has no ", to_string(cpu_isa()), " kernel ", kernel.name);
+  std::vector<std::function<Signature>> out;
+  for (size_t isa = 0; isa <= best; ++isa)
+    if (all[isa] != nullptr) out.push_back(all[isa]);
   return out;
 }
 

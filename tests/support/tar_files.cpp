@@ -1,5 +1,6 @@
 #include "support/tar_files.h"
 
+#include <algorithm>
 #include <cstdio>
 #include <cstring>
 

@@ -1,6 +1,7 @@
 // The allocator: what the meter says, what is reused, names that are never reused.
 #include "mesa/tensor/memory.h"
 
+#include <algorithm>
 #include <catch2/catch.hpp>
 #include <functional>
 #include <map>

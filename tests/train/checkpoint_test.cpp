@@ -1,6 +1,7 @@
 // Checkpoints: what is restored, what is refused, and what is left alone.
 #include "mesa/train/checkpoint.h"
 
+#include <algorithm>
 #include <catch2/catch.hpp>
 #include <cmath>
 #include <filesystem>

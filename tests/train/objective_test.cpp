@@ -1,6 +1,7 @@
 // What training minimizes: mixed labels, independent classes, and a teacher, against formulas in double.
 #include "mesa/train/objective.h"
 
+#include <algorithm>
 #include <catch2/catch.hpp>
 #include <cmath>
 

@@ -1,4 +1,5 @@
 // What a run shows of itself: pictures, event files, health, report.html and warnings, in runs of a second.
+#include <algorithm>
 #include <catch2/catch.hpp>
 #include <cerrno>
 #include <filesystem>

@@ -1,5 +1,6 @@
 #include "mesa/train/safetensors.h"
 
+#include <algorithm>
 #include <catch2/catch.hpp>
 #include <cmath>
 #include <cstring>

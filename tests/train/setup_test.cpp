@@ -1,6 +1,7 @@
 // From a config to objects: what is refused, with the key's place, before anything expensive is built.
 #include "mesa/train/setup.h"
 
+#include <algorithm>
 #include <catch2/catch.hpp>
 
 #include "mesa/base/cuda.h"

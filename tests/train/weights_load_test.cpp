@@ -71,6 +71,38 @@ TEST_CASE("weights: a Swin of another window resizes its tables") {
         resize_bicubic(small.at("layers.0.blocks.1.attn.relative_position_bias_table"), 3, 3, 7, 7).to_vector<double>());
 }
 
+TEST_CASE("weights: the original Swin's and DeiT III's names are changed into timm's") {
+  const TemporaryFolder folder;
+  const std::string path = (folder.path() / "original.safetensors").string();
+  const auto check_taken = [&](const std::string& model, const std::map<std::string, std::string>& originals) {
+    Built from(model), to(model + "seed: 9\n");
+    size_t renamed = 0;
+    std::vector<NamedTensor> tensors{{"layers.0.blocks.1.attn_mask", Tensor::zeros({1}, DType::f32)}};
+    for (const Param& p : from.model.params.params()) {
+      std::string name = p.name;
+      for (const auto& [here, original] : originals)
+        if (const size_t at = name.find(here); at != std::string::npos) name.replace(at, here.size(), original), ++renamed;
+      tensors.push_back({"module." + name, p.value});
+    }
+    tensors[0].name = "module." + tensors[0].name;
+    CHECK(renamed >= originals.size());
+    write_safetensors(path, tensors);
+    CHECK(start_from_weights(to.model.params, path) == "started from " + path);
+    for (const Param& p : from.model.params.params()) {
+      INFO(p.name);
+      CHECK(to.at(p.name).to_vector<double>() == p.value.to_vector<double>());
+    }
+    const RunConfig config = parse_config(model, "m.yaml");
+    const LoadedModel loaded = load_model(path, WeightsKind::automatic, &config);  // as mesa-eval does
+    load_weights(to.model.params, loaded.weights, path);
+  };
+  // microsoft/Swin-Transformer: models/swin_transformer.py, facebookresearch/deit: models_v2.py
+  check_taken("model: {name: swin, image_size: 32, patch_size: 2, width: 8, heads: 2, depths: [2, 2, 2], window: 2}\n",
+              {{"layers.1.downsample", "layers.0.downsample"}, {"layers.2.downsample", "layers.1.downsample"}, {"head.fc", "head"}});
+  check_taken("model: {name: deit3_small_patch16_224, image_size: 32, width: 24, depth: 2, heads: 3}\n",
+              {{"ls1.gamma", "gamma_1"}, {"ls2.gamma", "gamma_2"}});
+}
+
 TEST_CASE("weights: a file of another family is refused with all parameters that differ") {
   const TemporaryFolder folder;
   const std::string path = (folder.path() / "vit.safetensors").string();

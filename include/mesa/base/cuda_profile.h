@@ -1,6 +1,7 @@
 // How long each kernel of a GPU takes among the others: named work on the stream, timed by events. Weak symbols as in cuda.h.
 #pragma once
 #include <cstdint>
+#include <functional>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -23,6 +24,9 @@ struct ProfileRow {
 [[gnu::weak]] void stop_profile();
 /// True in between, unless work is recorded, which has no time of its own.
 [[gnu::weak]] bool profiling();
+
+/// Seconds from when the GPU begins with what `f` hands to stream() to when it has done that. Waits for the GPU before and after.
+[[gnu::weak]] double seconds_of(const std::function<void()>& f);
 
 namespace detail {
 [[gnu::weak]] void begin_timed(std::string_view name);

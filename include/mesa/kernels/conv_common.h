@@ -1,5 +1,7 @@
 // What kernels of sliding windows of every backend check of their arguments.
 #pragma once
+#include <algorithm>
+
 #include "mesa/kernels/common.h"
 #include "mesa/kernels/conv.h"
 
