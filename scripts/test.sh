@@ -11,7 +11,7 @@ Usage: scripts/test.sh [--quick]
 Environment:
   MESA_BUILD_ROOT     where build/, build-asan/ and build-fuzz/ go (default: the repository)
   MESA_NO_CUDA=1      for machines without nvcc: otherwise it is an error if the CUDA sources were not compiled
-  MESA_FUZZ_SECONDS   time for each fuzzer (default 20)
+  MESA_FUZZ_SECONDS   time for each fuzzer (default 15)
   MESA_SHARED_DATA    folder with real data sets and hostile files (default: ../shared/data); tests that need them warn where it is absent
 TEXT
 }
@@ -103,7 +103,7 @@ if ((!quick)); then
   run_ctest --test-dir "$root/build-asan"
 
   stage "fuzzing: configure and build"
-  cmake -S tests/fuzz -B "$root/build-fuzz" -G Ninja -DCMAKE_CXX_COMPILER=clang++ -DMESA_FUZZ_SECONDS="${MESA_FUZZ_SECONDS:-20}" \
+  cmake -S tests/fuzz -B "$root/build-fuzz" -G Ninja -DCMAKE_CXX_COMPILER=clang++ -DMESA_FUZZ_SECONDS="${MESA_FUZZ_SECONDS:-15}" \
     -DMESA_SHARED_DATA="${MESA_SHARED_DATA:-}"
   cmake --build "$root/build-fuzz" -j "$jobs"
 

@@ -1,6 +1,8 @@
 // What a pass over a tensor notes of its groups: minimum and maximum of the finite elements, and how many elements are saturated or not
 // finite. Threads gather in registers, blocks in shared memory, and integer atomics make the order of all of it invisible.
 #pragma once
+#include <limits>
+
 #include "codec.cuh"
 
 namespace mesa::kernels::cuda {

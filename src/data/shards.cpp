@@ -1,5 +1,6 @@
 // Tar archives in WebDataset's layout, indexed when they are opened, so that samples come in any order.
 #include <algorithm>
+#include <array>
 #include <filesystem>
 
 #include "class_names.h"

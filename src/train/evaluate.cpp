@@ -84,10 +84,9 @@ EvalResult evaluate(const BuiltModel& model, Loader& loader, const TransformOpti
       result.complete = false;
       break;
     }
-    const Tensor on_device = logits_of(model, *sent, transform);
+    std::optional<SentBatch> ahead = next();  // first, since its copy waits for what the GPU has by now
     const Batch batch = sent->host;
-    std::optional<SentBatch> ahead = next();  // while a GPU computes
-    const Tensor logits = to(on_device, kCpu), labels = batch.labels;
+    const Tensor logits = to(logits_of(model, *sent, transform), kCpu), labels = batch.labels;
     sent = std::move(ahead);
     const int64_t n = labels.numel();
     loss += static_cast<double>(*cross_entropy(logits, labels).value().data<float>()) * static_cast<double>(n);

@@ -98,8 +98,9 @@ MetaStep meta_step(const RunConfig& config, const NetConfig& model, StoragePolic
     evaluation = batches(1, eval_batch);
   }
   for (int pass = 0; pass < 2; ++pass) {
+    if (gpu) ahead = batches(1, eval_batch);  // on its way while the model has the one before
     built.net(meta_images(built, model.input(), eval_batch));
-    if (gpu) evaluation = batches(1, eval_batch);  // the next is there before the last one goes
+    if (gpu) evaluation = std::move(ahead);
   }
   out.parameters = built.params.count();
   for (const Param& param : built.params.params()) out.trained += param.trainable ? param.value.numel() : 0;

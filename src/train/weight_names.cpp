@@ -77,11 +77,13 @@ void rename_original_deit3(std::string& name) {
 
 void rename_as_here(SafetensorsFile& file) {
   strip_wrappers(file);
-  const auto downsamples = [](const NamedTensor& t) { return t.name.starts_with("layers.0.downsample."); };
-  const bool original_swin = std::any_of(file.tensors.begin(), file.tensors.end(), downsamples);
+  const auto any = [&](const std::string& part) {
+    return std::any_of(file.tensors.begin(), file.tensors.end(), [&](const NamedTensor& t) { return t.name.find(part) != std::string::npos; });
+  };
+  const bool original_swin = any("layers.0.downsample."), others = any(".attn.proj_l.") || any(".gamma_1_1");  // CaiT, parallel blocks
   for (NamedTensor& tensor : file.tensors) {
     if (original_swin) rename_original_swin(tensor.name);
-    rename_original_deit3(tensor.name);
+    if (!others) rename_original_deit3(tensor.name);
   }
 }
 

@@ -223,6 +223,6 @@ TEST_CASE("ranks: of runs of which ranks are killed, all end soon and resume ont
   if (has_mpirun()) lose_ranks(SIGKILL, 2);
 }
 
-TEST_CASE("ranks: of runs of which ranks are stopped, all end soon and resume onto the same curve", "[ranks]") {
+TEST_CASE("ranks: of runs of which ranks are stopped, all end soon and resume onto the same curve", "[ranks][slow]") {
   if (has_mpirun()) lose_ranks(SIGSTOP, 5);
 }

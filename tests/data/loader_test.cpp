@@ -306,7 +306,7 @@ TEST_CASE("impossible loader options are refused", "[data]") {
 TEST_CASE("waiting for slow data is measured, and the end does not wait for the epoch", "[data]") {
   const auto before = std::chrono::steady_clock::now();
   {
-    Loader loader(std::make_shared<Numbers>(10'000, std::set<int64_t>{}, 5), augmented(), batches_of(4));
+    Loader loader(std::make_shared<Numbers>(10'000, std::set<int64_t>{}, 50), augmented(), batches_of(4));
     loader.start_epoch(0);
     loader.next();
     CHECK(loader.wait_seconds() >= 0.01);

@@ -2,6 +2,7 @@
 #include "mesa/data/stages.h"
 
 #include <catch2/catch.hpp>
+#include <chrono>
 #include <thread>
 
 #include "mesa/data/loader.h"
@@ -15,6 +16,9 @@ void spin(int ms) {
   const auto end = std::chrono::steady_clock::now() + std::chrono::milliseconds(ms);
   while (std::chrono::steady_clock::now() < end) {
   }
+}
+double seconds_since(std::chrono::steady_clock::time_point start) {
+  return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
 }
 
 /// Reads for 6 ms and decodes for 3.
@@ -40,6 +44,7 @@ class Slow : public Dataset {
 
 TEST_CASE("stages: a stage inside another one interrupts it, and threads count apart", "[data][stages]") {
   const StageTimes before = stage_times();
+  const auto start = std::chrono::steady_clock::now();
   {
     const StageScope decoding(Stage::decode);
     spin(2);
@@ -49,6 +54,7 @@ TEST_CASE("stages: a stage inside another one interrupts it, and threads count a
     }
     spin(2);
   }
+  const double all = seconds_since(start);
   spin(20);
   std::thread([] {
     const StageScope augmenting(Stage::augment);
@@ -58,7 +64,7 @@ TEST_CASE("stages: a stage inside another one interrupts it, and threads count a
   const StageTimes spent = stage_times() - before;
   CHECK(spent.read >= 0.008);
   CHECK(spent.decode >= 0.004);
-  CHECK(spent.decode < spent.read + 0.010);
+  CHECK(spent.read + spent.decode <= all);
   CHECK(spent.augment == 0);
 }
 
@@ -70,6 +76,7 @@ TEST_CASE("stages: the loader sums them over its threads", "[data][stages]") {
     options.workers = workers;
     Loader loader(std::make_shared<Slow>(), transform, options);
     CHECK(loader.workers() == workers);
+    const auto start = std::chrono::steady_clock::now();
     loader.start_epoch(0);
     while (loader.next()) {
     }
@@ -77,7 +84,7 @@ TEST_CASE("stages: the loader sums them over its threads", "[data][stages]") {
     CHECK(times.read >= 8 * 0.006);
     CHECK(times.decode >= 8 * 0.003);
     CHECK(times.augment > 0);
-    CHECK(times.augment < times.read);
+    CHECK(times.read + times.decode + times.augment <= seconds_since(start) * static_cast<double>(workers));
     loader.start_epoch(0);
     while (loader.next()) {
     }

@@ -9,6 +9,7 @@
 #include <sstream>
 
 #include "../../kernels/cuda/cublaslt_plan.h"
+#include "../../src/train/product_tuning.h"
 #include "cublaslt_descriptors.h"
 #include "mesa/base/cuda.h"
 #include "mesa/base/cuda_profile.h"
@@ -311,6 +312,7 @@ TEST_CASE("tuning: a run keeps its choices, and goes on with them bit for bit", 
   CHECK(nlohmann::json::parse(read_text(file("elsewhere"))) == kept);
   REQUIRE(run("straight", {}) == 0);  // the emulated algorithms compute the same
   CHECK(weights("run") == weights("straight"));
+  if (sums_apart) return;
 
   int epochs = 2;
   // Choices of another GPU, or a damaged file: chosen anew, and said so.
@@ -320,6 +322,31 @@ TEST_CASE("tuning: a run keeps its choices, and goes on with them bit for bit", 
     CHECK(nlohmann::json::parse(read_text(file("run"))).at("algorithms").size() == kept.at("algorithms").size());  // and written again
     CHECK(read_text((folder.path() / "run/log.txt").string()).find("algorithms are chosen anew") != std::string::npos);
   }
+}
+
+TEST_CASE("tuning: each rank goes on with its own choices, and one that has none with those of rank 0", "[emulation]") {
+  const TemporaryFolder folder;
+  const Product product;
+  const std::vector<double> want = product();
+  const Delays delays({2000, 2000, 2000});
+  // What a rank runs when `fastest` is (if it times anything).
+  const auto runs_of = [&](int64_t rank, size_t fastest) {
+    std::string warnings;
+    ProductTuning tuning(folder.path().string(), "", rank, [&](const std::string& warning) { warnings += warning; });
+    algorithm_uses[fastest].delay = microseconds(0);
+    product();
+    algorithm_uses[fastest].delay = microseconds(2000);
+    Delays::runs();
+    CHECK(product() == want);
+    tuning.keep();
+    CHECK(warnings.empty());
+    return Delays::runs();
+  };
+  CHECK(runs_of(1, 2) == std::array{0, 0, 1});
+  CHECK(runs_of(0, 1) == std::array{0, 1, 0});
+  CHECK(runs_of(1, 0) == std::array{0, 0, 1});
+  CHECK(runs_of(2, 0) == std::array{0, 1, 0});
+  CHECK(std::filesystem::exists(folder.path() / "products-rank1.json"));
 }
 
 TEST_CASE("products: where a result in bf16 is summed in parts, these stay f32", "[emulation]") {

@@ -163,7 +163,7 @@ int64_t check_goes_on(History& h) {
 
 }  // namespace
 
-TEST_CASE("checkpoint writer: a process that dies at any operation of a save leaves checkpoints to resume") {
+TEST_CASE("checkpoint writer: a process that dies at any operation of a save leaves checkpoints to resume", "[disk][slow]") {
   History h;
   using Loss = std::optional<Disk::Loss>;
   const Loss killed, bytes_lost = Disk::Loss{false, false}, all_lost = Disk::Loss{true, true};
@@ -185,7 +185,7 @@ TEST_CASE("checkpoint writer: a process that dies at any operation of a save lea
     }
 }
 
-TEST_CASE("checkpoint writer: a disk that fails at any operation of a save costs nothing") {
+TEST_CASE("checkpoint writer: a disk that fails at any operation of a save costs nothing", "[disk]") {
   History h;
   const int code = GENERATE(ENOSPC, EIO, kShortWrite);
   for (const bool exchange_works : {true, false}) {

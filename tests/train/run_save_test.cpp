@@ -244,7 +244,7 @@ TEST_CASE("run: the slow disk of an interval that is too short is waited for, an
   const SavedRun t;
   set_file_fault([&](std::string_view operation, const std::string& path) {
     if (operation == "rename" || operation == "exchange")
-      if (of_checkpoint(path, "last")) usleep(1'100'000);
+      if (of_checkpoint(path, "last")) usleep(1'500'000);
     return 0;
   });
   REQUIRE(t.run({"train.steps=3"}) == 0);

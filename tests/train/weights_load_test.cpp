@@ -77,8 +77,10 @@ TEST_CASE("weights: the original Swin's and DeiT III's names are changed into ti
   const auto check_taken = [&](const std::string& model, const std::map<std::string, std::string>& originals) {
     Built from(model), to(model + "seed: 9\n");
     size_t renamed = 0;
+    int value = 0;
     std::vector<NamedTensor> tensors{{"layers.0.blocks.1.attn_mask", Tensor::zeros({1}, DType::f32)}};
     for (const Param& p : from.model.params.params()) {
+      kernels::fill(p.value, ++value);
       std::string name = p.name;
       for (const auto& [here, original] : originals)
         if (const size_t at = name.find(here); at != std::string::npos) name.replace(at, here.size(), original), ++renamed;
@@ -101,6 +103,12 @@ TEST_CASE("weights: the original Swin's and DeiT III's names are changed into ti
               {{"layers.1.downsample", "layers.0.downsample"}, {"layers.2.downsample", "layers.1.downsample"}, {"head.fc", "head"}});
   check_taken("model: {name: deit3_small_patch16_224, image_size: 32, width: 24, depth: 2, heads: 3}\n",
               {{"ls1.gamma", "gamma_1"}, {"ls2.gamma", "gamma_2"}});
+  // CaiT has such names, too, but is another model.
+  std::vector<NamedTensor> tensors = read_safetensors(path).tensors;
+  tensors.push_back({"module.blocks.0.attn.proj_l.weight", Tensor::zeros({3, 3}, DType::f32)});
+  write_safetensors(path, tensors);
+  Built deit3("model: {name: deit3_small_patch16_224, image_size: 32, width: 24, depth: 2, heads: 3}\n");
+  CHECK_THROWS_WITH(start_from_weights(deit3.model.params, path), Contains("missing blocks.[0-1].ls1.gamma [24]"));
 }
 
 TEST_CASE("weights: a file of another family is refused with all parameters that differ") {
