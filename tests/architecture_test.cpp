@@ -132,16 +132,16 @@ TEST_CASE("architecture: CUDA headers appear only where the CUDA backend stands"
 
 namespace {
 
-/// The headers that builds read once for all files (target_precompile_headers) or that these bring along, by what files use of them: a build
-/// would not see that one of these is missing.
+/// The headers that builds read once for all files (target_precompile_headers) or that these bring along, by what files use of them: a
+/// build would not see that one of these is missing.
 const std::map<std::string, std::string>& headers_of_names() {
   static const std::map<std::string, std::string> all = [] {
     const std::map<std::string, std::string> names = {
         {"algorithm",
-         "adjacent_find all_of any_of clamp copy copy_backward copy_if copy_n count count_if equal fill fill_n find find_if for_each generate includes is_sorted "
-         "lower_bound max max_element merge min min_element minmax minmax_element mismatch none_of nth_element partial_sort partition "
-         "remove_if replace reverse rotate set_difference shuffle sort stable_sort swap_ranges transform unique "
-         "upper_bound"},
+         "adjacent_find all_of any_of clamp copy copy_backward copy_if copy_n count count_if equal fill fill_n find find_if for_each "
+         "generate includes is_sorted lower_bound max max_element merge min min_element minmax minmax_element mismatch none_of "
+         "nth_element partial_sort partition remove_if replace reverse rotate set_difference shuffle sort stable_sort swap_ranges "
+         "transform unique upper_bound"},
         {"array", "array"},
         {"atomic", "atomic"},
         {"chrono", "chrono"},

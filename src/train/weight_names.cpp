@@ -78,7 +78,8 @@ void rename_original_deit3(std::string& name) {
 void rename_as_here(SafetensorsFile& file) {
   strip_wrappers(file);
   const auto any = [&](const std::string& part) {
-    return std::any_of(file.tensors.begin(), file.tensors.end(), [&](const NamedTensor& t) { return t.name.find(part) != std::string::npos; });
+    return std::any_of(file.tensors.begin(), file.tensors.end(),
+                       [&](const NamedTensor& t) { return t.name.find(part) != std::string::npos; });
   };
   const bool original_swin = any("layers.0.downsample."), others = any(".attn.proj_l.") || any(".gamma_1_1");  // CaiT, parallel blocks
   for (NamedTensor& tensor : file.tensors) {

@@ -1,4 +1,6 @@
 // The choice among a library's algorithms for products.
+#include "../../src/train/product_tuning.h"
+
 #include <algorithm>
 #include <catch2/catch.hpp>
 #include <cmath>
@@ -9,7 +11,6 @@
 #include <sstream>
 
 #include "../../kernels/cuda/cublaslt_plan.h"
-#include "../../src/train/product_tuning.h"
 #include "cublaslt_descriptors.h"
 #include "mesa/base/cuda.h"
 #include "mesa/base/cuda_profile.h"

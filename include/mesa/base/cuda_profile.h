@@ -25,8 +25,8 @@ struct ProfileRow {
 /// True in between, unless work is recorded, which has no time of its own.
 [[gnu::weak]] bool profiling();
 
-/// Seconds from an event before what `f` hands to stream() to one behind it, on a GPU that has nothing else to do: what the GPU takes or, if
-/// that is longer, the host. Waits for the GPU before and after.
+/// Seconds from an event before what `f` hands to stream() to one behind it, on a GPU that has nothing else to do: what the GPU takes or,
+/// if that is longer, the host. Waits for the GPU before and after.
 [[gnu::weak]] double seconds_of(const std::function<void()>& f);
 
 namespace detail {
