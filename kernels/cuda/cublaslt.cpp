@@ -106,7 +106,7 @@ Plan& plan_of(const Form& form, const void* bias) {
   if (const auto choice = all.choices.find(to_string(form)); choice != all.choices.end()) {
     if (choice->second == kApart)
       plan.algorithms.clear(), plan.open = false;
-    else if (const auto algorithm = from_text(plan, choice->second))
+    else if (const auto algorithm = from_text(form, plan, choice->second))
       plan.algorithms.insert(plan.algorithms.begin(), *algorithm), plan.open = false;
   }
   return all.plans.emplace(form, std::move(plan)).first->second;

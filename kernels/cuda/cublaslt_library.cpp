@@ -46,6 +46,9 @@ PASS_ON(cublasLtMatmulAlgoGetHeuristic,
          cublasLtMatrixLayout_t c, cublasLtMatrixLayout_t d, cublasLtMatmulPreference_t preference, int most,
          cublasLtMatmulHeuristicResult_t* results, int* found),
         (handle, operation, a, b, c, d, preference, most, results, found))
+PASS_ON(cublasLtMatmulAlgoConfigGetAttribute,
+        (const cublasLtMatmulAlgo_t* algorithm, cublasLtMatmulAlgoConfigAttributes_t name, void* value, size_t bytes, size_t* written),
+        (algorithm, name, value, bytes, written))
 PASS_ON(cublasLtMatmulAlgoCheck,
         (cublasLtHandle_t handle, cublasLtMatmulDesc_t operation, cublasLtMatrixLayout_t a, cublasLtMatrixLayout_t b,
          cublasLtMatrixLayout_t c, cublasLtMatrixLayout_t d, const cublasLtMatmulAlgo_t* algorithm,

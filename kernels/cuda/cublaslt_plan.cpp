@@ -55,8 +55,18 @@ std::string to_string(const Matrix& m) {
   return concat(mesa::to_string(m.dtype), m.transposed ? " t " : " ", m.rows, "x", m.columns, "/", m.stride);
 }
 
-bool good(const cublasLtMatmulHeuristicResult_t& result) {
-  return result.state == CUBLAS_STATUS_SUCCESS && result.workspaceSize <= kWorkspaceBytes;
+/// Up to 13.7 cuBLAS may sum wrongly, on compute capability 9.0 and later, where its configuration 66 splits k into parts that are not
+/// alike (release notes of CUDA 13.4 update 1, 6580689).
+bool may_sum_wrongly(const cublasLtMatmulAlgo_t& algorithm, int64_t k) {
+  int32_t configuration = 0, parts = 1;
+  for (const auto& [name, value] : {std::pair{CUBLASLT_ALGO_CONFIG_ID, &configuration}, {CUBLASLT_ALGO_CONFIG_SPLITK_NUM, &parts}})
+    check_status(cublasLtMatmulAlgoConfigGetAttribute(&algorithm, name, value, sizeof *value, nullptr), "looking at an algorithm");
+  return cublasLtGetVersion() <= 130700 && configuration == 66 && parts > 1 && k % parts != 0;
+}
+
+bool good(const cublasLtMatmulHeuristicResult_t& result, const Form& form) {
+  const int64_t k = form.a.transposed ? form.a.rows : form.a.columns;
+  return result.state == CUBLAS_STATUS_SUCCESS && result.workspaceSize <= kWorkspaceBytes && !may_sum_wrongly(result.algo, k);
 }
 
 }  // namespace
@@ -121,19 +131,20 @@ Plan make_plan(const Form& form, const void* bias, int most) {
   prefer(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES, form.aligned.a);
   prefer(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, form.aligned.c);
   prefer(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES, form.aligned.c);
-  // Where a product is summed up in parts, they are kept in f32 until the end.
-  if (form.c.dtype == DType::bf16)
-    prefer(CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, static_cast<uint32_t>(CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE));
+  // Where a product is summed up in parts, they are kept in f32 until the end, and added in one order: in place they come as they are done.
+  prefer(CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, static_cast<uint32_t>(CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE));
   std::vector<cublasLtMatmulHeuristicResult_t> found(static_cast<size_t>(most));
   int count = 0;
   const cublasStatus_t status =
       cublasLtMatmulAlgoGetHeuristic(handle(), plan.operation.get(), plan.left.get(), plan.right.get(), plan.result.get(),
                                      plan.result.get(), preference.get(), most, found.data(), &count);
-  // Epilogues with a vector have a fallback, so whatever the library says against them counts as a no.
-  if (status == CUBLAS_STATUS_NOT_SUPPORTED || (form.bias && status != CUBLAS_STATUS_SUCCESS)) return plan;
+  // Epilogues with a vector have a fallback, so whatever the library says against them counts as a no, but for a want of memory.
+  if (status == CUBLAS_STATUS_NOT_SUPPORTED ||
+      (form.bias && status != CUBLAS_STATUS_SUCCESS && status != CUBLAS_STATUS_ALLOC_FAILED && status != CUBLAS_STATUS_NOT_INITIALIZED))
+    return plan;
   check_status(status, "choosing an algorithm");
   for (int i = 0; i < count; ++i)
-    if (good(found[static_cast<size_t>(i)]))
+    if (good(found[static_cast<size_t>(i)], form))
       plan.algorithms.push_back({found[static_cast<size_t>(i)].algo, found[static_cast<size_t>(i)].workspaceSize});
   return plan;
 }
@@ -149,7 +160,7 @@ size_t clearly_fastest(const std::vector<double>& seconds) {
   return *least < std::min(0.98 * seconds[0], seconds[0] - 1e-6) ? static_cast<size_t>(least - seconds.begin()) : 0;
 }
 
-std::optional<Algorithm> from_text(const Plan& plan, const std::string& text) {
+std::optional<Algorithm> from_text(const Form& form, const Plan& plan, const std::string& text) {
   Algorithm out;
   const char *at = text.c_str(), *const end = at + text.size();
   for (uint64_t& word : out.value.data) {
@@ -162,7 +173,7 @@ std::optional<Algorithm> from_text(const Plan& plan, const std::string& text) {
   cublasLtMatmulHeuristicResult_t result{};
   const cublasStatus_t status = cublasLtMatmulAlgoCheck(handle(), plan.operation.get(), plan.left.get(), plan.right.get(),
                                                         plan.result.get(), plan.result.get(), &out.value, &result);
-  if (status != CUBLAS_STATUS_SUCCESS || !good(result)) return {};
+  if (status != CUBLAS_STATUS_SUCCESS || !good(result, form)) return {};
   out.workspace = result.workspaceSize;
   return out;
 }

@@ -84,7 +84,7 @@ size_t clearly_fastest(const std::vector<double>& seconds);
 
 /// An algorithm as text, for another process with the same library on such a GPU; and back, if the library would still run the plan by it.
 std::string to_text(const Algorithm& algorithm);
-std::optional<Algorithm> from_text(const Plan& plan, const std::string& text);
+std::optional<Algorithm> from_text(const Form& form, const Plan& plan, const std::string& text);
 /// "cublasLt 130101 on NVIDIA H200, compute capability 9.0, driver 13.0".
 std::string library();
 

@@ -57,14 +57,18 @@ Graph graph_of(const Case& c) {
   return graph;
 }
 
-/// Results that repeat bit for bit, and of f32 operands sums of f32 products, as elsewhere: by transforms (Winograd's, Fourier's) they are
-/// less exact. No plan of a run has cuDNN's workspace.
-cudnn::Engines engines() {
-  return {{CUDNN_NUMERICAL_NOTE_NONDETERMINISTIC, CUDNN_NUMERICAL_NOTE_DOWN_CONVERT_INPUTS,
-           CUDNN_NUMERICAL_NOTE_REDUCED_PRECISION_REDUCTION, CUDNN_NUMERICAL_NOTE_FFT, CUDNN_NUMERICAL_NOTE_WINOGRAD,
-           CUDNN_NUMERICAL_NOTE_WINOGRAD_TILE_4x4, CUDNN_NUMERICAL_NOTE_WINOGRAD_TILE_6x6, CUDNN_NUMERICAL_NOTE_WINOGRAD_TILE_13x13},
-          true,
-          int64_t{512} << 20};
+/// Results that repeat bit for bit, and of f32 operands sums of f32 products, as elsewhere: tensor cores would round them to TF32 (which
+/// cuDNN 9.19 notes by nothing else), and by transforms (Winograd's, Fourier's) they are less exact. No plan of a run has cuDNN's
+/// workspace.
+cudnn::Engines engines(DType dtype) {
+  cudnn::Engines out{
+      {CUDNN_NUMERICAL_NOTE_NONDETERMINISTIC, CUDNN_NUMERICAL_NOTE_DOWN_CONVERT_INPUTS, CUDNN_NUMERICAL_NOTE_REDUCED_PRECISION_REDUCTION,
+       CUDNN_NUMERICAL_NOTE_FFT, CUDNN_NUMERICAL_NOTE_WINOGRAD, CUDNN_NUMERICAL_NOTE_WINOGRAD_TILE_4x4,
+       CUDNN_NUMERICAL_NOTE_WINOGRAD_TILE_6x6, CUDNN_NUMERICAL_NOTE_WINOGRAD_TILE_13x13},
+      true,
+      int64_t{512} << 20};
+  if (dtype == DType::f32) out.without.push_back(CUDNN_NUMERICAL_NOTE_TENSOR_CORE);
+  return out;
 }
 
 std::vector<std::string>& slow_convolutions() {
@@ -89,7 +93,7 @@ std::optional<Plan>& plan_of(const Case& c, cudnnHandle_t on) {
   if (const auto found = plans.find(c); found != plans.end()) return found->second;
   std::optional<Plan> plan;
   try {
-    plan.emplace(graph_of(c), on, engines());
+    plan.emplace(graph_of(c), on, engines(c.dtype));
   } catch (const cudnn::Unsupported& reason) {
     note_slow(c, reason.what());
   }
@@ -103,10 +107,22 @@ bool run(Pass pass, const Tensor& x, const Tensor& w, const Tensor& y, const Con
   if (cudnnGetVersion() == 0) return note_slow("all, since cuDNN was not found"), false;
   for (const Tensor* t : {&x, &w, &y})
     if (reinterpret_cast<uintptr_t>(t->raw()) % 16 != 0) return note_slow(c, "operands that do not begin at multiples of 16 bytes"), false;
-  const cudnnHandle_t handle = library.handle_on(mesa::cuda::stream());
+  cudnnHandle_t handle = nullptr;
+  try {
+    handle = library.handle_on(mesa::cuda::stream());
+  } catch (const OutOfMemory&) {
+    throw;
+  } catch (const Error& reason) {  // a part of cuDNN is missing, say
+    return note_slow(concat("all: ", reason.what())), false;
+  }
   std::optional<Plan>& plan = plan_of(c, handle);
   if (!plan) return false;
-  const Tensor workspace = Tensor::empty({plan->workspace_bytes()}, DType::u8, x.device());
+  Tensor workspace;
+  try {
+    workspace = Tensor::empty({plan->workspace_bytes()}, DType::u8, x.device());
+  } catch (const OutOfMemory&) {  // no plan of a run has it
+    return note_slow(c, concat("no memory for a workspace of ", plan->workspace_bytes(), " bytes")), false;
+  }
   const mesa::cuda::Timed timed(mesa::cuda::profiling() ? "convolution by cuDNN: " + to_string(c) : "");
   try {
     plan->run(handle, {{kX, x.raw()}, {kW, w.raw()}, {kY, y.raw()}}, workspace.raw());
@@ -140,7 +156,7 @@ std::string cudnn_conv_support(const std::string& device_properties, const ConvG
   for (const auto& [pass, name] :
        {std::pair{Pass::forward, "forward"}, {Pass::data, "data gradient"}, {Pass::weights, "weight gradient"}}) {
     try {
-      Plan::check_support(graph_of({pass, B, I, O, g, dtype}), device_properties, engines());
+      Plan::check_support(graph_of({pass, B, I, O, g, dtype}), device_properties, engines(dtype));
     } catch (const cudnn::Unsupported& reason) {
       return concat(name, ": ", reason.what());
     }

@@ -96,7 +96,11 @@ void* allocate(int64_t bytes) {
   return memory;
 }
 
-void release(void* memory) { report_status(cudaFree(memory), "cudaFree"); }
+/// cudaFree may wait for the work that uses the memory, and need not.
+void release(void* memory) {
+  report_status(cudaStreamSynchronize(compute_stream()), "waiting before cudaFree");
+  report_status(cudaFree(memory), "cudaFree");
+}
 
 void* allocate_pinned(int64_t bytes) {
   void* memory = nullptr;
@@ -109,7 +113,10 @@ void* allocate_pinned(int64_t bytes) {
   return memory;
 }
 
-void release_pinned(void* memory) { report_status(cudaFreeHost(memory), "cudaFreeHost"); }
+void release_pinned(void* memory) {
+  report_status(cudaStreamSynchronize(compute_stream()), "waiting before cudaFreeHost");
+  report_status(cudaFreeHost(memory), "cudaFreeHost");
+}
 
 void copy_to_device(void* device, const void* host, int64_t bytes) {
   if (bytes == 0) return;

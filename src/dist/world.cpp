@@ -108,6 +108,23 @@ void choose_gpu(const RankInfo& me) {
   setenv("CUDA_VISIBLE_DEVICES", own.c_str(), 1);
 }
 
+/// The same before MPI starts, if the launcher says which rank this is: an MPI that knows of GPUs looks at them as it starts, and from then
+/// on the choice stands.
+bool choose_gpu_by_launcher() {
+  for (const char* size : {"OMPI_COMM_WORLD_SIZE", "PMI_SIZE"})
+    if (variable(size) == "1") return false;
+  const bool by_srun = !variable("SLURM_PROCID").empty() &&  // and not by a launcher of its own within a task of srun's
+                       (variable("SLURM_PROCID") == variable("PMIX_RANK") || variable("SLURM_PROCID") == variable("PMI_RANK"));
+  for (const char* local : {"OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID", by_srun ? "SLURM_LOCALID" : ""}) {
+    if (variable(local).empty()) continue;
+    RankInfo me;
+    me.local_rank = number(local);
+    choose_gpu(me);
+    return true;
+  }
+  return false;
+}
+
 /// Tasks of srun without MPI would each take itself for the whole run and write into the same folder.
 void check_no_other_tasks() {
   const std::string tasks = variable("SLURM_STEP_NUM_TASKS");
@@ -173,8 +190,10 @@ World::World(double timeout) {
 }
 
 void World::connect(double timeout) {
+  bool gpu_chosen = false;
   if (started_by_mpi()) {
     const Deadline deadline(timeout);
+    gpu_chosen = choose_gpu_by_launcher();
     transport_ = open_mpi();
     me_ = transport_->me();
     if (alone()) check_no_other_tasks();
@@ -184,7 +203,7 @@ void World::connect(double timeout) {
     check_no_other_tasks();
   }
   if (me_.world == 1 && (transport_ || variable("MASTER_ADDR").empty() || variable("MASTER_PORT").empty())) return;
-  choose_gpu(me_);
+  if (!gpu_chosen) choose_gpu(me_);
   if (transport_) {
     const std::unique_ptr<Listener> listener = leads() ? std::make_unique<Listener>() : nullptr;
     std::string address;

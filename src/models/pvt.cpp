@@ -119,10 +119,11 @@ Var Pvt::operator()(const Var& images) const {
   for (size_t i = 0; i < stages_.size(); ++i) {
     const Scope scope("", stages_[i].heads);
     x = embed(i, x);
-    for (const auto& block : stages_[i].blocks) x = block(std::move(x));
+    // What works token by token, the last block behind its keys and the last norm, does so for the class token alone.
+    const auto* const end = i + 1 == stages_.size() ? &stages_[i].blocks.back() : nullptr;
+    for (const auto& block : stages_[i].blocks) x = block(std::move(x), &block == end ? 1 : 0);
   }
   const Scope last("", stages_.back().heads);
-  // A layer norm works token by token, so the class token alone is normalized.
   return head_(norm_(select_token(x, 0)));
 }
 

@@ -87,8 +87,9 @@ std::vector<Var> Vit::heads(const Var& images) const {
   const Scope scope("", config_.heads);
   config_.check_images(images.shape());
   Var x = embed(images);
-  for (const EncoderBlock& block : blocks_) x = block(std::move(x));
-  // A layer norm works token by token, so pooling first gives the same result and keeps what is read instead of all.
+  // What works token by token does so for those alone that are read: the last block behind its attention, and the last norm.
+  const int64_t read = head_dist_ ? 2 : config_.class_token ? 1 : 0;
+  for (const EncoderBlock& block : blocks_) x = block(std::move(x), &block == &blocks_.back() ? read : 0);
   if (head_dist_) {
     const Var both = norm_(first_tokens(x, 2));
     return {head_(select_token(both, 0)), (*head_dist_)(select_token(both, 1))};

@@ -1,6 +1,7 @@
 #include "mesa/nn/layers.h"
 
 #include <cmath>
+#include <utility>
 
 #include "mesa/base/scope.h"
 
@@ -121,7 +122,7 @@ Var explicit_attention(const Var& qkv, int64_t heads, double scale_by, double at
 
 }  // namespace
 
-Var Attention::operator()(Var x, const Var& residual) const {
+Var Attention::operator()(Var x, const Var& residual, int64_t first) const {
   const Scope scope(name);
   const double scale_by = 1.0 / std::sqrt(static_cast<double>(x.dim(-1) / heads));
   const auto mixed = [&](const Var& packed) {  // [B, N, 3C] -> [B, N, C]
@@ -143,6 +144,7 @@ Var Attention::operator()(Var x, const Var& residual) const {
   x = qkv(x);
   x = mixed(x);
   if (padded) x = crop_grid(x, H, W, h, w);
+  if (first > 0) x = first_tokens(x, first);
   return onto(residual, proj, x, "proj_drop", options.drop);
 }
 
@@ -170,24 +172,27 @@ ReducedAttention ReducedAttention::make(const Builder& build, const std::string&
   return layer;
 }
 
-Var ReducedAttention::operator()(Var x, const Var& residual) const {
+Var ReducedAttention::operator()(Var x, const Var& residual, int64_t first) const {
   const Scope scope(name);
   const double scale_by = 1.0 / std::sqrt(static_cast<double>(x.dim(-1) / heads));
   const auto reduced = [&] {
     const Var smaller = within("sr", [&] { return patch_conv(x, height, width, *reduce_weight, *reduce_bias, compute, compute); });
     return norm(smaller);
   };
-  Var queries = q(x), keys = kv(reduce_weight ? reduced() : x);
+  Var queries = q(first > 0 ? first_tokens(x, first) : x), keys = kv(reduce_weight ? reduced() : x);
   x = within("attention", [&] { return attention(queries, keys, heads, scale_by); });
   queries = keys = {};
   return onto(residual, proj, x, "proj_drop", drop);
 }
 
 template <class AttentionLayer>
-Var Block<AttentionLayer>::operator()(Var x) const {
+Var Block<AttentionLayer>::operator()(Var x, int64_t first) const {
   const Scope scope(name, heads);
+  Var normal = norm1(x);
+  if (first > 0) x = first_tokens(x, first);  // behind the norm, which so adds its gradient to this one's
+  const auto attended = [&](const Var& residual) { return attn(std::exchange(normal, {}), residual, first); };
   if (drop_path == 0 || Tape::current() == nullptr) {  // the last product of each branch adds
-    const Var h = attn(norm1(x), x);
+    const Var h = attended(x);
     x = {};
     return mlp(norm2(h), h);
   }
@@ -195,7 +200,7 @@ Var Block<AttentionLayer>::operator()(Var x) const {
     const Scope scope(which);  // two streams of random numbers a block
     return add_drop_path(to, branch, drop_path);
   };
-  const Var h = add("drop_path1", x, attn(norm1(x)));
+  const Var h = add("drop_path1", x, attended({}));
   x = {};
   return add("drop_path2", h, mlp(norm2(h)));
 }

@@ -7,6 +7,8 @@
 #endif
 
 #include <bit>
+#include <cstdlib>
+#include <cstring>
 #include <utility>
 
 namespace mesa {
@@ -32,6 +34,11 @@ int64_t size_class(int64_t bytes) {
 }
 
 }  // namespace
+
+bool own_blocks() {
+  const char* const wish = std::getenv("MESA_OWN_BLOCKS");
+  return wish != nullptr && std::strcmp(wish, "1") == 0;
+}
 
 char* SystemMemory::take(int64_t bytes) {
   char* const address = next_;
@@ -182,9 +189,10 @@ void Segments::reserve(int64_t bytes) {
   end_ = address + segments_[address];
 }
 
-std::shared_ptr<BlockCache> make_cache(SystemMemory& system) {
+std::shared_ptr<BlockCache> make_cache(SystemMemory& system, bool cut) {
+  if (system.device.kind == DeviceKind::cuda && own_blocks()) return std::make_shared<OwnBlocks>(system);
   const bool gpu = system.device.kind == DeviceKind::cuda || system.device == kMetaCuda;
-  if (gpu && !kBlocksAreTheSystems) return std::make_shared<Segments>(system);
+  if (gpu && cut && !kBlocksAreTheSystems) return std::make_shared<Segments>(system);
   return std::make_shared<SizeClasses>(system);
 }
 

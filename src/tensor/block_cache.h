@@ -66,6 +66,15 @@ class SizeClasses : public BlockCache {
   std::map<int64_t, std::vector<char*>> free_;  // by capacity
 };
 
+/// Each block the system's own, as long as was asked for, and given back as soon as it is released (see own_blocks()).
+class OwnBlocks : public BlockCache {
+ public:
+  using BlockCache::BlockCache;
+  Block take(int64_t bytes) override { return {from_system(bytes), bytes}; }
+  void give_back(Block block) override { to_system(block.address, block.capacity); }
+  void release() override {}
+};
+
 /// Blocks cut from large segments: the smallest free stretch that is large enough serves, and neighbours that are free become one again.
 /// Sizes that are needed at different times so share memory. Of meta memory the one segment has no end, and what counts is how far it has
 /// been used; a segment of that size then serves the same requests, each at the same place.
@@ -92,7 +101,8 @@ class Segments : public BlockCache {
   char* used_ = nullptr;                                      // of that segment, all that has been used lies before
 };
 
-/// Of GPUs' memory segments, and size classes of other memory, and wherever AddressSanitizer is to see every block.
-std::shared_ptr<BlockCache> make_cache(SystemMemory& system);
+/// Of GPUs' memory segments, if blocks may be `cut`, and size classes of other memory, and wherever AddressSanitizer is to see every block.
+/// With own_blocks() all of a GPU's are `OwnBlocks`.
+std::shared_ptr<BlockCache> make_cache(SystemMemory& system, bool cut = true);
 
 }  // namespace mesa

@@ -33,7 +33,7 @@ class Allocator::Impl {
       : system(std::move(memory)),
         shared(make_cache(*system)),
         lasting(is_gpu(system->device) ? make_cache(*system) : shared),
-        tables(is_gpu(system->device) ? std::make_shared<SizeClasses>(*system) : shared),  // no segments
+        tables(is_gpu(system->device) ? make_cache(*system, false) : shared),
         cache(shared) {}
 
   void count(MemoryKind kind, int64_t bytes) {
@@ -127,7 +127,8 @@ std::shared_ptr<Buffer> Allocator::allocate(int64_t bytes, MemoryKind kind) {
   const std::lock_guard lock(system.mutex);
   const std::shared_ptr<BlockCache>& cache = impl_->cache_of(kind);
   BlockCache::Block block = cache->take(std::max<int64_t>(bytes, 1));
-  if (block.address == nullptr) {  // what waits in the cache may be of other sizes
+  // What waits in the cache may be of other sizes. While work is recorded nothing can be given back, for that waits.
+  if (block.address == nullptr && !(system.device == kCuda && cuda::recording())) {
     impl_->release();
     block = cache->take(std::max<int64_t>(bytes, 1));
   }

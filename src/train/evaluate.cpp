@@ -87,6 +87,7 @@ EvalResult evaluate(const BuiltModel& model, Loader& loader, const TransformOpti
     std::optional<SentBatch> ahead = next();  // first, since its copy waits for what the GPU has by now
     const Batch batch = sent->host;
     const Tensor logits = to(logits_of(model, *sent, transform), kCpu), labels = batch.labels;
+    sent.reset();  // its guard goes before what it guards
     sent = std::move(ahead);
     const int64_t n = labels.numel();
     loss += static_cast<double>(*cross_entropy(logits, labels).value().data<float>()) * static_cast<double>(n);

@@ -13,6 +13,7 @@ void RecordedSteps::check(const RunConfig& config, bool gpu) {
   const auto refuse = [&](const auto&... why) { config.refuse("train.cuda_graph", why...); };
   if (!gpu) refuse("needs a GPU (device: cuda)");
   if (cuda::built() && cuda::synchronous()) refuse("records work, but MESA_SYNC=1 waits for each kernel");
+  if (own_blocks()) refuse("records work, but with MESA_OWN_BLOCKS=1 the driver allocates within it");
   if (config.model.attention == "cudnn") refuse("does not record model.attention: cudnn; use fused");
   for (const StorageRuleConfig& rule : config.storage.rules)
     if (rule.codec == "host") refuse("cannot record copies to the host; the rule '", rule.match, "' has codec: host");

@@ -105,6 +105,7 @@ bool Run::train_epoch() {
     const int64_t every = config_.train.checkpoint_interval;
     if (every > 0 && state_.step % every == 0 && state_.batch < batches) save({"last"});
   }
+  ahead_.reset();  // where a run ends within an epoch; an evaluation follows, whose batches need the room
   return true;
 }
 

@@ -161,19 +161,30 @@ std::string Updater::name_culprit(const SentBatch& batch, uint64_t micro_step, c
   return found.empty() ? concat("no exact value: it appears only in what is stored; ", samples_of(batch.host)) : found;
 }
 
+/// The same step again, with every result and gradient looked at. Exact values tell what is stored from what is computed; where they do not
+/// fit, the run's own storage has to do, with a policy of its own that leaves the run's ranges alone.
 std::string Updater::find_culprit(const SentBatch& batch, uint64_t micro_step, const std::string& packed) {
   if (const std::string bad = first_bad_parameter(model_.params); !bad.empty()) return "the parameter " + bad;
-  // The same step again, with every result and gradient looked at; a policy of its own leaves the run's ranges alone.
-  StoragePolicy exact("exact", {{"*", "exact", {}, ""}});
+  std::string found;
+  try {
+    found = first_bad_value(StoragePolicy("exact", {{"*", "exact", {}, ""}}), batch, micro_step);
+  } catch (const OutOfMemory&) {
+    model_.params.clear_gradients();
+    Allocator::of(model_.device).release_cached();
+    found = first_bad_value(make_policy(config_.storage), batch, micro_step);
+  }
+  return found.empty() ? packed : found;
+}
+
+std::string Updater::first_bad_value(StoragePolicy policy, const SentBatch& batch, uint64_t micro_step) {
   const Prepared data = prepare(batch, transform_, model_.images);
   const Targets targets = objective_.targets(data);
-  Tape tape(exact, static_cast<uint64_t>(config_.seed), micro_step, nullptr, static_cast<uint64_t>(config_.rank));
+  Tape tape(policy, static_cast<uint64_t>(config_.seed), micro_step, nullptr, static_cast<uint64_t>(config_.rank));
   tape.check_finite();
   const Var loss = objective_(model_.net, data.images, targets);
   if (tape.first_bad().empty()) tape.backward(loss);
   model_.params.clear_gradients();
-  if (!tape.first_bad().empty()) return tape.first_bad();
-  return packed;
+  return tape.first_bad();
 }
 
 }  // namespace mesa

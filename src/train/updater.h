@@ -48,6 +48,7 @@ class Updater {
   std::string name_culprit(const SentBatch& batch, uint64_t micro_step, const std::string& packed);
   /// "" if this rank finds nothing.
   std::string find_culprit(const SentBatch& batch, uint64_t micro_step, const std::string& packed);
+  std::string first_bad_value(StoragePolicy policy, const SentBatch& batch, uint64_t micro_step);
 
   const RunConfig& config_;
   BuiltModel& model_;

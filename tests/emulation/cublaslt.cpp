@@ -245,9 +245,10 @@ cublasStatus_t cublasLtMatmulAlgoGetHeuristic(cublasLtHandle_t handle, cublasLtM
     const Product p = described(operation, a, b, c, d);
     Algorithm chosen = choose(operation_of(operation), p, preference_of(preference));
     // In the library some of those that sum in parts round the parts, if nothing is said against it.
-    require(chosen.workspace == 0 || p.d.type != CUDA_R_16BF ||
-                !(preference_of(preference).reduction_schemes & CUBLASLT_REDUCTION_SCHEME_OUTPUT_TYPE),
-            kInvalid, "parts of a sum may be rounded to bf16");
+    const uint32_t schemes = preference_of(preference).reduction_schemes;
+    require(chosen.workspace == 0 || p.d.type != CUDA_R_16BF || !(schemes & CUBLASLT_REDUCTION_SCHEME_OUTPUT_TYPE), kInvalid,
+            "parts of a sum may be rounded to bf16");
+    require(chosen.workspace == 0 || !(schemes & CUBLASLT_REDUCTION_SCHEME_INPLACE), kInvalid, "parts of a sum may be added in any order");
     const int suggested = p.epilogue == Epilogue::none ? kAlgorithms : epilogue_use.algorithms;
     for (; *count < std::min(wanted, suggested); ++*count) {
       chosen.number = static_cast<uint32_t>(*count);
@@ -257,6 +258,20 @@ cublasStatus_t cublasLtMatmulAlgoGetHeuristic(cublasLtHandle_t handle, cublasLtM
       results[*count].state = CUBLAS_STATUS_SUCCESS;
       results[*count].wavesCount = 1;
     }
+  });
+}
+
+cublasStatus_t cublasLtMatmulAlgoConfigGetAttribute(const cublasLtMatmulAlgo_t* algo, cublasLtMatmulAlgoConfigAttributes_t name,
+                                                    void* value, size_t bytes, size_t* written) {
+  return answer("cublasLtMatmulAlgoConfigGetAttribute", [&] {
+    require(algo != nullptr && value != nullptr && bytes == sizeof(int32_t), kInvalid, "no algorithm, or no place for an int32_t");
+    require(name == CUBLASLT_ALGO_CONFIG_ID || name == CUBLASLT_ALGO_CONFIG_SPLITK_NUM, kUnsupported, "attribute ", int{name});
+    Algorithm given;
+    std::memcpy(&given, algo, sizeof given);
+    const AlgorithmUse& use = algorithm_uses[given.number % kAlgorithms];
+    const int32_t answer = name == CUBLASLT_ALGO_CONFIG_ID ? use.configuration : use.parts;
+    std::memcpy(value, &answer, sizeof answer);
+    if (written != nullptr) *written = sizeof answer;
   });
 }
 

@@ -42,6 +42,7 @@ struct AlgorithmUse {
   std::chrono::microseconds delay{0};
   int runs = 0;
   bool fails = false;
+  int configuration = 0, parts = 1;  // into which it says that it splits k
 };
 extern std::array<AlgorithmUse, kAlgorithms> algorithm_uses;
 /// Of products with an epilogue: what they take more, and how many of the algorithms can run them.

@@ -91,6 +91,7 @@ struct Call {
   const void *a_data = nullptr, *b_data = nullptr, *c_data = nullptr;
   void *d_data = nullptr, *vector = nullptr;
   uint64_t most_workspace = 0;
+  uint32_t reduction_schemes = CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE;
   uint32_t alignment[4] = {16, 16, 16, 16};
   std::function<void(Call&)> between = [](Call&) {};  // the choice of an algorithm and its use
   size_t workspace = 0;                               // what the algorithm asks for
@@ -127,6 +128,8 @@ struct Call {
     cublasLtMatmulPreferenceOpaque_t preference{};
     cublasLtMatmulPreferenceInit(&preference);
     cublasLtMatmulPreferenceSetAttribute(&preference, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &most_workspace, sizeof most_workspace);
+    cublasLtMatmulPreferenceSetAttribute(&preference, CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, &reduction_schemes,
+                                         sizeof reduction_schemes);
     const cublasLtMatmulPreferenceAttributes_t attributes[] = {
         CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES,
         CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES};

@@ -102,6 +102,11 @@ TEST_CASE("emulated cuBLASLt: an algorithm may want a workspace, and spoils it",
     CHECK_THAT(e.call.go(), Contains("the workspace at") && Contains("256 bytes"));
     CHECK(e.call.run == CUBLAS_STATUS_INVALID_VALUE);
   }
+  SECTION("sums of parts in any order") {
+    e.call.reduction_schemes |= CUBLASLT_REDUCTION_SCHEME_INPLACE;
+    CHECK_THAT(e.call.go(), Contains("in any order"));
+    CHECK(e.call.chosen == CUBLAS_STATUS_INVALID_VALUE);
+  }
   SECTION("none allowed, none asked for") {
     e.call.most_workspace = 0;
     e.call.between = [](Call& call) { CHECK(call.workspace == 0); };

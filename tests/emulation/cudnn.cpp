@@ -247,6 +247,7 @@ size_t cudnnGetVersion() { return CUDNN_VERSION; }
 const char* cudnnGetErrorString(cudnnStatus_t) { return "CUDNN_STATUS"; }
 void cudnnGetLastErrorString(char* message, size_t size) { std::strncpy(message, last_error.c_str(), size - 1); }
 cudnnStatus_t cudnnCreate(cudnnHandle_t* handle) {
+  if (!mesa::emulation::cudnn_troubles().handles) return CUDNN_STATUS_SUBLIBRARY_LOADING_FAILED;
   *handle = reinterpret_cast<cudnnHandle_t>(new int);
   return CUDNN_STATUS_SUCCESS;
 }
@@ -283,7 +284,9 @@ cudnnStatus_t cudnnBackendGetAttribute(cudnnBackendDescriptor_t d, cudnnBackendA
   } else if (name == CUDNN_ATTR_ENGINECFG_ENGINE) {
     *n = 1;
   } else if (name == CUDNN_ATTR_ENGINE_NUMERICAL_NOTE) {
-    *n = 0;  // this engine does nothing to be wary of
+    const auto& notes = mesa::emulation::cudnn_troubles().notes;
+    *n = static_cast<int64_t>(notes.size());
+    for (size_t i = 0; i < notes.size(); ++i) static_cast<cudnnBackendNumericalNote_t*>(values)[i] = cudnnBackendNumericalNote_t(notes[i]);
   } else if (name == CUDNN_ATTR_EXECUTION_PLAN_WORKSPACE_SIZE) {
     *n = 1;
     *static_cast<int64_t*>(values) = mesa::emulation::cudnn_troubles().workspace;

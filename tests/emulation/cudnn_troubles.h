@@ -2,6 +2,7 @@
 #pragma once
 #include <cstdint>
 #include <map>
+#include <vector>
 
 namespace mesa::emulation {
 
@@ -11,6 +12,8 @@ struct CudnnTroubles {
   int running = 0;                ///< of every plan
   int runs = 0;                   ///< that were tried
   int64_t workspace = 256;
+  std::vector<int> notes{};  ///< of every engine, cudnnBackendNumericalNote_t
+  bool handles = true;       ///< whether the library starts
 };
 /// Null where the build has no cuDNN.
 [[gnu::weak]] CudnnTroubles& cudnn_troubles();

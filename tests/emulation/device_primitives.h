@@ -66,7 +66,11 @@ T warp_reduce(T value, F) {
   return value;
 }
 
-inline uint32_t pack_bf16(float low, float high) { return bf16(low).bits | static_cast<uint32_t>(bf16(high).bits) << 16; }
+namespace emulated {
+/// A GPU makes all NaNs one.
+inline uint32_t bf16_bits(float x) { return x != x ? 0x7fffu : bf16(x).bits; }
+}  // namespace emulated
+inline uint32_t pack_bf16(float low, float high) { return emulated::bf16_bits(low) | emulated::bf16_bits(high) << 16; }
 
 template <class Word>
 void store_global(Word* p, Word word) {

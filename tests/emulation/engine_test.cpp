@@ -5,6 +5,7 @@
 #include <filesystem>
 #include <nlohmann/json.hpp>
 #include <sstream>
+#include <utility>
 
 #include "device_memory.h"
 #include "emulator.h"
@@ -13,7 +14,9 @@
 #include "mesa/base/scope.h"
 #include "mesa/kernels/elementwise.h"
 #include "mesa/kernels/matmul.h"
+#include "mesa/train/evaluate.h"
 #include "mesa/train/plan.h"
+#include "mesa/train/setup.h"
 #include "mesa/train/trainer.h"
 #include "streams.h"
 #include "support/data_files.h"
@@ -52,6 +55,13 @@ struct CodesAfterwards : Codec {
   void commit() override { inner->commit(); }
   void roll_back() override { inner->roll_back(); }
 };
+
+void register_codes_afterwards() {
+  static bool once = false;
+  if (std::exchange(once, true)) return;
+  register_codec("afterwards", {"groups", "range"},
+                 [](const CodecOptions& options) -> std::unique_ptr<Codec> { return std::make_unique<CodesAfterwards>(options); });
+}
 
 /// Leaves this much device memory beside what is in use, for as long as it lives.
 struct ScarceMemory {
@@ -161,8 +171,7 @@ TEST_CASE("emulated GPU: a block starts the passes over memory that its bytes ar
 }
 
 TEST_CASE("emulated GPU: codes that kernels write as they compute are those of values packed afterwards", "[emulation]") {
-  register_codec("afterwards", {"groups", "range"},
-                 [](const CodecOptions& options) -> std::unique_ptr<Codec> { return std::make_unique<CodesAfterwards>(options); });
+  register_codes_afterwards();
   for (const auto& [precision, groups, range] :
        {std::array{"fp32", "heads", "running"}, {"bf16", "heads", "running"}, {"fp32", "64", "current"}, {"bf16", "256", "current"}}) {
     CAPTURE(precision, groups);
@@ -223,7 +232,11 @@ TEST_CASE("emulated GPU: what cannot be recorded is refused", "[emulation]") {
   CHECK_THAT(refusal({"device=cpu"}), Contains("train.cuda_graph") && Contains("needs a GPU"));
   CHECK_THAT(refusal({"train.precision=bf16", "model.attention=cudnn"}), Contains("cudnn"));
   CHECK_THAT(refusal({"storage=[{match: \"*\", codec: host}]"}), Contains("train.cuda_graph") && Contains("codec: host"));
+  setenv("MESA_OWN_BLOCKS", "1", 1);
+  CHECK_THAT(refusal({}), Contains("train.cuda_graph") && Contains("MESA_OWN_BLOCKS"));
+  unsetenv("MESA_OWN_BLOCKS");
   // A codec with ranges, but without phases.
+  register_codes_afterwards();
   StoragePolicy policy("test", {{"*", "afterwards", {{"groups", "heads"}, {"range", "running"}}, ""}});
   policy.begin(1, 1);
   policy.save(normal_tensor({4, 8}, "x"), {"a", "x"}, nullptr);
@@ -264,6 +277,44 @@ TEST_CASE("emulated GPU: a run that does not fit says what would", "[emulation]"
   CHECK(train(config, {"", true}) == 0);
 }
 
+TEST_CASE("emulated GPU: a step that is not finite is told and skipped where its exact values do not fit", "[emulation]") {
+  const TemporaryFolder folder;
+  const auto run = [&](const std::string& codec) {
+    RunConfig config = config_of({"model.patch_size=4", concat("storage=[{match: \"*\", codec: ", codec, "}]"), "optimizer.lr=1e15",
+                                  "train.steps=4", "train.max_bad_steps=2"});
+    config.output = (folder.path() / codec).string();
+    return train(config, {"", true});
+  };
+  const ScarceMemory scarce(24 << 20);
+  CHECK_THAT(error_of([&] { run("exact"); }), Contains("out of memory on cuda"));
+  CHECK(run("int2") == 1);
+  CHECK_THAT(read_text((folder.path() / "int2/log.txt").string()),
+             Contains("the first bad value is in ") && Contains("2 steps in a row were not finite"));
+}
+
+TEST_CASE("emulated GPU: a run that ends within an epoch evaluates in the memory that one at an epoch's end needs", "[emulation]") {
+  const TemporaryFolder folder;
+  const auto peak = [&](int64_t steps) {
+    RunConfig config = config_of({"data.train_size=64", "train.batch_size=8", "train.eval_batch_size=64", concat("train.steps=", steps)});
+    config.output = (folder.path() / std::to_string(steps)).string();
+    REQUIRE(train(config, {"", true}) == 0);
+    return nlohmann::json::parse(read_text(config.output + "/summary.json")).at("peak_bytes").get<int64_t>();
+  };
+  CHECK(peak(3) == peak(8));
+}
+
+TEST_CASE("emulated GPU: memory goes back to the driver when the GPU is done with it", "[emulation]") {
+  auto cache = Allocator::of(kCuda).new_cache();
+  const int64_t before = emulation::waits();
+  {
+    const Allocator::Using own(Allocator::of(kCuda), cache);
+    Tensor::zeros({1 << 20}, DType::f32, kCuda);
+  }
+  CHECK(emulation::waits() == before);
+  cache.reset();
+  CHECK(emulation::waits() > before);
+}
+
 TEST_CASE("emulated GPU: nothing is allocated after the second step, on the device or pinned", "[emulation][slow]") {
   for (const char* storage :
        {"[{match: \"*\", codec: int8, groups: heads, range: running}]", "[{match: \"*\", codec: int4}]", "[{match: \"*\", codec: host}]"}) {
@@ -285,6 +336,32 @@ TEST_CASE("emulated GPU: nothing is allocated after the second step, on the devi
     const auto two = allocations(2);
     CHECK(two.second > 0);
     CHECK(allocations(7) == two);
+  }
+}
+
+TEST_CASE("emulated GPU: the next batch of an evaluation is sent before the pass over the one before it starts", "[emulation]") {
+  const RunConfig config = config_of({"data.test_size=40"});
+  const NetConfig net = model_config(config, 10);
+  const BuiltModel model(config, net, kCuda);
+  const TransformOptions transform = make_transform(config, net.input());
+  Loader loader(make_datasets(config, net.input()).test, transform, LoaderOptions::evaluation(8));
+  const auto started = [] {
+    int64_t sum = 0;
+    for (const auto& [name, times] : emulation::launches()) sum += times;
+    return sum;
+  };
+  std::vector<int64_t> sent, passed{started()};  // kernels that had been started when pictures were sent, and when a pass had ended
+  emulation::tell_of_copies([&](size_t bytes) {
+    if (bytes == size_t{8} * 32 * 32 * 3) sent.push_back(started());
+  });
+  evaluate(model, loader, transform, {}, [&](int64_t) { passed.push_back(started()); });
+  emulation::tell_of_copies(nullptr);
+  REQUIRE(sent.size() == 5);
+  REQUIRE(passed.size() == 6);
+  CHECK(sent[0] == passed[0]);
+  for (size_t k = 1; k < sent.size(); ++k) {
+    CHECK(sent[k] == passed[k - 1]);
+    CHECK(passed[k] > passed[k - 1]);
   }
 }
 

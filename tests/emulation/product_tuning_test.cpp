@@ -145,6 +145,20 @@ TEST_CASE("products: an algorithm that the library takes back is replaced by its
   CHECK((all[0] == 2 && all[1] == 2 && all[2] == 2));  // with the bias and without
 }
 
+TEST_CASE("products: an algorithm whose sums some versions of cuBLAS get wrong is not taken", "[emulation]") {
+  const Product product;  // 16 long
+  const Delays delays({0, 0, 0});
+  const auto taken = [&](int configuration, int parts) {
+    algorithm_uses[0].configuration = configuration, algorithm_uses[0].parts = parts;
+    kernels::tune_products(false);
+    product();
+    return Delays::runs() == std::array{1, 0, 0};
+  };
+  CHECK(taken(66, 4));
+  CHECK(taken(65, 3));
+  CHECK_FALSE(taken(66, 3));
+}
+
 TEST_CASE("products: a profile has those that ran, not what the library has no algorithm for", "[emulation]") {
   const Product product;
   const std::vector<double> want = product();

@@ -18,6 +18,7 @@ namespace {
 
 constexpr int kFirst = 3, kFallback = 2;                    // CUDNN_HEUR_MODE_A, CUDNN_HEUR_MODE_FALLBACK
 constexpr int kNotSupported = 3000, kInternalError = 4000;  // of cudnnStatus_t
+constexpr int kTensorCore = 0, kNondeterministic = 4;       // of cudnnBackendNumericalNote_t
 constexpr int64_t kVast = int64_t{1} << 40;
 
 struct Troubled {
@@ -39,6 +40,17 @@ TEST_CASE("emulated GPU: where one of cuDNN's heuristics takes no graph, another
   CHECK(support({{kFirst, kInternalError}}) == "");
   for (const int status : {kNotSupported, kInternalError})
     CHECK_THAT(support({{kFirst, status}, {kFallback, status}}), Contains("forward: ") && Contains("this heuristic takes no graph"));
+}
+
+TEST_CASE("emulated GPU: no engine rounds f32 operands to TF32, and none that is not deterministic is taken", "[emulation]") {
+  if (kernels::cuda::cudnn_conv_support == nullptr) return;
+  const auto support = [](int note, DType dtype) {
+    const Troubled troubled({.heuristics = {}, .notes = {note}});
+    return kernels::cuda::cudnn_conv_support("{}", {8, 8, 3, 3, 1, 1}, 2, 16, 16, dtype);
+  };
+  CHECK(support(kTensorCore, DType::bf16) == "");
+  CHECK_THAT(support(kTensorCore, DType::f32), Contains("no engine takes the graph"));
+  for (const DType dtype : {DType::bf16, DType::f32}) CHECK_THAT(support(kNondeterministic, dtype), Contains("no engine takes the graph"));
 }
 
 TEST_CASE("emulated GPU: a convolution that cuDNN cannot run, or not in little memory, is done by products, and that is told",

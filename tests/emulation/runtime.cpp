@@ -7,6 +7,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <functional>
 #include <map>
 #include <mutex>
 #include <string>
@@ -51,6 +52,8 @@ std::string misplaced(const void* memory, size_t bytes, bool device) {
   return "";
 }
 
+std::function<void(size_t)> told_of_copies;
+
 cudaError_t copy(const char* function, void* to, const void* from, size_t bytes, cudaMemcpyKind kind, cudaStream_t handle, bool wait) {
   const std::lock_guard lock(streams().mutex);
   if (kind == cudaMemcpyDefault)
@@ -62,6 +65,7 @@ cudaError_t copy(const char* function, void* to, const void* from, size_t bytes,
   if (stream == nullptr) return result(cudaErrorInvalidResourceHandle);
   if (alive() != cudaSuccess) return alive();
   if (bytes == 0) return cudaSuccess;
+  if (told_of_copies) told_of_copies(bytes);
   if (const std::string why = misplaced(to, bytes, to_device); !why.empty()) return invalid(function, "to: ", why);
   if (const std::string why = misplaced(from, bytes, from_device); !why.empty()) return invalid(function, "from: ", why);
   const bool pageable = (!from_device && !pinned(from, bytes)) || (!to_device && !pinned(to, bytes));
@@ -162,6 +166,8 @@ const Words* words_of(cudaError_t status) {
 }
 
 }  // namespace
+
+void tell_of_copies(std::function<void(size_t)> whom) { told_of_copies = std::move(whom); }
 
 cudaError_t result(cudaError_t status) {
   if (status != cudaSuccess) last_error = status;
@@ -296,8 +302,7 @@ cudaError_t cudaMalloc(void** memory, size_t bytes) {
 cudaError_t cudaFree(void* memory) {
   if (memory == nullptr) return ready();
   const std::lock_guard lock(streams().mutex);
-  finish_all();
-  if (const cudaError_t status = state_of_device(); status != cudaSuccess) return status;
+  if (alive() != cudaSuccess) return alive();
   return free_device(memory) ? cudaSuccess : invalid("cudaFree", "no block begins at ", memory);
 }
 cudaError_t cudaHostAlloc(void** memory, size_t bytes, unsigned) {
@@ -313,7 +318,6 @@ cudaError_t cudaMallocHost(void** memory, size_t bytes) { return cudaHostAlloc(m
 cudaError_t cudaFreeHost(void* memory) {
   if (memory == nullptr) return ready();
   const std::lock_guard lock(streams().mutex);
-  finish_all();
   if (pinned_blocks().erase(static_cast<char*>(memory)) == 0) return invalid("cudaFreeHost", "no pinned block begins at ", memory);
   std::free(memory);
   return cudaSuccess;

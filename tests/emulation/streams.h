@@ -58,6 +58,8 @@ cudaError_t alive();
 int64_t waits();
 int64_t graphs_made();
 int64_t graph_launches();
+/// Whom to tell, from now on, that a copy is asked for, by its bytes; nobody, if empty.
+void tell_of_copies(std::function<void(size_t bytes)> whom);
 /// The device's clock, by which its events tell the time, goes forward by what work is said to take.
 void pass(std::chrono::microseconds time);
 /// While one lives, it goes by nothing else.

@@ -141,7 +141,10 @@ TEST_CASE("bf16 stores round to nearest even and keep NaN", "[kernels]") {
     for (int i = 0; i < 5; ++i) many.insert(many.end(), values.begin(), values.end());
     const Tensor x = Tensor::from<float>({45}, many), y = Tensor::empty({45}, DType::bf16);
     run(x, y);
-    for (size_t i = 0; i < many.size(); ++i) CHECK(y.data<bf16>()[i].bits == bf16(many[i]).bits);
+    for (size_t i = 0; i < many.size(); ++i) {
+      const bf16 got = y.data<bf16>()[i];  // which NaN is each device's own affair
+      CHECK((std::isnan(many[i]) ? std::isnan(static_cast<float>(got)) : got.bits == bf16(many[i]).bits));
+    }
   }
 }
 

@@ -6,6 +6,7 @@
 #include <catch2/catch.hpp>
 #include <cmath>
 #include <functional>
+#include <type_traits>
 
 #include "mesa/base/scope.h"
 #include "support/gradcheck.h"
@@ -95,6 +96,44 @@ TEST_CASE("layers: fused and explicit attention are the same function with the s
     for (const Param& p : store.params()) result.push_back(p.grad.to_vector<double>());
   }
   for (size_t i = 0; i < results[0].size(); ++i) CHECK(largest_difference(results[0][i], results[1][i]) <= 1e-12);
+}
+
+TEMPLATE_TEST_CASE("layers: a block of which the first tokens are read does nothing more for the others, and these are the same", "",
+                   Attention, ReducedAttention) {
+  INFO(seed_note());
+  ParamStore store;
+  const Builder build(store, 3, DType::f64, DType::f64);
+  Block<TestType> block{"block", 2, 0, LayerNorm::make(build, "norm1", 8), LayerNorm::make(build, "norm2", 8), {}, {}};
+  if constexpr (std::is_same_v<TestType, Attention>)
+    block.attn = Attention::make(build, "attn", 8, 2, {});
+  else
+    block.attn = ReducedAttention::make(build, "attn", 8, 2, 0, 0, 1, true, 0);
+  block.mlp = Mlp::make(build, "mlp", 8, 16, 0);
+  struct Pass {
+    std::vector<Numbers> numbers;
+    double kept;
+  };
+  const auto pass = [&](int64_t first, bool spared) {
+    store.clear_gradients();
+    StoragePolicy policy = one_codec("exact");
+    Param x;
+    x.value = normal_tensor({3, 7, 8}, "x", DType::f64);
+    const auto activations = [] { return Allocator::of(kCpu).use().of(MemoryKind::activations); };
+    const int64_t before = activations();
+    Tape tape(policy);
+    const Var y = spared ? block(x, first) : first_tokens(block(x), first);
+    Pass out{{y.value().to_vector<double>()}, static_cast<double>(activations() - before)};
+    tape.backward({y}, {normal_tensor({3, first, 8}, "dy", DType::f64)});
+    out.numbers.push_back(x.grad.to_vector<double>());
+    for (const Param& p : store.params()) out.numbers.push_back(p.grad.to_vector<double>());
+    return out;
+  };
+  for (const int64_t first : {1, 2, 7}) {
+    CAPTURE(first);
+    const Pass spared = pass(first, true), whole = pass(first, false);
+    for (size_t i = 0; i < whole.numbers.size(); ++i) CHECK(largest_difference(spared.numbers[i], whole.numbers[i]) <= 1e-12);
+    CHECK((first == 7 || spared.kept < 0.75 * whole.kept));
+  }
 }
 
 TEST_CASE("layers: what does not fit is refused") {

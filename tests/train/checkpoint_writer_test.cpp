@@ -99,8 +99,8 @@ struct History {
   }
 };
 
-/// Whether a file system without exchanges and lost power are tried. Sanitizers look at memory, and make a fork long; of a GPU only the copy
-/// differs.
+/// Whether a file system without exchanges and lost power are tried. Sanitizers look at memory, and make a fork long; of a GPU only the
+/// copy differs.
 bool everything() {
 #ifdef __SANITIZE_ADDRESS__
   return false;
@@ -224,7 +224,7 @@ TEST_CASE("checkpoint writer: a disk that fails at any operation of a save costs
   }
 }
 
-TEST_CASE("checkpoint writer: after each rename the folder around it is synced, and data before") {
+TEST_CASE("checkpoint writer: after each rename the folder around it is synced, and data before", "[disk]") {
   History h;
   CheckpointWriter writer(h.at, 2, h.at + "/last");
   std::vector<std::pair<std::string, std::string>> log;

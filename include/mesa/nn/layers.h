@@ -72,7 +72,8 @@ struct Attention {
 
   static Attention make(const Builder& build, const std::string& name, int64_t width, int64_t heads, const AttentionOptions& options,
                         const kernels::Windows& windows = {});
-  Var operator()(Var x, const Var& residual = {}) const;  ///< x [B, N, C] -> [B, N, C]
+  /// x [B, N, C] -> [B, N, C], or of the `first` tokens alone [B, first, C], and so is the residual.
+  Var operator()(Var x, const Var& residual = {}, int64_t first = 0) const;
 };
 
 /// Attention whose keys and values come from a grid made smaller by a convolution (Wang et al., ICCV 2021, "Pyramid vision transformer").
@@ -88,7 +89,8 @@ struct ReducedAttention {
 
   static ReducedAttention make(const Builder& build, const std::string& name, int64_t channels, int64_t heads, int64_t height,
                                int64_t width, int64_t reduction, bool qkv_bias, double drop);
-  Var operator()(Var x, const Var& residual = {}) const;  ///< x [B, N, C] -> [B, N, C]
+  /// x [B, N, C] -> [B, N, C], or of the `first` tokens alone [B, first, C], and so is the residual.
+  Var operator()(Var x, const Var& residual = {}, int64_t first = 0) const;
 };
 
 /// Pre-norm block: h = x + attn(norm1(x)); h + mlp(norm2(h)).
@@ -100,7 +102,9 @@ struct Block {
   LayerNorm norm1, norm2;
   AttentionLayer attn;
   Mlp mlp;
-  Var operator()(Var x) const;
+  /// [B, N, C] -> [B, N, C]. Where nobody reads more than the `first` tokens (0: all are read), what works token by token, which is all
+  /// behind the attention, is spared for the others: [B, first, C], the same values.
+  Var operator()(Var x, int64_t first = 0) const;
 };
 using EncoderBlock = Block<Attention>;
 

@@ -30,6 +30,11 @@ struct MemoryUse {
 /// Blocks between two uses, with the memory that they return to.
 struct BlockCache;
 
+/// Whether MESA_OWN_BLOCKS=1 is in the environment: every tensor on a GPU then has a block of the driver's for itself, exactly as long as
+/// it is, which goes back as soon as nobody has it. Slow; for compute-sanitizer, which sees no access from one tensor into another within a
+/// larger block.
+bool own_blocks();
+
 /// One block of memory. `id` is never reused, so it names a buffer for ever (an address does not).
 class Buffer {
  public:
