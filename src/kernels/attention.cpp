@@ -128,10 +128,17 @@ bool has_fused_kernel(const Tensor& o, int64_t heads, const WindowBias& windows)
 
 Tensor decode(const AttentionOperand& x, const Tensor& like) { return x.values.defined() ? x.values : decoded(x.coded, like); }
 
+/// For plans: cuDNN's backward keeps dS in its workspace, 2 B H N^2 bytes with N rounded up to 64 rows of 128 columns.
+void plan_workspace(const Tensor& dq, int64_t heads) {
+  const auto up = [n = dq.dim(1)](int64_t unit) { return (n + unit - 1) / unit * unit; };
+  if (dq.is_meta()) Tensor::empty({dq.dim(0), heads, up(64), up(128)}, DType::bf16, dq.device());
+}
+
 /// cuDNN's backward needs an o and a log-sum-exp that belong to its q, k and v: where these were decoded, its forward runs again.
 void cudnn_grad(const Tensor& d_o, const AttentionOperand& q_rows, const AttentionOperand& k_rows, const AttentionOperand& v_rows,
                 const Tensor& o, const Tensor& lse, int64_t heads, double scale, const Tensor& dq, const Tensor& dk, const Tensor& dv) {
   const Tensor q = decode(q_rows, dq), k = decode(k_rows, dk), v = decode(v_rows, dv);
+  plan_workspace(dq, heads);
   if (o.defined() && lse.defined()) return cudnn_attention_grad(d_o, q, k, v, o, lse, heads, scale, dq, dk, dv);
   const Tensor own_o = empty_like(d_o, dq.dtype()), own_lse = Tensor::empty({dq.dim(0), heads, dq.dim(1)}, DType::f32, dq.device());
   cudnn_attention(q, k, v, heads, scale, own_o, own_lse);

@@ -93,10 +93,12 @@ struct StoragePolicy::Impl {
   void load_pending(SiteState& state);
   const Tensor& counts_of(SiteState& state, Device device);
   void harvest();
-  PackContext context_of(SiteState& state, Device device) {
-    counting = true;
+  PackContext context_of(SiteState& state, DType dtype, Device device) {
     const Site& site = state.record.site;
-    return {site, RandomKey::of(seed, site.name(), step, live_step), counts_of(state, device)};
+    const bool counts = !state.codec->shares_input(dtype);  // what is kept as it is has no odd elements
+    counting |= counts;
+    static const Tensor nowhere;
+    return {site, RandomKey::of(seed, site.name(), step, live_step), counts ? counts_of(state, device) : nowhere};
   }
   std::shared_ptr<const Saved::Entry> keep(Packed packed, SiteState& state, Device device);
   std::shared_ptr<const Saved::Entry> pack(const Tensor& x, SiteState& state);
@@ -207,7 +209,7 @@ std::shared_ptr<const Saved::Entry> StoragePolicy::Impl::keep(Packed packed, Sit
 
 std::shared_ptr<const Saved::Entry> StoragePolicy::Impl::pack(const Tensor& x, SiteState& state) {
   const bool leaves = state.codec->leaves(x.device());
-  const PackContext context = context_of(state, x.device());
+  const PackContext context = context_of(state, x.dtype(), x.device());
   if (!x.is_meta() || (!leaves && state.codec->shares_input(x.dtype()))) return keep(state.codec->pack(x, context), state, x.device());
   // A plan: no codes, but on a GPU, where places matter, the tensors that would hold them, else the promised bytes.
   if (is_gpu(x.device()))
@@ -221,7 +223,7 @@ std::shared_ptr<const Saved::Entry> StoragePolicy::Impl::pack(const Tensor& x, S
 SavedAhead StoragePolicy::open(const Site& site, const Shape& shape, DType dtype, Device device) {
   Impl::SiteState& state = impl_->site_state(site);
   if (!is_gpu(device) || state.codec == nullptr || impl_->observer) return {};
-  const PackContext context = impl_->context_of(state, device);
+  const PackContext context = impl_->context_of(state, dtype, device);
   Opened opened = state.codec->open(shape, dtype, device, context);
   if (!opened.codes.defined()) return {};
   state.record.shape = shape;

@@ -4,6 +4,7 @@
 #include <catch2/catch.hpp>
 #include <filesystem>
 
+#include "mesa/kernels/attention.h"
 #include "mesa/kernels/elementwise.h"
 #include "mesa/kernels/matmul.h"
 #include "mesa/train/checkpoint.h"
@@ -71,6 +72,18 @@ TEST_CASE("plan: kept bytes equal the meter's exactly, in every storage, precisi
           precision + "}\nstorage: " + rules + "\n",
       "plan.yaml");
   check_plan(config);
+}
+
+TEST_CASE("plan: attention by cuDNN counts what its backward takes beside its operands") {
+  const auto room = [](DType type) { return Tensor::empty({4, 197, 384}, type, kMetaCuda); };
+  const Tensor q = room(DType::bf16), k = room(DType::bf16), v = room(DType::bf16), o = room(DType::bf16), d_o = room(DType::bf16),
+               dq = room(DType::bf16), dk = room(DType::bf16), dv = room(DType::bf16);
+  const Tensor lse = Tensor::empty({4, 6, 197}, DType::f32, kMetaCuda);
+  Allocator& memory = Allocator::of(kMetaCuda);
+  memory.reset_peak();
+  const int64_t before = memory.use().total;
+  kernels::attention_grad(d_o, {q, {}}, {k, {}}, {v, {}}, o, lse, 6, 0.125, dq, dk, dv, kernels::AttentionBy::cudnn);
+  CHECK(memory.use().peak - before == 2 * 4 * 6 * 256 * 256);
 }
 
 TEST_CASE("plan: the same with mixed labels, independent classes and a teacher") {
