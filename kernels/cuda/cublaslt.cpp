@@ -98,10 +98,21 @@ void settle(const Form& form, Plan& plan, const Operands& x) {
   products().choices[to_string(form)] = to_text(plan.algorithms[0]);
 }
 
+/// True if the library has an algorithm that sums beside the product, but one that leaves more of the GPU idle than a pass of its own is
+/// worth: it may not split a long k among blocks then, where a weight gradient has few tiles.
+bool idles_for_sums(const Form& form, const Plan& plan) {
+  if (!form.row_sums || plan.algorithms.empty()) return false;
+  Form alone = form;
+  alone.bias.reset(), alone.row_sums = false, alone.aligned.bias = alignment_of(nullptr);
+  const Plan other = make_plan(alone, nullptr, 1);
+  return !other.algorithms.empty() && plan.waves < 0.5f * std::min(1.0f, other.waves);
+}
+
 Plan& plan_of(const Form& form, const void* bias) {
   Products& all = products();
   if (auto found = all.plans.find(form); found != all.plans.end()) return found->second;
   Plan plan = make_plan(form, bias, kCandidates);
+  if (!all.tuning && idles_for_sums(form, plan)) plan.algorithms.clear();
   plan.open = all.tuning && plan.algorithms.size() > (form.row_sums ? 0 : 1);  // the sums may also be had apart
   if (const auto choice = all.choices.find(to_string(form)); choice != all.choices.end()) {
     if (choice->second == kApart)

@@ -143,9 +143,12 @@ Plan make_plan(const Form& form, const void* bias, int most) {
       (form.bias && status != CUBLAS_STATUS_SUCCESS && status != CUBLAS_STATUS_ALLOC_FAILED && status != CUBLAS_STATUS_NOT_INITIALIZED))
     return plan;
   check_status(status, "choosing an algorithm");
-  for (int i = 0; i < count; ++i)
-    if (good(found[static_cast<size_t>(i)], form))
-      plan.algorithms.push_back({found[static_cast<size_t>(i)].algo, found[static_cast<size_t>(i)].workspaceSize});
+  for (int i = 0; i < count; ++i) {
+    const cublasLtMatmulHeuristicResult_t& result = found[static_cast<size_t>(i)];
+    if (!good(result, form)) continue;
+    if (plan.algorithms.empty()) plan.waves = result.wavesCount;
+    plan.algorithms.push_back({result.algo, result.workspaceSize});
+  }
   return plan;
 }
 

@@ -72,6 +72,7 @@ struct Plan {
   Operation operation;
   Layout left, right, result;
   std::vector<Algorithm> algorithms;  ///< that can run it, what is thought fastest first; none: another way is taken
+  float waves = 0;                    ///< of blocks that the first makes of the GPU, by the library's word: below 1 a part of it idles
   bool open = false;                  ///< which is fastest is still to be found out
 };
 /// With at most `most` algorithms. `bias`: the vector of the first call.

@@ -1,7 +1,6 @@
 #include "mesa/nn/layers.h"
 
 #include <cmath>
-#include <utility>
 
 #include "mesa/base/scope.h"
 
@@ -48,6 +47,9 @@ Var scoped_dropout(const char* name, const Var& x, double p) {
   const Scope scope(name);
   return dropout(x, p);
 }
+
+/// Behind the attention, so that the way back begins with this gradient, to which that of the norm in front is added.
+Var first_of(const Var& x, int64_t first) { return first > 0 && x.defined() ? first_tokens(x, first) : x; }
 
 /// residual + dropout(layer(x)); where nothing is dropped the layer's own product adds.
 Var onto(const Var& residual, const Linear& layer, const Var& x, const char* dropout_name, double p) {
@@ -145,7 +147,7 @@ Var Attention::operator()(Var x, const Var& residual, int64_t first) const {
   x = mixed(x);
   if (padded) x = crop_grid(x, H, W, h, w);
   if (first > 0) x = first_tokens(x, first);
-  return onto(residual, proj, x, "proj_drop", options.drop);
+  return onto(first_of(residual, first), proj, x, "proj_drop", options.drop);
 }
 
 ReducedAttention ReducedAttention::make(const Builder& build, const std::string& name, int64_t channels, int64_t heads, int64_t height,
@@ -182,17 +184,14 @@ Var ReducedAttention::operator()(Var x, const Var& residual, int64_t first) cons
   Var queries = q(first > 0 ? first_tokens(x, first) : x), keys = kv(reduce_weight ? reduced() : x);
   x = within("attention", [&] { return attention(queries, keys, heads, scale_by); });
   queries = keys = {};
-  return onto(residual, proj, x, "proj_drop", drop);
+  return onto(first_of(residual, first), proj, x, "proj_drop", drop);
 }
 
 template <class AttentionLayer>
 Var Block<AttentionLayer>::operator()(Var x, int64_t first) const {
   const Scope scope(name, heads);
-  Var normal = norm1(x);
-  if (first > 0) x = first_tokens(x, first);  // behind the norm, which so adds its gradient to this one's
-  const auto attended = [&](const Var& residual) { return attn(std::exchange(normal, {}), residual, first); };
   if (drop_path == 0 || Tape::current() == nullptr) {  // the last product of each branch adds
-    const Var h = attended(x);
+    const Var h = attn(norm1(x), x, first);
     x = {};
     return mlp(norm2(h), h);
   }
@@ -200,7 +199,7 @@ Var Block<AttentionLayer>::operator()(Var x, int64_t first) const {
     const Scope scope(which);  // two streams of random numbers a block
     return add_drop_path(to, branch, drop_path);
   };
-  const Var h = add("drop_path1", x, attended({}));
+  const Var branch = attn(norm1(x), {}, first), h = add("drop_path1", first_of(x, first), branch);
   x = {};
   return add("drop_path2", h, mlp(norm2(h)));
 }

@@ -126,7 +126,10 @@ BlockCache::Block Segments::take(int64_t bytes) {
   const int64_t size = round_up(bytes, kUnit), segment = round_up(size, kHugePage);
   if (const auto best = by_size_.lower_bound({size, nullptr}); best != by_size_.end()) {
     char* const address = best->second;
-    return cut(address, remove(address), size);
+    const int64_t whole = remove(address);
+    if (system.cut_from == BlockEnd::low) return cut(address, whole, size);
+    add(address, whole - size);
+    return {address + whole - size, size};
   }
   if (end_ - tail_ >= size) {
     char* const address = std::exchange(tail_, tail_ + size);

@@ -21,6 +21,7 @@ struct SystemMemory {
   const Device device;
   std::mutex mutex;  // of what follows, and of all caches of this memory
   MemoryUse use;
+  BlockEnd cut_from = BlockEnd::high;
 
  private:
   char* next_ = reinterpret_cast<char*>(uintptr_t{1} << 20);

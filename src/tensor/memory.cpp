@@ -195,6 +195,11 @@ void Allocator::reserve(int64_t lasting, int64_t passing) {
   impl_->shared->reserve(passing);
 }
 
+void Allocator::cut_from(BlockEnd end) {
+  const std::lock_guard lock(impl_->system->mutex);
+  impl_->system->cut_from = end;
+}
+
 std::shared_ptr<BlockCache> Allocator::new_cache(int64_t reserved) {
   std::shared_ptr<BlockCache> cache = make_cache(*impl_->system);
   const std::lock_guard lock(impl_->system->mutex);

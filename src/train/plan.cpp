@@ -26,6 +26,7 @@ struct MetaStep {
   int64_t parameters = 0, trained = 0, activation_bytes = 0, checkpoint_bytes = 0;
   int64_t lasting = 0, passing = 0, recorded = 0;  // what the allocator takes from the system, rounded up as it rounds
   int64_t reserved() const { return lasting + passing + recorded; }
+  BlockEnd cut_from = BlockEnd::high;
   MemoryUse peak;
 };
 
@@ -118,6 +119,21 @@ MetaStep meta_step(const RunConfig& config, const NetConfig& model, StoragePolic
   return out;
 }
 
+/// The same with a GPU's blocks cut by that end by which less is taken. `policy` has then seen that step.
+MetaStep tightest_step(const RunConfig& config, const NetConfig& model, StoragePolicy& policy) {
+  if (!is_gpu(plan_device(config))) return meta_step(config, model, policy);
+  std::optional<MetaStep> best;
+  for (const BlockEnd end : {BlockEnd::high, BlockEnd::low}) {
+    Allocator::of(kMetaCuda).cut_from(end);
+    StoragePolicy own = make_policy(config.storage);
+    MetaStep step = meta_step(config, model, own);
+    if (best && step.reserved() >= best->reserved()) continue;
+    best = std::move(step), policy = std::move(own);
+    best->cut_from = end;
+  }
+  return *best;
+}
+
 /// Every rule must match a site of the model as it is or, where parameters are frozen and so keep nothing, of the model that trains all.
 void check_rules(const RunConfig& config, const NetConfig& model, StoragePolicy& policy) {
   if (config.train.frozen.empty() && config.lora.rank == 0) return policy.check_rules_matched();
@@ -144,7 +160,7 @@ std::string fold_site(const std::string& site) {
 
 Plan plan_run(const RunConfig& config, const NetConfig& model) try {
   StoragePolicy policy = make_policy(config.storage);
-  const MetaStep step = meta_step(config, model, policy);
+  const MetaStep step = tightest_step(config, model, policy);
   check_rules(config, model, policy);
   Plan plan;
   plan.parameters = step.parameters;
@@ -153,6 +169,7 @@ Plan plan_run(const RunConfig& config, const NetConfig& model) try {
   plan.activation_bytes = step.activation_bytes;
   plan.peak = step.peak;
   plan.reserved = step.reserved(), plan.lasting = step.lasting, plan.passing = step.passing, plan.recorded = step.recorded;
+  plan.cut_from = step.cut_from;
   plan.checkpoint_bytes = step.checkpoint_bytes;
   StoragePolicy exact = make_policy(reference_storage());
   plan.exact_activation_bytes = meta_step(config, model, exact).activation_bytes;
@@ -195,7 +212,7 @@ int64_t largest_batch(const RunConfig& config, const NetConfig& model, int64_t b
     other.train.batch_size = batch;
     other.train.eval_batch_size = std::min(config.train.eval_batch_size > 0 ? config.train.eval_batch_size : batch, batch);
     StoragePolicy policy = make_policy(config.storage);
-    return meta_step(other, model, policy).reserved() <= room;
+    return tightest_step(other, model, policy).reserved() <= room;
   };
   const int64_t unit = mixes(config) ? 2 : 1;  // samples are mixed in pairs
   if (!fits(unit)) return 0;
@@ -225,6 +242,7 @@ int64_t available_memory(Device device) {
 void reserve_memory(const Plan& plan, Device gpu) {
   const int64_t free = available_memory(gpu), room = free - of_libraries(free) - memory_of_records(plan) - plan.lasting - plan.passing;
   const int64_t scratch = std::clamp<int64_t>(room, 0, kScratch);
+  Allocator::of(gpu).cut_from(plan.cut_from);
   Allocator::of(gpu).reserve(plan.lasting + scratch / 16, plan.passing + scratch - scratch / 16);
 }
 

@@ -256,7 +256,7 @@ cublasStatus_t cublasLtMatmulAlgoGetHeuristic(cublasLtHandle_t handle, cublasLtM
       std::memcpy(&results[*count].algo, &chosen, sizeof chosen);
       results[*count].workspaceSize = chosen.workspace;
       results[*count].state = CUBLAS_STATUS_SUCCESS;
-      results[*count].wavesCount = 1;
+      results[*count].wavesCount = p.epilogue == Epilogue::none ? 1 : epilogue_use.waves;
     }
   });
 }

@@ -49,6 +49,7 @@ extern std::array<AlgorithmUse, kAlgorithms> algorithm_uses;
 struct EpilogueUse {
   std::chrono::microseconds delay{0};
   int algorithms = kAlgorithms;
+  float waves = 1;
 };
 extern EpilogueUse epilogue_use;
 

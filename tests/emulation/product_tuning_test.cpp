@@ -12,6 +12,7 @@
 
 #include "../../kernels/cuda/cublaslt_plan.h"
 #include "cublaslt_descriptors.h"
+#include "emulator.h"
 #include "mesa/base/cuda.h"
 #include "mesa/base/cuda_profile.h"
 #include "mesa/base/files.h"
@@ -157,6 +158,31 @@ TEST_CASE("products: an algorithm whose sums some versions of cuBLAS get wrong i
   CHECK(taken(66, 4));
   CHECK(taken(65, 3));
   CHECK_FALSE(taken(66, 3));
+}
+
+TEST_CASE("products: sums that leave most of the GPU idle are had apart", "[emulation]") {
+  const Tensor dy = on_gpu(normal_tensor({48, 8}, "dy", DType::f32)), x = on_gpu(normal_tensor({48, 16}, "x", DType::f32));
+  const auto passes = [&](float waves) {
+    const Epilogues use({.waves = waves});
+    kernels::tune_products(false);
+    const auto summed = [] {
+      int64_t started = 0;
+      for (const auto& [name, times] : emulation::launches()) started += name.starts_with("sum_") ? times : 0;
+      return started;
+    };
+    const int64_t before = summed();
+    const Tensor dw = Tensor::empty({8, 16}, DType::f32, kCuda), db = Tensor::empty({8}, DType::f32, kCuda);
+    kernels::matmul_weight_grad(dy, x, dw, false, db, false);
+    double want = 0;
+    const std::vector<double> rows = numbers_of(dy);
+    for (size_t row = 0; row < 48; ++row) want += rows[8 * row];
+    CHECK(std::abs(numbers_of(db)[0] - want) < 1e-5);
+    return summed() - before;
+  };
+  CHECK(passes(1) == 0);
+  CHECK(passes(0.6f) == 0);
+  CHECK(passes(0.3f) == 1);
+  kernels::tune_products(false);
 }
 
 TEST_CASE("products: a profile has those that ran, not what the library has no algorithm for", "[emulation]") {

@@ -152,8 +152,26 @@ TEST_CASE("memory: on a GPU blocks of all sizes share what is free") {
     // The rest stays for as long as something in it lives.
     parts.clear();
     memory.release_cached();
-    CHECK(memory.use().reserved == (device == kCuda ? taken : before + 8'000'000));
+    CHECK(memory.use().reserved == (device == kCuda ? taken : before + 8'000'512));  // to the end of what the first two left
   }
+}
+
+TEST_CASE("memory: on a GPU blocks are cut from the end of a free stretch that is asked for") {
+  Allocator& memory = Allocator::of(kMetaCuda);
+  for (const BlockEnd end : {BlockEnd::low, BlockEnd::high}) {
+    memory.cut_from(end);
+    const auto cache = memory.new_cache();
+    const Allocator::Using own(memory, cache);
+    const int64_t before = memory.use().reserved;
+    const auto block = [&](int64_t bytes) { return memory.allocate(bytes, MemoryKind::workspace); };
+    auto first = block(1 << 20), second = block(1 << 20);
+    first.reset();
+    const auto small = block(1 << 10);
+    second.reset();
+    const auto large = block(3 << 19);  // behind the small one, which lies at the start of the first one's place or at its end
+    CHECK(memory.use().reserved - before == (end == BlockEnd::low ? 2 << 20 : 5 << 19));
+  }
+  memory.cut_from(BlockEnd::high);
 }
 
 TEST_CASE("memory: on request each block of a GPU is the driver's own, and no longer than was asked for") {

@@ -72,7 +72,7 @@ struct Attention {
 
   static Attention make(const Builder& build, const std::string& name, int64_t width, int64_t heads, const AttentionOptions& options,
                         const kernels::Windows& windows = {});
-  /// x [B, N, C] -> [B, N, C], or of the `first` tokens alone [B, first, C], and so is the residual.
+  /// x and the residual [B, N, C] -> [B, N, C], or of the `first` tokens alone [B, first, C].
   Var operator()(Var x, const Var& residual = {}, int64_t first = 0) const;
 };
 
@@ -89,7 +89,7 @@ struct ReducedAttention {
 
   static ReducedAttention make(const Builder& build, const std::string& name, int64_t channels, int64_t heads, int64_t height,
                                int64_t width, int64_t reduction, bool qkv_bias, double drop);
-  /// x [B, N, C] -> [B, N, C], or of the `first` tokens alone [B, first, C], and so is the residual.
+  /// x and the residual [B, N, C] -> [B, N, C], or of the `first` tokens alone [B, first, C].
   Var operator()(Var x, const Var& residual = {}, int64_t first = 0) const;
 };
 

@@ -27,6 +27,9 @@ struct MemoryUse {
   int64_t of(MemoryKind kind) const { return live[static_cast<int>(kind)]; }
 };
 
+/// Of a free stretch of memory, from which blocks are cut: that of the low addresses or the other.
+enum class BlockEnd { low, high };
+
 /// Blocks between two uses, with the memory that they return to.
 struct BlockCache;
 
@@ -79,6 +82,8 @@ class Allocator {
   /// On a GPU, takes from the system at once what a plan says will be needed for what outlives a pass and for the rest, or what there is of
   /// it, so that blocks of all sizes share it. Elsewhere nothing.
   void reserve(int64_t lasting, int64_t passing);
+  /// On a GPU, how blocks are cut from now on. By which end less is lost between blocks differs from model to model.
+  void cut_from(BlockEnd end);
 
   /// A cache of its own, with `reserved` bytes on a GPU, else empty at first; its blocks return to the system when neither its holder nor a
   /// tensor is left.

@@ -14,6 +14,7 @@ struct Plan {
   /// What the allocator takes from the system, with what is lost between blocks: all of it and, on a GPU, its parts, for what outlives a
   /// pass, for the rest, and for recorded passes (train.cuda_graph).
   int64_t reserved = 0, lasting = 0, passing = 0, recorded = 0;
+  BlockEnd cut_from = BlockEnd::high;  ///< on a GPU, the one by which it takes less
   MemoryUse peak;  ///< `peak` and `peak_kind` of a run: steps, evaluation and the loaders' batches; scratch of matrix products not
 };
 
