@@ -119,24 +119,23 @@ MetaStep meta_step(const RunConfig& config, const NetConfig& model, StoragePolic
   return out;
 }
 
-/// The same with a GPU's blocks cut by that end by which less is taken. `policy` has then seen that step.
-MetaStep tightest_step(const RunConfig& config, const NetConfig& model, StoragePolicy& policy) {
-  if (!is_gpu(plan_device(config))) return meta_step(config, model, policy);
-  std::optional<MetaStep> best;
-  for (const BlockEnd end : {BlockEnd::high, BlockEnd::low}) {
-    Allocator::of(kMetaCuda).cut_from(end);
-    StoragePolicy own = make_policy(config.storage);
-    MetaStep step = meta_step(config, model, own);
-    if (best && step.reserved() >= best->reserved()) continue;
-    best = std::move(step), policy = std::move(own);
-    best->cut_from = end;
-  }
-  return *best;
+/// The same, where blocks are cut (on a GPU) from that end by which less is taken.
+MetaStep tightest_step(const RunConfig& config, const NetConfig& model) {
+  const auto by = [&](BlockEnd end) {  // nothing of one step, its policy's ranges say, may lie in the way of the next
+    Allocator::of(plan_device(config)).cut_from(end);
+    StoragePolicy policy = make_policy(config.storage);
+    MetaStep step = meta_step(config, model, policy);
+    step.cut_from = end;
+    return step;
+  };
+  const MetaStep high = by(BlockEnd::high);
+  if (!is_gpu(plan_device(config))) return high;
+  const MetaStep low = by(BlockEnd::low);
+  return low.reserved() < high.reserved() ? low : high;
 }
 
-/// Every rule must match a site of the model as it is or, where parameters are frozen and so keep nothing, of the model that trains all.
-void check_rules(const RunConfig& config, const NetConfig& model, StoragePolicy& policy) {
-  if (config.train.frozen.empty() && config.lora.rank == 0) return policy.check_rules_matched();
+/// Every rule must match a site of the model or, where parameters are frozen and so keep nothing, of the model that trains all.
+void check_rules(const RunConfig& config, const NetConfig& model) {
   RunConfig thawed = config;
   thawed.train.frozen.clear(), thawed.lora.train = {"*"};
   StoragePolicy all = make_policy(config.storage);
@@ -159,9 +158,8 @@ std::string fold_site(const std::string& site) {
 }
 
 Plan plan_run(const RunConfig& config, const NetConfig& model) try {
-  StoragePolicy policy = make_policy(config.storage);
-  const MetaStep step = tightest_step(config, model, policy);
-  check_rules(config, model, policy);
+  const MetaStep step = tightest_step(config, model);
+  check_rules(config, model);
   Plan plan;
   plan.parameters = step.parameters;
   plan.trained = step.trained;
@@ -211,8 +209,7 @@ int64_t largest_batch(const RunConfig& config, const NetConfig& model, int64_t b
     RunConfig other = config;
     other.train.batch_size = batch;
     other.train.eval_batch_size = std::min(config.train.eval_batch_size > 0 ? config.train.eval_batch_size : batch, batch);
-    StoragePolicy policy = make_policy(config.storage);
-    return tightest_step(other, model, policy).reserved() <= room;
+    return tightest_step(other, model).reserved() <= room;
   };
   const int64_t unit = mixes(config) ? 2 : 1;  // samples are mixed in pairs
   if (!fits(unit)) return 0;
