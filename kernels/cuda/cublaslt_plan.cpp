@@ -55,18 +55,22 @@ std::string to_string(const Matrix& m) {
   return concat(mesa::to_string(m.dtype), m.transposed ? " t " : " ", m.rows, "x", m.columns, "/", m.stride);
 }
 
-/// Up to 13.7 cuBLAS may sum wrongly, on compute capability 9.0 and later, where its configuration 66 splits k into parts that are not
-/// alike (release notes of CUDA 13.4 update 1, 6580689).
-bool may_sum_wrongly(const cublasLtMatmulAlgo_t& algorithm, int64_t k) {
-  int32_t configuration = 0, parts = 1;
-  for (const auto& [name, value] : {std::pair{CUBLASLT_ALGO_CONFIG_ID, &configuration}, {CUBLASLT_ALGO_CONFIG_SPLITK_NUM, &parts}})
+/// False for sums of parts that are added in any order or rounded; and for those which cuBLAS up to 13.7 may get wrong, on compute
+/// capability 9.0 and later, where its configuration 66 splits k into parts that are not alike (release notes of CUDA 13.4 update 1,
+/// 6580689).
+bool sums_well(const cublasLtMatmulAlgo_t& algorithm, const Form& form) {
+  int32_t configuration = 0, parts = 1, scheme = 0;
+  for (const auto& [name, value] : {std::pair{CUBLASLT_ALGO_CONFIG_ID, &configuration},
+                                    {CUBLASLT_ALGO_CONFIG_SPLITK_NUM, &parts},
+                                    {CUBLASLT_ALGO_CONFIG_REDUCTION_SCHEME, &scheme}})
     check_status(cublasLtMatmulAlgoConfigGetAttribute(&algorithm, name, value, sizeof *value, nullptr), "looking at an algorithm");
-  return cublasLtGetVersion() <= 130700 && configuration == 66 && parts > 1 && k % parts != 0;
+  const int64_t k = form.a.transposed ? form.a.rows : form.a.columns;
+  const bool wrong = cublasLtGetVersion() <= 130700 && configuration == 66 && parts > 1 && k % parts != 0;
+  return !wrong && (scheme == CUBLASLT_REDUCTION_SCHEME_NONE || scheme == CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE);
 }
 
-bool good(const cublasLtMatmulHeuristicResult_t& result, const Form& form) {
-  const int64_t k = form.a.transposed ? form.a.rows : form.a.columns;
-  return result.state == CUBLAS_STATUS_SUCCESS && result.workspaceSize <= kWorkspaceBytes && !may_sum_wrongly(result.algo, k);
+bool good(const cublasLtMatmulHeuristicResult_t& result) {
+  return result.state == CUBLAS_STATUS_SUCCESS && result.workspaceSize <= kWorkspaceBytes;
 }
 
 }  // namespace
@@ -145,7 +149,7 @@ Plan make_plan(const Form& form, const void* bias, int most) {
   check_status(status, "choosing an algorithm");
   for (int i = 0; i < count; ++i) {
     const cublasLtMatmulHeuristicResult_t& result = found[static_cast<size_t>(i)];
-    if (!good(result, form)) continue;
+    if (!good(result) || !sums_well(result.algo, form)) continue;
     if (plan.algorithms.empty()) plan.waves = result.wavesCount;
     plan.algorithms.push_back({result.algo, result.workspaceSize});
   }
@@ -176,7 +180,7 @@ std::optional<Algorithm> from_text(const Form& form, const Plan& plan, const std
   cublasLtMatmulHeuristicResult_t result{};
   const cublasStatus_t status = cublasLtMatmulAlgoCheck(handle(), plan.operation.get(), plan.left.get(), plan.right.get(),
                                                         plan.result.get(), plan.result.get(), &out.value, &result);
-  if (status != CUBLAS_STATUS_SUCCESS || !good(result, form)) return {};
+  if (status != CUBLAS_STATUS_SUCCESS || !good(result) || !sums_well(out.value, form)) return {};
   out.workspace = result.workspaceSize;
   return out;
 }

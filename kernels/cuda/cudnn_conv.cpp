@@ -107,13 +107,16 @@ bool run(Pass pass, const Tensor& x, const Tensor& w, const Tensor& y, const Con
   if (cudnnGetVersion() == 0) return note_slow("all, since cuDNN was not found"), false;
   for (const Tensor* t : {&x, &w, &y})
     if (reinterpret_cast<uintptr_t>(t->raw()) % 16 != 0) return note_slow(c, "operands that do not begin at multiples of 16 bytes"), false;
+  static bool starts = true;  // unless a part of cuDNN is missing, say
+  if (!starts) return false;
   cudnnHandle_t handle = nullptr;
   try {
     handle = library.handle_on(mesa::cuda::stream());
   } catch (const OutOfMemory&) {
     throw;
-  } catch (const Error& reason) {  // a part of cuDNN is missing, say
-    return note_slow(concat("all: ", reason.what())), false;
+  } catch (const Error& reason) {
+    note_slow(concat("all: ", reason.what()));
+    return starts = false;
   }
   std::optional<Plan>& plan = plan_of(c, handle);
   if (!plan) return false;

@@ -1,6 +1,7 @@
 // The CUDA runtime behind mesa/base/cuda.h.
 #include <cuda_runtime_api.h>
 
+#include <atomic>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -96,7 +97,7 @@ void* allocate(int64_t bytes) {
   return memory;
 }
 
-/// cudaFree may wait for the work that uses the memory, and need not.
+/// cudaFree may wait for the work that uses the memory, and need not. What copies beside the work use is held until they are done.
 void release(void* memory) {
   report_status(cudaStreamSynchronize(compute_stream()), "waiting before cudaFree");
   report_status(cudaFree(memory), "cudaFree");
@@ -205,7 +206,7 @@ void wait_for(const Mark& mark) {
 }
 
 namespace {
-bool is_recording = false;
+std::atomic<bool> is_recording = false;  // also asked by threads that load pictures
 }
 
 void begin_recording() {

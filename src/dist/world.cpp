@@ -9,6 +9,7 @@
 #include <cstdlib>
 #include <filesystem>
 #include <mutex>
+#include <optional>
 #include <sstream>
 #include <thread>
 #include <vector>
@@ -98,31 +99,26 @@ std::unique_ptr<Communicator> open_nccl(const RankInfo& me, Control& control) {
 }
 
 /// Each rank of a host gets a GPU of its own: the process sees no other. Before CUDA is used for the first time.
-void choose_gpu(const RankInfo& me) {
+void choose_gpu(int64_t local_rank, const std::string& of) {
   std::vector<std::string> visible;
-  std::istringstream list(variable("CUDA_VISIBLE_DEVICES"));
+  std::istringstream list(of);
   for (std::string one; std::getline(list, one, ',');) visible.push_back(one);
   if (visible.size() == 1) return;  // the launcher has chosen
-  const auto local = static_cast<size_t>(me.local_rank);
+  const auto local = static_cast<size_t>(local_rank);
   const std::string own = visible.empty() ? std::to_string(local) : local < visible.size() ? visible[local] : "";
   setenv("CUDA_VISIBLE_DEVICES", own.c_str(), 1);
 }
 
-/// The same before MPI starts, if the launcher says which rank this is: an MPI that knows of GPUs looks at them as it starts, and from then
-/// on the choice stands.
-bool choose_gpu_by_launcher() {
+/// The local rank that the launcher tells before MPI starts: an MPI that knows of GPUs looks at them then, and a later choice would come
+/// too late.
+std::optional<int64_t> launched_local_rank() {
   for (const char* size : {"OMPI_COMM_WORLD_SIZE", "PMI_SIZE"})
-    if (variable(size) == "1") return false;
+    if (variable(size) == "1") return {};
   const bool by_srun = !variable("SLURM_PROCID").empty() &&  // and not by a launcher of its own within a task of srun's
                        (variable("SLURM_PROCID") == variable("PMIX_RANK") || variable("SLURM_PROCID") == variable("PMI_RANK"));
-  for (const char* local : {"OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID", by_srun ? "SLURM_LOCALID" : ""}) {
-    if (variable(local).empty()) continue;
-    RankInfo me;
-    me.local_rank = number(local);
-    choose_gpu(me);
-    return true;
-  }
-  return false;
+  for (const char* local : {"OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID", by_srun ? "SLURM_LOCALID" : ""})
+    if (!variable(local).empty()) return number(local);
+  return {};
 }
 
 /// Tasks of srun without MPI would each take itself for the whole run and write into the same folder.
@@ -190,10 +186,10 @@ World::World(double timeout) {
 }
 
 void World::connect(double timeout) {
-  bool gpu_chosen = false;
+  const std::string gpus = variable("CUDA_VISIBLE_DEVICES");
   if (started_by_mpi()) {
     const Deadline deadline(timeout);
-    gpu_chosen = choose_gpu_by_launcher();
+    if (const auto local = launched_local_rank()) choose_gpu(*local, gpus);
     transport_ = open_mpi();
     me_ = transport_->me();
     if (alone()) check_no_other_tasks();
@@ -203,7 +199,7 @@ void World::connect(double timeout) {
     check_no_other_tasks();
   }
   if (me_.world == 1 && (transport_ || variable("MASTER_ADDR").empty() || variable("MASTER_PORT").empty())) return;
-  if (!gpu_chosen) choose_gpu(me_);
+  choose_gpu(me_.local_rank, gpus);  // the same, but where a launcher runs within another one, whose word it was
   if (transport_) {
     const std::unique_ptr<Listener> listener = leads() ? std::make_unique<Listener>() : nullptr;
     std::string address;

@@ -138,11 +138,14 @@ void plan_workspace(const Tensor& dq, int64_t heads) {
 void cudnn_grad(const Tensor& d_o, const AttentionOperand& q_rows, const AttentionOperand& k_rows, const AttentionOperand& v_rows,
                 const Tensor& o, const Tensor& lse, int64_t heads, double scale, const Tensor& dq, const Tensor& dk, const Tensor& dv) {
   const Tensor q = decode(q_rows, dq), k = decode(k_rows, dk), v = decode(v_rows, dv);
-  plan_workspace(dq, heads);
-  if (o.defined() && lse.defined()) return cudnn_attention_grad(d_o, q, k, v, o, lse, heads, scale, dq, dk, dv);
+  const auto grad = [&](const Tensor& from_o, const Tensor& from_lse) {
+    plan_workspace(dq, heads);
+    cudnn_attention_grad(d_o, q, k, v, from_o, from_lse, heads, scale, dq, dk, dv);
+  };
+  if (o.defined() && lse.defined()) return grad(o, lse);
   const Tensor own_o = empty_like(d_o, dq.dtype()), own_lse = Tensor::empty({dq.dim(0), heads, dq.dim(1)}, DType::f32, dq.device());
   cudnn_attention(q, k, v, heads, scale, own_o, own_lse);
-  cudnn_attention_grad(d_o, q, k, v, own_o, own_lse, heads, scale, dq, dk, dv);
+  grad(own_o, own_lse);
 }
 
 }  // namespace

@@ -199,8 +199,9 @@ Var Block<AttentionLayer>::operator()(Var x, int64_t first) const {
     const Scope scope(which);  // two streams of random numbers a block
     return add_drop_path(to, branch, drop_path);
   };
-  const Var branch = attn(norm1(x), {}, first), h = add("drop_path1", first_of(x, first), branch);
-  x = {};
+  Var branch = attn(norm1(x), {}, first);
+  const Var h = add("drop_path1", first_of(x, first), branch);
+  x = branch = {};
   return add("drop_path2", h, mlp(norm2(h)));
 }
 

@@ -128,7 +128,8 @@ std::shared_ptr<Buffer> Allocator::allocate(int64_t bytes, MemoryKind kind) {
   const std::shared_ptr<BlockCache>& cache = impl_->cache_of(kind);
   BlockCache::Block block = cache->take(std::max<int64_t>(bytes, 1));
   // What waits in the cache may be of other sizes. While work is recorded nothing can be given back, for that waits.
-  if (block.address == nullptr && !(system.device == kCuda && cuda::recording())) {
+  const bool recording = (system.device == kCuda || system.device == kPinned) && cuda::recording();
+  if (block.address == nullptr && !recording) {
     impl_->release();
     block = cache->take(std::max<int64_t>(bytes, 1));
   }

@@ -9,7 +9,7 @@ namespace mesa {
 class Team {
  public:
   Team(World& world, Device device) : world_(world), device_(device), communicator_(world.communicator(device)) {
-    if (!alone()) communicator_.barrier();  // NCCL takes its buffers at its first collective: before a plan takes the GPU's memory
+    if (!alone()) communicator_.barrier();  // NCCL takes some of its buffers at its first collective: before a plan takes the rest
   }
   bool alone() const { return world_.alone(); }
   /// The one that writes logs and checkpoints.

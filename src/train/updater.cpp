@@ -165,15 +165,14 @@ std::string Updater::name_culprit(const SentBatch& batch, uint64_t micro_step, c
 /// fit, the run's own storage has to do, with a policy of its own that leaves the run's ranges alone.
 std::string Updater::find_culprit(const SentBatch& batch, uint64_t micro_step, const std::string& packed) {
   if (const std::string bad = first_bad_parameter(model_.params); !bad.empty()) return "the parameter " + bad;
-  std::string found;
-  try {
-    found = first_bad_value(StoragePolicy("exact", {{"*", "exact", {}, ""}}), batch, micro_step);
-  } catch (const OutOfMemory&) {
-    model_.params.clear_gradients();
-    Allocator::of(model_.device).release_cached();
-    found = first_bad_value(make_policy(config_.storage), batch, micro_step);
-  }
-  return found.empty() ? packed : found;
+  for (const bool as_stored : {false, true}) try {
+      const std::string found =
+          first_bad_value(as_stored ? make_policy(config_.storage) : StoragePolicy("exact", {{"*", "exact", {}, ""}}), batch, micro_step);
+      return found.empty() ? packed : found;
+    } catch (const OutOfMemory&) {
+      model_.params.clear_gradients();
+    }
+  return packed;
 }
 
 std::string Updater::first_bad_value(StoragePolicy policy, const SentBatch& batch, uint64_t micro_step) {

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cstdio>
 #include <cstring>
+#include <map>
 #include <string>
 
 #include "cublaslt_descriptors.h"
@@ -265,11 +266,14 @@ cublasStatus_t cublasLtMatmulAlgoConfigGetAttribute(const cublasLtMatmulAlgo_t* 
                                                     void* value, size_t bytes, size_t* written) {
   return answer("cublasLtMatmulAlgoConfigGetAttribute", [&] {
     require(algo != nullptr && value != nullptr && bytes == sizeof(int32_t), kInvalid, "no algorithm, or no place for an int32_t");
-    require(name == CUBLASLT_ALGO_CONFIG_ID || name == CUBLASLT_ALGO_CONFIG_SPLITK_NUM, kUnsupported, "attribute ", int{name});
     Algorithm given;
     std::memcpy(&given, algo, sizeof given);
     const AlgorithmUse& use = algorithm_uses[given.number % kAlgorithms];
-    const int32_t answer = name == CUBLASLT_ALGO_CONFIG_ID ? use.configuration : use.parts;
+    const std::map<int, int> values{{CUBLASLT_ALGO_CONFIG_ID, use.configuration},
+                                    {CUBLASLT_ALGO_CONFIG_SPLITK_NUM, use.parts},
+                                    {CUBLASLT_ALGO_CONFIG_REDUCTION_SCHEME, use.reduction_scheme}};
+    require(values.count(name) == 1, kUnsupported, "attribute ", int{name});
+    const int32_t answer = values.at(name);
     std::memcpy(value, &answer, sizeof answer);
     if (written != nullptr) *written = sizeof answer;
   });
@@ -286,8 +290,7 @@ cublasStatus_t cublasLtMatmulAlgoCheck(cublasLtHandle_t handle, cublasLtMatmulDe
     std::memcpy(&given, algo, sizeof given);
     require(given.product == hash_of(operation_of(operation), p) && given.number < kAlgorithms, kUnsupported,
             "the algorithm was chosen for another product");
-    *result = {};
-    result->algo = *algo;
+    *result = {};  // but for its algorithm, which the library leaves as it is
     result->workspaceSize = given.workspace;
     result->state = CUBLAS_STATUS_SUCCESS;
   });

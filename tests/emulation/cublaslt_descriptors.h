@@ -42,7 +42,7 @@ struct AlgorithmUse {
   std::chrono::microseconds delay{0};
   int runs = 0;
   bool fails = false;
-  int configuration = 0, parts = 1;  // into which it says that it splits k
+  int configuration = 0, parts = 1, reduction_scheme = 0;  // as it says: into how many parts it splits k, and how they are added
 };
 extern std::array<AlgorithmUse, kAlgorithms> algorithm_uses;
 /// Of products with an epilogue: what they take more, and how many of the algorithms can run them.

@@ -158,6 +158,26 @@ TEST_CASE("products: an algorithm whose sums some versions of cuBLAS get wrong i
   CHECK(taken(66, 4));
   CHECK(taken(65, 3));
   CHECK_FALSE(taken(66, 3));
+  algorithm_uses[0].reduction_scheme = 1;  // in place
+  CHECK_FALSE(taken(0, 1));
+}
+
+TEST_CASE("products: nor is it where an earlier process has chosen it", "[emulation]") {
+  const Product product;
+  const Delays delays({0, 2000, 2000});
+  kernels::tune_products(true);
+  product();
+  const auto choices = kernels::product_choices();
+  REQUIRE(choices.size() == 1);
+  const auto taken = [&] {
+    kernels::tune_products(true, choices);
+    Delays::runs();
+    product();
+    return Delays::runs() == std::array{1, 0, 0};
+  };
+  CHECK(taken());
+  algorithm_uses[0].configuration = 66, algorithm_uses[0].parts = 3;
+  CHECK_FALSE(taken());
 }
 
 TEST_CASE("products: sums that leave most of the GPU idle are had apart", "[emulation]") {

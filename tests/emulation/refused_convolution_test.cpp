@@ -1,5 +1,6 @@
 // What becomes of a convolution when cuDNN, or the stand-in for it, cannot do it.
 #include <catch2/catch.hpp>
+#include <filesystem>
 
 #include "cudnn_troubles.h"
 #include "emulator.h"
@@ -8,6 +9,7 @@
 #include "mesa/kernels/conv.h"
 #include "mesa/kernels/elementwise.h"
 #include "support/gradcheck.h"
+#include "support/process.h"
 #include "support/random.h"
 
 using namespace mesa;
@@ -86,6 +88,23 @@ TEST_CASE("emulated GPU: a convolution that cuDNN cannot run, or not in little m
   check({{{kFirst, kInternalError}, {kFallback, kNotSupported}}}, false, "this heuristic takes no graph", 0);
   check({.heuristics = {}, .workspace = kVast}, false, "a workspace of 1099511627776 bytes", 0);
   check({.heuristics = {}, .running = kNotSupported}, false, "CUDNN_STATUS", 1);
+}
+
+// Run by the test behind it, in a process of its own: cuDNN starts once.
+TEST_CASE("emulated GPU: a convolution where cuDNN does not start", "[.no_start]") {
+  const Troubled troubled({.heuristics = {}, .handles = false});
+  const Tensor x = to(normal_tensor({2, 36, 8}, "x", DType::f32), kCuda), w = to(normal_tensor({8, 8, 3, 3}, "w", DType::f32), kCuda);
+  for (int i = 0; i < 2; ++i) kernels::conv2d(x, w, {}, empty_like(x), {6, 6, 3, 3, 1, 1});
+  CHECK(std::map<std::string, int64_t>(emulation::launches())["unfold"] == 2);
+  REQUIRE(kernels::slow_convolutions().size() == 1);
+  CHECK_THAT(kernels::slow_convolutions()[0], Contains("all: cuDNN: starting"));
+}
+
+TEST_CASE("emulated GPU: where cuDNN does not start, convolutions are done by products", "[emulation]") {
+  if (kernels::cuda::cudnn_conv_support == nullptr) return;
+  const ProcessResult result = run(std::filesystem::read_symlink("/proc/self/exe").string(), {"[.no_start]"}, {});
+  INFO(result.out);
+  CHECK(result.code == 0);
 }
 
 TEST_CASE("emulated GPU: a profile names what cuDNN runs", "[emulation]") {

@@ -113,8 +113,9 @@ TEMPLATE_TEST_CASE("layers: a block of which the first tokens are read does noth
     std::vector<Numbers> numbers;
     double kept;
   };
-  const auto pass = [&](int64_t first, bool spared) {
+  const auto pass = [&](int64_t first, bool spared, double drop_path) {
     store.clear_gradients();
+    block.drop_path = drop_path;
     StoragePolicy policy = one_codec("exact");
     Param x;
     x.value = normal_tensor({3, 7, 8}, "x", DType::f64);
@@ -128,9 +129,9 @@ TEMPLATE_TEST_CASE("layers: a block of which the first tokens are read does noth
     for (const Param& p : store.params()) out.numbers.push_back(p.grad.to_vector<double>());
     return out;
   };
-  for (const int64_t first : {1, 2, 7}) {
-    CAPTURE(first);
-    const Pass spared = pass(first, true), whole = pass(first, false);
+  for (const auto& [first, drop_path] : {std::pair<int64_t, double>{1, 0}, {2, 0}, {7, 0}, {1, 0.5}, {2, 0.5}}) {
+    CAPTURE(first, drop_path);
+    const Pass spared = pass(first, true, drop_path), whole = pass(first, false, drop_path);
     for (size_t i = 0; i < whole.numbers.size(); ++i) CHECK(largest_difference(spared.numbers[i], whole.numbers[i]) <= 1e-12);
     CHECK((first == 7 || spared.kept < 0.75 * whole.kept));
   }

@@ -80,10 +80,15 @@ TEST_CASE("plan: attention by cuDNN counts what its backward takes beside its op
                dq = room(DType::bf16), dk = room(DType::bf16), dv = room(DType::bf16);
   const Tensor lse = Tensor::empty({4, 6, 197}, DType::f32, kMetaCuda);
   Allocator& memory = Allocator::of(kMetaCuda);
-  memory.reset_peak();
-  const int64_t before = memory.use().total;
-  kernels::attention_grad(d_o, {q, {}}, {k, {}}, {v, {}}, o, lse, 6, 0.125, dq, dk, dv, kernels::AttentionBy::cudnn);
-  CHECK(memory.use().peak - before == 2 * 4 * 6 * 256 * 256);
+  const auto taken = [&](bool decoded) {  // q, k and v: then with an o and a log-sum-exp of their own
+    memory.reset_peak();
+    const int64_t before = memory.use().total;
+    kernels::attention_grad(d_o, {q, {}}, {k, {}}, {v, {}}, decoded ? Tensor() : o, decoded ? Tensor() : lse, 6, 0.125, dq, dk, dv,
+                            kernels::AttentionBy::cudnn);
+    return memory.use().peak - before;
+  };
+  CHECK(taken(false) == 2 * 4 * 6 * 256 * 256);
+  CHECK(taken(true) == 2 * 4 * 6 * 256 * 256 + 2 * 4 * 197 * 384 + 4 * 4 * 6 * 197);
 }
 
 TEST_CASE("plan: the same with mixed labels, independent classes and a teacher") {

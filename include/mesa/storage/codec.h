@@ -31,8 +31,9 @@ struct Packed {
 /// What one call of pack has to know and to tell.
 struct PackContext {
   const Site& site;
-  RandomKey random;      ///< this site's numbers at this step
-  const Tensor& counts;  ///< [2] i64 where x lives: saturated and non-finite elements are added here
+  RandomKey random;  ///< this site's numbers at this step
+  const Tensor&
+      counts;  ///< [2] i64 where x lives: saturated and non-finite elements are added here; undefined where the codec shares its input
 };
 
 /// A value that the kernel which computes it will pack in the same pass: what is kept, and what that kernel needs. Empty: pack it later.
