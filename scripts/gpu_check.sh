@@ -188,7 +188,7 @@ run_kernels() {
 # has a block for itself, since memcheck sees no access from one into another within a block. What passes counts for something only if a
 # fault made on purpose is found; on virtual machines the tool may refuse the GPU.
 run_sanitizer() {
-  local tool code check=(compute-sanitizer --error-exitcode 9 --launch-timeout 60 --report-api-errors no --destroy-on-device-error kernel)
+  local code check=(compute-sanitizer --error-exitcode 9 --launch-timeout 60 --report-api-errors no --destroy-on-device-error kernel)
   [[ $(known memcheck) != 0\ * || $(known racecheck) != 0\ * ]] || return 0
   if ! command -v compute-sanitizer >/dev/null; then say "NOT HERE  sanitizer: there is no compute-sanitizer on this machine"; return; fi
   if (($(left) < 90)); then leave_out "sanitizer: no time left"; return; fi
