@@ -1,6 +1,7 @@
 // What the engine promises of a GPU and only an emulated one can count: when the host waits, and what happens when memory runs out.
 #include <catch2/catch.hpp>
 #include <cmath>
+#include <cstdlib>
 #include <cstring>
 #include <filesystem>
 #include <nlohmann/json.hpp>
@@ -279,7 +280,7 @@ TEST_CASE("emulated GPU: a run that does not fit says what would", "[emulation]"
   CHECK(train(config, {"", true}) == 0);
 }
 
-TEST_CASE("emulated GPU: a step that is not finite is told and skipped where its exact values do not fit", "[emulation]") {
+TEST_CASE("emulated GPU: a step that is not finite is told and skipped where its exact values do not fit", "[emulation][slow]") {
   const TemporaryFolder folder;
   const auto run = [&](const std::string& codec) {
     RunConfig config = config_of({"model.patch_size=4", concat("storage=[{match: \"*\", codec: ", codec, "}]"), "optimizer.lr=1e15",
@@ -302,7 +303,8 @@ TEST_CASE("emulated GPU: a run that ends within an epoch evaluates in the memory
     REQUIRE(train(config, {"", true}) == 0);
     return nlohmann::json::parse(read_text(config.output + "/summary.json")).at("peak_bytes").get<int64_t>();
   };
-  CHECK(peak(3) == peak(8));
+  const int64_t within = peak(3), at_end = peak(8);
+  CHECK(std::abs(within - at_end) < 8 * 32 * 32 * 3);  // a batch; small tables stay from run to run
 }
 
 TEST_CASE("emulated GPU: memory goes back to the driver when the GPU is done with it", "[emulation]") {
