@@ -174,31 +174,6 @@ TEST_CASE("memory: on a GPU blocks are cut from the end of a free stretch that i
   memory.cut_from(BlockEnd::high);
 }
 
-TEST_CASE("memory: on request each block of a GPU is the driver's own, and no longer than was asked for") {
-  if (test_device() != kCuda) return;
-  Allocator& memory = Allocator::of(kCuda);
-  const char* const set = std::getenv("MESA_OWN_BLOCKS");
-  setenv("MESA_OWN_BLOCKS", "1", 1);
-  const auto cache = memory.new_cache();
-  if (set == nullptr) unsetenv("MESA_OWN_BLOCKS");
-  const Allocator::Using own(memory, cache);
-  const MemoryUse before = memory.use();
-  for (const int64_t bytes : {100, 100, 1'000'001}) {
-    const auto block = memory.allocate(bytes, MemoryKind::workspace), other = memory.allocate(1, MemoryKind::activations);
-    CHECK(memory.use().reserved == before.reserved + bytes + 1);
-  }
-  CHECK(memory.use().reserved == before.reserved);
-  CHECK(memory.use().system_allocations == before.system_allocations + 6);
-}
-
-// A checking tool must see this; one that does not checks nothing.
-TEST_CASE("memory: a kernel that reads beyond a tensor", "[.planted]") {
-  const Tensor logits = to(Tensor::zeros({2, 10}, DType::f32), test_device());
-  const Tensor labels = to(Tensor::from<int64_t>({2}, {0, 10}), test_device()), loss = Tensor::empty({2}, DType::f32, test_device());
-  kernels::cross_entropy(logits, labels, 0, loss);
-  loss.to_vector<double>();
-}
-
 TEST_CASE("memory: what a plan says is enough, and nothing overlaps") {
   if (test_device() != kCuda) return;
   const uint64_t seed = test_seed();
@@ -225,6 +200,31 @@ TEST_CASE("memory: what a plan says is enough, and nothing overlaps") {
 }
 
 #endif
+
+TEST_CASE("memory: on request each block of a GPU is the driver's own, and no longer than was asked for") {
+  if (test_device() != kCuda) return;
+  Allocator& memory = Allocator::of(kCuda);
+  const char* const set = std::getenv("MESA_OWN_BLOCKS");
+  setenv("MESA_OWN_BLOCKS", "1", 1);
+  const auto cache = memory.new_cache();
+  if (set == nullptr) unsetenv("MESA_OWN_BLOCKS");
+  const Allocator::Using own(memory, cache);
+  const MemoryUse before = memory.use();
+  for (const int64_t bytes : {100, 100, 1'000'001}) {
+    const auto block = memory.allocate(bytes, MemoryKind::workspace), other = memory.allocate(1, MemoryKind::activations);
+    CHECK(memory.use().reserved == before.reserved + bytes + 1);
+  }
+  CHECK(memory.use().reserved == before.reserved);
+  CHECK(memory.use().system_allocations == before.system_allocations + 6);
+}
+
+// A checking tool must see this; one that does not checks nothing.
+TEST_CASE("memory: a kernel that reads beyond a tensor", "[.planted]") {
+  const Tensor logits = to(Tensor::zeros({2, 10}, DType::f32), test_device());
+  const Tensor labels = to(Tensor::from<int64_t>({2}, {0, 10}), test_device()), loss = Tensor::empty({2}, DType::f32, test_device());
+  kernels::cross_entropy(logits, labels, 0, loss);
+  loss.to_vector<double>();
+}
 
 TEST_CASE("memory: more than there is fails with the request and what is in use") {
   const Tensor held = Tensor::empty({5000}, DType::f32, kCpu, MemoryKind::optimizer);
