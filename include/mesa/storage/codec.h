@@ -32,8 +32,8 @@ struct Packed {
 struct PackContext {
   const Site& site;
   RandomKey random;  ///< this site's numbers at this step
-  const Tensor&
-      counts;  ///< [2] i64 where x lives: saturated and non-finite elements are added here; undefined where the codec shares its input
+  /// [2] i64 where x lives: saturated and non-finite elements are added here. Undefined where the codec shares its input.
+  const Tensor& counts;
 };
 
 /// A value that the kernel which computes it will pack in the same pass: what is kept, and what that kernel needs. Empty: pack it later.
