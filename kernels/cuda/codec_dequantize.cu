@@ -1,6 +1,6 @@
 // Decoding, x = fma(q, step[g], offset[g]), and what backward computes of x in the same visit: gelu, its gradient, gamma x + beta. A
 // decoded x is rounded to the dtype that it was packed from, as if it had been kept there.
-#include "codec.cuh"
+#include "codec_decode.cuh"
 #include "mesa/kernels/elementwise.h"
 #include "mesa/kernels/norm.h"
 
@@ -9,36 +9,6 @@ namespace {
 
 /// Units that a thread decodes, all of whose codes are under way before the first is used.
 inline constexpr int kAtOnce = 4;
-
-/// How many elements there are, by units.
-struct Extent {
-  uint32_t count, whole;
-  int rest;
-};
-
-template <int bits>
-__device__ inline uint64_t load_codes(const uint8_t* codes, const Extent& extent, uint32_t u) {
-  if (u < extent.whole) return __ldcs(reinterpret_cast<const CodeWord<bits>*>(codes) + u);
-  uint64_t word = 0;
-#pragma unroll 1
-  for (int i = 0; i < extent.rest * bits; i += 8) word |= uint64_t{codes[int64_t{u} * bits + i / 8]} << i;
-  return word;
-}
-
-/// A unit's G steps or offsets.
-template <int G>
-__device__ inline void load_scales(const float* from, float (&to)[G]) {
-  if constexpr (G == 1) {
-    to[0] = *from;
-  } else {
-#pragma unroll
-    for (int i = 0; i < G; i += 4) {
-      const Pack<float, 4> four = *reinterpret_cast<const Pack<float, 4>*>(from + i);
-#pragma unroll
-      for (int j = 0; j < 4; ++j) to[i + j] = four.v[j];
-    }
-  }
-}
 
 // What becomes of the unit u of x, of which `valid` elements exist. `read` fetches what that takes besides: for all units of a thread
 // before the first is used, since no load can go ahead of a store that might change what it finds.
@@ -118,11 +88,7 @@ __global__ void decode_units_kernel(const uint8_t* __restrict__ codes, Extent ex
       load_scales(offset + int64_t{g} * G, offsets);
     }
     float v[kUnit];
-#pragma unroll
-    for (int i = 0; i < kUnit; ++i) {
-      const uint8_t q = static_cast<uint8_t>(words[k] >> i * bits & ((1u << bits) - 1));
-      v[i] = rounded_to<T>(dequantize_value(q, steps[i % G], offsets[i % G]));
-    }
+    decode_unit<T, bits>(words[k], steps, offsets, v);
     then(u, v, others[k], u < extent.whole ? kUnit : extent.rest);
   }
 }

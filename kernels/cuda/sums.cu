@@ -13,7 +13,8 @@ namespace {
 
 // --- sums of columns -----------------------------------------------------------------------------------------------------------------
 
-constexpr int64_t kSumRows = 64;  // rows a chunk: fp32 sums this short keep their relative error near 1e-7
+constexpr int64_t kSumRows = 64;    // rows a chunk: fp32 sums this short keep their relative error near 1e-7
+constexpr int64_t kFewRows = 1024;  // which one kernel adds up
 
 /// partial[c, n] = the sum over the rows of chunk c; one block for each tile of columns of each chunk.
 template <int N, class T>
@@ -175,10 +176,15 @@ void sum_rows(const Tensor& dy, const Tensor& db, bool accumulate) {
     dispatch_wide(db.dtype(), [&](auto out) {
       using Out = decltype(out);
       if (chunks <= 1) return sum_few_rows(dy.data<T>(), rows, width, db.data<Out>(), accumulate);
+      const auto finish = [&](const char* name, int64_t parts, const A* partial) {
+        launch(name, &add_partials_kernel<A, Out>, FewColumns::blocks(width), FewColumns::kThreads, 0, parts, width, partial,
+               db.data<Out>(), accumulate);
+      };
+      if constexpr (std::is_same_v<T, A>)
+        if (rows <= kFewRows) return finish("sum_rows", rows, dy.data<T>());
       const Tensor partial = Tensor::empty({chunks, width}, dtype_of<A>, dy.device());
       sum_chunks(dy.data<T>(), rows, width, chunks, partial.data<A>());
-      launch("sum_rows (finish)", &add_partials_kernel<A, Out>, FewColumns::blocks(width), FewColumns::kThreads, 0, chunks, width,
-             partial.data<A>(), db.data<Out>(), accumulate);
+      finish("sum_rows (finish)", chunks, partial.data<A>());
     });
   });
 }

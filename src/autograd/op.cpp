@@ -97,12 +97,13 @@ Var Op::record(const Tensor& y, std::function<Grads(const Tensor& dy, const Extr
     Grads grads = formula(dy[0], *extras);
     for (size_t i = 0; i < others.size(); ++i)
       if (others[i].defined()) grads[i] = others[i];
-    if (waits) late->dy = extras->dy;
+    if (waits) late->dy = extras->dy, late->dy_sums = extras->dy_sums;
     return grads;
   })[0];
   Tape::Step& step = tape_->steps_.back();
   step.extras = extras, step.adds = can.adds, step.dtype_x = inputs_[0].dtype();
-  tape_->slots_[static_cast<size_t>(out.slot_)].products = step.products = can.products;
+  Tape::Slot& slot = tape_->slots_[static_cast<size_t>(out.slot_)];
+  slot.products = step.products = can.products, slot.wants_sums = can.sums;
   if (waits) {
     Tape::Step rest;
     rest.path = step.path, rest.params = step.params, rest.inputs.assign(inputs_.size(), -1);

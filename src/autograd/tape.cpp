@@ -83,15 +83,15 @@ void Tape::run_step(Step step, const std::function<void(Param&)>& ready) {  // o
   {
     const Scope scope(step.path);
     std::vector<Tensor> dy;
-    Tensor copy;
+    Tensor copy, sums;
     bool any = step.outputs.empty();  // a step that waited knows by itself
     for (int slot : step.outputs) {
       Slot taken = std::exchange(slots_[slot], {});
       any = any || taken.gradient.defined();
       dy.push_back(std::move(taken.gradient));
-      copy = std::move(taken.copy);
+      copy = std::move(taken.copy), sums = std::move(taken.sums);
     }
-    if (any) go_back(step, std::move(dy), std::move(copy));
+    if (any) go_back(step, std::move(dy), std::move(copy), std::move(sums));
     for (Param* param : step.params)
       if (param != nullptr && --uses_[param] == 0 && ready) ready(*param);
   }
@@ -99,8 +99,8 @@ void Tape::run_step(Step step, const std::function<void(Param&)>& ready) {  // o
   if (step.again) *step.again = Tensor();
 }
 
-void Tape::go_back(Step& step, std::vector<Tensor> dy, Tensor copy) {
-  if (step.extras) offer(step, dy[0], copy);
+void Tape::go_back(Step& step, std::vector<Tensor> dy, Tensor copy, Tensor sums) {
+  if (step.extras) offer(step, dy[0], copy), step.extras->dy_sums = std::move(sums);
   copy = Tensor();
   Grads grads = step.backward(dy);
   step.backward = nullptr;
@@ -120,6 +120,7 @@ void Tape::go_back(Step& step, std::vector<Tensor> dy, Tensor copy) {
       add_to_parameter(*step.params[i], grads[i]);
   }
   if (extras.dx_copy.defined()) slots_[step.inputs[0]].copy = extras.dx_copy;
+  if (step.sums.defined()) slots_[step.inputs[0]].sums = std::move(step.sums);
 }
 
 bool may_overwrite(const Tensor& gradient) { return gradient.buffer().use_count() == 1 && gradient.is_contiguous(); }
@@ -128,8 +129,10 @@ void Tape::offer(Step& step, const Tensor& dy, const Tensor& copy) {
   Extras& to = *step.extras;
   if (step.products) to.dy = copy.defined() ? copy : in_form(*step.products, dy);
   if (!step.waiting.empty()) to.y = step.again.get();
-  if (!step.adds || step.inputs[0] < 0 || inspection_) return;  // who inspects wants to see each term
+  if (step.inputs[0] < 0 || inspection_) return;  // who inspects wants to see each term
   Slot& x = slots_[step.inputs[0]];
+  if (x.wants_sums && !x.gradient.defined()) to.dx_sums = &step.sums;
+  if (!step.adds) return;
   // A gradient may be shared (add hands dy to both inputs): only one owner may write to it.
   if (x.gradient.defined() && x.gradient.dtype() == step.dtype_x && may_overwrite(x.gradient)) to.sum = std::exchange(x.gradient, {});
   x.copy = Tensor();
@@ -162,7 +165,7 @@ Tensor Tape::room_for_copy(const Tensor& dy, DType dtype) {
 
 void Tape::accumulate(int slot, Tensor gradient) {
   Slot& have = slots_[slot];
-  have.copy = Tensor();
+  have.copy = have.sums = Tensor();
   if (!have.gradient.defined()) {
     have.gradient = std::move(gradient);
     return;

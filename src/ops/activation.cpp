@@ -2,6 +2,15 @@
 #include "mesa/ops/ops.h"
 
 namespace mesa {
+namespace {
+
+/// For sums of dx's columns, where the kernel that makes dx makes them, too.
+Tensor room_for_sums(const Tensor& dx) {
+  if (!is_gpu(dx.device()) || dx.dtype() == DType::f64 || dx.dim(-1) % 8 != 0) return {};  // not for odd widths
+  return Tensor::empty({kernels::sum_parts(dx.rows(), dx.dim(-1)), dx.dim(-1)}, DType::f32, dx.device());
+}
+
+}  // namespace
 
 Var gelu(const Var& x) {
   const Op op("gelu", {x});
@@ -15,10 +24,16 @@ Var gelu(const Var& x) {
   const Saved saved = ahead.defined() ? ahead.saved : op.save("x", x);
   const auto formula = [saved](const Tensor& dy, const Extras& extras) -> Grads {
     const Tensor dx = may_overwrite(dy) ? dy : empty_like(dy);  // memory is scarcest here
-    Tensor again;
+    Tensor again, sums;
     if (extras.y) again = *extras.y = empty_like(dy);
-    if (const auto coded = saved.coded_on_gpu())
+    if (extras.dx_sums) sums = *extras.dx_sums = room_for_sums(dx);
+    const auto coded = saved.coded_on_gpu();
+    if (coded && sums.defined())
+      kernels::gelu_grad_coded_sums(dy, *coded, dx, again, sums);
+    else if (coded)
       kernels::gelu_grad_coded(dy, *coded, dx, again);
+    else if (sums.defined())
+      kernels::gelu_grad_sums(dy, saved.get(), dx, again, sums);
     else
       kernels::gelu_grad(dy, saved.get(), dx, again);
     return {dx};

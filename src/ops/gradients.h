@@ -23,8 +23,9 @@ inline void put(const Tensor& gradient, const Tensor& out, bool accumulate) {
 }
 
 /// The gradients of w [O, ..] and b [O] of y = x w^T + b from dy [M, O], as Grads holds them. `x` [M, I] is asked for only if w wants one.
+/// `sums`: Extras::dy_sums.
 inline std::pair<Tensor, Tensor> weight_and_bias_grads(const Target& dw, const Target& db, const Tensor& dy,
-                                                       const std::function<Tensor()>& x) {
+                                                       const std::function<Tensor()>& x, const Tensor& sums = {}) {
   // One product computes both; the targets only say where the two go, and whether to add.
   Tensor to_w, to_b;
   bool add_w = false, add_b = false;
@@ -32,10 +33,11 @@ inline std::pair<Tensor, Tensor> weight_and_bias_grads(const Target& dw, const T
   const Tensor b = db.into([&](const Tensor& to, bool add) { to_b = to, add_b = add; });
   if (to_w.defined()) {
     const Tensor rows = x();
-    kernels::matmul_weight_grad(dy, rows, to_w.reshape({dy.dim(1), rows.dim(1)}), add_w, to_b, add_b);
-  } else if (to_b.defined()) {
-    kernels::sum_rows(dy, to_b, add_b);
+    const bool apart = sums.defined() || !to_b.defined();
+    kernels::matmul_weight_grad(dy, rows, to_w.reshape({dy.dim(1), rows.dim(1)}), add_w, apart ? Tensor() : to_b, add_b);
+    if (!apart) return {w, b};
   }
+  if (to_b.defined()) kernels::sum_rows(sums.defined() ? sums : dy, to_b, add_b);
   return {w, b};
 }
 

@@ -57,12 +57,17 @@ Var linear(const Var& x, const Var& w, const Var& b, std::optional<DType> out, c
   const auto of_parameters = [=, dw = op.gradient(w), db = b.defined() ? op.gradient(b) : Target(),
                               has_bias = b.defined()](const Extras& extras) -> Grads {
     Grads grads(inputs);
-    const auto [to_w, to_b] = weight_and_bias_grads(dw, db, flatten(extras.dy), [&] { return flatten(sx.get()); });
+    const auto rows = [&] { return flatten(sx.get()); };
+    const auto [to_w, to_b] = weight_and_bias_grads(dw, db, flatten(extras.dy), rows, extras.dy_sums);
     grads[1] = to_w;
     if (has_bias) grads[2] = to_b;
     return grads;
   };
-  return op.record(y, formula, {.products = x.dtype(), .value = only_parameters(op, {w, b}) ? sx : Saved(), .of_value = of_parameters});
+  return op.record(y, formula,
+                   {.products = x.dtype(),
+                    .sums = b.defined() && op.wants(b),
+                    .value = only_parameters(op, {w, b}) ? sx : Saved(),
+                    .of_value = of_parameters});
 }
 
 Var scaled_linear(const Var& x, const Var& w, const Var& b, const Var& gamma, std::optional<DType> out, const Var& residual) {

@@ -100,6 +100,22 @@ class Bench : public WorkList {
         [=] { kernels::layer_norm_grad(dy, xhat, rstd, gamma, beta, in_a_block); });
   }
 
+  /// As behind a linear layer with a bias.
+  void gelu_with_sums(const Tensor& h, const Tensor& dg, const Tensor& g) {
+    const double m = static_cast<double>(h.numel()), w = width(e_.type);
+    const Tensor sums = room({kernels::sum_parts(h.rows(), h.dim(-1)), h.dim(-1)}, DType::f32), db = room({h.dim(-1)}, DType::f32);
+    const double written = static_cast<double>(sums.bytes());
+    add("gelu_grad and gelu, with sums", m * 4 * w + written, 0, [=] { kernels::gelu_grad_sums(dg, h, dg, g, sums); });
+    for (const int bits : {8, 4}) {
+      const kernels::Coding runs = current_codes(h.numel(), bits);
+      kernels::encode(h, runs);
+      const kernels::Coded coded{runs.codes, runs.step, runs.offset, runs.layout, runs.bits};
+      add(concat("gelu_grad and gelu, with sums, coded in runs, ", bits, " bits"), m * (3 * w + bits / 8.0) + written, 0,
+          [=] { kernels::gelu_grad_coded_sums(dg, coded, dg, g, sums); });
+    }
+    add("sum_rows of such sums", written, 0, [=] { kernels::sum_rows(sums, db, false); });
+  }
+
   void pointwise() {
     const double m = e_.rows() * static_cast<double>(e_.hidden), n = e_.rows() * static_cast<double>(e_.C), w = width(e_.type);
     const Tensor h = values({e_.B, e_.N, e_.hidden}, e_.type), g = empty_like(h), dg = values(h.shape(), e_.type);
@@ -118,6 +134,7 @@ class Bench : public WorkList {
       kernels::quantize_running(h, to);
       const kernels::Coded coded{to.codes, to.step, to.offset, to.layout, to.bits};
       add("gelu_grad and gelu, coded 8 bits", m * (3 * w + 1), 0, [=] { kernels::gelu_grad_coded(dg, coded, dg, g); });
+      gelu_with_sums(h, dg, g);
     }
     add("mul", m * 3 * w, 0, [=] { kernels::mul(g, h, dg); });
     add("add (residual)", n * (8 + w), 0, [=] { kernels::add(residual, branch, sum); });

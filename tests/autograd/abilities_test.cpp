@@ -276,6 +276,66 @@ TEST_CASE("tape: layer norm of a value whose op wants its gradient in f32, while
   CHECK((largest > 0.01 && std::isfinite(largest)));
 }
 
+namespace {
+
+/// x once more, with ten times the sums of its gradient's rows where they are wanted: who makes use of them shows it.
+Var boasting(const Var& x, int& asked) {
+  const Op op("boasting", {x});
+  const Tensor y = empty_like(x.value());
+  kernels::copy(x.value(), y);
+  const auto formula = [&asked](const Tensor& dy, const Extras& extras) -> Grads {
+    if (extras.dx_sums) {
+      ++asked;
+      *extras.dx_sums = Tensor::empty({2, dy.dim(1)}, DType::f32);
+      for (const int part : {0, 1}) kernels::sum_rows(dy, extras.dx_sums->select(0, part), false);
+      kernels::scale(*extras.dx_sums, 5, *extras.dx_sums);
+    }
+    return {dy};
+  };
+  return op.record(y, formula, {});
+}
+
+}  // namespace
+
+TEST_CASE("tape: sums of a gradient's rows reach the bias in front where they are all of its gradient, and only there") {
+  Param x = make_param("x", {6, 4}), gamma = make_param("gamma", {4}), beta = make_param("beta", {4}), w = make_param("w", {8, 4}),
+        b = make_param("b", {8});
+  enum Reader { none, early, late };
+  struct Met {
+    int asked = 0;
+    double factor = 0;  // of the bias's gradient, against the true one
+  };
+  const auto meet = [&](Reader reader, bool inspected, bool biased, bool waits) {
+    for (Param* p : {&x, &gamma, &beta, &w, &b}) p->grad_written = false;
+    StoragePolicy policy = simple_policy({{"*", "exact", {}, ""}, {"*linear*x", waits ? "rebuild" : "exact", {}, ""}});
+    Tape tape(policy);
+    if (inspected) tape.inspect([](const Tensor&, const std::string&) {});
+    const Var h = linear(layer_norm(Var(x), Var(gamma), Var(beta), 1e-6), Var(w), biased ? Var(b) : Var());
+    const Tensor dy = normal_tensor(h.shape(), "dy");
+    Met met;
+    const Var first = reader == late ? scale(h, 1) : Var(), y = boasting(h, met.asked), last = reader == early ? scale(h, 1) : Var();
+    if (reader == none)
+      tape.backward({y}, {dy});
+    else
+      tape.backward({y, reader == late ? first : last}, {dy, dy});
+    if (!biased) return met;
+    double sum = 0;
+    for (int row = 0; row < 6; ++row) sum += dy.to_vector<double>()[row * 8];
+    met.factor = b.grad.to_vector<double>()[0] / sum;
+    return met;
+  };
+  for (const bool waits : {false, true}) {
+    CAPTURE(waits);
+    const Met alone = meet(none, false, true, waits);
+    CHECK((alone.asked == 1 && alone.factor == Approx(10)));
+    const Met before = meet(early, false, true, waits), after = meet(late, false, true, waits), seen = meet(none, true, true, waits);
+    CHECK((before.asked == 0 && before.factor == Approx(2)));  // the other reader's gradient is there already,
+    CHECK(after.factor == Approx(2));                          // or comes afterwards
+    CHECK((seen.asked == 0 && seen.factor == Approx(1)));
+    CHECK(meet(none, false, false, waits).asked == 0);
+  }
+}
+
 TEST_CASE("tape: a gradient that somebody else holds is not written over") {
   Param x = make_param("x", {4, 8}), w = make_param("w", {8, 8}), gamma = make_param("gamma", {8}), beta = make_param("beta", {8});
   for (const bool norm : {false, true}) {

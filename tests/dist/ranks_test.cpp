@@ -165,7 +165,8 @@ TEST_CASE("ranks: an error of one is the end of all", "[ranks]") {
   }
 }
 
-TEST_CASE("ranks: one alone tells of a rank that is there but does not come to a collective, also where it is the leader", "[ranks][slow]") {
+TEST_CASE("ranks: one alone tells of a rank that is there but does not come to a collective, also where it is the leader",
+          "[ranks][slow]") {
   for (const char* stuck : {"0", "1"}) {
     setenv("MESA_TEST_RANK_STUCK", stuck, 1);
     Ranks ranks(3, 8);
@@ -175,7 +176,9 @@ TEST_CASE("ranks: one alone tells of a rank that is there but does not come to a
       CAPTURE(stuck, r, result.err);
       CHECK(result.code == kExitRankLost);
       CHECK_THAT(result.err, Contains(concat("seen: rank ", stuck, " (")) && Contains("has not come to collective 7, in which rank "));
-      CHECK_THAT(result.err, Contains("has waited for 6 seconds") || Contains("has waited for 7 seconds"));  // of 8, in which all is to end
+      const size_t waited = result.err.find("has waited for ");  // 6 of the 8 in which all is to end; a busy machine may be late
+      REQUIRE(waited != std::string::npos);
+      CHECK(std::stoi(result.err.substr(waited + 15)) >= 6);
       CHECK((result.err.find("and told") != std::string::npos) == (r == 0));
     }
   }

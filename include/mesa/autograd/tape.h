@@ -27,12 +27,16 @@ struct Extras {
   Tensor dx_copy;       ///< where dx, or that sum, in f32, is wanted in bf16, too; undefined: nowhere
   Tensor copy_factors;  ///< what the samples (axis 0) of that copy are multiplied by, at least two axes of them; undefined: nothing
   Tensor* y = nullptr;  ///< receives the op's result, where that is wanted again
+  Tensor dy_sums;       ///< [any number, dy's last axis] f32: rows that add up to the sum of dy's, if whoever made dy has them
+  Tensor* dx_sums = nullptr;  ///< receives such rows of dx, if the op can make them beside it; null: nobody wants them
 };
 
 /// What an op can do on its way back to spare passes over memory.
 struct Abilities {
   /// Its formula wants dy in this form. Whoever makes dy may write both.
   std::optional<GradientForm> products = {};
+  /// Its formulas make use of Extras::dy_sums, for the gradient of a bias.
+  bool sums = false;
   /// It adds to the first input's gradient, as behind a residual connection, where that of the other branch is there already; and writes
   /// it once more where Extras::dx_copy asks for that, times Extras::copy_factors.
   bool adds = false;
@@ -92,18 +96,20 @@ class Tape {
     bool adds = false;
     DType dtype_x = DType::f32;     // of the first input
     std::shared_ptr<Tensor> again;  // the result, once the formula has rebuilt it
+    Tensor sums;                    // where the formula leaves those of the first input's gradient
     std::vector<Step> waiting;      // for that
   };
   /// The gradient of one value.
   struct Slot {
-    Tensor gradient, copy;                 // copy: in the form `products`, where whoever made it wrote both
+    Tensor gradient, copy, sums;           // copy: in the form `products`, where whoever made it wrote both; sums: of its rows
     std::optional<GradientForm> products;  // that its op wants
+    bool wants_sums = false;               // its op
   };
 
   void run(const std::function<void(Param&)>& ready);
   void run_step(Step step, const std::function<void(Param&)>& ready);
   /// The gradients of a step, put where they belong.
-  void go_back(Step& step, std::vector<Tensor> dy, Tensor copy);
+  void go_back(Step& step, std::vector<Tensor> dy, Tensor copy, Tensor sums);
   /// Fills in what the formula takes besides dy; `copy`: dy in the form that it wants, or undefined.
   void offer(Step& step, const Tensor& dy, const Tensor& copy);
   /// dy in that form, by a pass of its own where it has another.

@@ -1,5 +1,7 @@
 // Pointwise arithmetic and its gradients. Floating dtypes; results are rounded to the output's dtype, sums run in fp32 (fp64 for fp64).
 #pragma once
+#include <algorithm>
+
 #include "mesa/base/random.h"
 #include "mesa/kernels/codec.h"
 
@@ -42,6 +44,14 @@ MESA_KERNEL(gelu_grad, const Tensor& dy, const Tensor& x, const Tensor& dx, cons
 /// Both from codes of x, bit for bit as from the decoded tensor, which has the result's dtype. CUDA.
 MESA_KERNEL(gelu_coded, const Coded& x, const Tensor& y);
 MESA_KERNEL(gelu_grad_coded, const Tensor& dy, const Coded& x, const Tensor& dx, const Tensor& y);
+/// Each of these gradients with sums of its columns from the same visit, for a bias in front of gelu: sums [parts, last axis] f32 gets rows
+/// that add up to the sum of dx's rows, as dx holds them. Not f64. CUDA.
+MESA_KERNEL(gelu_grad_sums, const Tensor& dy, const Tensor& x, const Tensor& dx, const Tensor& y, const Tensor& sums);
+MESA_KERNEL(gelu_grad_coded_sums, const Tensor& dy, const Coded& x, const Tensor& dx, const Tensor& y, const Tensor& sums);
+/// Parts for a matrix of so many rows and columns: 132 multiprocessors with 1,024 threads each of 8 columns.
+inline int64_t sum_parts(int64_t rows, int64_t columns) {
+  return std::clamp<int64_t>(132 * std::max<int64_t>(1, 1024 * 8 / std::max<int64_t>(1, columns)), 1, std::max<int64_t>(1, rows));
+}
 
 /// y[i] <- keep_i ? x[i] / (1 - p) : 0 with keep_i = uniform(random_word(key, i)) >= p. The gradient is the same call on dy.
 MESA_KERNEL(dropout, const Tensor& x, const Tensor& y, double p, RandomKey key);
