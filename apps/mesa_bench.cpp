@@ -110,7 +110,7 @@ int run(const Arguments& args) {
   const mesa::BenchmarkResult result = measure(config, options);
   std::cout << mesa::format_benchmark(result) << std::flush;
   for (const std::string& which : mesa::kernels::slow_convolutions())
-    std::cerr << "convolutions are slow, not having been run by cuDNN: " << which << "\n";
+    std::cerr << "convolutions are slow: " << which << "\n";
   if (!args.json.empty()) mesa::write_file_atomically(args.json, mesa::benchmark_json(result));
   return 0;
 }

@@ -8,6 +8,7 @@
 #include "mesa/base/cuda.h"
 #include "mesa/base/cuda_profile.h"
 #include "mesa/kernels/conv.h"
+#include "mesa/kernels/elementwise.h"
 
 namespace mesa::kernels::cuda {
 
@@ -87,54 +88,89 @@ std::string to_string(const Case& c) {
 }
 void note_slow(const Case& c, const std::string& reason) { note_slow(concat(to_string(c), ": ", reason)); }
 
-/// Empty where there is no engine.
-std::optional<Plan>& plan_of(const Case& c, cudnnHandle_t on) {
-  static std::map<Case, std::optional<Plan>>& plans = *new std::map<Case, std::optional<Plan>>;
-  if (const auto found = plans.find(c); found != plans.end()) return found->second;
+/// What there is for a case: a plan or the reason why there is none; and what faster engines would want too much of.
+struct Choice {
   std::optional<Plan> plan;
+  std::string refusal;
+  int64_t wanted = 0;  ///< bytes of workspace; 0: there is no faster one
+};
+Choice& choice_for(const Case& c, cudnnHandle_t on) {
+  static std::map<Case, Choice>& choices = *new std::map<Case, Choice>;
+  if (const auto found = choices.find(c); found != choices.end()) return found->second;
+  Choice choice;
   try {
-    plan.emplace(graph_of(c), on, engines(c.dtype));
+    choice.wanted = choice.plan.emplace(graph_of(c), on, engines(c.dtype)).faster_wants();
   } catch (const cudnn::Unsupported& reason) {
-    note_slow(c, reason.what());
+    choice.refusal = reason.what(), choice.wanted = reason.wanted;
   }
-  return plans.emplace(c, std::move(plan)).first->second;
+  return choices.emplace(c, std::move(choice)).first->second;
 }
 
-bool run(Pass pass, const Tensor& x, const Tensor& w, const Tensor& y, const ConvGeometry& g) {
-  const Case c{pass, x.dim(0), x.dim(2), y.dim(2), g, x.dtype()};
-  cudnn::Library& library = cudnn::Library::get();
-  const std::lock_guard lock(library.mutex);
-  if (cudnnGetVersion() == 0) return note_slow("all, since cuDNN was not found"), false;
-  for (const Tensor* t : {&x, &w, &y})
-    if (reinterpret_cast<uintptr_t>(t->raw()) % 16 != 0) return note_slow(c, "operands that do not begin at multiples of 16 bytes"), false;
-  static bool starts = true;  // unless a part of cuDNN is missing, say
-  if (!starts) return false;
-  cudnnHandle_t handle = nullptr;
+/// How many images of a batch a convolution takes at a time: all, unless the workspace of fewer lets a faster engine run.
+int64_t images_at_once(const Case& all, cudnnHandle_t on) {
+  for (Case c = all;; c.B = (c.B + 1) / 2) {
+    const Choice& choice = choice_for(c, on);
+    if (choice.wanted == 0 && choice.plan) return c.B;
+    if (choice.wanted == 0 || c.B == 1) return all.B;
+  }
+}
+
+/// Of some images.
+bool run(const Case& c, cudnnHandle_t handle, const cudnn::Memory& memory, Device device) {
+  Choice& choice = choice_for(c, handle);
+  if (!choice.plan) return note_slow(c, choice.refusal), false;
+  Plan& plan = *choice.plan;
+  if (choice.wanted > 0) note_slow(c, concat("faster engines want a workspace of ", choice.wanted, " bytes"));
+  Tensor workspace;
   try {
-    handle = library.handle_on(mesa::cuda::stream());
+    workspace = Tensor::empty({plan.workspace_bytes()}, DType::u8, device);
+  } catch (const OutOfMemory&) {  // no plan of a run has it
+    return note_slow(c, concat("no memory for a workspace of ", plan.workspace_bytes(), " bytes")), false;
+  }
+  const mesa::cuda::Timed timed(mesa::cuda::profiling() ? "convolution by cuDNN: " + to_string(c) : "");
+  try {
+    plan.run(handle, memory, workspace.raw());
+  } catch (const cudnn::Unsupported& reason) {  // of what it had planned
+    choice.refusal = reason.what(), choice.wanted = 0;
+    choice.plan.reset();
+    return note_slow(c, choice.refusal), false;
+  }
+  if (mesa::cuda::synchronous()) mesa::cuda::synchronize("a convolution by cuDNN");
+  return true;
+}
+
+/// The library's handle; null where it cannot be used, which is told.
+cudnnHandle_t start() {
+  if (cudnnGetVersion() == 0) return note_slow("all, since cuDNN was not found"), nullptr;
+  static bool starts = true;  // unless a part of cuDNN is missing, say
+  if (!starts) return nullptr;
+  try {
+    return cudnn::Library::get().handle_on(mesa::cuda::stream());
   } catch (const OutOfMemory&) {
     throw;
   } catch (const Error& reason) {
     note_slow(concat("all: ", reason.what()));
-    return starts = false;
+    starts = false;
+    return nullptr;
   }
-  std::optional<Plan>& plan = plan_of(c, handle);
-  if (!plan) return false;
-  Tensor workspace;
-  try {
-    workspace = Tensor::empty({plan->workspace_bytes()}, DType::u8, x.device());
-  } catch (const OutOfMemory&) {  // no plan of a run has it
-    return note_slow(c, concat("no memory for a workspace of ", plan->workspace_bytes(), " bytes")), false;
+}
+
+bool run(Pass pass, const Tensor& x, const Tensor& w, const Tensor& y, const ConvGeometry& g) {
+  Case c{pass, x.dim(0), x.dim(2), y.dim(2), g, x.dtype()};
+  const std::lock_guard lock(cudnn::Library::get().mutex);
+  const cudnnHandle_t handle = start();
+  if (handle == nullptr) return false;
+  const int64_t all = c.B, at_once = images_at_once(c, handle);
+  for (int64_t begin = 0; begin < all; begin += at_once) {
+    c.B = std::min(at_once, all - begin);
+    const bool adds = pass == Pass::weights && begin > 0;
+    const Tensor part_x = x.narrow(0, begin, c.B), part_y = y.narrow(0, begin, c.B), part_w = adds ? empty_like(w) : w;
+    for (const Tensor* t : {&part_x, &part_w, &part_y})
+      if (reinterpret_cast<uintptr_t>(t->raw()) % 16 != 0)
+        return note_slow(c, "operands that do not begin at multiples of 16 bytes"), false;
+    if (!run(c, handle, {{kX, part_x.raw()}, {kW, part_w.raw()}, {kY, part_y.raw()}}, x.device())) return false;
+    if (adds) kernels::add(w, part_w, w);
   }
-  const mesa::cuda::Timed timed(mesa::cuda::profiling() ? "convolution by cuDNN: " + to_string(c) : "");
-  try {
-    plan->run(handle, {{kX, x.raw()}, {kW, w.raw()}, {kY, y.raw()}}, workspace.raw());
-  } catch (const cudnn::Unsupported& reason) {  // of what it had planned
-    note_slow(c, reason.what());
-    plan.reset();
-    return false;
-  }
-  if (mesa::cuda::synchronous()) mesa::cuda::synchronize("a convolution by cuDNN");
   return true;
 }
 

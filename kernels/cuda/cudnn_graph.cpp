@@ -284,8 +284,9 @@ int64_t workspace_of(const Descriptor& plan) {
   return bytes;
 }
 
-/// The plan of the first configuration that yields one. For a GPU that is only described its code is compiled but not loaded.
-Descriptor execution_plan(const std::vector<Descriptor>& configs, const Gpu& gpu, int64_t most_workspace) {
+/// The plan of the first configuration that yields one. For a GPU that is only described its code is compiled but not loaded. `refused`:
+/// what the first of those before it wanted that are refused for their workspace.
+Descriptor execution_plan(const std::vector<Descriptor>& configs, const Gpu& gpu, int64_t most_workspace, int64_t& refused) {
   std::string reason;
   for (const Descriptor& config : configs) {
     Descriptor plan(CUDNN_BACKEND_EXECUTION_PLAN_DESCRIPTOR, "execution plan");
@@ -296,9 +297,12 @@ Descriptor execution_plan(const std::vector<Descriptor>& configs, const Gpu& gpu
     if (status == CUDNN_STATUS_SUCCESS && workspace_of(plan) <= most_workspace) return plan;
     if (gpu.handle == nullptr && status == CUDNN_STATUS_EXECUTION_FAILED_CUDA_DRIVER) return plan;
     reason = status == CUDNN_STATUS_SUCCESS ? concat("a workspace of ", workspace_of(plan), " bytes") : describe(status);
+    if (status == CUDNN_STATUS_SUCCESS && refused == 0) refused = workspace_of(plan);
   }
   if (reason.empty()) reason = last_message();
-  throw Unsupported(reason.empty() ? "no engine takes the graph" : reason);
+  Unsupported none(reason.empty() ? "no engine takes the graph" : reason);
+  none.wanted = refused;
+  throw none;
 }
 
 }  // namespace
@@ -307,7 +311,7 @@ Plan::Plan(Graph graph, cudnnHandle_t handle, const Engines& engines)
     : graph_(std::move(graph)),
       operations_(operation_graph(graph_, handle)),
       configs_(engine_configs(operations_, {handle, nullptr}, engines)),
-      plan_(execution_plan(configs_, {handle, nullptr}, engines.most_workspace)),
+      plan_(execution_plan(configs_, {handle, nullptr}, engines.most_workspace, faster_wants_)),
       workspace_bytes_(workspace_of(plan_)) {}
 
 void Plan::check_support(const Graph& graph, const std::string& device_properties, const Engines& engines) {
@@ -315,7 +319,8 @@ void Plan::check_support(const Graph& graph, const std::string& device_propertie
   properties.set_all(CUDNN_ATTR_DEVICEPROP_JSON_REPRESENTATION, device_properties);
   properties.finalize();
   const Descriptor operations = operation_graph(graph, nullptr);
-  execution_plan(engine_configs(operations, {nullptr, &properties}, engines), {nullptr, &properties}, engines.most_workspace);
+  int64_t refused = 0;
+  execution_plan(engine_configs(operations, {nullptr, &properties}, engines), {nullptr, &properties}, engines.most_workspace, refused);
 }
 
 void Plan::run(cudnnHandle_t handle, const Memory& memory, void* workspace) const {

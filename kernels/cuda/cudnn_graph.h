@@ -19,6 +19,7 @@ namespace mesa::kernels::cuda::cudnn {
 class Unsupported : public std::runtime_error {
  public:
   using std::runtime_error::runtime_error;
+  int64_t wanted = 0;  ///< bytes of workspace, where that is too much
 };
 
 /// "9.19.0"
@@ -170,6 +171,8 @@ class Plan {
   static void check_support(const Graph& graph, const std::string& device_properties, const Engines& engines = {});
 
   int64_t workspace_bytes() const { return workspace_bytes_; }
+  /// Bytes that an engine wants which cuDNN takes for faster, more than it may have; 0: there is none.
+  int64_t faster_wants() const { return faster_wants_; }
   /// Runs on the handle's stream.
   void run(cudnnHandle_t handle, const Memory& memory, void* workspace) const;
 
@@ -178,6 +181,7 @@ class Plan {
   Graph graph_;
   Descriptor operations_;
   std::vector<Descriptor> configs_;
+  int64_t faster_wants_ = 0;
   Descriptor plan_;
   int64_t workspace_bytes_ = 0;
 };

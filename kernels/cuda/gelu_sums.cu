@@ -88,10 +88,10 @@ void launch_columns(const char* name, const Source& x, const Tensor& dy, const T
   using T = typename Source::Type;
   const auto u32 = [](int64_t n) { return static_cast<uint32_t>(n); };
   const Columns all{u32(dx.rows()), u32(width_of(dx) / kUnit), u32(sums.dim(0))};
-  const unsigned tiles = u32(ceil_div(all.across, kThreads)), columns = u32(ceil_div(all.across, tiles)), rows = kThreads / columns;
+  const ColumnBlocks block(width_of(dx));
   launch(name, y.defined() ? &gelu_grad_sums_kernel<true, Source, T> : &gelu_grad_sums_kernel<false, Source, T>,
-         dim3(u32(ceil_div(all.parts, rows)), tiles), dim3(columns, rows), 0, x, all, dy.data<T>(), dx.data<T>(),
-         y.defined() ? y.data<T>() : nullptr, sums.data<float>());
+         dim3(u32(ceil_div(all.parts, block.high)), u32(block.tiles)), dim3(u32(block.wide), u32(block.high)), 0, x, all, dy.data<T>(),
+         dx.data<T>(), y.defined() ? y.data<T>() : nullptr, sums.data<float>());
 }
 
 void check_sums(const Tensor& dx, const Tensor& sums) {

@@ -13,8 +13,8 @@ namespace {
 
 // --- sums of columns -----------------------------------------------------------------------------------------------------------------
 
-constexpr int64_t kSumRows = 64;    // rows a chunk: fp32 sums this short keep their relative error near 1e-7
-constexpr int64_t kFewRows = 1024;  // which one kernel adds up
+constexpr int64_t kSumRows = 64;                            // rows a chunk: fp32 sums this short keep their relative error near 1e-7
+constexpr int64_t kFewRows = 1024, kFewElements = 1 << 21;  // of sums that are added up without chunks
 
 /// partial[c, n] = the sum over the rows of chunk c; one block for each tile of columns of each chunk.
 template <int N, class T>
@@ -181,7 +181,7 @@ void sum_rows(const Tensor& dy, const Tensor& db, bool accumulate) {
                db.data<Out>(), accumulate);
       };
       if constexpr (std::is_same_v<T, A>)
-        if (rows <= kFewRows) return finish("sum_rows", rows, dy.data<T>());
+        if (rows <= kFewRows && rows * width <= kFewElements) return finish("sum_rows", rows, dy.data<T>());
       const Tensor partial = Tensor::empty({chunks, width}, dtype_of<A>, dy.device());
       sum_chunks(dy.data<T>(), rows, width, chunks, partial.data<A>());
       finish("sum_rows (finish)", chunks, partial.data<A>());

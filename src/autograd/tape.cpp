@@ -114,13 +114,12 @@ void Tape::go_back(Step& step, std::vector<Tensor> dy, Tensor copy, Tensor sums)
       inspection_(step.params[i]->grad, "gradient of " + step.params[i]->name);
     if (!grads[i].defined()) continue;
     check(!step.outputs.empty() || step.params[i] != nullptr, "a gradient that waited came too late for input ", i);
-    if (step.inputs[i] >= 0)
+    if (step.inputs[i] >= 0) {
       accumulate(step.inputs[i], std::move(grads[i]));
-    else if (step.params[i] != nullptr)
+      if (i == 0) slots_[step.inputs[0]].copy = extras.dx_copy, slots_[step.inputs[0]].sums = std::move(step.sums);
+    } else if (step.params[i] != nullptr)
       add_to_parameter(*step.params[i], grads[i]);
   }
-  if (extras.dx_copy.defined()) slots_[step.inputs[0]].copy = extras.dx_copy;
-  if (step.sums.defined()) slots_[step.inputs[0]].sums = std::move(step.sums);
 }
 
 bool may_overwrite(const Tensor& gradient) { return gradient.buffer().use_count() == 1 && gradient.is_contiguous(); }

@@ -4,9 +4,9 @@
 namespace mesa {
 namespace {
 
-/// For sums of dx's columns, where the kernel that makes dx makes them, too.
-Tensor room_for_sums(const Tensor& dx) {
-  if (!is_gpu(dx.device()) || dx.dtype() == DType::f64 || dx.dim(-1) % 8 != 0) return {};  // not for odd widths
+/// For sums of dx's columns, where the kernel that makes dx makes them in the same visit: eight columns a thread, of one group.
+Tensor room_for_sums(const Tensor& dx, const std::optional<kernels::Coded>& x) {
+  if (!is_gpu(dx.device()) || dx.dtype() == DType::f64 || dx.dim(-1) % 8 != 0 || (x && x->layout.inner % 8 != 0)) return {};
   return Tensor::empty({kernels::sum_parts(dx.rows(), dx.dim(-1)), dx.dim(-1)}, DType::f32, dx.device());
 }
 
@@ -26,8 +26,8 @@ Var gelu(const Var& x) {
     const Tensor dx = may_overwrite(dy) ? dy : empty_like(dy);  // memory is scarcest here
     Tensor again, sums;
     if (extras.y) again = *extras.y = empty_like(dy);
-    if (extras.dx_sums) sums = *extras.dx_sums = room_for_sums(dx);
-    const auto coded = saved.coded_on_gpu();
+    const std::optional<kernels::Coded> coded = saved.coded_on_gpu();
+    if (extras.dx_sums) sums = *extras.dx_sums = room_for_sums(dx, coded);
     if (coded && sums.defined())
       kernels::gelu_grad_coded_sums(dy, *coded, dx, again, sums);
     else if (coded)

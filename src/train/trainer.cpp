@@ -148,7 +148,7 @@ void Run::report(const UpdateResult& result, double seconds) {
     state_.epoch_images += result.images, state_.interval_images += result.images;
   }
   for (const std::vector<std::string> slow = kernels::slow_convolutions(); reported_slow_ < slow.size(); ++reported_slow_)
-    warn("convolutions are slow, not having been run by cuDNN: " + slow[reported_slow_]);
+    warn("convolutions are slow: " + slow[reported_slow_]);
   for (; reported_skips_ < train_loader_.skipped_samples().size(); ++reported_skips_)
     warn("a bad sample is replaced: " + train_loader_.skipped_samples()[reported_skips_]);
   show(result);

@@ -303,7 +303,9 @@ TEST_CASE("tape: sums of a gradient's rows reach the bias in front where they ar
   enum Reader { none, early, late };
   struct Met {
     int asked = 0;
-    double factor = 0;  // of the bias's gradient, against the true one
+    double factor = 0;                 // of the bias's gradient, against the true one
+    std::vector<std::string> order{};  // in which parameters were ready
+    bool waited() const { return std::find(order.begin(), order.end(), "w") > std::find(order.begin(), order.end(), "gamma"); }
   };
   const auto meet = [&](Reader reader, bool inspected, bool biased, bool waits) {
     for (Param* p : {&x, &gamma, &beta, &w, &b}) p->grad_written = false;
@@ -314,10 +316,11 @@ TEST_CASE("tape: sums of a gradient's rows reach the bias in front where they ar
     const Tensor dy = normal_tensor(h.shape(), "dy");
     Met met;
     const Var first = reader == late ? scale(h, 1) : Var(), y = boasting(h, met.asked), last = reader == early ? scale(h, 1) : Var();
+    const auto ready = [&](Param& p) { met.order.push_back(p.name); };
     if (reader == none)
-      tape.backward({y}, {dy});
+      tape.backward({y}, {dy}, ready);
     else
-      tape.backward({y, reader == late ? first : last}, {dy, dy});
+      tape.backward({y, reader == late ? first : last}, {dy, dy}, ready);
     if (!biased) return met;
     double sum = 0;
     for (int row = 0; row < 6; ++row) sum += dy.to_vector<double>()[row * 8];
@@ -327,10 +330,10 @@ TEST_CASE("tape: sums of a gradient's rows reach the bias in front where they ar
   for (const bool waits : {false, true}) {
     CAPTURE(waits);
     const Met alone = meet(none, false, true, waits);
-    CHECK((alone.asked == 1 && alone.factor == Approx(10)));
+    CHECK((alone.asked == 1 && alone.factor == Approx(10) && alone.waited() == waits));
     const Met before = meet(early, false, true, waits), after = meet(late, false, true, waits), seen = meet(none, true, true, waits);
     CHECK((before.asked == 0 && before.factor == Approx(2)));  // the other reader's gradient is there already,
-    CHECK(after.factor == Approx(2));                          // or comes afterwards
+    CHECK((after.asked == 1 && after.factor == Approx(2)));    // or comes afterwards
     CHECK((seen.asked == 0 && seen.factor == Approx(1)));
     CHECK(meet(none, false, false, waits).asked == 0);
   }

@@ -235,6 +235,18 @@ void run(const Object& op, Memory& memory) {
   }
 }
 
+/// Bytes that a plan of this engine wants.
+int64_t workspace_of(const Object& config) {
+  const mesa::emulation::CudnnTroubles& troubles = mesa::emulation::cudnn_troubles();
+  if (troubles.fallback_wants_none && config.one<int>(CUDNN_ATTR_ENGINEHEUR_MODE) == CUDNN_HEUR_MODE_FALLBACK) return 0;
+  if (troubles.workspace_each == 0) return troubles.workspace;
+  const Object& op = *config.part(CUDNN_ATTR_ENGINEHEUR_OPERATION_GRAPH).all<const Object*>(CUDNN_ATTR_OPERATIONGRAPH_OPS).at(0);
+  const auto x = op.type == CUDNN_BACKEND_OPERATION_CONVOLUTION_FORWARD_DESCRIPTOR         ? CUDNN_ATTR_OPERATION_CONVOLUTION_FORWARD_X
+                 : op.type == CUDNN_BACKEND_OPERATION_CONVOLUTION_BACKWARD_DATA_DESCRIPTOR ? CUDNN_ATTR_OPERATION_CONVOLUTION_BWD_DATA_DX
+                                                                                           : CUDNN_ATTR_OPERATION_CONVOLUTION_BWD_FILTER_X;
+  return troubles.workspace + troubles.workspace_each * op.part(x).all<int64_t>(CUDNN_ATTR_TENSOR_DIMENSIONS).at(0);
+}
+
 }  // namespace
 
 mesa::emulation::CudnnTroubles& mesa::emulation::cudnn_troubles() {
@@ -279,8 +291,8 @@ cudnnStatus_t cudnnBackendGetAttribute(cudnnBackendDescriptor_t d, cudnnBackendA
   if (name == CUDNN_ATTR_ENGINEHEUR_RESULTS) {
     *n = 1;
     if (wanted > 0)
-      static_cast<Object**>(values)[0]->attributes[CUDNN_ATTR_ENGINEHEUR_OPERATION_GRAPH] =
-          static_cast<Object*>(d)->attributes[CUDNN_ATTR_ENGINEHEUR_OPERATION_GRAPH];
+      for (const auto attribute : {CUDNN_ATTR_ENGINEHEUR_OPERATION_GRAPH, CUDNN_ATTR_ENGINEHEUR_MODE})
+        static_cast<Object**>(values)[0]->attributes[attribute] = static_cast<Object*>(d)->attributes[attribute];
   } else if (name == CUDNN_ATTR_ENGINECFG_ENGINE) {
     *n = 1;
   } else if (name == CUDNN_ATTR_ENGINE_NUMERICAL_NOTE) {
@@ -289,7 +301,7 @@ cudnnStatus_t cudnnBackendGetAttribute(cudnnBackendDescriptor_t d, cudnnBackendA
     for (size_t i = 0; i < notes.size(); ++i) static_cast<cudnnBackendNumericalNote_t*>(values)[i] = cudnnBackendNumericalNote_t(notes[i]);
   } else if (name == CUDNN_ATTR_EXECUTION_PLAN_WORKSPACE_SIZE) {
     *n = 1;
-    *static_cast<int64_t*>(values) = mesa::emulation::cudnn_troubles().workspace;
+    *static_cast<int64_t*>(values) = workspace_of(static_cast<Object*>(d)->part(CUDNN_ATTR_EXECUTION_PLAN_ENGINE_CONFIG));
   }
   return CUDNN_STATUS_SUCCESS;
 }

@@ -91,6 +91,38 @@ TEST_CASE("emulated GPU: a convolution that cuDNN cannot run, or not in little m
   check({.heuristics = {}, .running = kNotSupported}, false, "CUDNN_STATUS", 1);
 }
 
+TEST_CASE("emulated GPU: a batch for which a fast engine wants too much workspace is taken in parts", "[emulation]") {
+  if (kernels::cuda::cudnn_conv_support == nullptr) return;
+  const kernels::ConvGeometry g{5, 7, 3, 3, 1, 1};
+  const auto gradients = [&g](Device device) {
+    const auto of = [device](const Shape& shape, const char* name) { return to(normal_tensor(shape, name, DType::f32), device); };
+    const Tensor x = of({3, 35, 8}, "x"), w = of({16, 8, 3, 3}, "w"), dy = of({3, 35, 16}, "dy"), dw = of({16, 8, 3, 3}, "before");
+    const Tensor y = empty_like(dy), dx = empty_like(x);
+    kernels::conv2d(x, w, {}, y, g);
+    kernels::conv2d_data_grad(dy, w, dx, g);
+    kernels::conv2d_weight_grad(dy, x, dw, true, g);
+    return std::vector<Tensor>{y, dx, dw};
+  };
+  const size_t told = kernels::slow_convolutions().size();
+  const std::vector<Tensor> want = gradients(kCpu);
+  std::vector<Tensor> got;
+  {
+    const Troubled troubled({.heuristics = {}, .workspace_each = int64_t{300} << 20});  // of at most 512 MiB
+    got = gradients(kCuda);
+    CHECK(emulation::cudnn_troubles().runs == 3 * 3);
+  }
+  CHECK(kernels::slow_convolutions().size() == told);
+  for (size_t i = 0; i < want.size(); ++i) CHECK(relative_error(got[i].to_vector<double>(), want[i].to_vector<double>()) < 1e-6);
+
+  // Where one image alone wants too much, all are left to a slower engine, and that is told.
+  const Troubled troubled({.heuristics = {}, .workspace_each = kVast, .fallback_wants_none = true});
+  const Tensor x = to(normal_tensor({4, 35, 8}, "x", DType::f32), kCuda), w = to(normal_tensor({8, 8, 3, 3}, "w", DType::f32), kCuda);
+  kernels::conv2d(x, w, {}, empty_like(x), g);
+  CHECK(emulation::cudnn_troubles().runs == 1);
+  REQUIRE(kernels::slow_convolutions().size() == told + 1);
+  CHECK_THAT(kernels::slow_convolutions().back(), Contains("forward, [4, 8, 5, 7]") && Contains("faster engines want a workspace of"));
+}
+
 // Run by the test behind it, in a process of its own: cuDNN starts once.
 TEST_CASE("emulated GPU: a convolution where cuDNN does not start", "[.no_start]") {
   if (std::getenv("MESA_TEST_NO_START") == nullptr) return;
@@ -104,7 +136,8 @@ TEST_CASE("emulated GPU: a convolution where cuDNN does not start", "[.no_start]
 
 TEST_CASE("emulated GPU: where cuDNN does not start, convolutions are done by products", "[emulation]") {
   if (kernels::cuda::cudnn_conv_support == nullptr) return;
-  const ProcessResult result = run(std::filesystem::read_symlink("/proc/self/exe").string(), {"[.no_start]"}, {{"MESA_TEST_NO_START", "1"}});
+  const ProcessResult result =
+      run(std::filesystem::read_symlink("/proc/self/exe").string(), {"[.no_start]"}, {{"MESA_TEST_NO_START", "1"}});
   INFO(result.out);
   CHECK(result.code == 0);
 }

@@ -67,6 +67,17 @@ TEST_CASE("gelu's gradient sums its columns in the same pass", "[kernels]") {
           });
     }
   const Tensor x = random({4, 8}, DType::f32, "x");
+  // What is not in whole packs, or of several dtypes, is right, too.
+  const Tensor ends = random({41, 9}, DType::f32, "ends"), low = random({40, 8}, DType::bf16, "low");
+  const auto shifted = [](const Tensor& t) { return t.reshape({t.numel()}).narrow(0, 1, 320).reshape({40, 8}); };
+  for (const Tensor& at : {shifted(ends), low}) {
+    const Tensor dy = random({40, 8}, DType::f32, "dy"), dx = empty_like(dy), got = empty_like(dy),
+                 sums = Tensor::empty({3, 8}, DType::f32);
+    staged(kernels::cuda::gelu_grad)(dy, at, dx, Tensor());
+    staged(kernels::cuda::gelu_grad_sums)(dy, at, got, Tensor(), sums);
+    CHECK(bits_of(got) == bits_of(dx));
+    check_sums(sums, dx);
+  }
   const auto sums_of = [&](const Shape& shape, DType type) {
     staged(kernels::cuda::gelu_grad_sums)(x, x, x, Tensor(), Tensor::empty(shape, type));
   };
@@ -91,7 +102,7 @@ TEST_CASE("gelu's gradient from codes sums its columns in the same pass", "[kern
           kernels::plain::quantize_current(x, layout, bits, true, RandomKey::of(1, "codes", 2), step, offset, codes, {});
           const kernels::Coded coded{codes, step, offset, layout, bits};
           check_same(
-              dy, {parts_for(size).back()},
+              dy, parts_for(size),
               [&](const Tensor& d, const Tensor& dx, const Tensor& y) { staged(kernels::cuda::gelu_grad_coded)(d, coded, dx, y); },
               [&](const Tensor& d, const Tensor& dx, const Tensor& y, const Tensor& sums) {
                 staged(kernels::cuda::gelu_grad_coded_sums)(d, coded, dx, y, sums);

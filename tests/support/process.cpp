@@ -69,11 +69,6 @@ Process::~Process() {
 
 void Process::send(int signal) { kill(pid_, signal); }
 
-bool Process::runs() const {
-  siginfo_t ended{};
-  return waitid(P_PID, static_cast<id_t>(pid_), &ended, WEXITED | WNOHANG | WNOWAIT) == 0 && ended.si_pid == 0;
-}
-
 bool Process::read_some(std::chrono::milliseconds limit) {
   pollfd fds[2] = {{out_, POLLIN, 0}, {err_, POLLIN, 0}};
   const int ready = poll(fds, 2, static_cast<int>(limit.count()));

@@ -28,7 +28,6 @@ class Process {
 
   pid_t pid() const { return pid_; }
   void send(int signal);
-  bool runs() const;
   /// Reads until stderr holds the text or the time is over; false in the second case and when the program ended without it.
   bool wait_for(const std::string& text, std::chrono::milliseconds limit = std::chrono::seconds(60));
   ProcessResult finish(std::chrono::seconds limit = std::chrono::seconds(300));

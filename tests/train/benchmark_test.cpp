@@ -252,7 +252,8 @@ TEST_CASE("benchmark: every kernel of a step is timed, in bytes or in products")
                            "attention_grad in windows"})
     CHECK(std::find(told.begin(), told.end(), name) != told.end());
   const bool gpu = testing::test_device() == kCuda;
-  for (const char* name : {"layer_norm, codes 4 bits", "gelu, codes 2 bits", "affine, coded 4 bits", "gelu_grad, coded 8 bits"})
+  for (const char* name : {"layer_norm, codes 4 bits", "gelu, codes 2 bits", "affine, coded 4 bits", "gelu_grad, coded 8 bits",
+                           "gelu_grad and gelu, with sums", "gelu_grad and gelu, with sums, coded in runs, 4 bits"})
     CHECK((std::find(told.begin(), told.end(), name) != told.end()) == gpu);
   std::sort(told.begin(), told.end());
   CHECK(std::adjacent_find(told.begin(), told.end()) == told.end());  // each once

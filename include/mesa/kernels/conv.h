@@ -51,8 +51,9 @@ void conv2d_data_grad(const Tensor& dy, const Tensor& w, const Tensor& dx, const
 /// dw <- (accumulate ? dw : 0) + the gradient of w.
 void conv2d_weight_grad(const Tensor& dy, const Tensor& x, const Tensor& dw, bool accumulate, const ConvGeometry& geometry);
 
-/// The passes of convolutions that cuDNN did not run on a GPU in this process, with the reason: they ran as products over unfolded windows,
-/// which is right, and slower. "gradient of w, [128, 64, 56, 56] by [64, 64, 3, 3], stride 1, in bf16: no engine takes the graph".
+/// The passes of convolutions that cuDNN did not run on a GPU in this process, or by no engine that it takes for fast, with the reason:
+/// what it did not run ran as products over unfolded windows, which is right, and slower. "gradient of w, [128, 64, 56, 56] by [64, 64, 3,
+/// 3], stride 1, in bf16: no engine takes the graph".
 std::vector<std::string> slow_convolutions();
 
 namespace cuda {

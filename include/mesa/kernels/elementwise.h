@@ -48,9 +48,20 @@ MESA_KERNEL(gelu_grad_coded, const Tensor& dy, const Coded& x, const Tensor& dx,
 /// that add up to the sum of dx's rows, as dx holds them. Not f64. CUDA.
 MESA_KERNEL(gelu_grad_sums, const Tensor& dy, const Tensor& x, const Tensor& dx, const Tensor& y, const Tensor& sums);
 MESA_KERNEL(gelu_grad_coded_sums, const Tensor& dy, const Coded& x, const Tensor& dx, const Tensor& y, const Tensor& sums);
-/// Parts for a matrix of so many rows and columns: 132 multiprocessors with 1,024 threads each of 8 columns.
+/// How threads of 8 columns each lie over a matrix: `wide` by `high` in a block of at most 256, `tiles` blocks side by side.
+struct ColumnBlocks {
+  int64_t tiles, wide, high;
+  explicit ColumnBlocks(int64_t columns) {
+    const int64_t threads = std::max<int64_t>(1, columns / 8);
+    tiles = (threads + 255) / 256, wide = (threads + tiles - 1) / tiles, high = 256 / wide;
+  }
+};
+/// Parts for sums of such a matrix: one for each row of threads that 132 multiprocessors hold at once, 32 warps each, so that no block
+/// comes late; and 8 rows of the matrix a part at least.
 inline int64_t sum_parts(int64_t rows, int64_t columns) {
-  return std::clamp<int64_t>(132 * std::max<int64_t>(1, 1024 * 8 / std::max<int64_t>(1, columns)), 1, std::max<int64_t>(1, rows));
+  const ColumnBlocks block(columns);
+  const int64_t warps = (block.wide * block.high + 31) / 32, blocks = 132 * (32 / warps) / block.tiles;
+  return std::clamp<int64_t>(rows / 8, 1, block.high * std::max<int64_t>(1, blocks));
 }
 
 /// y[i] <- keep_i ? x[i] / (1 - p) : 0 with keep_i = uniform(random_word(key, i)) >= p. The gradient is the same call on dy.
