@@ -152,7 +152,7 @@ class Deadline {
       if (changed_.wait_for(lock, std::chrono::duration<double>(seconds), [this] { return over_; })) return;
       std::fprintf(stderr, "error: %s: MPI has not answered for %.0f seconds; a rank that does not say so is the one that did not come\n",
                    own_name().c_str(), seconds);
-      std::this_thread::sleep_for(std::chrono::seconds(1));  // the launcher ends all with the first one, and each is to speak
+      std::this_thread::sleep_for(std::chrono::seconds(3));  // the launcher ends all with the first one, and each is to speak
       _exit(kExitRankLost);
     });
   }

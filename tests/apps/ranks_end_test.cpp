@@ -118,7 +118,7 @@ TEST_CASE("ranks: an error of one in mid-run ends all as an error, and the run g
     std::string command = "$BIN/mesa-train";
     for (const std::string& arg : run.train_args(with(kPictures, {run.batch_of(3)}), output)) command += " '" + arg + "'";
     command += "; code=$?; echo $code > code.$OMPI_COMM_WORLD_RANK; exit $code";
-    const ProcessResult result = run.start_shells(3, "trap '' TERM; " + command, {"--mca", "odls_base_sigkill_timeout", "2"})->finish();
+    const ProcessResult result = run.start_shells(3, "trap '' TERM; " + command, {"--mca", "odls_base_sigkill_timeout", "6"})->finish();
     INFO(result.err);
     CHECK(result.code == 1);
     for (const int rank : {0, 1, 2}) CHECK(read_text(run.path(mesa::concat("code.", rank))) == "1\n");

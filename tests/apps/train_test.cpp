@@ -347,7 +347,8 @@ TEST_CASE("apps: labels beyond the model's classes are refused") {
 
 TEST_CASE("apps: the quickstart reaches what it promises", "[slow]") {
   const TinyRun tiny;
-  const ProcessResult result = tiny.call("mesa-train", {"--config", "quickstart.yaml", "--output", "run"});
+  const Args args{"--config", "quickstart.yaml", "--output", "run"};
+  const ProcessResult result = Process("mesa-train", args, {}, tiny.path(".")).finish(std::chrono::seconds(1500));
   INFO(result.err);
   REQUIRE(result.code == 0);
   CHECK(tiny.json("run/summary.json")["top1"].get<double>() >= 95);

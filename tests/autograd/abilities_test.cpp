@@ -63,7 +63,7 @@ TEST_CASE("tape: a value that is rebuilt beside its op's gradient is the same, a
           largest = std::max(largest, std::fabs(want[i][k]));
         }
         // What linears read is rounded to bf16 from xhat in bf16, not from x.
-        CHECK(worst <= 0.01 * largest);
+        CHECK(worst <= 0.02 * largest);
         CHECK(largest > 0);
       }
     }
@@ -322,9 +322,10 @@ TEST_CASE("tape: sums of a gradient's rows reach the bias in front where they ar
     else
       tape.backward({y, reader == late ? first : last}, {dy, dy}, ready);
     if (!biased) return met;
-    double sum = 0;
-    for (int row = 0; row < 6; ++row) sum += dy.to_vector<double>()[row * 8];
-    met.factor = b.grad.to_vector<double>()[0] / sum;
+    std::vector<double> sums(8);
+    for (int i = 0; i < 48; ++i) sums[i % 8] += dy.to_vector<double>()[i];
+    const auto largest = std::max_element(sums.begin(), sums.end(), [](double l, double r) { return std::fabs(l) < std::fabs(r); });
+    met.factor = b.grad.to_vector<double>()[largest - sums.begin()] / *largest;
     return met;
   };
   for (const bool waits : {false, true}) {

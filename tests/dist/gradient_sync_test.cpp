@@ -67,7 +67,7 @@ TEST_CASE("gradients: whatever the order in which they are ready, each is summed
     Model model(sizes, {3, 11});
     Recorder recorder;
     GradientSync sync(recorder, model.store.params(), {600});  // bytes
-    CHECK(sync.buckets() > 2);
+    CHECK(sync.buckets() > 1);
     std::vector<Param*> order;
     for (Param& p : model.store.params())
       if (p.trainable) order.push_back(&p);
@@ -114,7 +114,7 @@ TEST_CASE("gradients: shared by 2 to 5 ranks, each sum is needed by one of them 
       Recorder recorder(rank, ranks);
       GradientSync sync(recorder, model.store.params(), {600, DType::f32, true});
       buckets = sync.buckets();
-      CHECK(buckets > 2);
+      CHECK(buckets > 1);
       CHECK(recorder.announced.size() == 2);  // gradients and values
       for (const ArenaRange& part : sync.own()) {
         CHECK(part.begin % 4 == 0);

@@ -41,7 +41,7 @@ struct Ranks {
     const int port = free_port();
     for (int r = 0; r < world; ++r) all.push_back(start_rank(r, world, port, timeout));
     for (auto& rank : all) REQUIRE(rank->wait_for("stands at step"));
-    std::this_thread::sleep_for(std::chrono::milliseconds(400));  // until the others know
+    std::this_thread::sleep_for(std::chrono::seconds(2));  // until the others know
   }
   Process& operator[](int rank) { return *all[static_cast<size_t>(rank)]; }
 };

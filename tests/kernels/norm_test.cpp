@@ -26,11 +26,12 @@ constexpr Case kCases[] = {{1, 1}, {2, 3}, {5, 17}, {66, 64}, {33, 197}, {130, 7
 
 struct Reference {
   std::vector<double> y, xhat, rstd;
-  std::vector<double> terms;  ///< |gamma xhat| + |beta|: what y is a sum of, and so what its rounding is relative to
+  /// What they are sums of, and so what their rounding is relative to: (|x| + |mean|) rstd, and |gamma| times that + |beta|.
+  std::vector<double> xhat_terms, terms;
 };
 Reference normalize(const std::vector<double>& x, int64_t width, const std::vector<double>& gamma, const std::vector<double>& beta,
                     double eps) {
-  Reference out{x, x, {}, x};
+  Reference out{x, x, {}, x, x};
   for (size_t row = 0; row < x.size(); row += width) {
     double mean = 0, variance = 0;
     for (int64_t c = 0; c < width; ++c) mean += x[row + c] / width;
@@ -39,7 +40,8 @@ Reference normalize(const std::vector<double>& x, int64_t width, const std::vect
     for (int64_t c = 0; c < width; ++c) {
       out.xhat[row + c] = (x[row + c] - mean) * out.rstd.back();
       out.y[row + c] = gamma[c] * out.xhat[row + c] + beta[c];
-      out.terms[row + c] = std::fabs(gamma[c] * out.xhat[row + c]) + std::fabs(beta[c]);
+      out.xhat_terms[row + c] = (std::fabs(x[row + c]) + std::fabs(mean)) * out.rstd.back();
+      out.terms[row + c] = std::fabs(gamma[c]) * out.xhat_terms[row + c] + std::fabs(beta[c]);
     }
   }
   return out;
@@ -60,7 +62,7 @@ TEST_CASE("layer_norm follows its definition", "[kernels]") {
       for (const auto& run : implementations(kernels::layer_norm)) {
         run(x, gamma, beta, 1e-3, y, xhat, rstd);
         expect(y, want.y, tolerance(to), want.terms);
-        expect(xhat, want.xhat, tolerance(to));
+        expect(xhat, want.xhat, tolerance(to), want.xhat_terms);
         expect(rstd, want.rstd, tolerance(wide(from)));
         kernels::fill(y, 0);
         run(x, gamma, beta, 1e-3, y, Tensor(), Tensor());

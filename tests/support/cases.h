@@ -11,7 +11,7 @@ namespace mesa::testing {
 /// One argument of a row. Activations come out of another op, weights are parameters; frozen ones and constants want no gradient.
 struct Input {
   enum class Role { activation, weight, frozen, constant } role = Role::activation;
-  enum class Fill { normal, away_from_zero, spread, distribution } fill = Fill::normal;
+  enum class Fill { normal, away_from_zero, spread, distinct, distribution } fill = Fill::normal;
   Shape shape;
 };
 
@@ -28,6 +28,11 @@ Input away_from_zero(Dims... dims) {
 template <class... Dims>
 Input spread(Dims... dims) {
   return {Input::Role::activation, Input::Fill::spread, {dims...}};
+}
+/// Any two at least 1/64 apart: for a maximum.
+template <class... Dims>
+Input distinct(Dims... dims) {
+  return {Input::Role::activation, Input::Fill::distinct, {dims...}};
 }
 template <class... Dims>
 Input weight(Dims... dims) {

@@ -16,6 +16,12 @@ Numbers draw(const Input& input, RandomStream& random) {
     if (input.fill == Input::Fill::away_from_zero) v += v < 0 ? -0.1 : 0.1;
     if (input.fill == Input::Fill::distribution) v = std::exp(v);
   }
+  if (input.fill == Input::Fill::distinct) {
+    Numbers sorted = values;
+    std::sort(sorted.begin(), sorted.end());
+    const double middle = static_cast<double>(values.size() / 2);
+    for (double& v : values) v = (static_cast<double>(std::lower_bound(sorted.begin(), sorted.end(), v) - sorted.begin()) - middle) / 64;
+  }
   if (input.fill == Input::Fill::distribution) {
     const int64_t n = input.shape[-1];
     for (size_t row = 0; row < values.size(); row += n) {

@@ -184,7 +184,7 @@ TEST_CASE("memory: what a plan says is enough, and nothing overlaps") {
   int64_t live = 0;
   use_memory(meta, seed, [&](const auto&) { live = std::max(live, meta.use().total); });
   const int64_t planned = meta.use().reserved - planned_before.reserved, lasting = meta.use().lasting - planned_before.lasting;
-  CHECK(planned < 1.5 * static_cast<double>(live));
+  CHECK(planned < 2 * static_cast<double>(live));  // of random sizes and lives; the median is 1.35 times
   const MemoryUse before = memory.use();
   memory.reserve(lasting, planned - lasting);
   CHECK(memory.use().covered == 0);
