@@ -92,24 +92,30 @@ void note_slow(const Case& c, const std::string& reason) { note_slow(concat(to_s
 struct Choice {
   std::optional<Plan> plan;
   std::string refusal;
-  int64_t wanted = 0;  ///< bytes of workspace; 0: there is no faster one
+  int64_t wanted = 0;    ///< bytes of workspace; 0: there is no faster one
+  bool settled = false;  ///< false: slower engines are still to be asked
 };
-Choice& choice_for(const Case& c, cudnnHandle_t on) {
+/// `slower`: an engine that cuDNN takes for slower than those that want too much will do.
+Choice& choice_for(const Case& c, cudnnHandle_t on, bool slower) {
   static std::map<Case, Choice>& choices = *new std::map<Case, Choice>;
-  if (const auto found = choices.find(c); found != choices.end()) return found->second;
-  Choice choice;
+  const auto [found, fresh] = choices.try_emplace(c);
+  Choice& choice = found->second;
+  if (!fresh && (choice.settled || !slower)) return choice;
+  cudnn::Engines may = engines(c.dtype);
+  may.slower = slower;
   try {
-    choice.wanted = choice.plan.emplace(graph_of(c), on, engines(c.dtype)).faster_wants();
+    choice.wanted = choice.plan.emplace(graph_of(c), on, may).faster_wants();
   } catch (const cudnn::Unsupported& reason) {
     choice.refusal = reason.what(), choice.wanted = reason.wanted;
   }
-  return choices.emplace(c, std::move(choice)).first->second;
+  choice.settled = slower || choice.wanted == 0;
+  return choice;
 }
 
 /// How many images of a batch a convolution takes at a time: all, unless the workspace of fewer lets a faster engine run.
 int64_t images_at_once(const Case& all, cudnnHandle_t on) {
   for (Case c = all;; c.B = (c.B + 1) / 2) {
-    const Choice& choice = choice_for(c, on);
+    const Choice& choice = choice_for(c, on, false);
     if (choice.wanted == 0 && choice.plan) return c.B;
     if (choice.wanted == 0 || c.B == 1) return all.B;
   }
@@ -117,7 +123,7 @@ int64_t images_at_once(const Case& all, cudnnHandle_t on) {
 
 /// Of some images.
 bool run(const Case& c, cudnnHandle_t handle, const cudnn::Memory& memory, Device device) {
-  Choice& choice = choice_for(c, handle);
+  Choice& choice = choice_for(c, handle, true);
   if (!choice.plan) return note_slow(c, choice.refusal), false;
   Plan& plan = *choice.plan;
   if (choice.wanted > 0) note_slow(c, concat("faster engines want a workspace of ", choice.wanted, " bytes"));

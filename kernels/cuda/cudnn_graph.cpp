@@ -286,7 +286,7 @@ int64_t workspace_of(const Descriptor& plan) {
 
 /// The plan of the first configuration that yields one. For a GPU that is only described its code is compiled but not loaded. `refused`:
 /// what the first of those before it wanted that are refused for their workspace.
-Descriptor execution_plan(const std::vector<Descriptor>& configs, const Gpu& gpu, int64_t most_workspace, int64_t& refused) {
+Descriptor execution_plan(const std::vector<Descriptor>& configs, const Gpu& gpu, const Engines& engines, int64_t& refused) {
   std::string reason;
   for (const Descriptor& config : configs) {
     Descriptor plan(CUDNN_BACKEND_EXECUTION_PLAN_DESCRIPTOR, "execution plan");
@@ -294,10 +294,11 @@ Descriptor execution_plan(const std::vector<Descriptor>& configs, const Gpu& gpu
     if (gpu.handle != nullptr) plan.set(CUDNN_ATTR_EXECUTION_PLAN_HANDLE, gpu.handle);
     if (gpu.properties != nullptr) plan.set(CUDNN_ATTR_EXECUTION_PLAN_DEVICEPROP, gpu.properties->get());
     const cudnnStatus_t status = cudnnBackendFinalize(plan.get());
-    if (status == CUDNN_STATUS_SUCCESS && workspace_of(plan) <= most_workspace) return plan;
+    if (status == CUDNN_STATUS_SUCCESS && workspace_of(plan) <= engines.most_workspace) return plan;
     if (gpu.handle == nullptr && status == CUDNN_STATUS_EXECUTION_FAILED_CUDA_DRIVER) return plan;
     reason = status == CUDNN_STATUS_SUCCESS ? concat("a workspace of ", workspace_of(plan), " bytes") : describe(status);
     if (status == CUDNN_STATUS_SUCCESS && refused == 0) refused = workspace_of(plan);
+    if (refused > 0 && !engines.slower) break;  // there may be dozens, each compiled
   }
   if (reason.empty()) reason = last_message();
   Unsupported none(reason.empty() ? "no engine takes the graph" : reason);
@@ -311,7 +312,7 @@ Plan::Plan(Graph graph, cudnnHandle_t handle, const Engines& engines)
     : graph_(std::move(graph)),
       operations_(operation_graph(graph_, handle)),
       configs_(engine_configs(operations_, {handle, nullptr}, engines)),
-      plan_(execution_plan(configs_, {handle, nullptr}, engines.most_workspace, faster_wants_)),
+      plan_(execution_plan(configs_, {handle, nullptr}, engines, faster_wants_)),
       workspace_bytes_(workspace_of(plan_)) {}
 
 void Plan::check_support(const Graph& graph, const std::string& device_properties, const Engines& engines) {
@@ -320,7 +321,7 @@ void Plan::check_support(const Graph& graph, const std::string& device_propertie
   properties.finalize();
   const Descriptor operations = operation_graph(graph, nullptr);
   int64_t refused = 0;
-  execution_plan(engine_configs(operations, {nullptr, &properties}, engines), {nullptr, &properties}, engines.most_workspace, refused);
+  execution_plan(engine_configs(operations, {nullptr, &properties}, engines), {nullptr, &properties}, engines, refused);
 }
 
 void Plan::run(cudnnHandle_t handle, const Memory& memory, void* workspace) const {

@@ -159,6 +159,7 @@ struct Engines {
   std::vector<cudnnBackendNumericalNote_t> without;
   bool fallback = false;
   int64_t most_workspace = std::numeric_limits<int64_t>::max();
+  bool slower = true;  ///< also one that cuDNN takes for slower than an engine that wants more workspace
 };
 
 /// Code for a graph on one GPU. Making one compiles and takes about a second; it may then run any number of times, one at a time.
