@@ -27,6 +27,7 @@ using cudnn::Value;
 
 enum class Pass { forward, data, weights };
 enum Uid : int64_t { kX = 1, kW, kY };
+constexpr int64_t kAlignment = 16;  // bytes, of all operands
 
 /// What a plan is made for.
 struct Case {
@@ -107,17 +108,26 @@ Choice& choice_for(const Case& c, cudnnHandle_t on, bool slower) {
     choice.wanted = choice.plan.emplace(graph_of(c), on, may).faster_wants();
   } catch (const cudnn::Unsupported& reason) {
     choice.refusal = reason.what(), choice.wanted = reason.wanted;
+  } catch (...) {
+    choices.erase(found);
+    throw;
   }
   choice.settled = slower || choice.wanted == 0;
   return choice;
 }
 
-/// How many images of a batch a convolution takes at a time: all, unless the workspace of fewer lets a faster engine run.
+/// How many images of a batch a convolution takes at a time: all, unless the workspace of fewer, of not too few, lets a faster engine run.
 int64_t images_at_once(const Case& all, cudnnHandle_t on) {
-  for (Case c = all;; c.B = (c.B + 1) / 2) {
+  constexpr int64_t kMostParts = 16;
+  const int64_t x = all.I * all.g.height * all.g.width, y = all.O * all.g.out_height() * all.g.out_width(), size = size_of(all.dtype);
+  for (Case c = all;;) {
     const Choice& choice = choice_for(c, on, false);
-    if (choice.wanted == 0 && choice.plan) return c.B;
-    if (choice.wanted == 0 || c.B == 1) return all.B;
+    if (choice.wanted == 0) return choice.plan ? c.B : all.B;
+    if (c.B == 1) return all.B;
+    const int64_t half = (c.B + 1) / 2;
+    c.B = half > 8 ? (half + 7) / 8 * 8 : half;  // whole blocks of 16 bytes, if images of odd sizes are bf16
+    const bool aligned = c.B * x * size % kAlignment == 0 && c.B * y * size % kAlignment == 0;
+    if (c.B * kMostParts < all.B || !aligned) return all.B;
   }
 }
 
@@ -161,23 +171,36 @@ cudnnHandle_t start() {
   }
 }
 
+/// So many images at a time; dw is the sum of the parts', in f32.
+bool run_parts(const Case& all, int64_t at_once, cudnnHandle_t handle, const Tensor& x, const Tensor& w, const Tensor& y) {
+  const bool adds = all.pass == Pass::weights && at_once < all.B;
+  const Tensor sum = adds ? empty_like(w, DType::f32) : Tensor();
+  Case c = all;
+  for (int64_t begin = 0; begin < all.B; begin += at_once) {
+    c.B = std::min(at_once, all.B - begin);
+    const Tensor part_x = x.narrow(0, begin, c.B), part_y = y.narrow(0, begin, c.B);
+    if (!run(c, handle, {{kX, part_x.raw()}, {kW, w.raw()}, {kY, part_y.raw()}}, x.device())) return false;
+    if (adds && begin == 0) kernels::copy(w, sum);
+    if (adds && begin > 0) kernels::add(sum, w, sum);
+  }
+  if (adds) kernels::copy(sum, w);
+  return true;
+}
+
 bool run(Pass pass, const Tensor& x, const Tensor& w, const Tensor& y, const ConvGeometry& g) {
-  Case c{pass, x.dim(0), x.dim(2), y.dim(2), g, x.dtype()};
+  const Case c{pass, x.dim(0), x.dim(2), y.dim(2), g, x.dtype()};
   const std::lock_guard lock(cudnn::Library::get().mutex);
   const cudnnHandle_t handle = start();
   if (handle == nullptr) return false;
-  const int64_t all = c.B, at_once = images_at_once(c, handle);
-  for (int64_t begin = 0; begin < all; begin += at_once) {
-    c.B = std::min(at_once, all - begin);
-    const bool adds = pass == Pass::weights && begin > 0;
-    const Tensor part_x = x.narrow(0, begin, c.B), part_y = y.narrow(0, begin, c.B), part_w = adds ? empty_like(w) : w;
-    for (const Tensor* t : {&part_x, &part_w, &part_y})
-      if (reinterpret_cast<uintptr_t>(t->raw()) % 16 != 0)
-        return note_slow(c, "operands that do not begin at multiples of 16 bytes"), false;
-    if (!run(c, handle, {{kX, part_x.raw()}, {kW, part_w.raw()}, {kY, part_y.raw()}}, x.device())) return false;
-    if (adds) kernels::add(w, part_w, w);
+  for (const Tensor* t : {&x, &w, &y})
+    if (reinterpret_cast<uintptr_t>(t->raw()) % kAlignment != 0)
+      return note_slow(c, concat("operands that do not begin at multiples of ", kAlignment, " bytes")), false;
+  for (int64_t at_once = images_at_once(c, handle);;) {
+    if (run_parts(c, at_once, handle, x, w, y)) return true;
+    const int64_t before = at_once;
+    at_once = images_at_once(c, handle);  // another one, where a plan of parts is refused after all
+    if (at_once == before) return false;
   }
-  return true;
 }
 
 }  // namespace

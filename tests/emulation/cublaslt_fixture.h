@@ -12,6 +12,7 @@
 #include "emulated.h"
 #include "mesa/base/dtype.h"
 #include "mesa/base/random.h"
+#include "support/worst.h"
 
 namespace mesa::testing {
 
@@ -257,7 +258,7 @@ inline void check_close(const std::vector<double>& got, const std::vector<double
   double worst = 0;
   for (size_t i = 0; i < got.size(); ++i) {
     const double error = std::abs(got[i] - want[i]) / (1 + std::abs(want[i]));
-    worst = error <= worst ? worst : error;  // NaN stays
+    worst = worse(worst, error);
   }
   CHECK(worst <= tolerance);
 }

@@ -12,6 +12,7 @@
 
 #include "support/device.h"
 #include "support/random.h"
+#include "support/worst.h"
 
 using namespace mesa;
 using namespace mesa::testing;
@@ -31,8 +32,9 @@ struct Level {
 
 /// The plain kernels first, then the others that this CPU has, or CUDA's: all must give the same bits.
 std::vector<Level> levels() {
-#define MESA_LEVEL(isa, wrap) \
-  Level { #isa, wrap(kernels::isa::group_range), wrap(kernels::isa::quantize), wrap(kernels::isa::quantize_current), wrap(kernels::isa::dequantize) }
+#define MESA_LEVEL(isa, wrap)                                                                                      \
+  Level{#isa, wrap(kernels::isa::group_range), wrap(kernels::isa::quantize), wrap(kernels::isa::quantize_current), \
+        wrap(kernels::isa::dequantize)}
   std::vector<Level> all = {MESA_LEVEL(plain, )};
   if (test_device() == kCuda) return {all[0], MESA_LEVEL(cuda, staged)};
   if (cpu_isa() >= Isa::avx2) all.push_back(MESA_LEVEL(avx2, ));
@@ -47,9 +49,12 @@ Tensor random_tensor(const Shape& shape, DType dtype, uint64_t seed) {
   const Tensor x = Tensor::empty(shape, dtype);
   for (int64_t i = 0; i < x.numel(); ++i) {
     const double value = normal(gen);
-    if (dtype == DType::f64) x.data<double>()[i] = value;
-    else if (dtype == DType::f32) x.data<float>()[i] = static_cast<float>(value);
-    else x.data<bf16>()[i] = bf16(static_cast<float>(value));
+    if (dtype == DType::f64)
+      x.data<double>()[i] = value;
+    else if (dtype == DType::f32)
+      x.data<float>()[i] = static_cast<float>(value);
+    else
+      x.data<bf16>()[i] = bf16(static_cast<float>(value));
   }
   return x;
 }
@@ -82,8 +87,10 @@ void reference_range(const std::vector<float>& x, const GroupLayout& layout, Cod
   out.hi.assign(layout.groups, -kInf);
   for (size_t e = 0; e < x.size(); ++e) {
     const int64_t g = group_of(layout, e);
-    if (!std::isfinite(x[e])) ++out.odd.nonfinite;
-    else out.lo[g] = std::min(out.lo[g], x[e]), out.hi[g] = std::max(out.hi[g], x[e]);
+    if (!std::isfinite(x[e]))
+      ++out.odd.nonfinite;
+    else
+      out.lo[g] = std::min(out.lo[g], x[e]), out.hi[g] = std::max(out.hi[g], x[e]);
   }
   for (int64_t g = 0; g < layout.groups; ++g) {
     if (out.lo[g] > out.hi[g]) out.lo[g] = out.hi[g] = 0;
@@ -133,8 +140,10 @@ Coded reference(const Tensor& x, const GroupLayout& layout, int bits, bool stoch
   Coded out;
   reference_range(values, layout, out);
   out.offset = scales ? scales->offset : out.lo;
-  if (scales) out.step = scales->step;
-  else for (int64_t g = 0; g < layout.groups; ++g) out.step.push_back((out.hi[g] - out.lo[g]) / static_cast<float>((1 << bits) - 1));
+  if (scales)
+    out.step = scales->step;
+  else
+    for (int64_t g = 0; g < layout.groups; ++g) out.step.push_back((out.hi[g] - out.lo[g]) / static_cast<float>((1 << bits) - 1));
   reference_codes(values, layout, bits, stochastic, key, out);
   return out;
 }
@@ -145,8 +154,10 @@ std::vector<float> decode(const Coded& coded, const GroupLayout& layout, int bit
   for (const Level& level : levels()) {
     const Tensor y = Tensor::empty({n}, dtype), codes = Tensor::from({static_cast<int64_t>(coded.codes.size())}, coded.codes);
     level.dequantize(codes, layout, bits, Tensor::from({layout.groups}, coded.step), Tensor::from({layout.groups}, coded.offset), y);
-    if (level.name == "plain") first = y.to_vector<float>();
-    else REQUIRE(y.to_vector<float>() == first);
+    if (level.name == "plain")
+      first = y.to_vector<float>();
+    else
+      REQUIRE(y.to_vector<float>() == first);
   }
   return first;
 }
@@ -250,7 +261,7 @@ TEST_CASE("the round trip errs by at most a step, by half a step when rounding t
         float worst = 0;  // in steps
         for (int64_t e = 0; e < n; ++e) {
           const float step = coded.step[e / 256];
-          worst = std::max(worst, step == 0 ? (y[e] != values[e] ? kInf : 0.0f) : std::abs(y[e] - values[e]) / step);
+          worst = worse(worst, step == 0 ? (y[e] != values[e] ? kInf : 0.0f) : std::abs(y[e] - values[e]) / step);
         }
         INFO(n << " elements, " << bits << " bits, stochastic " << stochastic);
         REQUIRE(worst <= (stochastic ? 1.0f : 0.5f) * 1.0005f);
@@ -273,9 +284,12 @@ TEST_CASE("values outside the range decode to its ends and never wrap", "[codec]
         const std::vector<float> y = decode(coded, layout, bits, n);
         for (int64_t e = 0; e < n; ++e) {
           INFO(values[e] << " -> " << y[e] << ", " << bits << " bits, " << level.name);
-          if (values[e] <= -scales.step[0]) REQUIRE(y[e] == 0.0f);
-          else if (values[e] >= 1 + scales.step[0]) REQUIRE(y[e] == Approx(1.0f));
-          else REQUIRE(std::abs(y[e] - std::min(std::max(values[e], 0.0f), 1.0f)) <= scales.step[0] * 1.0005f);
+          if (values[e] <= -scales.step[0])
+            REQUIRE(y[e] == 0.0f);
+          else if (values[e] >= 1 + scales.step[0])
+            REQUIRE(y[e] == Approx(1.0f));
+          else
+            REQUIRE(std::abs(y[e] - std::min(std::max(values[e], 0.0f), 1.0f)) <= scales.step[0] * 1.0005f);
         }
         REQUIRE(coded.odd.saturated == 8);
         REQUIRE(coded.odd.nonfinite == 2);
@@ -347,7 +361,7 @@ TEST_CASE("what is not finite is counted, coded and kept out of the ranges", "[c
 TEST_CASE("constant groups decode exactly, and so do ranges too small to divide by", "[codec]") {
   const GroupLayout layout{1, 4, 256, true};
   std::vector<float> values(1024, -3.7f);
-  for (int e = 256; e < 512; ++e) values[e] = 1e-40f * (e % 2);      // a step of 4e-43: its inverse is infinite
+  for (int e = 256; e < 512; ++e) values[e] = 1e-40f * (e % 2);        // a step of 4e-43: its inverse is infinite
   for (int e = 512; e < 768; ++e) values[e] = e % 2 ? 3e38f : -3e38f;  // hi - lo is infinite
   for (int e = 768; e < 1024; ++e) values[e] = 1e-36f * static_cast<float>(e % 256) / 255.0f;
   for (const Level& level : levels()) {
@@ -355,10 +369,14 @@ TEST_CASE("constant groups decode exactly, and so do ranges too small to divide 
     const std::vector<float> y = decode(coded, layout, 8, 1024);
     for (int e = 0; e < 1024; ++e) {
       INFO("element " << e << ": " << values[e] << " -> " << y[e] << ", " << level.name);
-      if (e < 256) REQUIRE((y[e] == values[e] && coded.codes[e] == 0));
-      else if (e < 512) REQUIRE((y[e] == 0.0f && coded.codes[e] == 0));
-      else if (e < 768) REQUIRE(y[e] == Approx(values[e]));
-      else REQUIRE(std::abs(y[e] - values[e]) <= 1.001e-36f / 255);
+      if (e < 256)
+        REQUIRE((y[e] == values[e] && coded.codes[e] == 0));
+      else if (e < 512)
+        REQUIRE((y[e] == 0.0f && coded.codes[e] == 0));
+      else if (e < 768)
+        REQUIRE(y[e] == Approx(values[e]));
+      else
+        REQUIRE(std::abs(y[e] - values[e]) <= 1.001e-36f / 255);
     }
     REQUIRE(coded.step[0] == 0.0f);
     REQUIRE((coded.odd.saturated == 0 && coded.odd.nonfinite == 0));

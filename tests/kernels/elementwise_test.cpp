@@ -32,7 +32,7 @@ void expect(const Tensor& y, const F& want, double slack = 1) {
       INFO("element " << i << " is " << got[i] << ", not " << w);
       REQUIRE((std::isnan(w) ? std::isnan(got[i]) : got[i] == w));
     } else {
-      worst = std::isnan(error) ? kInfinity : std::max(worst, error);
+      worst = worse(worst, error);
     }
   }
   CHECK(worst < slack * tolerance(y.dtype()));
@@ -272,8 +272,8 @@ TEST_CASE("gelu is accurate over its whole range", "[kernels]") {
     for (int64_t i = 0; i < n; ++i) {
       const double v = values[i], want = v * normal_cdf(v);
       // Half a unit in the last place is 6e-8 of the value; the rest is the approximation's own error.
-      worst = std::max(worst, std::fabs(y.data<float>()[i] - want) / std::max(1.0, std::fabs(want)));
-      worst_slope = std::max(worst_slope, std::fabs(dx.data<float>()[i] - normal_cdf(v) - v * normal_density(v)));
+      worst = worse(worst, std::fabs(y.data<float>()[i] - want) / std::max(1.0, std::fabs(want)));
+      worst_slope = worse(worst_slope, std::fabs(dx.data<float>()[i] - normal_cdf(v) - v * normal_density(v)));
     }
     // Of a GPU's two instructions, ex2.approx and rcp.approx, 2^-22 and 2^-23 may be wrong (PTX ISA), which here adds up to 0.9e-7 and
     // 3e-7.

@@ -37,7 +37,7 @@ TEST_CASE("normalize_images turns pixels into planes", "[kernels]") {
           for (int64_t i = 0; i < y.numel(); ++i) {
             const int64_t b = i / plane / channels, c = i / plane % channels;
             const double want = (values[(b * plane + i % plane) * channels + c] / 255.0 - mean[c]) / deviation[c];
-            worst = std::max(worst, std::fabs(got[i] - want));
+            worst = worse(worst, std::fabs(got[i] - want));
           }
           CHECK(worst < (dtype == DType::f64 ? 1e-14 : dtype == DType::f32 ? 5e-7 : 0.01));
         }
@@ -181,7 +181,7 @@ TEST_CASE("mean_tokens and its gradient", "[kernels]") {
         double worst = 0;
         for (int64_t i = 0; i < x.numel(); ++i) {
           const double share = i / width % tokens < from ? 0.0 : 1.0 / static_cast<double>(tokens - from);
-          worst = std::max(worst, std::fabs(got[i] - share * vdy[i / width / tokens * width + i % width]));
+          worst = worse(worst, std::fabs(got[i] - share * vdy[i / width / tokens * width + i % width]));
         }
         CHECK(worst < tolerance);
       }

@@ -5,6 +5,7 @@
 #include "mesa/kernels/attention.h"
 #include "mesa/train/setup.h"
 #include "support/gradcheck.h"
+#include "support/worst.h"
 
 using namespace mesa;
 using namespace mesa::testing;
@@ -55,25 +56,29 @@ Numbers without_key_bias(const std::string& name, Numbers g) {
   return g;
 }
 
-/// The largest error of a gradient of these pictures.
-double worst(const RunConfig& config, const std::string& pictures) {
+/// The largest error of a gradient of these pictures, and the parameter's name.
+std::pair<double, std::string> worst(const RunConfig& config, const std::string& pictures) {
   const StepResult cpu = step_on(kCpu, config, pictures), gpu = step_on(kCuda, config, pictures);
-  double error = std::abs(gpu.loss - cpu.loss) / std::abs(cpu.loss);
+  std::pair<double, std::string> out{std::abs(gpu.loss - cpu.loss) / std::abs(cpu.loss), "the loss"};
   for (size_t i = 0; i < cpu.gradients.size(); ++i) {
     const double of_one = relative_error(gpu.gradients[i].second, cpu.gradients[i].second);
-    error = of_one <= error ? error : of_one;  // a NaN stays
+    if (const double error = worse(out.first, of_one); !(error == out.first)) out = {error, cpu.gradients[i].first};
   }
-  return error;
+  return out;
 }
 
-/// Where relu stands between layers, an input that is 0 but for rounding passes on one device alone: then other pictures decide.
+/// Where relu stands between layers, an input that is 0 but for rounding passes on one device alone: then, if errors are no larger than
+/// that makes them (0.04 was seen), other pictures decide.
 void compare_some(const RunConfig& config, double tolerance) {
+  bool small = true;
   const auto agree = [&](const char* pictures) {
-    const double error = worst(config, pictures);
-    UNSCOPED_INFO(pictures << ": " << error);
-    return error <= tolerance;
+    const auto [error, name] = worst(config, pictures);
+    UNSCOPED_INFO(pictures << ": " << error << " of " << name);
+    small = small && error <= 0.15;
+    return !small || error <= tolerance;
   };
   CHECK((agree("images") || agree("other images") || agree("still others")));
+  CHECK(small);
 }
 
 void compare(const RunConfig& config, double tolerance) {

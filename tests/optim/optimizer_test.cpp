@@ -17,6 +17,7 @@
 #include "mesa/train/safetensors.h"
 #include "support/device.h"
 #include "support/paths.h"
+#include "support/worst.h"
 
 using namespace mesa;
 using namespace mesa::testing;
@@ -91,7 +92,7 @@ struct Golden {
     const Numbers got = x.to_vector<double>(), want = at(what + "/" + name).to_vector<double>();
     REQUIRE(got.size() == want.size());
     double worst = 0;
-    for (size_t i = 0; i < got.size(); ++i) worst = std::max(worst, std::abs(got[i] - want[i]) / std::max(1.0, std::abs(want[i])));
+    for (size_t i = 0; i < got.size(); ++i) worst = worse(worst, std::abs(got[i] - want[i]) / std::max(1.0, std::abs(want[i])));
     CHECK(worst <= (x.dtype() == DType::f64 ? 1e-12 : 1e-5));
   }
   std::vector<Numbers> values() const {

@@ -7,6 +7,7 @@
 #include "mesa/kernels/kernel.h"
 #include "support/device.h"
 #include "support/random.h"
+#include "support/worst.h"
 
 namespace mesa::testing {
 
@@ -41,7 +42,7 @@ inline void expect(const Tensor& y, const std::vector<double>& want, double tole
   for (size_t i = 0; i < got.size(); ++i) {
     const double magnitude = std::max(std::fabs(want[i]), terms.empty() ? 0.0 : terms[i]);
     const double error = std::fabs(got[i] - want[i]) / std::max(1.0, magnitude);
-    worst = error <= worst ? worst : error;  // a NaN stays
+    worst = worse(worst, error);
   }
   INFO(seed_note());
   CHECK(worst <= tolerance);

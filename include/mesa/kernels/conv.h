@@ -51,14 +51,15 @@ void conv2d_data_grad(const Tensor& dy, const Tensor& w, const Tensor& dx, const
 /// dw <- (accumulate ? dw : 0) + the gradient of w.
 void conv2d_weight_grad(const Tensor& dy, const Tensor& x, const Tensor& dw, bool accumulate, const ConvGeometry& geometry);
 
-/// The passes of convolutions that cuDNN did not run on a GPU in this process, or by no engine that it takes for fast, with the reason:
-/// what it did not run ran as products over unfolded windows, which is right, and slower. "gradient of w, [128, 64, 56, 56] by [64, 64, 3,
-/// 3], stride 1, in bf16: no engine takes the graph".
+/// Passes of convolutions that ran slowly on a GPU in this process, with the reason: as products over unfolded windows where cuDNN did not
+/// run them, or by an engine that cuDNN takes for slower than another. "gradient of w, [128, 64, 56, 56] by [64, 64, 3, 3], stride 1, in
+/// bf16: no engine takes the graph".
 std::vector<std::string> slow_convolutions();
 
 namespace cuda {
 /// Null in a build without cuDNN. Why cuDNN would not run the three passes of this convolution of B images, I to O channels, on a GPU with
-/// these properties (see cudnn_attention_support), or "". A convolution that it does not take runs as products over unfolded windows.
+/// these properties (see cudnn_attention_support), or ""; in one piece. A convolution that it does not take runs as products over unfolded
+/// windows.
 [[gnu::weak]] std::string cudnn_conv_support(const std::string& device_properties, const ConvGeometry& geometry, int64_t B, int64_t I,
                                              int64_t O, DType dtype);
 }  // namespace cuda
