@@ -207,14 +207,13 @@ TEST_CASE("ranks: one that all wait for is named in metrics.jsonl, and warned of
   REQUIRE(result.code == 0);
   CHECK(count(result.err, "warning: rank 1 takes ") == 1);
   std::istringstream lines(read_text(run.path("out/metrics.jsonl")));
-  int rows = 0, slower = 0;
+  int rows = 0;
   for (std::string line; std::getline(lines, line); ++rows) {
     const Json row = Json::parse(line);
     const double first = row["rank_seconds"][0], second = row["rank_seconds"][1];
-    slower += second > first;
     CHECK(row["slowest_rank"] == (second > first ? 1 : 0));
     CHECK(row["slowest_ratio"].get<double>() == Approx(std::max(first, second) / std::min(first, second)));
+    if (rows > 0) CHECK((row["slowest_rank"] == 1 && row["slowest_ratio"] > 1.5));  // in the first rank 0 also writes the run's folder
   }
   CHECK(rows == 10);
-  CHECK(slower >= 6);  // the machine may have slowed rank 0 for a while, too
 }

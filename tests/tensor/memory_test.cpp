@@ -174,6 +174,22 @@ TEST_CASE("memory: on a GPU blocks are cut from the end of a free stretch that i
   memory.cut_from(BlockEnd::high);
 }
 
+TEST_CASE("memory: plans of random sizes and lives are mostly little larger than what is alive") {
+  Allocator& meta = Allocator::of(kMetaCuda);
+  std::vector<double> shares;
+  for (uint64_t i = 0; i < 9; ++i) {
+    meta.release_cached();
+    const int64_t before = meta.use().reserved;
+    int64_t live = 0;
+    use_memory(meta, test_seed() + i, [&](const auto&) { live = std::max(live, meta.use().total); });
+    shares.push_back(static_cast<double>(meta.use().reserved - before) / static_cast<double>(live));
+  }
+  meta.release_cached();
+  INFO("MESA_TEST_SEED=" << test_seed());
+  std::sort(shares.begin(), shares.end());
+  CHECK(shares[4] < 1.5);  // one alone may be unlucky
+}
+
 TEST_CASE("memory: what a plan says is enough, and nothing overlaps") {
   if (test_device() != kCuda) return;
   const uint64_t seed = test_seed();
@@ -181,10 +197,8 @@ TEST_CASE("memory: what a plan says is enough, and nothing overlaps") {
   Allocator &meta = Allocator::of(kMetaCuda), &memory = Allocator::of(kCuda);
   meta.release_cached(), memory.release_cached();
   const MemoryUse planned_before = meta.use();
-  int64_t live = 0;
-  use_memory(meta, seed, [&](const auto&) { live = std::max(live, meta.use().total); });
+  use_memory(meta, seed, [](const auto&) {});
   const int64_t planned = meta.use().reserved - planned_before.reserved, lasting = meta.use().lasting - planned_before.lasting;
-  CHECK(planned < 2 * static_cast<double>(live));  // of random sizes and lives; the median is 1.35 times
   const MemoryUse before = memory.use();
   memory.reserve(lasting, planned - lasting);
   CHECK(memory.use().covered == 0);
