@@ -274,6 +274,7 @@ cudnnStatus_t cudnnBackendDestroyDescriptor(cudnnBackendDescriptor_t d) {
 }
 cudnnStatus_t cudnnBackendFinalize(cudnnBackendDescriptor_t d) {
   const Object& object = *static_cast<Object*>(d);
+  if (object.type == CUDNN_BACKEND_EXECUTION_PLAN_DESCRIPTOR) ++mesa::emulation::cudnn_troubles().plans;
   if (object.type != CUDNN_BACKEND_ENGINEHEUR_DESCRIPTOR) return CUDNN_STATUS_SUCCESS;
   const auto& failing = mesa::emulation::cudnn_troubles().heuristics;
   const auto found = failing.find(object.one<int>(CUDNN_ATTR_ENGINEHEUR_MODE));

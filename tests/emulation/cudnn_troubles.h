@@ -11,6 +11,7 @@ struct CudnnTroubles {
   std::map<int, int> heuristics;                ///< by cudnnBackendHeurMode_t
   int running = 0;                              ///< of every plan
   int runs = 0;                                 ///< that were tried
+  int plans = 0;                                ///< that were made
   int64_t workspace = 256, workspace_each = 0;  ///< in all, and for each image
   bool fallback_wants_none = false;             ///< of cuDNN's second heuristic plans want no workspace
   std::vector<int> notes{};                     ///< of every engine, cudnnBackendNumericalNote_t
