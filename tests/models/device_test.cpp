@@ -1,4 +1,5 @@
 // One step of a network on the test device against the same step on the CPU. On the CPU itself there is nothing to compare.
+#include <algorithm>
 #include <catch2/catch.hpp>
 #include <cmath>
 
