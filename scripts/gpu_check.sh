@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Everything that only a GPU can tell, what is wanted most first: kernel tests, training beside PyTorch in turns, the same gradients as the
-# CPU, the speed of each kernel, larger, smaller and other models, all tests on the device, compute-sanitizer, and more as time allows.
+# CPU, the speed of each kernel, larger and smaller models, all tests on the device, compute-sanitizer, other models, and more as time allows.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -10,14 +10,15 @@ Usage: scripts/gpu_check.sh [--after ALL.tgz] OUT [BUNDLE]
   OUT      folder for summary.txt (what happened, and a table of what was measured beside what must be), summary.json (that table),
            machine.txt, mesa.json, kernels.json, torch.jsonl, and all.tgz with every log and result
   BUNDLE   what scripts/bundle.sh made, its folder or archive without .tar.gz (default: bundle; without one build/ is built first)
-  --after  goes on after the call that left this all.tgz (default: OUT/all.tgz, if it is there). What passed is not run again; what failed
-           is, by another build; what was left out, or took too long (now with twice the time), is.
+  --after  goes on after the call that left this all.tgz (default: OUT/all.tgz, if it is there). What passed is not run again, but numbers
+           are those of one build: another one measures all anew. What failed is run again by another build, or where MESA_CHECK_ONLY
+           names its group; what was left out, or took too long (now with twice the time), is.
 Environment:
   MESA_CHECK_SECONDS   time for this call (default 560); another call with --after runs what is left. Less where the machine goes earlier:
                        what is being measured when it goes is lost
-  MESA_CHECK_ONLY      groups to run, of: smoke numbers parity kernels models further tests sanitizer more (default: all, in this order)
-Exit codes: 0 all passed and every number that was measured is reached; 1 something failed, took too long or misses its number;
-            2 wrong usage; 3 nothing failed, but something was left out: call again.
+  MESA_CHECK_ONLY      groups to run, of: smoke numbers parity kernels models tests sanitizer further more (default: all, in this order)
+Exit codes: 0 all passed and every number that was measured is reached; 1 all has run, and something failed or misses its number;
+            2 wrong usage; 3 something was left out or took too long: call again with --after, whether or not something failed.
 TEXT
 }
 after=
@@ -32,34 +33,47 @@ out=$(cd "$out" && pwd)
 PATH=$PATH:/usr/local/cuda/bin
 logs=$(mktemp -d)  # what comes back is few files: the logs go into one archive, which also tells a later call what is done
 table() { python3 tools/gpu_summary.py "$logs" "$out" >"$logs/table.txt" 2>&1; }
-keep() { ! command -v python3 >/dev/null || table; tar -czf "$out/all.tgz.new" --exclude=./runs/*/checkpoints -C "$logs" . && mv "$out/all.tgz.new" "$out/all.tgz"; }
+keep() {
+  ! command -v python3 >/dev/null || table
+  cp "$logs/machine.txt" "$out"
+  tar -czf "$out/all.tgz.new" --exclude=./runs/*/checkpoints -C "$logs" . && mv "$out/all.tgz.new" "$out/all.tgz"
+}
 [[ -z $after ]] || tar -xzf "$after" -C "$logs" || { echo "gpu_check.sh: $after cannot be read" >&2; exit 2; }
 cp "$logs/summary.txt" "$out/summary.txt" 2>/dev/null || : >"$out/summary.txt"
 trap 'keep; rm -rf "$logs"' EXIT
 budget=${MESA_CHECK_SECONDS:-560}
-groups="smoke numbers parity kernels models further tests sanitizer more"
+groups="smoke numbers parity kernels models tests sanitizer further more"
 only=${MESA_CHECK_ONLY:-$groups}
 for group in $only; do
   [[ " $groups " == *" $group "* ]] || { echo "gpu_check.sh: no group '$group'" >&2; exit 2; }
 done
-left_out=0 failed=0
+left_out=0 failed=0 not_here=0
 left() { echo $((budget - SECONDS)); }
 say() { printf '%4d s  %s\n' "$SECONDS" "$*" | tee -a "$out/summary.txt" "$logs/summary.txt"; }
 leave_out() { say "LEFT OUT  $*"; left_out=1; }
+cannot_run() { say "NOT HERE  $*"; not_here=1; }
 
 # The last word on a stage, "CODE BUILD", by lines "STAGE CODE BUILD" of all calls.
 known() { awk -v stage="$1" '$1 == stage {code = $2; by = $3} END {print code, by}' "$logs/stages" 2>/dev/null; }
+# True of a stage that is not run again: it has passed, or failed by this build and nobody asks for it.
+settled() {
+  local code by
+  read -r code by <<<"$(known "$1")"
+  [[ $code == 0 || (-n $code && $code != 124 && $by == "$build" && -z ${MESA_CHECK_ONLY:-}) ]]
+}
 # What went wrong, in a line: the files of tests that failed, or the last line.
 complaint() { { grep -E '^==== .*: exit code [1-9]' "$1" || tail -n 1 "$1"; } | cut -c1-160 | head -n 8 | paste -sd' '; }
 
 # attempt STAGE SECONDS command...: runs it within the time that is left, output to STAGE.log. Limits are about twice what is expected, so
 # what has less than half of its limit is left to another call.
 attempt() {
-  local stage=$1 limit=$2 code by start=$SECONDS
+  local stage=$1 limit=$2 code before start=$SECONDS
   shift 2
-  read -r code by <<<"$(known "$stage")"
-  if [[ $code == 0 ]]; then return 0; fi
-  if [[ -n $code && $code != 124 && $by == "$build" ]]; then say "FAILED    $stage (before, by this build)"; failed=1; return "$code"; fi
+  before=$(known "$stage") code=${before% *}
+  if settled "$stage"; then
+    ((code == 0)) || { say "FAILED    $stage (before, by this build)"; failed=1; }
+    return "$code"
+  fi
   [[ $code != 124 ]] || limit=$((2 * limit))
   local given=$(($(left) < limit ? $(left) : limit))
   if ((2 * given < limit)); then leave_out "$stage: no time left"; return 1; fi
@@ -68,9 +82,10 @@ attempt() {
   ((code != 137)) || code=124
   if ((code == 0)) && grep -qE 'No test cases matched|No tests ran' "$logs/$stage.log"; then code=99; fi
   if ((code == 124 && given < limit)); then leave_out "$stage: cut short after $given s"; return 1; fi
+  ((code != 124)) || [[ $before != "124 $build" ]] || code=125  # a second time: another call would not end it
   echo "$stage $code $build" >>"$logs/stages"
   if ((code == 0)); then say "ok        $stage ($((SECONDS - start)) s)"
-  elif ((code == 124)); then say "TIME OUT  $stage after $given s"; failed=1
+  elif ((code == 124)); then say "TIME OUT  $stage after $given s"; left_out=1
   else say "FAILED    $stage (exit code $code): $(complaint "$logs/$stage.log")"; failed=1; fi
   keep
   return $code
@@ -81,7 +96,7 @@ attempt() {
   timeout 30 nvidia-smi 2>&1
   nvcc --version 2>&1 | tail -n 2
   git rev-parse HEAD 2>/dev/null
-} >"$out/machine.txt"
+} >>"$logs/machine.txt"
 # Where the CUDA libraries may be: the packages that PyTorch brings, so that both take the same, or the toolkit. For Mesa's programs alone.
 libraries=$(python3 -c 'import glob, site
 print("".join(f + ":" for s in site.getsitepackages() for f in sorted(glob.glob(s + "/nvidia/*/lib"))))' 2>/dev/null)/usr/local/cuda/lib64${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}
@@ -107,10 +122,20 @@ fi
 version=$(timeout 60 "${mesa[@]}" "$bin/mesa-train" --version 2>&1) || { say "FAILED    $bin/mesa-train does not start: $(tail -n 1 <<<"$version")"; exit 1; }
 unusable=$(sed -nE 's/^cuda .*, but //p' <<<"$version")
 [[ -z $unusable ]] || { say "FAILED    no GPU to check: $unusable"; exit 1; }
-# A build is told from others by its commit and by what is in it; the scripts that measure PyTorch belong to it.
-build=$(head -n 1 <<<"$version" | tr ' ' '_')_$(cat "$bin/mesa-tests" "$bin"/../*/libmesa.so "$bin"/../libmesa.so tools/peers/*.py 2>/dev/null |
-  sha256sum | cut -c1-8)
-printf '%s\n' "$version" >>"$out/machine.txt"
+# A build is told from others by its commit and by what is in it; what is measured, and the scripts that measure PyTorch, belong to it.
+build=$(head -n 1 <<<"$version" | tr ' ' '_')_$(cat "$bin/mesa-tests" "$bin"/../*/libmesa.so "$bin"/../libmesa.so bench/*.yaml tools/peers/*.py \
+  2>/dev/null | sha256sum | cut -c1-8)
+printf '%s\n' "$version" >>"$logs/machine.txt"
+
+# Numbers of another build leave the table; tests that it passed have passed.
+measured_by=$(cat "$logs/build" 2>/dev/null)
+if [[ -n $measured_by && $measured_by != "$build" ]]; then
+  mkdir -p "$logs/before/$measured_by"
+  cp "$logs/stages" "$logs/before/$measured_by" 2>/dev/null
+  mv "$logs"/*.json "$logs"/{mesa,torch,graph,rank,kernels,parity}*.log "$logs/runs" "$logs/before/$measured_by" 2>/dev/null
+  sed -i -E '/^(smoke|tests|memcheck|racecheck) /!d' "$logs/stages" 2>/dev/null
+fi
+echo "$build" >"$logs/build"
 say "build     $build${after:+, after what stands above}"
 [[ -s $device_tests ]] || { say "FAILED    there is no $device_tests, which lists the tests"; exit 1; }
 
@@ -139,6 +164,10 @@ test_files() {  # STAGE SECONDS PATTERN SPEC TOOL...: several side by side
 compare() {  # MODEL BATCH ROUND [torch_step.py's options]: Mesa, also with tuned products, then PyTorch eager and compiled, on the same work
   local model=$1 batch=$2 round=$3
   shift 3
+  if ! settled "torch_${model}_$round"; then  # Mesa's part is of the same minutes on the same machine, or run once more
+    if (($(left) < 225)); then leave_out "${model}_$round: no time left for Mesa and PyTorch together"; return; fi
+    sed -i -E "/^mesa_(tuned_)?${model}_$round 0 /d" "$logs/stages" 2>/dev/null
+  fi
   local bench=("${mesa[@]}" "$bin/mesa-bench" --config "bench/$model.yaml" --device cuda --steps 20 --warmup 5 --set "train.batch_size=$batch"
     --set train.precision=bf16)
   attempt "mesa_${model}_$round" 90 "${bench[@]}" --storage exact,int8,int4 --json "$logs/mesa_${model}_$round.json"
@@ -190,14 +219,14 @@ run_kernels() {
 run_sanitizer() {
   local code check=(compute-sanitizer --error-exitcode 9 --launch-timeout 60 --report-api-errors no --destroy-on-device-error kernel)
   [[ $(known memcheck) != 0\ * || $(known racecheck) != 0\ * ]] || return 0
-  if ! command -v compute-sanitizer >/dev/null; then say "NOT HERE  sanitizer: there is no compute-sanitizer on this machine"; return; fi
+  if ! command -v compute-sanitizer >/dev/null; then cannot_run "sanitizer: there is no compute-sanitizer on this machine"; return; fi
   if (($(left) < 90)); then leave_out "sanitizer: no time left"; return; fi
   timeout -k 5 60 env MESA_TEST_DEVICE=cuda MESA_OWN_BLOCKS=1 "${mesa[@]}" "${check[@]}" --tool memcheck "$bin/mesa-tests" "[planted]" \
     >"$logs/planted.log" 2>&1 </dev/null
   code=$?
   if ! grep -q 'Invalid __global__ read' "$logs/planted.log"; then
     if ((code == 0)); then say "FAILED    sanitizer: memcheck does not find a fault made on purpose (planted.log)"; failed=1
-    else say "NOT HERE  sanitizer: compute-sanitizer does not run ($(grep -m 1 '=== Error' "$logs/planted.log" || echo "exit code $code"))"; fi
+    else cannot_run "sanitizer: compute-sanitizer does not run ($(grep -m 1 '=== Error' "$logs/planted.log" || echo "exit code $code"))"; fi
     return
   fi
   test_files memcheck 150 '^kernels/(?!matmul_|conv_)' '~[slow]' env MESA_OWN_BLOCKS=1 "${check[@]}" --tool memcheck
@@ -226,6 +255,14 @@ run_more() {
     --set train.precision=bf16)
   attempt mesa_cudnn_attention 50 "${small[@]}" --storage exact,int8 --set model.attention=cudnn --json "$logs/mesa_cudnn_attention.json"
   attempt mesa_codec_host 50 "${small[@]}" --storage "exact,$logs/host.yaml" --json "$logs/mesa_codec_host.json"
+  # One rank alone, and with all that several have: NCCL, buckets, the wire; and with its part, here all, of a shared optimizer.
+  local setup alone=("${mesa[@]}") connected=(RANK=0 LOCAL_RANK=0 WORLD_SIZE=1 MASTER_ADDR=127.0.0.1 MASTER_PORT=29500)
+  for setup in alone connected shared; do
+    local mesa=("${alone[@]}")
+    [[ $setup == alone ]] || mesa+=("${connected[@]}")
+    short_run "rank_$setup" 60 bench/deit_small.yaml train.precision=bf16 train.batch_size=128 data.train_size=7680 train.log_interval=10 \
+      "train.shard=$([[ $setup == shared ]] && echo optimizer || echo none)"
+  done
   compare deit_small 128 3
   attempt torch_max_autotune 300 python3 tools/peers/torch_step.py --model deit_small --batch 128 --steps 20 --compile --mode max-autotune-no-cudagraphs
 }
@@ -241,6 +278,9 @@ else
   table || failed=1
   tee -a "$out/summary.txt" <"$logs/table.txt"
 fi
-if ((failed)); then say "SOMETHING FAILED"; exit 1; fi
-if ((left_out)); then say "all that ran passed, but something was left out: call again"; exit 3; fi
-say "all passed"
+outcome="all passed"
+((!not_here)) || outcome="all passed that can run here"
+((!failed)) || outcome="SOMETHING FAILED"
+if ((left_out)); then say "$outcome; something was left out: call again, with --after $out/all.tgz"; exit 3; fi
+say "$outcome"
+exit "$failed"

@@ -62,9 +62,13 @@ class Results:
         return [policy for result in rounds for policy in result["policies"] if policy["storage"] == storage]
 
     def rates(self, model, compiled):
-        """PyTorch's images/s by round: waiting for each step, or for all of them at once if that is faster."""
-        return {name: max(line["images_per_second"]["median"], line.get("unwaited_images_per_second") or 0) for name, lines in self.torch.items() if re.fullmatch(model + r"_\d+", name)
+        """PyTorch's images/s by round: waiting for each step, or for all of them at once if that is faster (rate)."""
+        return {name: self.rate(line) for name, lines in self.torch.items() if re.fullmatch(model + r"_\d+", name)
                 for line in lines if line["compile"] == compiled}
+
+    @staticmethod
+    def rate(line):
+        return max(line["images_per_second"]["median"], line.get("unwaited_images_per_second") or 0)
 
     def against_compiled(self, model, tuned=False):
         """Mesa's exact storage, perhaps with tuned products, against torch.compile, round by round."""
@@ -87,7 +91,8 @@ class Table:
         """A row of the median of `values`, which must be at least, or at most, `must`; without values it was not measured."""
         measured = statistics.median(values) if values else None
         ok = None if measured is None or must is None else bool(measured >= must if at_least else measured <= must)
-        self.rows.append({"what": what, "measured": measured, "must": must, "sense": ">=" if at_least else "<=", "ok": ok, "rounds": len(values), "note": note})
+        self.rows.append({"what": what, "measured": measured, "lowest": min(values, default=None), "highest": max(values, default=None), "must": must,
+                          "sense": ">=" if at_least else "<=", "ok": ok, "rounds": len(values), "note": note})
 
     def passed(self, what, codes):
         """A row of stages, by their exit codes; None for one that has not come to its end."""
@@ -98,6 +103,8 @@ class Table:
         lines = [("what", "measured", "must", "", "")]
         for row in self.rows:
             measured = "not measured" if row["measured"] is None else number(row["measured"])
+            if row["rounds"] > 1:
+                measured += f" [{number(row['lowest'])}, {number(row['highest'])}]"
             must = "" if row["must"] is None else f"{row['sense']} {number(row['must'])}"
             lines.append((row["what"], measured, must, {True: "ok", False: "MISSED", None: ""}[row["ok"]], row["note"]))
         widths = [max(len(line[i]) for line in lines) for i in range(4)]
@@ -127,7 +134,7 @@ def speed(results, table):
         for compiled in (False, True):
             table.add(f"PyTorch {model}, {'torch.compile' if compiled else 'eager'}: images/s", list(results.rates(model, compiled).values()))
     autotuned = results.torch.get("max_autotune", [])
-    table.add("PyTorch deit_small, torch.compile, max-autotune: images/s", [line["images_per_second"]["median"] for line in autotuned])
+    table.add("PyTorch deit_small, torch.compile, max-autotune: images/s", [results.rate(line) for line in autotuned])
 
 
 def memory(results, table):
@@ -175,15 +182,29 @@ def kernels(results, table):
                 table.add(f"{kernel['name']}: TFLOP/s", [kernel["flops"] / kernel["ms"]["median"] / 1e9])
 
 
+def beside(results, table, title, what, stages, must, exact=True):
+    """Two runs of the same work: images/s of the second / of the first, and where they must be, whether losses and norms are the same bit for bit."""
+    (one, lines), (other, same) = (results.run(stage) for stage in stages)
+    numbers = lambda rows: [(row["step"], row["loss"], row["grad_norm"]) for row in rows]
+    rate = lambda rows: statistics.median(row["images_per_second"] for row in rows[2:] or rows)  # the first choose algorithms, and record
+    both = bool(one and other)
+    wait = f"waiting for data: {statistics.median(row['data_wait'] for row in same):.1%}" if both else ""
+    table.add(f"{title}: images/s {what}", [rate(same) / rate(lines)] if both else [], must, note=wait)
+    if exact:
+        table.add(f"{title}, {what.split(' / ')[0]}: the same losses and norms, bit for bit",
+                  [float(len(lines) > 0 and numbers(lines) == numbers(same))] if both else [], 1)
+
+
 def graphs(results, table):
     for model, title in (("deit_tiny", "DeiT-Ti"), ("resnet18", "ResNet-18")):
-        (plain, lines), (recorded, same) = results.run(f"graph_{model}_false"), results.run(f"graph_{model}_true")
-        both = plain and recorded
-        numbers = lambda rows: [(row["step"], row["loss"], row["grad_norm"]) for row in rows]
-        rate = lambda rows: statistics.median(row["images_per_second"] for row in rows[2:] or rows)  # the first choose algorithms, and record
-        wait = f"waiting for data: {statistics.median(row['data_wait'] for row in same):.1%}" if both else ""
-        table.add(f"{title}, batch 16: images/s with cuda_graph / without", [rate(same) / rate(lines)] if both else [], 1, note=wait)
-        table.add(f"{title}, batch 16: the same losses and norms, bit for bit", [float(len(lines) > 0 and numbers(lines) == numbers(same))] if both else [], 1)
+        beside(results, table, f"{title}, batch 16", "with cuda_graph / without", (f"graph_{model}_false", f"graph_{model}_true"), 1)
+
+
+def ranks(results, table):
+    """What a rank among several does besides, on one that is alone."""
+    for stage, what in (("connected", "through NCCL / alone"), ("shared", "through NCCL, shared optimizer / alone")):
+        beside(results, table, "DeiT-S, batch 128, one rank", what, ("rank_alone", "rank_" + stage), None,
+               exact=stage == "connected")
 
 
 def profile(results, table):
@@ -216,6 +237,7 @@ def main():
     table.passed("compute-sanitizer, memcheck and racecheck", [stage("memcheck"), stage("racecheck")])
     table.passed("all tests on the device", [stage("tests")])
     graphs(results, table)
+    ranks(results, table)
     besides(results, table)
     profile(results, table)
     print(table.text())

@@ -32,7 +32,7 @@ struct Products {
   std::map<std::string, std::string> choices;  // with `tuning`: algorithms by forms
 };
 Products& products() {
-  static Products all;
+  static Products& all = *new Products;  // plans may outlive cuBLASLt's own statics
   return all;
 }
 

@@ -25,16 +25,22 @@ std::string describe(cudnnStatus_t status) {
   return message.empty() ? cudnnGetErrorString(status) : concat(cudnnGetErrorString(status), ", ", message);
 }
 
+bool lacks_memory(cudnnStatus_t status) {
+  return status == CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED || status == CUDNN_STATUS_INTERNAL_ERROR_HOST_ALLOCATION_FAILED;
+}
+
 }  // namespace
 
 std::string version() {
   const size_t v = cudnnGetVersion();  // 91900
-  return concat(v / 10000, ".", v / 100 % 100, ".", v % 100);
+  if (v == 0) return "not found";
+  return concat(v / 10000, ".", v / 100 % 100, ".", v % 100, " for CUDA ", cudnnGetCudartVersion() / 1000);
 }
 
 void check_status(cudnnStatus_t status, const char* what, const char* name) {
   if (status == CUDNN_STATUS_SUCCESS) return;
   const std::string text = concat(what, " (", name, "): ", describe(status));
+  if (lacks_memory(status)) throw OutOfMemory(concat("out of memory on cuda: cuDNN: ", text));
   if (CUDNN_STATUS_CATEGORY(status) == CUDNN_STATUS_NOT_SUPPORTED) throw Unsupported(text);
   fail("cuDNN: ", text);
 }
@@ -266,6 +272,8 @@ std::vector<Descriptor> engine_configs(const Descriptor& operations, const Gpu& 
     std::vector<Descriptor> offered;
     try {
       offered = engine_configs(operations, gpu, mode);
+    } catch (const OutOfMemory&) {
+      throw;
     } catch (const std::runtime_error& reason) {  // that this one fails, in whatever way, is no reason not to ask the other
       if (refusal.empty()) refusal = reason.what();
     }
@@ -294,6 +302,7 @@ Descriptor execution_plan(const std::vector<Descriptor>& configs, const Gpu& gpu
     if (gpu.handle != nullptr) plan.set(CUDNN_ATTR_EXECUTION_PLAN_HANDLE, gpu.handle);
     if (gpu.properties != nullptr) plan.set(CUDNN_ATTR_EXECUTION_PLAN_DEVICEPROP, gpu.properties->get());
     const cudnnStatus_t status = cudnnBackendFinalize(plan.get());
+    if (lacks_memory(status)) check_status(status, "making a plan", "execution plan");  // of which a slower engine may want less: no reason
     if (status == CUDNN_STATUS_SUCCESS && workspace_of(plan) <= engines.most_workspace) return plan;
     if (gpu.handle == nullptr && status == CUDNN_STATUS_EXECUTION_FAILED_CUDA_DRIVER) return plan;
     reason = status == CUDNN_STATUS_SUCCESS ? concat("a workspace of ", workspace_of(plan), " bytes") : describe(status);

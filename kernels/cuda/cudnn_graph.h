@@ -22,9 +22,10 @@ class Unsupported : public std::runtime_error {
   int64_t wanted = 0;  ///< bytes of workspace, where that is too much
 };
 
-/// "9.19.0"
+/// "9.19.0 for CUDA 13": its name is the same for all CUDAs. "not found" where it is missing.
 std::string version();
-/// Throws for a status other than success: Unsupported if it says so, else mesa::Error with `what`, `name` and cuDNN's last message.
+/// Throws for a status other than success: Unsupported if it says so, OutOfMemory if cuDNN found none for itself, else mesa::Error, with
+/// `what`, `name` and cuDNN's last message.
 void check_status(cudnnStatus_t status, const char* what, const char* name);
 
 // --- descriptors -----------------------------------------------------------------------------------------------------------------

@@ -32,6 +32,7 @@ PASS_ON(cudnnBackendGetAttribute,
 PASS_ON(cudnnBackendExecute, (cudnnHandle_t handle, cudnnBackendDescriptor_t plan, cudnnBackendDescriptor_t pack), (handle, plan, pack))
 
 MESA_PASS_ON(library(), size_t{0}, cudnnGetVersion, (), ())
+MESA_PASS_ON(library(), size_t{0}, cudnnGetCudartVersion, (), ())
 MESA_PASS_ON(library(), library().why.c_str(), cudnnGetErrorString, (cudnnStatus_t status), (status))
 
 MESA_HIDDEN void cudnnGetLastErrorString(char* message, size_t size) {

@@ -47,9 +47,9 @@ class CodedRows {
   uint32_t saturated_ = 0, nonfinite_ = 0;
 };
 
-/// By running estimates.
+/// By running estimates. Two blocks a multiprocessor also for rows that fill no team, whose checks take registers.
 template <class Team, class X, class Y>
-__global__ void norm_running_codes_kernel(NormRow<X, Y> norm, int64_t rows, Producer to, int lanes) {
+__global__ void __launch_bounds__(kRowWarps* kWarp, 2) norm_running_codes_kernel(NormRow<X, Y> norm, int64_t rows, Producer to, int lanes) {
   CodedRows<Team, Y> coded(to, norm.width);
   to.watch.begin();
   for (int64_t row = Team::row(); row < rows; row += int64_t{gridDim.x} * kRowWarps) norm(Team{}, row, coded);

@@ -56,9 +56,12 @@ std::string detail::find_device() {
     return concat("the GPU does not answer: ", cudaGetErrorString(error));
   if (properties.major < 8)
     return concat(properties.name, " has compute capability ", properties.major, ".", properties.minor, "; Mesa needs 8.0 or newer");
-  if (const auto error = static_cast<cudaError_t>(probe_status()); error != cudaSuccess)
+  const auto error = static_cast<cudaError_t>(probe_status());  // the first call that starts the GPU for this process
+  if (error == cudaErrorNoKernelImageForDevice || error == cudaErrorInvalidDeviceFunction || error == cudaErrorUnsupportedPtxVersion)
     return concat("this build has no code for ", properties.name, " (compute capability ", properties.major, ".", properties.minor,
                   "); build with -DCMAKE_CUDA_ARCHITECTURES=", properties.major, properties.minor, " (", cudaGetErrorString(error), ")");
+  if (error != cudaSuccess)
+    return concat(properties.name, " cannot be used: ", cudaGetErrorString(error), "; nvidia-smi says who uses it, and how");
   return find_products();
 }
 

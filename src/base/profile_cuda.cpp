@@ -71,12 +71,13 @@ std::vector<ProfileRow> end_profile() {
   return rows;
 }
 
-double seconds_of(const std::function<void()>& f) {
+double seconds_of(const std::function<void()>& f, const std::function<void()>& ahead) {
   struct Events {  // which go back even if f throws
     cudaEvent_t from = profile().take(), to = profile().take();
     ~Events() { profile().free.insert(profile().free.end(), {from, to}); }
   } const events;
   synchronize("timing");
+  if (ahead) ahead();
   check_status(mark(events.from), "marking the stream");
   f();
   check_status(mark(events.to), "marking the stream");

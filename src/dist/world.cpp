@@ -98,14 +98,21 @@ std::unique_ptr<Communicator> open_nccl(const RankInfo& me, Control& control) {
   return std::unique_ptr<Communicator>(from_plugin<OpenNccl>("libmesa_nccl.so", "mesa_open_nccl", needed)(&me, &id, &control));
 }
 
-/// Each rank of a host gets a GPU of its own: the process sees no other. Before CUDA is used for the first time.
-void choose_gpu(int64_t local_rank, const std::string& of) {
+/// What CUDA_VISIBLE_DEVICES says, if it is set: set but empty hides all GPUs.
+std::optional<std::string> visible_gpus() {
+  const char* const list = std::getenv("CUDA_VISIBLE_DEVICES");
+  return list != nullptr ? std::optional<std::string>(list) : std::nullopt;
+}
+
+/// Each rank of a host gets a GPU of its own, of those that were visible: the process sees no other. Before CUDA is used for the first
+/// time.
+void choose_gpu(int64_t local_rank, const std::optional<std::string>& of) {
   std::vector<std::string> visible;
-  std::istringstream list(of);
+  std::istringstream list(of.value_or(""));
   for (std::string one; std::getline(list, one, ',');) visible.push_back(one);
   if (visible.size() == 1) return;  // the launcher has chosen
   const auto local = static_cast<size_t>(local_rank);
-  const std::string own = visible.empty() ? std::to_string(local) : local < visible.size() ? visible[local] : "";
+  const std::string own = !of ? std::to_string(local) : local < visible.size() ? visible[local] : "";
   setenv("CUDA_VISIBLE_DEVICES", own.c_str(), 1);
 }
 
@@ -186,7 +193,7 @@ World::World(double timeout) {
 }
 
 void World::connect(double timeout) {
-  const std::string gpus = variable("CUDA_VISIBLE_DEVICES");
+  const std::optional<std::string> gpus = visible_gpus();
   if (started_by_mpi()) {
     const Deadline deadline(timeout);
     if (const auto local = launched_local_rank()) choose_gpu(*local, gpus);

@@ -42,7 +42,7 @@ int check_comm(RunConfig config) {
   return together(world, [&] {
     use_threads(config);
     share_threads(config, world);
-    const std::string version = version_text();
+    const std::string version = version_text(false);
     char hash[32];
     std::snprintf(hash, sizeof hash, "%016llx", static_cast<unsigned long long>(hash_name(to_yaml(config))));
     print_ranks(world, concat("host ", world.me().host, ", local rank ", world.me().local_rank, ", pid ", getpid(), ", ",

@@ -120,7 +120,7 @@ class FurtherKernels : public WorkList {
     const double packed = bits / 8.0;
     const Tensor x = tokens(DType::f32), y = room(x.shape(), e_.type), rstd = room({e_.B * e_.N}, DType::f32);
     const Tensor gamma = values({e_.C}, DType::f32), beta = values({e_.C}, DType::f32);
-    const Tensor h = values({e_.B, e_.N, e_.hidden}, e_.type), g = empty_like(h), dg = values(h.shape(), e_.type);
+    const Tensor h = values({e_.B, e_.N, e_.hidden}, e_.type), g = empty_like(h), dg = values(h.shape(), e_.type), dh = empty_like(h);
     const Codes of_x = codes(e_.C, bits), of_h = codes(e_.hidden, bits);
     kernels::layer_norm_codes(x, gamma, beta, 1e-6, y, rstd, of_x);
     kernels::quantize_running(h, of_h);
@@ -129,12 +129,12 @@ class FurtherKernels : public WorkList {
     if (bits < 8) {
       add("layer_norm, codes" + suffix, n * (4 + w + packed), 0, [=] { kernels::layer_norm_codes(x, gamma, beta, 1e-6, y, rstd, of_x); });
       add("gelu, codes" + suffix, m * (2 * w + packed), 0, [=] { kernels::gelu_codes(h, g, of_h); });
-      add("gelu_grad and gelu, coded" + suffix, m * (3 * w + packed), 0, [=] { kernels::gelu_grad_coded(dg, coded, dg, g); });
+      add("gelu_grad and gelu, coded" + suffix, m * (3 * w + packed), 0, [=] { kernels::gelu_grad_coded(dg, coded, dh, g); });
       add("quantize, running heads," + suffix, m * (w + packed), 0, [=] { kernels::quantize_running(h, of_h); });
     }
     add("affine, coded" + suffix, n * (w + packed), 0, [=] { kernels::affine_coded(xhat, gamma, beta, y); });
     add("gelu, coded" + suffix, m * (w + packed), 0, [=] { kernels::gelu_coded(coded, g); });
-    add("gelu_grad, coded" + suffix, m * (2 * w + packed), 0, [=] { kernels::gelu_grad_coded(dg, coded, dg, Tensor()); });
+    add("gelu_grad, coded" + suffix, m * (2 * w + packed), 0, [=] { kernels::gelu_grad_coded(dg, coded, dh, Tensor()); });
     add("dequantize, heads," + suffix, m * (w + packed), 0,
         [=] { kernels::dequantize(coded.codes, coded.layout, bits, coded.step, coded.offset, g); });
   }
@@ -147,7 +147,7 @@ class FurtherKernels : public WorkList {
     const double p = static_cast<double>(images.numel()), n = e_.rows() * static_cast<double>(e_.C);
     const std::vector<float> half(static_cast<size_t>(e_.channels), 0.5f);
     if (e_.B % 2 == 0)
-      add("normalize_images, mixed", p * (2 + width(e_.pictures())), 0,
+      add("normalize_images, mixed", p * (1 + width(e_.pictures())), 0,  // the neighbours' pixels are found in the cache
           [=, mixing = mixing(e_.B)] { kernels::normalize_images(pixels, half, half, Tensor(), mixing, images); });
     add("scatter_patches", p * (width(e_.pictures()) + width(e_.type)), 0,
         [=, patch = e_.patch] { kernels::scatter_patches(patches, patch, images); });

@@ -19,6 +19,22 @@ std::unique_ptr<GradientSync> share_gradients(const RunConfig& config, ParamStor
   return std::make_unique<GradientSync>(communicator, params.params(), GradientSyncOptions{kBucketBytes, dtype, sharded});
 }
 
+void rehearse_collectives(const RunConfig& config, Communicator& communicator) {
+  if (!communicator.connected()) return;
+  for (const int64_t bytes : {kBucketBytes, int64_t{4} << 10}) {
+    const int64_t part = std::max<int64_t>(1, bytes / size_of(DType::f32) / communicator.size());
+    const Tensor bucket = Tensor::zeros({part * communicator.size()}, DType::f32, communicator.device());
+    if (config.train.shard == "optimizer") {
+      const Tensor own = bucket.narrow(0, communicator.rank() * part, part);
+      communicator.reduce_scatter(bucket, own);
+      communicator.all_gather(own, bucket);
+    } else {
+      communicator.all_reduce(bucket);
+    }
+    communicator.barrier();
+  }
+}
+
 OptimizerShard shard_of(GradientSync* sync, Communicator& communicator) {
   if (sync == nullptr || !sync->sharded()) return {};
   return {sync->own(),

@@ -77,7 +77,7 @@ void RunWatch::attempt(const std::string& what, F&& write) {
 /// No names of hosts, users or folders: a report may be shown around.
 void RunWatch::write_environment() {
   nlohmann::ordered_json json = nlohmann::ordered_json::object();
-  std::istringstream lines(version_text());
+  std::istringstream lines(version_text(is_gpu(parts_.device)));
   for (std::string line; std::getline(lines, line);) {
     const size_t end = std::min(line.find(' '), line.size()), from = std::min(line.find_first_not_of(' ', end), line.size());
     json[line.substr(0, end)] = line.substr(from);

@@ -2,6 +2,9 @@
 
 #include <omp.h>
 
+#include <algorithm>
+#include <cstring>
+
 #include "mesa/base/cuda.h"
 #include "mesa/kernels/elementwise.h"
 #include "mesa/kernels/image.h"
@@ -52,7 +55,11 @@ class RandomDataset : public Dataset {
     RandomStream random({key_.key, static_cast<uint64_t>(index)});
     const int side = static_cast<int>(model_.image_size), channels = static_cast<int>(model_.channels);
     Sample sample{{side, side, channels, std::vector<uint8_t>(static_cast<size_t>(side) * side * channels)}, 0};
-    for (uint8_t& pixel : sample.image.pixels) pixel = static_cast<uint8_t>(random.next() >> 24);
+    std::vector<uint8_t>& pixels = sample.image.pixels;
+    for (size_t i = 0; i < pixels.size(); i += sizeof(uint32_t)) {
+      const uint32_t word = random.next();
+      std::memcpy(&pixels[i], &word, std::min(sizeof word, pixels.size() - i));
+    }
     sample.label = static_cast<int64_t>(random.below(static_cast<uint64_t>(model_.classes)));
     return sample;
   }

@@ -90,10 +90,10 @@ void check_same(World& world, const std::string& what, const std::string& text) 
 }
 
 Device check_same_run(World& world, const RunConfig& config) {
-  check_same(world, "version", version_text());
+  check_same(world, "version", version_text(false));
   check_same(world, "config", to_yaml(config));
   const Device device = choose_device(config.device);
-  check_same(world, "device", to_string(device.kind));
+  check_same(world, "device", is_gpu(device) ? describe_device(config.device, device) : "cpu");  // not why: a host may lack GPUs for some
   return device;
 }
 

@@ -256,6 +256,7 @@ mesa::emulation::CudnnTroubles& mesa::emulation::cudnn_troubles() {
 
 extern "C" {
 size_t cudnnGetVersion() { return CUDNN_VERSION; }
+size_t cudnnGetCudartVersion() { return CUDART_VERSION; }
 const char* cudnnGetErrorString(cudnnStatus_t) { return "CUDNN_STATUS"; }
 void cudnnGetLastErrorString(char* message, size_t size) { std::strncpy(message, last_error.c_str(), size - 1); }
 cudnnStatus_t cudnnCreate(cudnnHandle_t* handle) {
@@ -274,7 +275,10 @@ cudnnStatus_t cudnnBackendDestroyDescriptor(cudnnBackendDescriptor_t d) {
 }
 cudnnStatus_t cudnnBackendFinalize(cudnnBackendDescriptor_t d) {
   const Object& object = *static_cast<Object*>(d);
-  if (object.type == CUDNN_BACKEND_EXECUTION_PLAN_DESCRIPTOR) ++mesa::emulation::cudnn_troubles().plans;
+  if (object.type == CUDNN_BACKEND_EXECUTION_PLAN_DESCRIPTOR) {
+    ++mesa::emulation::cudnn_troubles().plans;
+    return static_cast<cudnnStatus_t>(mesa::emulation::cudnn_troubles().planning);
+  }
   if (object.type != CUDNN_BACKEND_ENGINEHEUR_DESCRIPTOR) return CUDNN_STATUS_SUCCESS;
   const auto& failing = mesa::emulation::cudnn_troubles().heuristics;
   const auto found = failing.find(object.one<int>(CUDNN_ATTR_ENGINEHEUR_MODE));

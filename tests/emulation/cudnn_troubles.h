@@ -9,7 +9,7 @@ namespace mesa::emulation {
 /// What goes wrong, as statuses of cuDNN (cudnnStatus_t), and how much workspace plans want.
 struct CudnnTroubles {
   std::map<int, int> heuristics;                ///< by cudnnBackendHeurMode_t
-  int running = 0;                              ///< of every plan
+  int planning = 0, running = 0;                ///< of every plan
   int runs = 0;                                 ///< that were tried
   int plans = 0;                                ///< that were made
   int64_t workspace = 256, workspace_each = 0;  ///< in all, and for each image

@@ -161,6 +161,33 @@ TEST_CASE("NCCL: training on 2 ranks has the curve of 1, also with a shared opti
   CHECK(run.metrics("copied") == run.metrics("two"));
 }
 
+TEST_CASE("NCCL: all kinds of collectives have run when a plan takes the GPU's memory", "[ranks]") {
+  const GpuRun run;
+  for (const char* const shard : {"none", "optimizer"}) {
+    const auto results = run.train_on(2, {concat("train.shard=", shard), "train.steps=2"}, shard, {{0, nccl("tells")}});
+    for (const ProcessResult& result : results) CHECK(result.code == 0);
+    const std::string& said = results[0].err;
+    INFO(said);
+    int kinds = 0;
+    for (size_t at = 0; (at = said.find("a collective of a new kind, ", at)) != std::string::npos; ++kinds)
+      CHECK(std::stoi(said.substr(at += 28)) < 32);  // the plan takes 128 MB and more
+    CHECK(kinds >= 2);
+  }
+}
+
+TEST_CASE("NCCL: ranks on the CPU of a host may see GPUs of different kinds, or none", "[ranks]") {
+  const GpuRun run;
+  const auto on_one_gpu = [&](const char* device, Environment env) {
+    env["MESA_EMULATION_GPUS"] = "1";
+    const Args args{"--config", "tiny.yaml", "--check-comm", "--device", device};
+    return Ranks(2, "mesa-train-emulated", args, {{0, env}, {1, env}}, run.path(".")).finish();
+  };
+  CHECK_THAT(on_one_gpu("cpu", {})[0].err, Contains("the CPU engine's ranks talk through MPI"));
+  CHECK_THAT(on_one_gpu("auto", {{"CUDA_VISIBLE_DEVICES", ""}})[0].err, Contains("the CPU engine's ranks talk through MPI"));
+  const auto too_few = on_one_gpu("cuda", {});
+  CHECK_THAT(concat(too_few[0].err, too_few[1].err), Contains("rank 1 (") && Contains("no NVIDIA GPU was found") && Contains("is '1'"));
+}
+
 TEST_CASE("NCCL: a set-up that does not end is ended, with the name of who is missing", "[ranks][slow]") {
   Ranks missing(3, "mesa-tests-emulated", {"rank: waits for NCCL"}, {{1, {{"MESA_TEST_STAYS_AWAY", "1"}}}});
   const GpuRun run;

@@ -91,6 +91,24 @@ TEST_CASE("emulated GPU: a convolution that cuDNN cannot run, or not in little m
   check({.heuristics = {}, .running = kNotSupported}, false, "CUDNN_STATUS", 1);
 }
 
+TEST_CASE("emulated GPU: where cuDNN finds no memory for itself, that is said, and no slower way taken for good", "[emulation]") {
+  if (kernels::cuda::cudnn_conv_support == nullptr) return;
+  constexpr int kNoMemory = 4004;                   // CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED
+  const kernels::ConvGeometry g{5, 7, 3, 3, 1, 1};  // of no other test: plans are kept
+  const Tensor x = to(normal_tensor({2, 35, 8}, "x", DType::f32), kCuda), w = to(normal_tensor({8, 8, 3, 3}, "w", DType::f32), kCuda);
+  const Tensor y = empty_like(x);
+  const size_t told = kernels::slow_convolutions().size();
+  for (const emulation::CudnnTroubles& troubles : {emulation::CudnnTroubles{.heuristics = {{kFirst, kNoMemory}}},
+                                                   {.heuristics = {}, .planning = kNoMemory},
+                                                   {.heuristics = {}, .running = kNoMemory}}) {
+    const Troubled troubled(troubles);
+    CHECK_THROWS_AS(kernels::conv2d(x, w, {}, y, g), OutOfMemory);
+  }
+  kernels::conv2d(x, w, {}, y, g);
+  CHECK(emulation::cudnn_troubles().runs == 1);
+  CHECK(kernels::slow_convolutions().size() == told);
+}
+
 TEST_CASE("emulated GPU: a batch for which a fast engine wants too much workspace is taken in parts", "[emulation]") {
   if (kernels::cuda::cudnn_conv_support == nullptr) return;
   constexpr int64_t kEach = int64_t{200} << 20;  // two images at a time: 512 MiB are allowed

@@ -1,5 +1,5 @@
 // The CUDA runtime's functions that Mesa calls, on emulated memory: errors, the device, memory and copies; streams.cpp has the rest.
-// MESA_EMULATION_DEVICE=no_driver, old_driver, no_gpu, old_gpu, no_code or no_products is a machine that cannot run Mesa;
+// MESA_EMULATION_DEVICE=no_driver, old_driver, no_gpu, old_gpu, no_code, busy or no_products is a machine that cannot run Mesa;
 // MESA_EMULATION_GPUS=4 one with four GPUs.
 #include <cuda_runtime_api.h>
 
@@ -102,17 +102,18 @@ cudaError_t fill(const char* function, void* to, int value, size_t bytes, cudaSt
 
 // --- the device -------------------------------------------------------------------------------------------------------------------
 
-enum class Machine { whole, no_driver, old_driver, no_gpu, old_gpu, no_code, no_products };
+enum class Machine { whole, no_driver, old_driver, no_gpu, old_gpu, no_code, busy, no_products };
 
 Machine machine() {
   const char* const wish = std::getenv("MESA_EMULATION_DEVICE");
   if (wish == nullptr || *wish == 0) return Machine::whole;
-  static const std::map<std::string, Machine> machines{{"no_driver", Machine::no_driver}, {"old_driver", Machine::old_driver},
-                                                       {"no_gpu", Machine::no_gpu},       {"old_gpu", Machine::old_gpu},
-                                                       {"no_code", Machine::no_code},     {"no_products", Machine::no_products}};
+  static const std::map<std::string, Machine> machines{{"no_driver", Machine::no_driver},    {"old_driver", Machine::old_driver},
+                                                       {"no_gpu", Machine::no_gpu},          {"old_gpu", Machine::old_gpu},
+                                                       {"no_code", Machine::no_code},        {"busy", Machine::busy},
+                                                       {"no_products", Machine::no_products}};
   const auto found = machines.find(wish);
   check(found != machines.end(), "MESA_EMULATION_DEVICE is '", wish,
-        "'; it may be no_driver, old_driver, no_gpu, old_gpu, no_code or no_products");
+        "'; it may be no_driver, old_driver, no_gpu, old_gpu, no_code, busy or no_products");
   return found->second;
 }
 
@@ -287,6 +288,7 @@ cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void*) {
   attributes->binaryVersion = attributes->ptxVersion = 90;
   attributes->maxDynamicSharedSizeBytes = 48 << 10;
   if (machine() == Machine::old_gpu || machine() == Machine::no_code) return result(cudaErrorNoKernelImageForDevice);
+  if (machine() == Machine::busy) return result(cudaErrorMemoryAllocation);
   return ready();
 }
 

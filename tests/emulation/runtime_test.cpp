@@ -292,5 +292,6 @@ TEST_CASE("emulation: machines that cannot run Mesa", "[emulation]") {
   unsetenv("CUDA_VISIBLE_DEVICES");
   CHECK_THAT(reason_on("old_gpu"), Contains("emulated has compute capability 7.0; Mesa needs 8.0 or newer"));
   CHECK_THAT(reason_on("no_code"), Contains("this build has no code for emulated (compute capability 9.0)"));
+  CHECK_THAT(reason_on("busy"), Contains("emulated cannot be used: out of memory; nvidia-smi says who uses it"));
   CHECK(reason_on("no_products") == "cuBLAS was not found");
 }

@@ -80,9 +80,9 @@ check 0 out
 stages=$(sed -nE 's/^ *[0-9]+ s  ok +([a-z0-9_]+) .*/\1/p' "$STUB/out/summary.txt" | paste -sd' ')
 pair() { echo "mesa_$1 mesa_tuned_$1 torch_$1"; }
 want="smoke $(pair deit_small_1) parity kernels mesa_profile $(pair deit_base_1) $(pair deit_tiny_1) $(pair deit_small_2)"
-want+=" torch_largest mesa_fit mesa_largest $(pair swin_tiny_1) $(pair resnet50_1)"
+want+=" torch_largest mesa_fit mesa_largest tests memcheck racecheck $(pair swin_tiny_1) $(pair resnet50_1)"
 want+=" graph_deit_tiny_false graph_deit_tiny_true graph_resnet18_false graph_resnet18_true"
-want+=" tests memcheck racecheck mesa_cudnn_attention mesa_codec_host $(pair deit_small_3) torch_max_autotune"
+want+=" mesa_cudnn_attention mesa_codec_host rank_alone rank_connected rank_shared $(pair deit_small_3) torch_max_autotune"
 [[ $stages == "$want" ]] || complain "the stages were '$stages'"
 [[ $(calls 'compute-sanitizer .*racecheck.*#norm_test') == 1 && $(calls 'compute-sanitizer .*#matmul_test') == 0 ]] || complain "the sanitizer's files"
 [[ ! -e $STUB/checkpoints_kept ]] || complain "checkpoints were packed among the logs"
@@ -96,6 +96,8 @@ missed = [row for row in rows.values() if row["must"] is not None and row["ok"] 
 assert not missed, missed
 assert rows["DeiT-S, batch 128, bf16: exact / torch.compile"]["measured"] == 1.5
 assert rows["DeiT-S, batch 128, bf16: exact / torch.compile"]["rounds"] == 3
+assert rows["DeiT-S, batch 128, bf16: images/s, exact"]["lowest"] == 12000
+assert rows["DeiT-S, batch 128, one rank: images/s through NCCL / alone"]["measured"] == 1
 assert rows["DeiT-B, batch 128: exact, tuned / torch.compile"]["measured"] == 1.5
 assert rows["DeiT-B in 24 GB: int4's / PyTorch eager's"]["measured"] == 8.5
 assert abs(rows["DeiT-Ti, fp32: largest error of a gradient against the CPU"]["measured"] - 2e-5) < 1e-12
@@ -119,29 +121,48 @@ said 'FAILED +no GPU to check: cuBLAS was not found'
 
 # With little time what fits is run, and a second call goes on with the rest.
 check 3 out_late MESA_CHECK_SECONDS=140 MESA_CHECK_ONLY="smoke numbers parity"
-said 'ok +smoke' && said 'ok +parity' && said 'ok +mesa_deit_small_1' && said 'LEFT OUT +torch_deit_small_1'
+said 'ok +smoke' && said 'ok +parity' && said 'LEFT OUT +deit_small_1: no time left for Mesa and PyTorch together'
 check 0 out_late
 said 'ok +torch_deit_small_1'
-[[ $(calls 'mesa-tests -s') == 0 && $(calls 'mesa-bench .*deit_small.*--storage exact,int8,int4') == 3 ]] || complain "the second call began anew"
+[[ $(calls 'mesa-tests -s') == 0 && $(calls 'mesa-bench .*deit_small.*--storage exact,int8,int4') == 4 ]] || complain "the second call began anew"
 
-# What hangs is ended: at its own limit it has failed and gets twice the time next; at the end of the call it is left to another one.
-check 1 out_slow MESA_CHECK_ONLY=models MESA_CHECK_SECONDS=30 STUB_SLEEP=dry-run
+# What is compared is measured together: where PyTorch's part has failed, Mesa's is measured again beside it.
+check 1 out_apart MESA_CHECK_ONLY=numbers STUB_FAIL='torch_step'
+said 'FAILED +torch_deit_small_1'
+check 0 out_apart MESA_CHECK_ONLY=numbers
+[[ $(calls '^mesa-bench') == 2 && $(calls 'torch_step') == 1 ]] || complain "not measured together: $(cat "$STUB/calls")"
+
+# What hangs is ended: at its own limit it gets twice the time next, and fails if that is too little; at the end of the call it is left to
+# another one.
+check 3 out_slow MESA_CHECK_ONLY=models MESA_CHECK_SECONDS=30 STUB_SLEEP=dry-run
 said 'TIME OUT +mesa_fit after 10 s'
 check 3 out_slow MESA_CHECK_ONLY=models MESA_CHECK_SECONDS=19 STUB_SLEEP=dry-run
 said 'LEFT OUT +mesa_fit: cut short after 1[0-9] s'
 check 0 out_slow MESA_CHECK_ONLY=models
 said 'ok +mesa_fit'
+check 3 out_hung MESA_CHECK_ONLY=models STUB_SLEEP=dry-run
+check 1 out_hung MESA_CHECK_ONLY=models STUB_SLEEP=dry-run
+said 'FAILED +mesa_fit \(exit code 125\)'
 
-# What failed fails again, without being run, until there is another build; then only the files that failed are run.
-check 1 out_bad MESA_CHECK_ONLY=smoke STUB_FAIL='#norm_test'
+# What failed fails again, without being run, until there is another build or its group is asked for; then only the files that failed are
+# run. A failure does not hide that something was left out.
+check 1 out_bad MESA_CHECK_ONLY="smoke parity" STUB_FAIL='#norm_test'
 said 'FAILED +smoke .*norm_test: exit code'
-check 1 out_bad MESA_CHECK_ONLY=smoke
-check 0 out_bad MESA_CHECK_ONLY=smoke STUB_BUILD=mended
+check 3 out_bad MESA_CHECK_SECONDS=45
+said 'FAILED +smoke \(before, by this build\)' && said 'SOMETHING FAILED; something was left out: call again, with --after'
+[[ $(calls '#norm_test') == 0 ]] || complain "what failed was run again"
+check 1 out_bad MESA_CHECK_ONLY=smoke STUB_FAIL='#norm_test'
+[[ $(calls '#norm_test') == 1 ]] || complain "what failed was not run again where it was asked for"
+check 0 out_bad MESA_CHECK_ONLY="smoke parity" STUB_BUILD=mended
 [[ $(calls '#norm_test') == 1 && $(calls '#matmul_test') == 0 ]] || complain "files of tests were run anew: $(cat "$STUB/calls")"
+# Numbers are of one build.
+[[ $(calls 'mesa-tests -s') == 1 ]] || complain "the other build did not measure"
+tar -tzf "$STUB/out_bad/all.tgz" | grep -q 'before/mesa_0.1.0_(stub)_.*/parity.log' || complain "the first build's numbers are gone"
+[[ $(grep -c 'mesa 0.1.0 (' "$STUB/out_bad/machine.txt") == 4 ]] || complain "machines of earlier calls are not named"
 
 # compute-sanitizer counts for something only where it finds what is wrong on purpose; there, no tensor shares its block.
 check 0 out_refused MESA_CHECK_ONLY=sanitizer STUB_PLANTED=1
-said 'NOT HERE +sanitizer: .*Device not supported'
+said 'NOT HERE +sanitizer: .*Device not supported' && said 'all passed that can run here'
 [[ $(calls '#norm_test') == 0 ]] || complain "tests were run under a tool that was refused"
 check 1 out_blind MESA_CHECK_ONLY=sanitizer STUB_PLANTED=0
 said 'FAILED +sanitizer: memcheck does not find'

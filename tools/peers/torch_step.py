@@ -10,6 +10,7 @@ backward pass.
     tools/peers/torch_step.py --model deit_base --precision bf16 --largest-batch 24e9
 """
 import argparse
+import gc
 import json
 import os
 import statistics
@@ -183,6 +184,7 @@ def fits(arguments, batch):
         return False
     finally:
         step = None
+        gc.collect()  # tracebacks of what failed may hold tensors in cycles
         torch.cuda.empty_cache()
 
 

@@ -57,6 +57,8 @@ using Recording = std::shared_ptr<void>;
 
 /// "NVIDIA H200, compute capability 9.0, driver 13.0" for reports.
 [[gnu::weak]] std::string describe_device();
+/// "cuBLAS 13.1.0, cuDNN 9.19.0 for CUDA 13" as they were found; where available().
+[[gnu::weak]] std::string libraries();
 /// Bytes of device memory: free now, and in all.
 struct DeviceMemory {
   int64_t free = 0, total = 0;

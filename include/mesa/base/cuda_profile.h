@@ -26,8 +26,9 @@ struct ProfileRow {
 [[gnu::weak]] bool profiling();
 
 /// Seconds from an event before what `f` hands to stream() to one behind it, on a GPU that has nothing else to do: what the GPU takes or,
-/// if that is longer, the host. Waits for the GPU before and after.
-[[gnu::weak]] double seconds_of(const std::function<void()>& f);
+/// if that is longer, the host. Waits for the GPU before and after. `ahead` hands over work that is not timed: while it runs the host gets
+/// ahead.
+[[gnu::weak]] double seconds_of(const std::function<void()>& f, const std::function<void()>& ahead = {});
 
 namespace detail {
 [[gnu::weak]] void begin_timed(std::string_view name);

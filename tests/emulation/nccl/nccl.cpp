@@ -1,14 +1,17 @@
 // A stand-in for libnccl, for communicators that do not block: processes on one machine, collectives in the order of the emulated streams.
-// It is as unkind as NCCL may be. What is asked for goes on the stream later (ncclInProgress) the first time; nothing else may be asked for
-// meanwhile; a collective whose ranks do not all come never ends; and a lost rank is an error on those only that are connected to it.
+// It is as unkind as NCCL may be. What is asked for goes on the stream later (ncclInProgress) the first time, of long and of short ones;
+// nothing else may be asked for meanwhile; a collective whose ranks do not all come never ends; and a lost rank is an error on those only
+// that are connected to it.
 //
-// MESA_EMULATION_NCCL, of one rank: never_connects; refuses_memory; and at the n-th collective that runs, internal_error@n, remote_error@n
-// (reported by this rank while the others wait), or loses_network@n: its connections close, and the process stops.
+// MESA_EMULATION_NCCL, of one rank: never_connects; refuses_memory; tells, what of the GPU is taken as a kind of collective first runs; and
+// at the n-th collective that runs, internal_error@n, remote_error@n (reported by this rank while the others wait), or loses_network@n: its
+// connections close, and the process stops.
 #include <nccl.h>
 #include <signal.h>
 
 #include <algorithm>
 #include <condition_variable>
+#include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <deque>
@@ -28,6 +31,7 @@ namespace mesa::emulation {
 namespace {
 
 constexpr int kPollsInProgress = 5;
+constexpr size_t kLong = 1 << 20;  // bytes
 
 struct Job {
   Call call;
@@ -159,9 +163,9 @@ using namespace mesa::emulation;
 
 struct ncclComm {
   std::shared_ptr<Rank> rank;
-  int busy = kPollsInProgress;  // polls that still answer ncclInProgress
-  std::function<void()> later;  // what the last call has not done yet
-  std::set<Collective> used;    // those that have run before
+  int busy = kPollsInProgress;                 // polls that still answer ncclInProgress
+  std::function<void()> later;                 // what the last call has not done yet
+  std::set<std::pair<Collective, bool>> used;  // those that have run before, and whether they were long
   std::map<const char*, size_t> registered = {};
   std::shared_ptr<Job> leaving = nullptr;
   std::string words = {};
@@ -197,10 +201,11 @@ ncclResult_t launch(ncclComm_t comm, Call call, const void* from, void* to, size
         *stream_of(handle), [job] { std::copy(job->result.begin(), job->result.end(), static_cast<char*>(job->to)); },
         [rank, job] { return rank->passed(*job); });
   };
-  if (!comm->used.insert(call.what).second) {
+  if (!comm->used.insert({call.what, call.bytes_given > kLong}).second) {
     enqueue_now();
     return ncclSuccess;
   }
+  if (wish().what == "tells") std::fprintf(stderr, "emulated NCCL: a collective of a new kind, %zu MB taken\n", device_use().used >> 20);
   comm->busy = kPollsInProgress;
   comm->later = enqueue_now;
   return ncclInProgress;
