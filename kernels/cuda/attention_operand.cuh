@@ -163,9 +163,8 @@ __device__ inline void decode_item(const Item& item, bf16* to) {
       const uint32_t word = item.words[(half + i) / per_word] >> (half + i) % per_word * bits;
       y[i] = dequantize_value(static_cast<uint8_t>(word & ((1 << bits) - 1)), item.step, item.offset);
     }
-    // As words: a Pack of bf16 nvcc may store element by element, and lanes 32 bytes apart then wait for each other.
-    *reinterpret_cast<uint4*>(to + half) =
-        uint4{pack_bf16(y[0], y[1]), pack_bf16(y[2], y[3]), pack_bf16(y[4], y[5]), pack_bf16(y[6], y[7])};
+    // An assignment nvcc takes apart into elements in places, and lanes 32 bytes apart then wait for each other.
+    store_shared(to + half, uint4{pack_bf16(y[0], y[1]), pack_bf16(y[2], y[3]), pack_bf16(y[4], y[5]), pack_bf16(y[6], y[7])});
   }
 }
 __device__ inline void decode_item(const Item& item, int bits, bf16* to) {

@@ -20,7 +20,7 @@ std::unique_ptr<GradientSync> share_gradients(const RunConfig& config, ParamStor
 }
 
 void rehearse_collectives(const RunConfig& config, Communicator& communicator) {
-  if (!communicator.connected()) return;
+  if (!communicator.connected() || !is_gpu(communicator.device())) return;
   for (const int64_t bytes : {kBucketBytes, int64_t{4} << 10}) {
     const int64_t part = std::max<int64_t>(1, bytes / size_of(DType::f32) / communicator.size());
     const Tensor bucket = Tensor::zeros({part * communicator.size()}, DType::f32, communicator.device());
@@ -33,6 +33,7 @@ void rehearse_collectives(const RunConfig& config, Communicator& communicator) {
     }
     communicator.barrier();
   }
+  Allocator::of(communicator.device()).release_cached();  // the plan has no place for these
 }
 
 OptimizerShard shard_of(GradientSync* sync, Communicator& communicator) {

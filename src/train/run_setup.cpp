@@ -22,11 +22,8 @@ static std::string default_output(const std::string& name, const ImageConfig& mo
 /// The plan, and on a GPU the memory for it before anything else takes some, but for what NCCL keeps.
 static Plan plan_and_reserve(const RunConfig& config, const NetConfig& model, Communicator& communicator) {
   const Plan plan = plan_run(config, model);
-  if (const Device device = choose_device(config.device); is_gpu(device)) {
-    rehearse_collectives(config, communicator);
-    Allocator::of(device).release_cached();
-    reserve_memory(plan, device);
-  }
+  rehearse_collectives(config, communicator);
+  if (const Device device = choose_device(config.device); is_gpu(device)) reserve_memory(plan, device);
   return plan;
 }
 

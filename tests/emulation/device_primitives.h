@@ -77,6 +77,8 @@ void store_global(Word* p, Word word) {
   *emulation::hinted(p) = word;
 }
 
+inline void store_shared(void* p, uint4 word) { *static_cast<uint4*>(p) = word; }
+
 inline float exp2_approx(float x) { return std::exp2(x); }
 
 namespace emulated {

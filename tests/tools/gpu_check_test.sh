@@ -157,7 +157,7 @@ check 0 out_bad MESA_CHECK_ONLY="smoke parity" STUB_BUILD=mended
 [[ $(calls '#norm_test') == 1 && $(calls '#matmul_test') == 0 ]] || complain "files of tests were run anew: $(cat "$STUB/calls")"
 # Numbers are of one build.
 [[ $(calls 'mesa-tests -s') == 1 ]] || complain "the other build did not measure"
-tar -tzf "$STUB/out_bad/all.tgz" | grep -q 'before/mesa_0.1.0_(stub)_.*/parity.log' || complain "the first build's numbers are gone"
+[[ $(tar -tzf "$STUB/out_bad/all.tgz" | grep -c 'before/mesa_0.1.0_(stub)_.*/parity.log') == 1 ]] || complain "the first build's numbers are gone"
 [[ $(grep -c 'mesa 0.1.0 (' "$STUB/out_bad/machine.txt") == 4 ]] || complain "machines of earlier calls are not named"
 
 # compute-sanitizer counts for something only where it finds what is wrong on purpose; there, no tensor shares its block.
@@ -175,5 +175,5 @@ if [[ -n $REAL_PYTHON ]]; then
   said 'images/s, exact +9,000 +>= 10,000 +MISSED'
 fi
 check 2 out_what MESA_CHECK_ONLY=all
-"$source/scripts/gpu_check.sh" --help | grep -q 'Exit codes' || complain "no help"
+[[ $("$source/scripts/gpu_check.sh" --help) == *'Exit codes'* ]] || complain "no help"
 echo "gpu_check.sh keeps its time, its order, its exit codes and its memory"

@@ -16,7 +16,8 @@ namespace mesa {
 /// for one rank. Of a run's first things: what it moves must not have been given away.
 std::unique_ptr<GradientSync> share_gradients(const RunConfig& config, ParamStore& params, Communicator& communicator);
 /// Runs once the collectives that gradients will go through, all ranks at the same time: NCCL connects the GPUs in another way for each
-/// kind and size, and takes memory for it as the first of them runs. Of a rank that is alone nothing.
+/// kind and size, and takes memory for it as the first of them runs. Of a rank that is alone,
+/// or on the CPU, nothing.
 void rehearse_collectives(const RunConfig& config, Communicator& communicator);
 /// What this rank's optimizer has where train.shard is `optimizer`, else all; its state is put together on rank 0. `sync` and
 /// `communicator` outlive it.

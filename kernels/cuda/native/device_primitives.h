@@ -79,6 +79,12 @@ __device__ inline void store_global(uint4* p, uint4 word) {
   asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(p), "r"(word.x), "r"(word.y), "r"(word.z), "r"(word.w) : "memory");
 }
 
+/// *p <- word, in shared memory, by one instruction.
+__device__ inline void store_shared(void* p, uint4 word) {
+  const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(p));
+  asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(word.x), "r"(word.y), "r"(word.z), "r"(word.w) : "memory");
+}
+
 /// The smaller and the larger number in the order of IEEE 754-2019: -0 below +0, and NaN if either is NaN.
 __device__ inline float minimum(float a, float b) {
   float out;
