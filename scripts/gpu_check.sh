@@ -35,7 +35,7 @@ logs=$(mktemp -d)  # what comes back is few files: the logs go into one archive,
 table() { python3 tools/gpu_summary.py "$logs" "$out" >"$logs/table.txt" 2>&1; }
 keep() {
   ! command -v python3 >/dev/null || table
-  cp "$logs/machine.txt" "$out"
+  cp "$logs/machine.txt" "$out" 2>/dev/null  # not yet there where the call is refused
   tar -czf "$out/all.tgz.new" --exclude=./runs/*/checkpoints -C "$logs" . && mv "$out/all.tgz.new" "$out/all.tgz"
 }
 [[ -z $after ]] || tar -xzf "$after" -C "$logs" || { echo "gpu_check.sh: $after cannot be read" >&2; exit 2; }

@@ -175,5 +175,6 @@ if [[ -n $REAL_PYTHON ]]; then
   said 'images/s, exact +9,000 +>= 10,000 +MISSED'
 fi
 check 2 out_what MESA_CHECK_ONLY=all
+[[ $(<"$STUB/said") == "gpu_check.sh: no group 'all'" ]] || complain "more was said than what is wrong: $(<"$STUB/said")"
 [[ $("$source/scripts/gpu_check.sh" --help) == *'Exit codes'* ]] || complain "no help"
 echo "gpu_check.sh keeps its time, its order, its exit codes and its memory"
