@@ -213,6 +213,7 @@ void layer_norm_grad(const Tensor& dy, const Tensor& xhat, const Tensor& rstd, c
                      const LayerNormGrads& to) {
   const int64_t width = width_of(dy), rows = dy.rows(), chunks = (rows + kGradRows - 1) / kGradRows;
   check_layer_norm_grad(dy, rstd, gamma, beta, to, xhat.dtype());
+  check(!to.dx_sums.defined(), "layer_norm_grad sums the columns of dx on a GPU alone");
   check_alike(dy, xhat, "layer_norm_grad: xhat");
   dispatch(dy.dtype(), xhat.dtype(), to.dx.dtype(), [&](auto tg, auto th, auto tx) {
     using G = decltype(tg);

@@ -14,6 +14,34 @@ inline constexpr int kBlocks = head == 64 ? 2 : 3;
 /// What a block may use on every GPU from compute capability 8.0 on.
 inline constexpr size_t kSharedBytes = 99 << 10;
 
+// --- sums of columns --------------------------------------------------------------------------------------------------------------
+
+/// The warp's tile <- the sums of the first `valid` rows that store_product left there, as [head] floats.
+template <int head>
+__device__ inline void sum_tile(bf16* tile, int valid) {
+  constexpr int N = head / kWarp;
+  const int column = threadIdx.x % kWarp * N;
+  float sum[N] = {};
+  for (int r = 0; r < min(valid, kTile); ++r) {
+    float x[N];
+    load_pack(tile + r * kPitch<head> + column, x);
+#pragma unroll
+    for (int i = 0; i < N; ++i) sum[i] += x[i];
+  }
+  __syncwarp();  // the tile is read
+  store_pack(reinterpret_cast<float*>(tile) + column, sum);
+}
+/// The block's row of sums of dq, dk or dv (`which`) <- those of its warps' tiles. All threads of the block must call it.
+template <int head, class Seen>
+__device__ inline void store_sums(const bf16* tiles, const Problem<Seen>& p, const Share& share, int which) {
+  const int64_t channels = p.extent.heads * head, row = share.sequence * int64_t{p.extent.parts} + share.part;
+  for (int c = threadIdx.x; c < head; c += blockDim.x) {
+    float sum = 0;
+    for (int t = 0; t < share.tiles; ++t) sum += reinterpret_cast<const float*>(tiles + t * kTile * kPitch<head>)[c];
+    p.sums[(3 * row + which) * channels + share.column + c] = sum;
+  }
+}
+
 // --- dq ---------------------------------------------------------------------------------------------------------------------------
 
 /// Sums over the keys that this lane has seen of each half's row: exp2(s - top) and, weighted by it, dP.
@@ -165,9 +193,15 @@ __global__ void __launch_bounds__(kWarps* kWarp, kBlocks<head>) queries_kernel(P
       if (exact) read_row_statistics(x, p, share, place, token);
     }
   }
-  if (!active) return;
-  const float factor[2] = {p.scale * kLn2, p.scale * kLn2};
-  store_product<head>(x.dq, factor, q + warp * kTile * kPitch<head>, p.dq, place.from(token), share.column, e.own - token);
+  if (active) {
+    const float factor[2] = {p.scale * kLn2, p.scale * kLn2};
+    bf16* const tile = q + warp * kTile * kPitch<head>;
+    store_product<head>(x.dq, factor, tile, p.dq, place.from(token), share.column, e.own - token);
+    if (p.sums) sum_tile<head>(tile, e.own - token);
+  }
+  if (!p.sums) return;
+  __syncthreads();
+  store_sums<head>(q, p, share, 0);
 }
 
 // --- dk, dv -----------------------------------------------------------------------------------------------------------------------
@@ -228,7 +262,7 @@ __device__ inline void store_sum(const float (&d)[head / 8][4], float factor, fl
 }
 
 template <int head, class Seen>
-__global__ void __launch_bounds__(kWarps* kWarp, kBlocks<head>) keys_kernel(Problem<Seen> p, float* sums) {
+__global__ void __launch_bounds__(kWarps* kWarp, kBlocks<head>) keys_kernel(Problem<Seen> p, float* turns) {
   const Extent& e = p.extent;
   const Share share = share_of<head>(e);
   const int warp = threadIdx.x / kWarp, rows = blockDim.x / kWarp * kTile, end = share.chunks.first + share.chunks.count;
@@ -272,17 +306,25 @@ __global__ void __launch_bounds__(kWarps* kWarp, kBlocks<head>) keys_kernel(Prob
       load_left<head>(x.v, v + warp * kTile * kPitch<head>);
     }
   }
-  if (!active) return;
   const float factor[2] = {p.scale * kLn2, p.scale * kLn2}, one[2] = {1, 1};
-  if (sums) {
+  if (turns) {
+    if (!active) return;
     const int64_t channels = e.heads * head, all = static_cast<int64_t>(gridDim.x / (e.parts * e.turns)) * e.own * head;
-    float* const to = sums + 2 * share.turn * all + (static_cast<int64_t>(share.sequence) * e.own + token) * channels + share.column;
+    float* const to = turns + 2 * share.turn * all + (static_cast<int64_t>(share.sequence) * e.own + token) * channels + share.column;
     store_sum<head>(x.dk, factor[0], to, channels, e.own - token);
     store_sum<head>(x.dv, 1, to + all, channels, e.own - token);
     return;
   }
-  store_product<head>(x.dk, factor, k + warp * kTile * kPitch<head>, p.dk, place.from(token), share.column, e.own - token);
-  store_product<head>(x.dv, one, v + warp * kTile * kPitch<head>, p.dv, place.from(token), share.column, e.own - token);
+  if (active) {
+    bf16 *const tile_k = k + warp * kTile * kPitch<head>, *const tile_v = v + warp * kTile * kPitch<head>;
+    store_product<head>(x.dk, factor, tile_k, p.dk, place.from(token), share.column, e.own - token);
+    store_product<head>(x.dv, one, tile_v, p.dv, place.from(token), share.column, e.own - token);
+    if (p.sums) sum_tile<head>(tile_k, e.own - token), sum_tile<head>(tile_v, e.own - token);
+  }
+  if (!p.sums) return;
+  __syncthreads();
+  store_sums<head>(k, p, share, 1);
+  store_sums<head>(v, p, share, 2);
 }
 
 size_t threads_of(const Deal& d) { return d.extent.most_tiles() * kWarp; }
@@ -306,6 +348,7 @@ void start_keys(const Sizes& n, Problem<Seen> p, const Tensor& dk, const Tensor&
   const Deal d = by_keys(n, kWarps, 2, !Seen::windowed);
   p.extent = d.extent;
   const int64_t turns = d.extent.turns;
+  if (p.sums) check(turns == 1 && d.extent.parts == by_queries(n, kWarps, 2).extent.parts, "fused attention: no sums of dk in turns");
   const Tensor sums = turns > 1 ? Tensor::empty({turns, 2, n.batch, n.image.keys, n.channels}, DType::f32, dk.device()) : Tensor();
   launch("fused_attention_grad (dk, dv)", &keys_kernel<head, Seen>, dim3(d.grid), dim3(threads_of(d)),
          shared_bytes<head>(d, p.seen) + d.extent.slots * sizeof(Statistics), p, turns > 1 ? sums.data<float>() : nullptr);
@@ -326,9 +369,14 @@ void start(const Sizes& n, const Problem<Seen>& p, bool exact, const Tensor& dk,
 
 void fused_attention_grad(const Tensor& d_o, const AttentionOperand& q, const AttentionOperand& k, const AttentionOperand& v,
                           const Tensor& o, const Tensor& lse, int64_t heads, double scale, const Tensor& dq, const Tensor& dk,
-                          const Tensor& dv, const WindowBias& windows) {
+                          const Tensor& dv, const WindowBias& windows, const Tensor& sums) {
   const Sizes n = sizes_of(d_o, dk, heads, scale, windows);
   if (lse.defined()) n.check_lines(lse, "lse");
+  if (sums.defined()) {
+    const Shape shape{attention_grad_parts(dq, heads, AttentionBy::engine, windows.windows), 3 * n.channels};
+    check(sums.is_contiguous() && sums.shape() == shape && n.image.queries == n.image.keys, "fused attention: sums of ", sums.shape(),
+          ", not ", shape, ", for ", n.image.queries, " queries and ", n.image.keys, " keys");
+  }
   if (d_o.numel() == 0) {
     for (const Tensor& d : {dk, dv})  // of no queries
       if (d.numel() > 0) copy(Tensor::zeros(d.shape(), d.dtype(), d.device()), d);
@@ -342,6 +390,7 @@ void fused_attention_grad(const Tensor& d_o, const AttentionOperand& q, const At
     auto p = problem_of(n, seen, q, k, v, d_o, rows, delta, scale);
     if (exact) p.o = n.queries({o, {}}, "o");
     p.dq = n.queries({dq, {}}, "dq"), p.dk = n.keys({dk, {}}, "dk"), p.dv = n.keys({dv, {}}, "dv");
+    if (sums.defined()) p.sums = sums.data<float>();
     return p;
   };
   if (windows.defined()) {

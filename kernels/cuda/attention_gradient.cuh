@@ -19,7 +19,8 @@ struct Problem {
   Extent extent;
   Seen seen;  ///< NoWindows or InWindows
   Operand q, k, v, o, d_o, dq, dk, dv;
-  float *lse, *delta;  ///< [B, H, N], or [B windows, H, n]
+  float *lse, *delta;     ///< [B, H, N], or [B windows, H, n]
+  float* sums = nullptr;  ///< [B or B windows, parts, 3, C] of the columns of dq, dk and dv: a row for the blocks of all heads; or null
   float scale;
 };
 

@@ -1,5 +1,5 @@
 // dx = rstd (g - mean(g) - xhat mean(g xhat)) with g = gamma dy, dgamma = sum dy xhat, dbeta = sum dy; and, where wanted,
-// dx once more in bf16, perhaps times a factor of each sample, and y = gamma xhat + beta.
+// dx once more in bf16, perhaps times a factor of each sample, the sums of its columns, and y = gamma xhat + beta.
 // A block walks over a chunk of the rows, so that dy and xhat are read once for all three: dx is finished there, dgamma and dbeta leave as
 // the chunk's sums, which a second kernel adds up. Chunks depend on the shape alone, and so do the results.
 #include <optional>
@@ -12,19 +12,18 @@ namespace mesa::kernels::cuda {
 
 namespace {
 
-/// Registers that hold a thread's part of dy, xhat, what dx is added to, dgamma, dbeta and, where no branch stands before their loads,
-/// gamma and beta.
+/// Elements of a row that a lane keeps: registers for dy, xhat, what dx is added to, dgamma, dbeta, gamma and beta hold that many each.
 template <class Team>
-constexpr int kRegisters = Team::kKeeps ? Team::kPieces* Team::kVector*(Team::kFull ? 7 : 6) : 0;
+constexpr int kElements = Team::kKeeps ? Team::kPieces* Team::kVector : 0;
 /// Warps of a block, and blocks that a multiprocessor is to hold at once, as the registers allow: loads that are under way together count
-/// for more than warps. There are as many chunks as 132 multiprocessors hold blocks, so that the largest GPUs of today work on all of them
-/// at once.
+/// for more than warps. There are as many chunks as 132 multiprocessors hold blocks (layer_norm_grad_parts), so that the largest GPUs of
+/// today work on all of them at once.
 template <class Team>
-constexpr int kWarps = kRegisters<Team> <= 84 ? 8 : 4;
+constexpr int kWarps = kElements<Team> <= 12 ? 8 : 4;
 template <class Team>
-constexpr int kResident = kRegisters<Team> <= 28   ? 4
-                          : kRegisters<Team> <= 56 ? 3
-                                                   : 2;
+constexpr int kResident = kElements<Team> <= 4   ? 4
+                          : kElements<Team> <= 8 ? 3
+                                                 : 2;
 
 /// xhat as values,
 template <class T>
@@ -101,8 +100,9 @@ struct NormGrad {
   Divider rows_of_factor;
   typename H::Type* y;  // gamma xhat + beta; null if not wanted
   int64_t rows, width, chunks;
-  bool add;  // dx to what is there
-  A* sums;   // [chunks, 2, width]: dgamma and dbeta of each chunk; null if neither is wanted
+  bool add;    // dx to what is there
+  A* dx_sums;  // [chunks, width], or null
+  A* sums;     // [chunks, 2, width]: dgamma and dbeta of each chunk; null if neither is wanted
 
   __device__ int64_t chunk_begin(int64_t chunk) const { return rows * chunk / chunks; }
 };
@@ -128,42 +128,71 @@ class Before {
   Acc<X> kept_[Team::kPieces][V] = {};
 };
 
-/// A thread's sums over the rows of its team: in registers if the team keeps rows, else where they are to go.
+/// A thread's sums of its columns over the rows of its team, in registers,
 template <class Team, class A>
-struct ColumnSums {
+class SumsKept {
+ public:
   static constexpr int V = Team::kVector;
-  A kept[Team::kPieces][V] = {};
-  A* out;  // [width], or null
+  template <class Column>
+  __device__ void add(int p, Column, const A (&x)[V]) {
+#pragma unroll
+    for (int i = 0; i < V; ++i) kept_[p][i] += x[i];
+  }
+  __device__ void store(A* row, int64_t width) const {
+    Team::each(width, [&](int p, auto c) { store_pack(row + c, kept_[p]); });
+  }
 
-  __device__ ColumnSums(A* out, int64_t width) : out(out) {
-    if constexpr (!Team::kKeeps)
-      if (out) Team::each(width, [&](int p, auto c) { store_pack(out + c, kept[p]); });
+ private:
+  A kept_[Team::kPieces][V] = {};
+};
+/// or, where somebody wants them, in a row of memory that is the team's own.
+template <class Team, class A>
+class SumsInRow {
+ public:
+  static constexpr int V = Team::kVector;
+  __device__ SumsInRow(A* row, bool wanted, int64_t width) : row_(row), wanted_(wanted) {
+    const A none[V] = {};
+    if (wanted) Team::each(width, [&](int, auto c) { store_pack(row + c, none); });
   }
   template <class Column>
-  __device__ void add(int p, Column c, const A (&x)[V]) {
-    if constexpr (!Team::kKeeps) {
-      if (!out) return;
-      load_pack(out + c, kept[p]);
-    }
+  __device__ void add(int, Column c, const A (&x)[V]) const {
+    if (!wanted_) return;
+    A sum[V];
+    load_pack(row_ + c, sum);
 #pragma unroll
-    for (int i = 0; i < V; ++i) kept[p][i] += x[i];
-    if constexpr (!Team::kKeeps) store_pack(out + c, kept[p]);
+    for (int i = 0; i < V; ++i) sum[i] += x[i];
+    store_pack(row_ + c, sum);
   }
+
+ private:
+  A* row_;
+  bool wanted_;
+};
+template <class Team, class A>
+__device__ auto sums_of(A* row, int64_t width) {
+  if constexpr (Team::kKeeps)
+    return SumsKept<Team, A>();
+  else
+    return SumsInRow<Team, A>(row, row != nullptr, width);
+}
+
+/// A row of sums for each warp of a block, in shared memory. (Not used where the team is the block.)
+template <class Team, class A>
+struct WarpRows {
+  A rows[Team::kKeeps ? kWarps<Team> : 1][Team::kKeeps ? kWarp * Team::kPieces * Team::kVector : 1];
+
+  __device__ A* own() { return rows[threadIdx.x / kWarp]; }
   /// out <- the sums of all warps, in order. All threads of the block must call it.
-  __device__ void finish(int64_t width) const {
-    if constexpr (Team::kKeeps) {
-      __shared__ __align__(32) A parts[kWarps<Team>][kWarp * Team::kPieces * V];
-      __syncthreads();  // a previous call may still be read
-      Team::each(width, [&](int p, auto c) { store_pack(parts[threadIdx.x / kWarp] + c, kept[p]); });
-      __syncthreads();
+  __device__ void add_up(A* out, int64_t width) const {
+    __syncthreads();
 #pragma unroll 1
-      for (int c = threadIdx.x; c < static_cast<int>(width); c += kWarps<Team> * kWarp) {
-        A sum = parts[0][c];
+    for (int c = threadIdx.x; c < static_cast<int>(width); c += kWarps<Team> * kWarp) {
+      A sum = rows[0][c];
 #pragma unroll
-        for (int w = 1; w < kWarps<Team>; ++w) sum += parts[w][c];
-        out[c] = sum;
-      }
+      for (int w = 1; w < kWarps<Team>; ++w) sum += rows[w][c];
+      out[c] = sum;
     }
+    __syncthreads();  // the rows may be written again
   }
 };
 
@@ -174,8 +203,11 @@ __global__ void __launch_bounds__(kWarps<Team>* kWarp, kResident<Team>) grad_chu
   const Team team;
   const int64_t width = n.width, end = n.chunk_begin(blockIdx.x + 1), step = Team::kKeeps ? kWarps<Team> : 1;
   const A share = A(1) / static_cast<A>(width);
+  __shared__ __align__(32) WarpRows<Team, A> rows;
   A* const sums = n.sums ? n.sums + blockIdx.x * 2 * width : nullptr;
-  ColumnSums<Team, A> dgamma(sums, width), dbeta(sums ? sums + width : nullptr, width);
+  A* const dx_sums = n.dx_sums ? n.dx_sums + blockIdx.x * width : nullptr;
+  auto dgamma = sums_of<Team>(sums, width), dbeta = sums_of<Team>(sums ? sums + width : nullptr, width);
+  const SumsInRow<Team, A> of_dx(Team::kKeeps ? rows.own() : dx_sums, dx_sums != nullptr, width);  // no registers are left for these
   for (int64_t row = n.chunk_begin(blockIdx.x) + (Team::kKeeps ? threadIdx.x / kWarp : 0); row < end; row += step) {
     Values<Team, typename Grad::TypeG> dy(n.dy + row * width, width);
     auto xhat = n.xhat.template of<Team>(row, width);
@@ -207,11 +239,11 @@ __global__ void __launch_bounds__(kWarps<Team>* kWarp, kResident<Team>) grad_chu
       dbeta.add(p, c, d);
       store_pack(n.dx + row * width + c, dx);
       if (n.dx_copy) {
-        A copy[V];
 #pragma unroll
-        for (int i = 0; i < V; ++i) copy[i] = factor * dx[i];
-        store_pack(n.dx_copy + row * width + c, copy);
+        for (int i = 0; i < V; ++i) dx[i] *= factor;
+        store_pack(n.dx_copy + row * width + c, dx);
       }
+      of_dx.add(p, c, dx);
       if (n.y) {
         A beta[V], y[V];
         load_parameters(n.beta + c, beta);
@@ -221,9 +253,13 @@ __global__ void __launch_bounds__(kWarps<Team>* kWarp, kResident<Team>) grad_chu
       }
     });
   }
-  if (sums) {
-    dgamma.finish(width);
-    dbeta.finish(width);
+  if constexpr (Team::kKeeps) {
+    if (dx_sums) rows.add_up(dx_sums, width);
+    if (!sums) return;
+    dgamma.store(rows.own(), width);
+    rows.add_up(sums, width);
+    dbeta.store(rows.own(), width);
+    rows.add_up(sums + width, width);
   }
 }
 
@@ -255,7 +291,7 @@ __global__ void finish_grad(const A* sums, int64_t chunks, int64_t width, ToGamm
 template <class Team, class Grad>
 Tensor run_chunks(Grad grad, bool want_sums, Device device) {
   using A = typename Grad::A;
-  grad.chunks = std::min<int64_t>(132 * kResident<Team>, ceil_div(grad.rows, kWarps<Team>));
+  grad.chunks = layer_norm_grad_parts(grad.rows, grad.width);
   const Shape shape{grad.chunks, 2, grad.width};
   const Tensor sums = want_sums ? Tensor::empty(shape, dtype_of<A>, device) : Tensor();
   if (want_sums) grad.sums = sums.data<A>();
@@ -268,7 +304,8 @@ Tensor run_chunks(Grad grad, bool want_sums, Device device) {
 template <int V, class G, class H, class X>
 bool has_vectors(const NormGrad<G, H, X>& grad) {
   return in_vectors<V>(grad.dy, grad.width, grad.width) && in_vectors<V>(grad.dx, grad.width, grad.width) && aligned(grad.gamma, 16) &&
-         aligned(grad.beta, 16) && in_vectors<V>(grad.dx_copy, grad.width, grad.width) && in_vectors<V>(grad.y, grad.width, grad.width);
+         aligned(grad.beta, 16) && aligned(grad.dx_sums, 16) && in_vectors<V>(grad.dx_copy, grad.width, grad.width) &&
+         in_vectors<V>(grad.y, grad.width, grad.width);
 }
 
 template <class G, class H, class X>
@@ -338,6 +375,7 @@ NormGrad<G, H, X> grad_of(const Tensor& dy, const H& xhat, const Tensor& rstd, c
           width_of(dy),
           0,
           to.add_x,
+          to.dx_sums.defined() ? to.dx_sums.data<A>() : nullptr,
           nullptr};
 }
 

@@ -130,15 +130,16 @@ void Tape::offer(Step& step, const Tensor& dy, const Tensor& copy) {
   if (!step.waiting.empty()) to.y = step.again.get();
   if (step.inputs[0] < 0 || inspection_) return;  // who inspects wants to see each term
   Slot& x = slots_[step.inputs[0]];
-  if (x.wants_sums && !x.gradient.defined()) to.dx_sums = &step.sums;
-  if (!step.adds) return;
-  // A gradient may be shared (add hands dy to both inputs): only one owner may write to it.
-  if (x.gradient.defined() && x.gradient.dtype() == step.dtype_x && may_overwrite(x.gradient)) to.sum = std::exchange(x.gradient, {});
-  x.copy = Tensor();
-  const bool last = !x.gradient.defined(), samples = dy.rank() > 1 && dy.numel() > 0;
-  if (!last || !x.products || x.products->dtype != DType::bf16 || step.dtype_x != DType::f32) return;
-  if (x.products->factors.defined() && !samples) return;
-  to.dx_copy = room_for_copy(dy, DType::bf16), to.copy_factors = x.products->factors;
+  if (step.adds) {
+    // A gradient may be shared (add hands dy to both inputs): only one owner may write to it.
+    if (x.gradient.defined() && x.gradient.dtype() == step.dtype_x && may_overwrite(x.gradient)) to.sum = std::exchange(x.gradient, {});
+    x.copy = Tensor();
+  }
+  if (x.gradient.defined()) return;  // not the last to add to it
+  const bool masked = x.products && x.products->factors.defined(), samples = dy.rank() > 1 && dy.numel() > 0;
+  if (step.adds && x.products && x.products->dtype == DType::bf16 && step.dtype_x == DType::f32 && (samples || !masked))
+    to.dx_copy = room_for_copy(dy, DType::bf16), to.copy_factors = x.products->factors;
+  if (x.wants_sums && (!masked || to.dx_copy.defined())) to.dx_sums = &step.sums;
 }
 
 Tensor Tape::in_form(const GradientForm& form, const Tensor& dy) {

@@ -120,10 +120,10 @@ class BiasGradient {
 /// [B, N, C] -> [B, H, N, C/H], a view.
 Tensor by_head(const Tensor& x, int64_t heads) { return x.split_last(x.dim(-1) / heads).transpose(1, 2); }
 
-bool has_fused_kernel(const Tensor& o, int64_t heads, const WindowBias& windows) {
+bool has_fused_kernel(const Tensor& o, int64_t heads, const Windows& windows) {
   const int64_t head = o.dim(2) / heads;
   if (!is_gpu(o.device()) || fused_attention.cuda == nullptr || o.dtype() != DType::bf16) return false;
-  return windows.defined() ? head == 32 && windows.windows.length() <= 1024 : head == 32 || head == 64;
+  return windows.defined() ? head == 32 && windows.length() <= 1024 : head == 32 || head == 64;
 }
 
 Tensor decode(const AttentionOperand& x, const Tensor& like) { return x.values.defined() ? x.values : decoded(x.coded, like); }
@@ -152,7 +152,7 @@ void cudnn_grad(const Tensor& d_o, const AttentionOperand& q_rows, const Attenti
 
 void attention(const Tensor& q_rows, const Tensor& k_rows, const Tensor& v_rows, int64_t heads, double scale, const Tensor& o_rows,
                const Tensor& lse, AttentionBy by, const QkvCodes& codes, const WindowBias& windows) {
-  if (by == AttentionBy::engine && has_fused_kernel(o_rows, heads, windows))
+  if (by == AttentionBy::engine && has_fused_kernel(o_rows, heads, windows.windows))
     return fused_attention(q_rows, k_rows, v_rows, heads, scale, o_rows, lse, codes, windows);
   if (codes[0].defined()) encode(q_rows, codes[0]);
   if (codes[1].defined()) encode(k_rows, codes[1]);
@@ -172,12 +172,24 @@ void attention(const Tensor& q_rows, const Tensor& k_rows, const Tensor& v_rows,
   });
 }
 
+int64_t attention_grad_parts(const Tensor& q, int64_t heads, AttentionBy by, const Windows& windows) {
+  constexpr int64_t kTile = 16, kTilesOfABlock = 8;
+  constexpr int64_t kMost = 960;  // of more tokens blocks may share the queries of a key: none of them has all of its dk
+  const int64_t tokens = windows.defined() ? windows.length() : q.dim(1);
+  if (by != AttentionBy::engine || !has_fused_kernel(q, heads, windows) || tokens > kMost) return 0;
+  const int64_t tiles = (tokens + kTile - 1) / kTile, blocks = (tiles + kTilesOfABlock - 1) / kTilesOfABlock;
+  return q.dim(0) * (windows.defined() ? windows.count() : 1) * blocks;
+}
+
 void attention_grad(const Tensor& d_o, const AttentionOperand& q_coded, const AttentionOperand& k_coded, const AttentionOperand& v_coded,
                     const Tensor& o, const Tensor& lse, int64_t heads, double scale, const Tensor& dq_rows, const Tensor& dk_rows,
-                    const Tensor& dv_rows, AttentionBy by, const WindowBias& windows) {
+                    const Tensor& dv_rows, AttentionBy by, const WindowBias& windows, const Tensor& sums) {
+  if (sums.defined())
+    check(attention_grad_parts(dq_rows, heads, by, windows.windows) > 0, "attention_grad: no sums are made beside gradients of ",
+          dq_rows.shape());
   if (by == AttentionBy::cudnn) return cudnn_grad(d_o, q_coded, k_coded, v_coded, o, lse, heads, scale, dq_rows, dk_rows, dv_rows);
-  if (has_fused_kernel(dq_rows, heads, windows))
-    return fused_attention_grad(d_o, q_coded, k_coded, v_coded, o, lse, heads, scale, dq_rows, dk_rows, dv_rows, windows);
+  if (has_fused_kernel(dq_rows, heads, windows.windows))
+    return fused_attention_grad(d_o, q_coded, k_coded, v_coded, o, lse, heads, scale, dq_rows, dk_rows, dv_rows, windows, sums);
   const Tensor q_rows = decode(q_coded, dq_rows), k_rows = decode(k_coded, dk_rows), v_rows = decode(v_coded, dv_rows);
   const Device device = q_rows.device();
   const Sequences all(q_rows, k_rows, heads, windows);

@@ -93,21 +93,22 @@ Var fused(const Op& op, const Operands& x, const Var& table, const Form& f) {
   for (const Var& input : x.inputs) shapes.push_back(input.shape());
   Operands places = x;
   places.inputs.clear();  // a Var would pin its exact value
-  return op.record(o,
-                   [=, type = q.dtype(), has_table = table.defined(),
-                    d_table = table.defined() ? op.gradient(table) : Target()](const Tensor& d_o) -> Grads {
-                     kernels::WindowBias windows{f.windows, bias, {}, false};
-                     Grads grads;
-                     for (const Shape& shape : shapes) grads.push_back(Tensor::empty(shape, type, d_o.device()));
-                     const auto gradient = [&](int i) { return places.of(grads[places.parts[i].input], i); };
-                     const std::array<Tensor, 3> d{gradient(0), gradient(1), gradient(2)};
-                     if (has_table)
-                       grads.push_back(d_table.into([&](const Tensor& to, bool add) { windows.d_table = to, windows.accumulate = add; }));
-                     kernels::attention_grad(d_o, operand(saved[0]), operand(saved[1]), operand(saved[2]),
-                                             so.defined() ? so.get() : Tensor(), kept_lse, f.heads, f.scale, d[0], d[1], d[2], f.by,
-                                             windows);
-                     return grads;
-                   });
+  const auto formula = [=, type = q.dtype(), has_table = table.defined(), d_table = table.defined() ? op.gradient(table) : Target()](
+                           const Tensor& d_o, const Extras& extras) -> Grads {
+    kernels::WindowBias windows{f.windows, bias, {}, false};
+    Grads grads;
+    for (const Shape& shape : shapes) grads.push_back(Tensor::empty(shape, type, d_o.device()));
+    const auto gradient = [&](int i) { return places.of(grads[places.parts[i].input], i); };
+    const std::array<Tensor, 3> d{gradient(0), gradient(1), gradient(2)};
+    if (has_table) grads.push_back(d_table.into([&](const Tensor& to, bool add) { windows.d_table = to, windows.accumulate = add; }));
+    const bool packed = shapes.size() == 1;
+    const int64_t parts = extras.dx_sums && packed ? kernels::attention_grad_parts(d[0], f.heads, f.by, f.windows) : 0;
+    if (parts > 0) *extras.dx_sums = Tensor::empty({parts, 3 * places.width}, DType::f32, d_o.device());
+    kernels::attention_grad(d_o, operand(saved[0]), operand(saved[1]), operand(saved[2]), so.defined() ? so.get() : Tensor(), kept_lse,
+                            f.heads, f.scale, d[0], d[1], d[2], f.by, windows, parts > 0 ? *extras.dx_sums : Tensor());
+    return grads;
+  };
+  return op.record(o, formula, {});
 }
 
 Operands packed(const Var& qkv) {

@@ -29,14 +29,17 @@ Var add_drop_path(const Var& x, const Var& branch, double p) {
   check_probability("drop_path", p);
   const Tape* const tape = Tape::current();
   if (p == 0 || tape == nullptr) return add(x, branch);
-  const Op op("drop_path", {x, branch});  // as the layer is called everywhere, and the stream of its random numbers
+  const Op op("drop_path", {branch, x});  // as the layer is called everywhere, and the stream of its random numbers
   check(x.shape() == branch.shape() && x.value().rank() >= 1, "drop_path: a branch of shape ", branch.shape(), " beside ", x.shape());
   const Tensor y = empty_like(x.value());
   const Tensor factors = Tensor::empty({x.dim(0)}, y.dtype() == DType::f64 ? DType::f64 : DType::f32, y.device());
   kernels::add_drop_path(x.value(), branch.value(), p, tape->random(Scope::join("drop_path"), x.dim(0), 1), y, factors);
-  if (!op.wants(branch)) return op.record(y, [](const Tensor& dy) -> Grads { return {dy, Tensor()}; });
-  const auto formula = [to_x = op.wants(x)](const Tensor& dy, const Extras& extras) -> Grads { return {to_x ? dy : Tensor(), extras.dy}; };
-  return op.record(y, formula, {.products = GradientForm(branch.dtype(), op.keep("factors", factors))});
+  if (!op.wants(branch)) return op.record(y, [](const Tensor& dy) -> Grads { return {Tensor(), dy}; });
+  const auto formula = [to_x = op.wants(x)](const Tensor& dy, const Extras& extras) -> Grads {
+    if (extras.dx_sums) *extras.dx_sums = extras.dy_sums;
+    return {extras.dy, to_x ? dy : Tensor()};
+  };
+  return op.record(y, formula, {.products = GradientForm(branch.dtype(), op.keep("factors", factors)), .sums = true});
 }
 
 }  // namespace mesa

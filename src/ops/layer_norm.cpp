@@ -2,6 +2,14 @@
 #include "mesa/ops/ops.h"
 
 namespace mesa {
+namespace {
+
+Tensor room_for_sums(const Tensor& dx) {
+  if (!is_gpu(dx.device()) || dx.dtype() == DType::f64) return {};
+  return Tensor::empty({kernels::layer_norm_grad_parts(dx.rows(), dx.dim(-1)), dx.dim(-1)}, DType::f32, dx.device());
+}
+
+}  // namespace
 
 Var layer_norm(const Var& x, const Var& gamma, const Var& beta, double eps, std::optional<DType> out) {
   const Op op("layer_norm", {x, gamma, beta});
@@ -31,6 +39,7 @@ Var layer_norm(const Var& x, const Var& gamma, const Var& beta, double eps, std:
     to.add_x = extras.sum.defined();
     to.dx = to.add_x ? extras.sum : empty_like(dy, type_x);
     to.dx_copy = extras.dx_copy, to.copy_factors = extras.copy_factors;
+    if (extras.dx_sums) to.dx_sums = *extras.dx_sums = room_for_sums(to.dx);
     if (extras.y) to.y = *extras.y = may_overwrite(dy) ? dy : empty_like(dy);
     Grads grads{to.dx, Tensor(), Tensor()};
     // One pass computes all; the targets only say where the two parameter gradients go.

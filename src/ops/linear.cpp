@@ -108,10 +108,9 @@ Var scaled_linear(const Var& x, const Var& w, const Var& b, const Var& gamma, st
     Grads grads(inputs);
     // With W = gamma w and B = gamma b: dgamma = sum_i dW_i w_i + dB b, dw = gamma dW, db = gamma dB.
     const Tensor d_weight = learns ? empty_like(weight) : Tensor(), d_bias = empty_like(bias);
-    if (learns)
-      kernels::matmul_weight_grad(dy, flatten(sx.get()), d_weight, false, d_bias, false);
-    else if (db.wanted())
-      kernels::sum_rows(dy, d_bias, false);
+    const Tensor sums = extras.dy_sums.defined() ? extras.dy_sums : learns ? Tensor() : dy;
+    if (learns) kernels::matmul_weight_grad(dy, flatten(sx.get()), d_weight, false, sums.defined() ? Tensor() : d_bias, false);
+    if (sums.defined() && (learns || db.wanted())) kernels::sum_rows(sums, d_bias, false);
     grads[3] = dgamma.into([&](const Tensor& to, bool add) {
       const int64_t O = weight.dim(0), I = weight.dim(1);
       const Tensor products = Tensor::empty({1, 1, O}, g.dtype(), g.device()), sum = empty_like(d_bias);
@@ -132,7 +131,10 @@ Var scaled_linear(const Var& x, const Var& w, const Var& b, const Var& gamma, st
     return grads;
   };
   return op.record(y, formula,
-                   {.products = x.dtype(), .value = only_parameters(op, {w, b, gamma}) ? sx : Saved(), .of_value = of_parameters});
+                   {.products = x.dtype(),
+                    .sums = learns || op.wants(b),
+                    .value = only_parameters(op, {w, b, gamma}) ? sx : Saved(),
+                    .of_value = of_parameters});
 }
 
 }  // namespace mesa

@@ -70,9 +70,13 @@ class Bench : public WorkList {
     const Tensor dy = tokens(e_.type), dx = room(x.shape(), DType::f32);
     const bool copies = e_.type == DType::bf16;
     const double copied = copies ? 2 : 0;
+    const Tensor sums = on_gpu() ? room({kernels::layer_norm_grad_parts(e_.B * e_.N, e_.C), e_.C}, DType::f32) : Tensor();
+    const double summed = on_gpu() ? static_cast<double>(sums.bytes()) : 0;
     const kernels::LayerNormGrads alone{.dx = dx, .dgamma = dgamma, .dbeta = dbeta};
-    kernels::LayerNormGrads in_a_block = alone;  // added to the residual's, which the next products take in bf16, and y rebuilt
+    // Added to the residual's, which the next products take in bf16, with its sums for their bias, and y rebuilt.
+    kernels::LayerNormGrads in_a_block = alone;
     in_a_block.add_x = true, in_a_block.y = y, in_a_block.dx_copy = copies ? room(x.shape(), DType::bf16) : Tensor();
+    in_a_block.dx_sums = sums;
     add("layer_norm", n * (4 + 2 * w), 0, [=] { kernels::layer_norm(x, gamma, beta, 1e-6, y, xhat, rstd); });
     kernels::layer_norm(x, gamma, beta, 1e-6, y, xhat, rstd);
     if (on_gpu())
@@ -85,18 +89,18 @@ class Bench : public WorkList {
       add("layer_norm, " + suffix, n * (4 + w + bits / 8.0), 0, [=] { kernels::layer_norm_codes(x, gamma, beta, 1e-6, y, rstd, to); });
       kernels::encode(xhat, to);
       const kernels::Coded coded{to.codes, to.step, to.offset, to.layout, bits};
-      add("layer_norm_grad, " + suffix, n * (2 * w + 8 + bits / 8.0 + copied), 0,
+      add("layer_norm_grad, " + suffix, n * (2 * w + 8 + bits / 8.0 + copied) + summed, 0,
           [=] { kernels::layer_norm_grad_coded(dy, coded, rstd, gamma, beta, in_a_block); });
     }
     if (copies) {
       kernels::LayerNormGrads dropped = in_a_block;
       dropped.copy_factors = values({e_.B}, DType::f32);
-      add("layer_norm_grad, behind drop path", n * (3 * w + 8 + copied), 0,
+      add("layer_norm_grad, behind drop path", n * (3 * w + 8 + copied) + summed, 0,
           [=] { kernels::layer_norm_grad(dy, xhat, rstd, gamma, beta, dropped); });
     }
     add("affine", n * 2 * w, 0, [=] { kernels::affine(xhat, gamma, beta, y); });
     add("layer_norm_grad", n * (2 * w + 4), 0, [=] { kernels::layer_norm_grad(dy, xhat, rstd, gamma, beta, alone); });
-    add("layer_norm_grad, in a block", n * (3 * w + 8 + copied), 0,
+    add("layer_norm_grad, in a block", n * (3 * w + 8 + copied) + summed, 0,
         [=] { kernels::layer_norm_grad(dy, xhat, rstd, gamma, beta, in_a_block); });
   }
 
@@ -185,9 +189,12 @@ class Bench : public WorkList {
     add("attention, codes 8 bits", 0, 2 * product, [=, H = e_.H] {
       kernels::attention(third(qkv, 0), third(qkv, 1), third(qkv, 2), H, scale, o, lse, kernels::AttentionBy::engine, codes);
     });
-    const auto backward = [=, H = e_.H](const Tensor& out, const Tensor& sums) {
-      kernels::attention_grad(d_o, {third(qkv, 0), {}}, {third(qkv, 1), {}}, {third(qkv, 2), {}}, out, sums, H, scale, third(dqkv, 0),
-                              third(dqkv, 1), third(dqkv, 2));
+    constexpr auto by = kernels::AttentionBy::engine;
+    const int64_t parts = kernels::attention_grad_parts(d_o, e_.H, by, {});
+    const Tensor sums = parts > 0 ? room({parts, 3 * e_.C}, DType::f32) : Tensor();  // for the bias in front
+    const auto backward = [=, H = e_.H](const Tensor& out, const Tensor& rows) {
+      kernels::attention_grad(d_o, {third(qkv, 0), {}}, {third(qkv, 1), {}}, {third(qkv, 2), {}}, out, rows, H, scale, third(dqkv, 0),
+                              third(dqkv, 1), third(dqkv, 2), by, {}, sums);
     };
     add("attention_grad", 0, 5 * product, [=] { backward(o, lse); });
     add("attention_grad, rows again", 0, 5 * product, [=] { backward(Tensor(), Tensor()); });

@@ -76,9 +76,16 @@ namespace {
 
 /// What an op with abilities met: how often it rebuilt its result alone and beside its gradient, and with what it was told to copy.
 struct Met {
-  int alone = 0, beside = 0, copies = 0, factors = 0, sums = 0;
+  int alone = 0, beside = 0, copies = 0, factors = 0, sums = 0, columns = 0;
 };
-/// 2 x in another dtype, which copies and adds as layer norm does.
+/// Ten times the sums of dx's columns, so that who makes use of them shows it.
+Tensor boast(const Tensor& dx) {
+  const Tensor sums = Tensor::empty({2, dx.dim(-1)}, DType::f32);
+  for (const int part : {0, 1}) kernels::sum_rows(dx, sums.select(0, part), false);
+  kernels::scale(sums, 5, sums);
+  return sums;
+}
+/// 2 x in another dtype, which copies, adds and sums as layer norm does.
 Var twice(const Var& x, Met& met, DType out) {
   const Op op("twice", {x});
   const Tensor y = empty_like(x.value(), out);
@@ -92,6 +99,7 @@ Var twice(const Var& x, Met& met, DType out) {
     if (extras.sum.defined()) ++met.sums, kernels::add(extras.sum, term, term);
     if (extras.dx_copy.defined()) ++met.copies, kernels::copy(term, extras.dx_copy);
     if (extras.copy_factors.defined()) ++met.factors, kernels::scale_rows(term, extras.copy_factors, extras.dx_copy);
+    if (extras.dx_sums) ++met.columns, *extras.dx_sums = boast(extras.dx_copy.defined() ? extras.dx_copy : term);
     return {term};
   };
   return op.record(y, formula, {.adds = true, .rebuild = [&met, again](const Tensor& to) { ++met.alone, again(to); }});
@@ -279,18 +287,13 @@ TEST_CASE("tape: layer norm of a value whose op wants its gradient in f32, while
 
 namespace {
 
-/// x once more, with ten times the sums of its gradient's rows where they are wanted: who makes use of them shows it.
+/// x once more, with such sums of its gradient's rows where they are wanted.
 Var boasting(const Var& x, int& asked) {
   const Op op("boasting", {x});
   const Tensor y = empty_like(x.value());
   kernels::copy(x.value(), y);
   const auto formula = [&asked](const Tensor& dy, const Extras& extras) -> Grads {
-    if (extras.dx_sums) {
-      ++asked;
-      *extras.dx_sums = Tensor::empty({2, dy.dim(1)}, DType::f32);
-      for (const int part : {0, 1}) kernels::sum_rows(dy, extras.dx_sums->select(0, part), false);
-      kernels::scale(*extras.dx_sums, 5, *extras.dx_sums);
-    }
+    if (extras.dx_sums) ++asked, *extras.dx_sums = boast(dy);
     return {dy};
   };
   return op.record(y, formula, {});
@@ -340,6 +343,54 @@ TEST_CASE("tape: sums of a gradient's rows reach the bias in front where they ar
     CHECK((seen.asked == 0 && seen.factor == Approx(1)));
     CHECK(meet(none, false, false, waits).asked == 0);
   }
+}
+
+TEST_CASE("tape: sums of a gradient behind a residual reach the bias of the branch, dropped or scaled or not") {
+  INFO(seed_note());
+  const int64_t samples = 40, width = 6;
+  Param x = make_param("x", {samples, width}), w = make_param("w", {width, width}), b = make_param("b", {width}),
+        gamma = make_param("gamma", {width});
+  enum Way { added, dropped, scaled };
+  // The gradient of the bias against the true one, and how often its sums were wanted.
+  const auto meet = [&](Way way, DType branch, bool inspected, int& wanted) {
+    for (Param* p : {&x, &w, &b, &gamma}) p->grad_written = false;
+    StoragePolicy policy = simple_policy({{"*", "exact", {}, ""}});
+    Tape tape(policy, 3);
+    if (inspected) tape.inspect([](const Tensor&, const std::string&) {});
+    Met met;
+    const Var h = scale(Var(x), 1), narrow = Var(normal_tensor({samples, width}, "narrow", branch));
+    const Var in = way == added    ? linear(narrow, Var(w), Var(b), {}, h)
+                   : way == scaled ? scaled_linear(narrow, Var(w), Var(b), Var(gamma), {}, h)
+                                   : add_drop_path(h, linear(narrow, Var(w), Var(b)), 0.5);
+    const Var y = scale(add(in, scale(twice(in, met, DType::f32), 1)), 1);
+    tape.backward({y}, {normal_tensor(y.shape(), "dy")});
+    wanted = met.columns;
+    std::vector<double> all = b.grad.to_vector<double>();
+    if (way == scaled)
+      for (const double v : gamma.grad.to_vector<double>()) all.push_back(v);
+    return all;
+  };
+  for (const Way way : {added, dropped, scaled})
+    for (const DType branch : {DType::bf16, DType::f32}) {
+      CAPTURE(way, to_string(branch));
+      int wanted = 0, never = 0;
+      const std::vector<double> got = meet(way, branch, false, wanted), want = meet(way, branch, true, never);
+      CHECK(never == 0);
+      // A gradient that is masked in f32 is masked by a pass of its own: whoever made it has no sums of that.
+      const bool passed = way != dropped || branch == DType::bf16;
+      CHECK(wanted == (passed ? 1 : 0));
+      double largest = 0;
+      for (int64_t c = 0; c < width; ++c) {
+        largest = std::max(largest, std::fabs(want[c]));
+        CHECK(got[c] == Approx((passed ? 10 : 1) * want[c]).epsilon(branch == DType::bf16 ? 0.02 : 1e-5).margin(0.05));
+      }
+      CHECK(largest > 1);
+      if (way == scaled) {  // with nine times more of the bias in it
+        const std::vector<double> bias = b.value.to_vector<double>(), g = gamma.value.to_vector<double>();
+        for (int64_t c = 0; c < width; ++c)
+          CHECK(got[width + c] - want[width + c] == Approx(9 * want[c] / g[c] * bias[c]).epsilon(0.02).margin(0.05));
+      }
+    }
 }
 
 TEST_CASE("tape: a gradient that somebody else holds is not written over") {

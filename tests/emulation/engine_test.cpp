@@ -159,10 +159,10 @@ TEST_CASE("emulated GPU: a block starts the passes over memory that its bytes ar
   Kernels exact{{"layer_norm", 2},        // 8
                 {"gelu", 1},              // 16
                 {"gelu_grad", 1},         // 32, with sums for the bias of fc1
-                {"sum_rows", 1},          // which are added up
+                {"sum_rows", 4},          // which are added up, as those of the other biases that the kernels below make
                 {"layer_norm_grad", 4}};  // 16; every second only adds up dgamma and dbeta
   // q, k, v and the attention's result are packed by passes of their own, and the last is decoded again.
-  Kernels coded{{"layer_norm_codes", 2}, {"gelu_codes", 1},       {"gelu_grad_coded", 1}, {"sum_rows", 1},
+  Kernels coded{{"layer_norm_codes", 2}, {"gelu_codes", 1},       {"gelu_grad_coded", 1}, {"sum_rows", 4},
                 {"layer_norm_grad", 4},  {"quantize_current", 4}, {"dequantize", 1}};
   for (Kernels* of : {&exact, &coded}) of->insert(attention.begin(), attention.end());
   CHECK(of_a_block("exact", "0") == exact);

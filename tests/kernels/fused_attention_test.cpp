@@ -93,11 +93,13 @@ struct Operands {
   }
 };
 
-void backward(const Operands& x, const std::array<kernels::AttentionOperand, 3>& from, bool exact) {
+void backward(const Operands& x, const std::array<kernels::AttentionOperand, 3>& from, bool exact, const Tensor& sums = {}) {
   kernels::fused_attention_grad(x.d_o, from[0], from[1], from[2], exact ? x.o : Tensor(), exact ? x.lse : Tensor(), x.f.H, x.scale,
-                                x.dqkv.part(0), x.dqkv.part(1), x.dqkv.part(2), x.windows);
+                                x.dqkv.part(0), x.dqkv.part(1), x.dqkv.part(2), x.windows, sums);
 }
-void backward(const Operands& x, bool exact) { backward(x, {{{x.qkv.part(0), {}}, {x.qkv.part(1), {}}, {x.qkv.part(2), {}}}}, exact); }
+void backward(const Operands& x, bool exact, const Tensor& sums = {}) {
+  backward(x, {{{x.qkv.part(0), {}}, {x.qkv.part(1), {}}, {x.qkv.part(2), {}}}}, exact, sums);
+}
 
 void check_gradient(const Operands& x) {
   const Numbers got = x.dqkv.numbers(), want = x.wide_dqkv.numbers();
@@ -162,6 +164,44 @@ TEST_CASE("fused attention: gradients, from exact storage and with rows normaliz
     }
 }
 
+TEST_CASE("fused attention: the gradient's columns are summed in the same pass", "[kernels][fused]") {
+  if (test_device() != kCuda) return;
+  constexpr auto by = kernels::AttentionBy::engine;
+  const auto parts_of = [](const Form& f) {
+    return kernels::attention_grad_parts(Tensor::empty({f.B, f.N, f.H * f.D}, DType::bf16, kCuda), f.H, by, f.windows);
+  };
+  std::vector<Form> forms(std::begin(kForms), std::end(kForms));
+  forms.insert(forms.end(), std::begin(kWindowForms), std::end(kWindowForms));
+  for (const Form& f : forms)
+    for (const bool exact : {true, false}) {
+      CAPTURE(f.B, f.N, f.H, f.D, exact);
+      Operands x(f, 1.5);
+      x.forward();
+      backward(x, exact);
+      const Numbers alone = x.dqkv.numbers();
+      const int64_t width = 3 * f.H * f.D;
+      const Tensor sums = Tensor::empty({parts_of(f), width}, DType::f32, kCuda), again = empty_like(sums);
+      kernels::fill(sums, std::nan("")), kernels::fill(x.dqkv.tensors[0], 0);
+      backward(x, exact, sums);
+      CHECK(x.dqkv.numbers() == alone);
+      backward(x, exact, again);
+      CHECK(again.to_vector<float>() == sums.to_vector<float>());
+      Numbers got(width), want(width), terms(width);
+      const Numbers rows = sums.to_vector<double>();
+      for (size_t i = 0; i < rows.size(); ++i) got[i % width] += rows[i];
+      for (size_t i = 0; i < alone.size(); ++i) want[i % width] += alone[i], terms[i % width] += std::fabs(alone[i]);
+      for (int64_t c = 0; c < width; ++c) REQUIRE(std::fabs(got[c] - want[c]) <= 1e-6 * terms[c]);  // a NaN fails
+    }
+  CHECK(parts_of({2, 197, 3, 64}) == 4);
+  CHECK(parts_of({1, 961, 1, 64}) == 0);  // blocks may share the queries of a key
+  CHECK(kernels::attention_grad_parts(Tensor::empty({1, 8, 64}, DType::bf16, kCuda), 1, kernels::AttentionBy::cudnn, {}) == 0);
+  CHECK(kernels::attention_grad_parts(Tensor::empty({1, 8, 64}, DType::f32, kCuda), 1, by, {}) == 0);
+  const Operands other({1, 16, 1, 32, {}, 32}, 1);
+  CHECK_THROWS_WITH(backward(other, false, Tensor::empty({1, 96}, DType::f32, kCuda)), Catch::Contains("16 queries and 32 keys"));
+  const Operands few({1, 16, 1, 32}, 1);
+  CHECK_THROWS_WITH(backward(few, false, Tensor::empty({2, 96}, DType::f32, kCuda)), Catch::Contains("sums of [2, 96], not [1, 96]"));
+}
+
 TEST_CASE("fused attention: codes are decoded as dequantize decodes them", "[kernels][fused]") {
   if (test_device() != kCuda) return;
   for (const Form& f : {Form{2, 17, 2, 32}, Form{1, 65, 1, 64}, Form{2, 50, 3, 64}, Form{2, 1025, 1, 32, {}, 16}, kWindowForms[0]})
@@ -204,6 +244,6 @@ TEST_CASE("fused attention: keys that no query attends to get no gradient", "[ke
   const kernels::AttentionOperand q{none, {}}, k{kv.narrow(-1, 0, 64), {}}, v{kv.narrow(-1, 64, 64), {}};
   kernels::fused_attention(none, k.values, v.values, int64_t{1}, 0.1, none, lse, kernels::QkvCodes{}, kernels::WindowBias{});
   kernels::fused_attention_grad(none, q, k, v, none, lse, int64_t{1}, 0.1, none, dkv.narrow(-1, 0, 64), dkv.narrow(-1, 64, 64),
-                                kernels::WindowBias{});
+                                kernels::WindowBias{}, Tensor());
   CHECK(largest(dkv.to_vector<double>()) == 0);
 }

@@ -240,4 +240,8 @@ TEST_CASE("layer_norm refuses parameters of the wrong size", "[kernels]") {
   CHECK_THROWS_WITH(kernels::layer_norm_grad(x, x, rstd, six, six,
                                              LayerNormGrads{.dx = x, .dx_copy = copy, .copy_factors = Tensor::zeros({2}, DType::f64)}),
                     Catch::Contains("factors of the copy in fp64"));
+  CHECK_THROWS_WITH(kernels::layer_norm_grad(x, x, rstd, six, six, LayerNormGrads{.dx = x, .dx_sums = Tensor::zeros({2, 6}, DType::f32)}),
+                    Catch::Contains("sums of dx in [2, 6] fp32, not [1, 6] fp32"));
+  CHECK_THROWS_WITH(kernels::layer_norm_grad(x, x, rstd, six, six, LayerNormGrads{.dx = x, .dx_sums = Tensor::zeros({1, 6}, DType::f32)}),
+                    Catch::Contains("on a GPU alone"));
 }

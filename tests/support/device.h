@@ -68,7 +68,7 @@ class Staging {
     return w;
   }
   kernels::LayerNormGrads operator()(kernels::LayerNormGrads to) {
-    for (Tensor* t : {&to.dx, &to.dx_copy, &to.y, &to.dgamma, &to.dbeta}) *t = (*this)(*t);
+    for (Tensor* t : {&to.dx, &to.dx_copy, &to.dx_sums, &to.y, &to.dgamma, &to.dbeta}) *t = (*this)(*t);
     return to;
   }
   template <class T>

@@ -28,7 +28,8 @@ struct Extras {
   Tensor copy_factors;  ///< what the samples (axis 0) of that copy are multiplied by, at least two axes of them; undefined: nothing
   Tensor* y = nullptr;  ///< receives the op's result, where that is wanted again
   Tensor dy_sums;       ///< [any number, dy's last axis] f32: rows that add up to the sum of dy's, if whoever made dy has them
-  Tensor* dx_sums = nullptr;  ///< receives such rows of dx, if the op can make them beside it; null: nobody wants them
+  Tensor* dx_sums = nullptr;  ///< receives such rows of dx, or of dx_copy where that is wanted, if the op can make them beside it; null:
+                              ///< nobody wants them
 };
 
 /// What an op can do on its way back to spare passes over memory.

@@ -29,10 +29,13 @@ void attention(const Tensor& q, const Tensor& k, const Tensor& v, int64_t heads,
 
 /// dq, dk, dv from the gradient d_o of o, of the shapes of q, k, v and o. With o and lse (exact storage) the probabilities are exp(scale q
 /// k^T - lse) and delta = sum_d dO O; without them (undefined) rows are normalized again and delta = sum_j P dP, so that all of it comes
-/// from one source.
+/// from one source. `sums` [attention_grad_parts, 3 C] f32, where it is defined, gets rows that add up to the sums of the rows of dq, dk
+/// and dv, as they hold them: for the gradient of the bias behind which q, k and v lie packed.
 void attention_grad(const Tensor& d_o, const AttentionOperand& q, const AttentionOperand& k, const AttentionOperand& v, const Tensor& o,
                     const Tensor& lse, int64_t heads, double scale, const Tensor& dq, const Tensor& dk, const Tensor& dv,
-                    AttentionBy by = AttentionBy::engine, const WindowBias& windows = {});
+                    AttentionBy by = AttentionBy::engine, const WindowBias& windows = {}, const Tensor& sums = {});
+/// Rows of such sums that are made in the same pass as the gradients of q, k and v like `q` [B, N, C]; 0: none are.
+int64_t attention_grad_parts(const Tensor& q, int64_t heads, AttentionBy by, const Windows& windows);
 
 // One kernel for all of it, where a backend has one: CUDA, bf16, heads of 32 or 64 channels; windows have heads of 32 and at most 1,024
 // tokens. Deterministic.
@@ -40,7 +43,7 @@ MESA_KERNEL(fused_attention, const Tensor& q, const Tensor& k, const Tensor& v, 
             const Tensor& lse, const QkvCodes& codes, const WindowBias& windows);
 MESA_KERNEL(fused_attention_grad, const Tensor& d_o, const AttentionOperand& q, const AttentionOperand& k, const AttentionOperand& v,
             const Tensor& o, const Tensor& lse, int64_t heads, double scale, const Tensor& dq, const Tensor& dk, const Tensor& dv,
-            const WindowBias& windows);
+            const WindowBias& windows, const Tensor& sums);
 
 // The same by cuDNN, where the build has it: bf16, heads of a multiple of 8 channels. Deterministic. The backward needs o and lse.
 MESA_KERNEL(cudnn_attention, const Tensor& q, const Tensor& k, const Tensor& v, int64_t heads, double scale, const Tensor& o,

@@ -166,6 +166,11 @@ inline void check_layer_norm_grad(const Tensor& dy, const Tensor& rstd, const Te
     check_alike(dy, to.dx_copy, "layer_norm_grad: a copy of dx");
     check(to.dx_copy.dtype() == DType::bf16, "layer_norm_grad copies dx in bf16, not in ", to_string(to.dx_copy.dtype()));
   }
+  if (const Tensor& sums = to.dx_sums; sums.defined()) {
+    const Shape shape{layer_norm_grad_parts(rows, width), width};
+    check(sums.is_contiguous() && sums.shape() == shape && sums.dtype() == gamma.dtype(), "layer_norm_grad: sums of dx in ", sums.shape(),
+          " ", to_string(sums.dtype()), ", not ", shape, " ", to_string(gamma.dtype()));
+  }
   if (const Tensor& factors = to.copy_factors; factors.defined()) {
     check(factors.is_contiguous() && factors.dtype() == gamma.dtype(), "layer_norm_grad: factors of the copy in ",
           to_string(factors.dtype()), " beside a gamma in ", to_string(gamma.dtype()));

@@ -1,5 +1,7 @@
 // Layer normalization over the last axis (Ba et al., 2016), and softmax.
 #pragma once
+#include <algorithm>
+
 #include "mesa/kernels/codec.h"
 
 namespace mesa::kernels {
@@ -22,10 +24,18 @@ struct LayerNormGrads {
   bool add_x = false;        ///< to what dx holds
   Tensor dx_copy = {};       ///< receives what dx then holds in bf16, too
   Tensor copy_factors = {};  ///< for each sample, by what its rows of dx_copy are multiplied: [S], S divides the rows; in gamma's dtype
-  Tensor y = {};             ///< receives gamma xhat + beta, bit for bit as affine writes it, in xhat's dtype; may be dy
+  Tensor dx_sums = {};  ///< [layer_norm_grad_parts, C], in gamma's dtype: receives rows that add up to the sum of dx's, or of dx_copy's
+                        ///< if that is defined, before they are rounded. CUDA
+  Tensor y = {};        ///< receives gamma xhat + beta, bit for bit as affine writes it, in xhat's dtype; may be dy
   Tensor dgamma = {}, dbeta = {};  ///< f32 or f64
   bool add_gamma = false, add_beta = false;
 };
+/// Chunks of the rows that a GPU makes these gradients in: as many as 132 multiprocessors hold blocks at once, and a row for each of a
+/// block's warps. Those of wide rows are fewer, as each lane holds more of a row; beyond 1,024 columns a block works on one row at a time.
+inline int64_t layer_norm_grad_parts(int64_t rows, int64_t width) {
+  const int64_t of_a_lane = width > 1024 ? 0 : (width + 31) / 32, warps = of_a_lane <= 12 ? 8 : 4;
+  return std::min<int64_t>(132 * (of_a_lane <= 4 ? 4 : of_a_lane <= 8 ? 3 : 2), (rows + warps - 1) / warps);
+}
 /// dx += rstd (g - mean(g) - xhat mean(g xhat)) with g = gamma dy; dgamma[c] += sum dy xhat, dbeta[c] += sum dy (= when not added).
 /// Sums are in an order that does not depend on the thread count.
 MESA_KERNEL(layer_norm_grad, const Tensor& dy, const Tensor& xhat, const Tensor& rstd, const Tensor& gamma, const Tensor& beta,

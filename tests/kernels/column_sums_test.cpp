@@ -1,8 +1,9 @@
-// The sums of columns that gelu's gradient makes in its own visit, against those of the gradient by itself.
+// The sums of columns that the gradients of gelu and of layer norm make in their own visit, against those of the gradient by itself.
 #include <catch2/catch.hpp>
 #include <cmath>
 
 #include "mesa/kernels/elementwise.h"
+#include "mesa/kernels/norm.h"
 #include "support/kernels.h"
 
 using namespace mesa;
@@ -13,14 +14,17 @@ namespace {
 
 std::string bits_of(const Tensor& t) { return {static_cast<const char*>(t.raw()), static_cast<size_t>(t.bytes())}; }
 
-/// The rows of `sums` together are the sums of dx's rows.
-void check_sums(const Tensor& sums, const Tensor& dx) {
+/// The rows of `sums` together are the sums of dx's rows, each sample's times its factor where there are any.
+void check_sums(const Tensor& sums, const Tensor& dx, const std::vector<double>& factors = {}, double tolerance = 1e-6) {
   const int64_t width = sums.dim(1);
   const std::vector<double> parts = sums.to_vector<double>(), d = dx.to_vector<double>();
   std::vector<double> got(width), want(width), terms(width);
   for (size_t i = 0; i < parts.size(); ++i) got[i % width] += parts[i];
-  for (size_t i = 0; i < d.size(); ++i) want[i % width] += d[i], terms[i % width] += std::fabs(d[i]);
-  for (int64_t c = 0; c < width; ++c) REQUIRE(std::fabs(got[c] - want[c]) <= 1e-6 * terms[c]);  // a NaN fails
+  for (size_t i = 0; i < d.size(); ++i) {
+    const double x = factors.empty() ? d[i] : d[i] * factors[i * factors.size() / d.size()];
+    want[i % width] += x, terms[i % width] += std::fabs(x);
+  }
+  for (int64_t c = 0; c < width; ++c) REQUIRE(std::fabs(got[c] - want[c]) <= tolerance * terms[c]);  // a NaN fails
 }
 
 struct Size {
@@ -109,4 +113,55 @@ TEST_CASE("gelu's gradient from codes sums its columns in the same pass", "[kern
               });
         }
       }
+}
+
+TEST_CASE("layer norm's gradient sums its columns in the same pass", "[kernels]") {
+  if (test_device() != kCuda) return;
+  INFO(seed_note());
+  struct Mix {
+    DType dy, xhat, dx;
+  };
+  // Rows that a warp keeps, in whole pieces and not; more rows than blocks take at once; rows of a block; no rows.
+  const Size shapes[] = {{40, 64}, {33, 72}, {7, 50}, {1, 8}, {12, 384}, {10, 1024}, {4300, 8}, {24, 2056}, {3, 1025}, {0, 16}};
+  for (const auto& [rows, width] : shapes)
+    for (const Mix& mix : {Mix{DType::f32, DType::f32, DType::f32}, Mix{DType::bf16, DType::bf16, DType::f32},
+                           Mix{DType::bf16, DType::bf16, DType::bf16}, Mix{DType::f64, DType::f64, DType::f64}}) {
+      CAPTURE(rows, width, to_string(mix.dy), to_string(mix.dx));
+      const DType exact = mix.dx == DType::f64 ? DType::f64 : DType::f32;
+      const Tensor dy = random({rows, width}, mix.dy, "dy"), xhat = random({rows, width}, mix.xhat, "xhat"),
+                   gamma = random({width}, exact, "gamma"), beta = random({width}, exact, "beta"), rstd = random({rows}, exact, "rstd"),
+                   before = random({rows, width}, mix.dx, "before"), factors = random({rows % 2 == 0 ? rows / 2 : rows}, exact, "factors");
+      const auto run = [&](kernels::LayerNormGrads to, bool coded) {
+        to.dx = empty_like(before), to.dgamma = empty_like(gamma), to.dbeta = empty_like(gamma), to.y = empty_like(xhat);
+        kernels::copy(before, to.dx);
+        if (to.dx_sums.defined()) to.dx_sums = empty_like(to.dx_sums), kernels::fill(to.dx_sums, std::nan(""));
+        if (!coded) {
+          staged(kernels::cuda::layer_norm_grad)(dy, xhat, rstd, gamma, beta, to);
+          return to;
+        }
+        const GroupLayout layout{1, (rows * width + 63) / 64, 64, true};
+        const Tensor step = Tensor::zeros({layout.groups}, DType::f32), offset = Tensor::zeros({layout.groups}, DType::f32),
+                     codes = Tensor::zeros({rows * width}, DType::u8);
+        kernels::plain::quantize_current(xhat, layout, 8, true, RandomKey::of(1, "codes", 2), step, offset, codes, {});
+        staged(kernels::cuda::layer_norm_grad_coded)(dy, kernels::Coded{codes, step, offset, layout, 8}, rstd, gamma, beta, to);
+        return to;
+      };
+      for (const bool coded : {false, true})
+        for (const int copies : {0, 1, 2}) {
+          if ((coded && (rows == 0 || mix.dx == DType::f64)) || (copies == 2 && rows == 0)) continue;
+          CAPTURE(coded, copies);
+          kernels::LayerNormGrads alone{.add_x = true, .dx_copy = copies > 0 ? Tensor::empty(dy.shape(), DType::bf16) : Tensor()};
+          if (copies == 2) alone.copy_factors = factors;
+          kernels::LayerNormGrads summed = alone;
+          summed.dx_sums = Tensor::empty({kernels::layer_norm_grad_parts(rows, width), width}, exact);
+          if (copies > 0) summed.dx_copy = Tensor::empty(dy.shape(), DType::bf16);
+          const kernels::LayerNormGrads want = run(alone, coded), got = run(summed, coded), again = run(summed, coded);
+          check_sums(got.dx_sums, got.dx, copies == 2 ? factors.to_vector<double>() : std::vector<double>(),
+                     mix.dx == DType::bf16 ? 0.005 : 1e-6);
+          REQUIRE(bits_of(again.dx_sums) == bits_of(got.dx_sums));
+          for (const auto part : {&kernels::LayerNormGrads::dx, &kernels::LayerNormGrads::dgamma, &kernels::LayerNormGrads::dbeta,
+                                  &kernels::LayerNormGrads::dx_copy, &kernels::LayerNormGrads::y})
+            if ((want.*part).defined()) REQUIRE(bits_of(got.*part) == bits_of(want.*part));
+        }
+    }
 }
