@@ -5,6 +5,7 @@
 #include <optional>
 
 #include "app.h"
+#include "mesa/dist/world.h"
 #include "mesa/kernels/conv.h"
 #include "mesa/train/benchmark.h"
 #include "mesa/train/files.h"
@@ -94,6 +95,7 @@ int time_kernels(const mesa::RunConfig& config, const std::string& json) {
 }
 
 int run(const Arguments& args) {
+  if (mesa::launched_rank() > 0) return 0;  // it measures one process, and another one would disturb it
   if (!args.json.empty()) mesa::check_can_write(args.json);
   std::vector<std::string> overrides = args.overrides;
   if (!args.device.empty()) overrides.push_back("device=" + args.device);
@@ -109,8 +111,7 @@ int run(const Arguments& args) {
   if (args.phases) print_plans(config, options.policies);
   const mesa::BenchmarkResult result = measure(config, options);
   std::cout << mesa::format_benchmark(result) << std::flush;
-  for (const std::string& which : mesa::kernels::slow_convolutions())
-    std::cerr << "convolutions are slow: " << which << "\n";
+  for (const std::string& which : mesa::kernels::slow_convolutions()) std::cerr << "convolutions are slow: " << which << "\n";
   if (!args.json.empty()) mesa::write_file_atomically(args.json, mesa::benchmark_json(result));
   return 0;
 }

@@ -8,6 +8,7 @@
 #include <optional>
 
 #include "app.h"
+#include "mesa/train/best_classes.h"
 #include "mesa/train/checkpoint.h"
 #include "mesa/train/confusion.h"
 #include "mesa/train/evaluate.h"
@@ -50,7 +51,7 @@ void show(int64_t done, int64_t total) {
 }
 
 struct Arguments {
-  std::string checkpoint, config, weights = "auto", data, json, device = "auto", real, confusion;
+  std::string checkpoint, config, weights = "auto", data, json, device = "auto", real, confusion, predictions;
   std::optional<std::string> per_class;  // a file, or "" for the terminal
   std::vector<std::string> overrides;
   int64_t batch_size = 0;
@@ -131,7 +132,7 @@ void tell_of_classes(const Arguments& args, const mesa::Confusion& confusion, nl
 void check_files(const Arguments& args) {
   const bool png = args.confusion.ends_with(".png") || args.confusion.ends_with(".csv");
   if (!args.confusion.empty() && !png) throw mesa::UsageError("--confusion: " + args.confusion + " must end in .png or .csv");
-  for (const std::string& file : {args.json, args.confusion, args.per_class.value_or("")})
+  for (const std::string& file : {args.json, args.confusion, args.predictions, args.per_class.value_or("")})
     if (!file.empty()) mesa::check_can_write(file);
 }
 
@@ -178,10 +179,13 @@ int evaluate(const Arguments& args, mesa::LoadedModel& loaded, bool leads, const
   const int64_t total = test->size();
   std::optional<mesa::RealLabels> real;
   if (!args.real.empty()) real.emplace(args.real, *test, net.input().classes);
+  std::optional<mesa::BestClasses> best;
+  if (!args.predictions.empty()) best.emplace(total, net.input().classes);
   mesa::Predictions predictions(total, net.input().classes, test->class_names());
   const auto look = [&](const mesa::Batch& batch, const mesa::Tensor& logits) {
     predictions.take(batch, logits);
     if (real) real->take(batch, logits);
+    if (best) best->take(batch, logits);
   };
   const auto progress = [&](int64_t done) {
     if (leads) show(std::min(done * config.ranks, total), total);
@@ -190,8 +194,10 @@ int evaluate(const Arguments& args, mesa::LoadedModel& loaded, bool leads, const
   const mesa::Confusion confusion = predictions.finish(add_up);
   mesa::RealResult reassessed;
   if (real) reassessed = real->finish(add_up);
+  if (best) best->finish(add_up);
   for (const std::string& sample : loader.skipped_samples())
     std::fprintf(stderr, "warning: a bad sample is left out: %s\n", sample.c_str());
+  if (leads && best) mesa::write_file_atomically(args.predictions, best->csv(*test, test->class_names()));
   if (leads) tell(args, loaded.averaged, transform.eval_flip, result, real ? &reassessed : nullptr, confusion);
   return 0;
 }
@@ -252,12 +258,15 @@ int main(int argc, char** argv) {
                                             ->expected(0, 1)
                                             ->type_name("[FILE]");
   app.add_option("--confusion", args.confusion, "which classes are taken for which, as a picture, or as a table (.csv)")->type_name("FILE");
+  app.add_option("--predictions", args.predictions, "a table (.csv) of the pictures: the best five classes of each and their probabilities")
+      ->type_name("FILE");
   app.add_option("--json", args.json, "also write the results to this file")->type_name("FILE");
   std::string merge;
   CLI::Option* merge_option =
       app.add_option("--merge", merge, "evaluate nothing: write the weights with LoRA's factors merged into them to this safetensors file")
           ->type_name("FILE");
-  for (const char* other : {"--config", "--data", "--set", "--json", "--flip", "--real", "--per-class", "--confusion", "--batch-size"})
+  for (const char* other :
+       {"--config", "--data", "--set", "--json", "--flip", "--real", "--per-class", "--confusion", "--predictions", "--batch-size"})
     merge_option->excludes(other);
   app.footer("Exit codes: 0 done; 1 failed; 2 wrong usage or config; 69 another rank was lost.");
   return mesa::run_app(app, argc, argv, [&] {

@@ -1,5 +1,6 @@
 // mesa-report: a run at a glance, or several beside each other, as one HTML file.
 #include "app.h"
+#include "mesa/dist/world.h"
 #include "mesa/train/report.h"
 
 int main(int argc, char** argv) {
@@ -17,6 +18,7 @@ int main(int argc, char** argv) {
       "\n"
       "Exit codes: 0 done; 1 failed; 2 wrong usage.");
   return mesa::run_app(app, argc, argv, [&] {
+    if (mesa::launched_rank() > 0) return 0;  // one of the ranks is enough
     std::printf("%s\n", mesa::write_report(runs, output).c_str());
     return 0;
   });

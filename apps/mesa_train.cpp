@@ -3,6 +3,7 @@
 #include <filesystem>
 
 #include "app.h"
+#include "mesa/dist/world.h"
 #include "mesa/train/check_comm.h"
 #include "mesa/train/data_tools.h"
 #include "mesa/train/plan.h"
@@ -29,13 +30,27 @@ std::string run_of(const std::string& checkpoint) {
   return "";
 }
 
+/// --resume with a checkpoint: a path, or the name of one of the run in --output ("best").
+void find_checkpoint(Arguments& args) {
+  std::string& resume = args.options.resume;
+  if (resume.empty() || resume == "auto") return;
+  if (!args.weights.empty())
+    throw mesa::UsageError("--weights begins a run, and --resume " + resume + " goes on with one: give one of them");
+  const std::string own = args.output + "/checkpoints/" + resume;
+  if (!std::filesystem::exists(resume) && !args.output.empty() && std::filesystem::exists(own)) resume = own;
+  if (!std::filesystem::exists(resume)) throw mesa::Error("--resume: there is no checkpoint at " + resume);
+}
+
 /// Without --config a resumed run goes on by its own.
 void find_config(Arguments& args) {
   const std::string& resume = args.options.resume;
-  const std::string run = resume.empty() || resume == "auto" ? args.output : run_of(resume);
-  if (resume.empty() || run.empty())
+  if (resume.empty() || (resume == "auto" && args.output.empty()))
     throw mesa::UsageError("--config is needed (or --resume with --output of an earlier run, or with a checkpoint)");
+  const std::string run = resume == "auto" ? args.output : run_of(resume);
+  if (run.empty())
+    throw mesa::UsageError("--resume " + resume + ": no run's folder lies around it, which has the config; give --config, too");
   args.config = run + "/config.yaml";
+  if (!std::filesystem::exists(args.config)) throw mesa::UsageError("there is no run to resume in " + run + "; a first one needs --config");
   if (args.output.empty()) args.output = run;
 }
 
@@ -51,10 +66,13 @@ int use_data(const mesa::RunConfig& config, const Arguments& args) try {
 }
 
 int run(Arguments& args) {
+  const bool trains = !args.list && !args.dry && !args.check_data && args.pack.path.empty();
+  if (!trains && mesa::launched_rank() > 0) return 0;  // one of the ranks is enough
   if (args.list) {
     std::fputs(mesa::list_models().c_str(), stdout);
     return 0;
   }
+  find_checkpoint(args);
   if (args.config.empty()) find_config(args);
   mesa::RunConfig config = mesa::load_config(args.config, args.overrides);
   if (config.where("storage") == "default") config.storage = mesa::load_storage("exact");  // the shipped policy, not just its name
@@ -62,6 +80,8 @@ int run(Arguments& args) {
   if (!args.device.empty()) config.device = args.device;
   if (!args.weights.empty()) config.train.weights = args.weights, config.places["train.weights"] = "--weights " + args.weights;
   if (args.dry) {
+    const std::string& weights = config.train.weights;
+    if (!weights.empty() && !std::filesystem::exists(weights)) config.refuse("train.weights", "there is no checkpoint at ", weights);
     config.ranks = args.ranks;
     std::fputs(mesa::dry_run(config, static_cast<int64_t>(args.fit)).c_str(), stdout);
     return 0;
@@ -96,6 +116,8 @@ int main(int argc, char** argv) {
                                   "print the resolved config, the plan of kept activations and the predicted peak memory; train nothing");
   app.add_option("--fit", args.fit,
                  "with --dry-run: also the largest train.batch_size that fits so many bytes, what is lost between blocks included")
+      ->transform(CLI::AsNumberWithUnit(std::map<std::string, double>{{"kB", 1e3}, {"MB", 1e6}, {"GB", 1e9}, {"TB", 1e12}},
+                                        CLI::AsNumberWithUnit::CASE_INSENSITIVE))
       ->check(CLI::Range(1.0, 1e15))
       ->type_name("BYTES")
       ->needs(dry);

@@ -48,8 +48,11 @@ bool is_picture(const fs::path& path) {
 
 std::vector<std::string> class_folders(const fs::path& folder) {
   std::vector<std::string> names;
-  for (const auto& entry : fs::directory_iterator(folder))
+  for (const auto& entry : fs::directory_iterator(folder)) {
+    check(!entry.is_symlink() || entry.exists() || is_picture(entry.path()), entry.path().string(),
+          ": is a link to nothing; is a disk not mounted?");
     if (entry.is_directory() && !is_hidden(entry.path())) names.push_back(entry.path().filename().string());
+  }
   for (const std::string& name : names) check_utf8(name, folder.string(), "rename the folder (convmv does)");
   std::sort(names.begin(), names.end());
   return names;

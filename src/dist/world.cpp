@@ -181,6 +181,13 @@ class Deadline {
 
 }  // namespace
 
+int64_t launched_rank() {
+  if (!started_by_mpi()) return variable("RANK").empty() ? 0 : number("RANK");
+  for (const char* rank : {"OMPI_COMM_WORLD_RANK", "PMIX_RANK", "PMI_RANK"})
+    if (!variable(rank).empty()) return number(rank);
+  return 0;
+}
+
 World::World(double timeout) {
   if (!variable("MESA_RANK_TIMEOUT").empty()) timeout = static_cast<double>(number("MESA_RANK_TIMEOUT"));
   check(timeout >= kLeastRankTimeout, "a rank timeout of ", timeout, " seconds is too short; it must be at least ", kLeastRankTimeout);
@@ -193,6 +200,7 @@ World::World(double timeout) {
 }
 
 void World::connect(double timeout) {
+  me_.host = host_name();
   const std::optional<std::string> gpus = visible_gpus();
   if (started_by_mpi()) {
     const Deadline deadline(timeout);

@@ -50,6 +50,10 @@ int check_comm(RunConfig config) {
                               version.substr(0, version.find('\n')), ", config ", hash));
     const Device device = check_same_run(world, config);  // before any collective: where ranks differ, it might not come about
     Team team(world, device);
+    if (team.alone()) {
+      std::printf("this rank is alone: there is nobody to add up with (mpirun -n 2 mesa-train ... --check-comm)\n");
+      return 0;
+    }
     for (const int64_t megabytes : {1, 8, 64}) {
       const Tensor x = Tensor::zeros({megabytes * 1'000'000 / 4}, DType::f32, device);
       const double seconds = time_of_sum(team, x);

@@ -28,7 +28,7 @@ constexpr Allowed pair(double low, double high) { return {low, high, true, false
 
 const Key kKeys[] = {
     KEY(model.name, any(),
-        "Architecture: `vit` or `swin` (give all sizes), or a table entry such as `deit_small_patch16_224` (timm's names)"),
+        "Architecture: `vit` (give all sizes), or a table entry such as `deit_small_patch16_224` (timm's names), in short `deit_small`"),
     KEY(model.image_size, size(), "Height and width of the input in pixels"),
     KEY(model.patch_size, size(), "Height and width of a patch; divides the image size"),
     KEY(model.width, size(), "Embedding dimension; a multiple of `model.heads`. Of a ResNet the channels of its stem"),

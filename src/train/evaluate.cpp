@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <chrono>
 #include <cmath>
+#include <limits>
 
 #include "mesa/kernels/elementwise.h"
 
@@ -105,7 +106,7 @@ EvalResult evaluate(const BuiltModel& model, Loader& loader, const TransformOpti
     result.images = std::llround(sums[3]), result.left_out = std::llround(sums[4]), result.complete = sums[5] == 0;
   }
   const double n = static_cast<double>(std::max<int64_t>(result.images, 1));
-  result.loss = loss / n;
+  result.loss = std::isnan(loss) ? std::numeric_limits<double>::quiet_NaN() : loss / n;  // not the one that prints as "-nan"
   result.top1 = 100.0 * top1 / n;
   result.top5 = 100.0 * top5 / n;
   result.seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
@@ -113,11 +114,12 @@ EvalResult evaluate(const BuiltModel& model, Loader& loader, const TransformOpti
 }
 
 Evaluations evaluate_all(const BuiltModel& model, Ema* ema, Loader& loader, const TransformOptions& transform,
-                         const std::function<bool()>& stop, const Look& look, const AddUp& add_up) {
-  Evaluations out{evaluate(model, loader, transform, stop, {}, ema == nullptr ? look : Look{}, add_up), {}};
+                         const std::function<bool()>& stop, const std::function<void(int64_t done)>& progress, const Look& look,
+                         const AddUp& add_up) {
+  Evaluations out{evaluate(model, loader, transform, stop, progress, ema == nullptr ? look : Look{}, add_up), {}};
   if (ema == nullptr || !out.raw.complete) return out;
   const Ema::Use averages(*ema);
-  out.ema = evaluate(model, loader, transform, stop, {}, look, add_up);
+  out.ema = evaluate(model, loader, transform, stop, progress, look, add_up);
   return out;
 }
 

@@ -300,6 +300,9 @@ std::string format_progress(const ProgressState& s, int width) {
   return line;
 }
 
+/// The last column would wrap on some terminals.
+static int columns(int fd) { return terminal_width(fd) - 1; }
+
 Progress::Progress(int64_t total_steps, int64_t first_step, int64_t log_interval, int fd, Clock clock)
     : fd_(fd),
       terminal_(isatty(fd) == 1),
@@ -336,9 +339,17 @@ void Progress::update(ProgressState state) {
     if (last || state.step % log_interval_ == 0) put(format_progress(state, 0) + "\n");
     return;
   }
-  if (!last && now - last_drawn_ < kRedrawSeconds) return;
+  if (last || now - last_drawn_ >= kRedrawSeconds) draw(format_progress(state, columns(fd_)), now);
+}
+
+void Progress::tell(const std::string& text) {
+  const double now = clock_();
+  if (terminal_ && now - last_drawn_ >= kRedrawSeconds) draw(text.substr(0, static_cast<size_t>(columns(fd_))), now);
+}
+
+void Progress::draw(const std::string& line, double now) {
   last_drawn_ = now;
-  last_ = format_progress(state, terminal_width(fd_) - 1);  // the last column would wrap on some terminals
+  last_ = line;
   put("\r" + last_ + "\x1b[K");
   line_open_ = true;
 }

@@ -5,6 +5,7 @@
 #include <optional>
 #include <string>
 
+#include "folder_lock.h"
 #include "mesa/train/checkpoint_writer.h"
 #include "mesa/train/confusion.h"
 #include "mesa/train/evaluate.h"
@@ -37,7 +38,7 @@ class Run {
   void report(const UpdateResult& result, double seconds);
   void show(const UpdateResult& result);
   void add_data_shares(IntervalRow& row);
-  void tell_of_ranks(IntervalRow& row);
+  void tell_of_ranks(IntervalRow& row, int64_t steps);
   bool end_epoch();
   void take_results(const Evaluations& eval);
   void save(std::vector<std::string> names);
@@ -84,10 +85,11 @@ class Run {
   TrainingState state_;
   uint64_t optimizer_hash_ = 0;  // of what was resumed
   std::optional<SentBatch> ahead_;
-  int64_t taken_ = 0;  // batches of this epoch
+  int64_t taken_ = 0;                 // batches of this epoch
+  std::unique_ptr<FolderLock> lock_;  // the leader's, as are those below that write
   std::unique_ptr<RunFolder> folder_;
-  std::unique_ptr<ProductTuning> products_;   // or null
-  std::unique_ptr<CheckpointWriter> writer_;  // the leader's
+  std::unique_ptr<ProductTuning> products_;  // or null
+  std::unique_ptr<CheckpointWriter> writer_;
   std::unique_ptr<RunWatch> watch_;
   std::unique_ptr<Progress> progress_;
   std::string changes_;                   // against the checkpoint

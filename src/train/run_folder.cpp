@@ -28,9 +28,10 @@ std::string to_string(const RunSummary& s, double best_top1) {
 }
 
 RunFolder::RunFolder(const RunConfig& config, const std::optional<LogPosition>& position, bool replace) : path_(config.output) {
-  bool used = std::filesystem::exists(path_ + "/summary.csv") || !history_of(path_ + "/checkpoints").empty();
-  for (const char* name : {"last", "best"}) used = used || std::filesystem::exists(checkpoint(name));
-  if (used && !position && !replace)
+  bool checkpoints = !history_of(path_ + "/checkpoints").empty();
+  for (const char* name : {"last", "best"}) checkpoints = checkpoints || std::filesystem::exists(checkpoint(name));
+  const bool used = checkpoints || (std::filesystem::exists(path_ + "/summary.csv") && !replace);
+  if (used && !position)
     throw Error(concat(path_, " holds a run already; continue it with --resume, or choose another folder with --output"));
   make_folders(path_ + "/checkpoints");
   write_file_atomically(path_ + "/config.yaml", to_yaml(config));

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cstdio>
 #include <ctime>
+#include <filesystem>
 
 #include "checkpoint_files.h"
 #include "mesa/train/lora.h"
@@ -51,7 +52,10 @@ Run::Run(RunConfig config, const TrainOptions& options, World& world)
   config_.model.classes = net_.input().classes;  // from here on fixed: config.yaml and the checkpoints say it
   if (config_.output.empty() && options_.resume == "auto")
     throw UsageError("--resume needs to know the run: give its folder with --output (or `output` in the config)");
-  if (config_.output.empty()) config_.output = team_.shared("the output's name", default_output(config_.model.name, net_.input()));
+  if (config_.output.empty())
+    config_.output =
+        team_.shared("the output's name", team_.leads() ? claim_folder(default_output(config_.model.name, net_.input())) : std::string());
+  if (team_.leads() && std::filesystem::exists(config_.output)) lock_ = std::make_unique<FolderLock>(config_.output);
   // One rank looks and mends what a crash left; the others take up what it found, so that none sees a folder that is being renamed.
   const auto reject = [this](const std::string& why) {
     std::fprintf(stderr, "warning: %s\n", why.c_str());
@@ -72,6 +76,8 @@ Run::Run(RunConfig config, const TrainOptions& options, World& world)
 void Run::start() {
   try {
     start_ = start_from_weights(model_.params, config_.train.weights);
+    const std::string bad = first_bad_parameter(model_.params);
+    if (!bad.empty()) throw Error(concat(config_.train.weights, ": ", bad, " holds NaN or infinity"));
     if (ema_) ema_->restart();
   } catch (const Error& e) {
     config_.refuse("train.weights", e.what());
@@ -122,6 +128,7 @@ void Run::open_folder() {
     const bool row_within_epoch = finished_before_ && state_.batch > 0;
     position = LogPosition{state_.epoch + (row_within_epoch ? 1 : 0), state_.step};
   }
+  if (!lock_) lock_ = std::make_unique<FolderLock>(config_.output);
   folder_ = std::make_unique<RunFolder>(config_, position, options_.resume == "auto" && resume_.empty());
   for (const std::string& why : rejected_) folder_->warn(why);
   if (position) state_.branch = branch_after(resume_, config_.output + "/checkpoints");

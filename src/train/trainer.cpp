@@ -164,7 +164,7 @@ void Run::add_data_shares(IntervalRow& row) {
   stages_since_ = time;
 }
 
-/// The live line, and each log_interval steps a line of metrics.jsonl.
+/// The live line, and each log_interval steps, and at the last one, a line of metrics.jsonl.
 void Run::show(const UpdateResult& result) {
   const double n = static_cast<double>(state_.interval_images), seconds = state_.interval_seconds;
   const double wait = seconds > 0 ? std::min(1.0, state_.interval_wait / seconds) : 0;
@@ -177,14 +177,15 @@ void Run::show(const UpdateResult& result) {
     p.activation_bytes = static_cast<double>(updater_.activation_bytes());
     progress_->update(p);
   }
-  if (state_.step % config_.train.log_interval != 0) return;
+  const int64_t steps = (state_.step - 1) % config_.train.log_interval + 1;  // since the last line
+  if (steps < config_.train.log_interval && state_.step != schedule_.total_steps) return;
   IntervalRow row{state_.step, state_.epoch + 1,  loss,         result.lr,        result.gradient_norm, rate,
                   wait,        bytes_per_image(), peak_bytes(), state_.bad_steps, state_.bad_samples};
   add_data_shares(row);
   if (writer_) row.checkpoint_step = writer_->written_step();
   row.checkpoint_writing = state_.interval_seconds > 0 ? std::min(1.0, interval_writing_ / state_.interval_seconds) : 0;
   interval_writing_ = 0;
-  if (!team_.alone()) tell_of_ranks(row);
+  if (!team_.alone()) tell_of_ranks(row, steps);
   if (folder_) folder_->append(row);
   if (watch_) watch_->on_interval(row);
   state_.interval_images = 0;
@@ -192,11 +193,11 @@ void Run::show(const UpdateResult& result) {
 }
 
 /// Who is slow: a rank that others wait for shows a longer time of its own, and they wait.
-void Run::tell_of_ranks(IntervalRow& row) {
+void Run::tell_of_ranks(IntervalRow& row, int64_t steps) {
   const double waited = updater_.sync_wait_seconds() - last_sync_wait_;
   last_sync_wait_ += waited;
   row.sync_wait = state_.interval_seconds > 0 ? std::min(1.0, waited / state_.interval_seconds) : 0;
-  row.rank_seconds = team_.gather((state_.interval_seconds - waited) / static_cast<double>(config_.train.log_interval));
+  row.rank_seconds = team_.gather((state_.interval_seconds - waited) / static_cast<double>(steps));
   row.slowest = slowest_of(row.rank_seconds);
 }
 
@@ -207,8 +208,13 @@ bool Run::end_epoch() {
     if (watch_) watch_->on_evaluated(batch, logits);
   };
   const auto add_up = [this](std::vector<double>& values) { team_.add_up(values); };
+  const auto tell = [this](int64_t done) {
+    const int64_t share = 100 * done * team_.size() / std::max<int64_t>(data_.test->size(), 1);
+    if (progress_)
+      progress_->tell(concat("epoch ", state_.epoch + 1, "/", config_.train.epochs, "  evaluating ", std::min<int64_t>(share, 100), "%"));
+  };
   const Evaluations eval = evaluate_all(
-      model_, ema_.get(), eval_loader_, transform_, [this] { return team_.heard_signal() != 0; }, look, add_up);
+      model_, ema_.get(), eval_loader_, transform_, [this] { return team_.heard_signal() != 0; }, tell, look, add_up);
   if (!eval.complete()) {
     signal_ = team_.largest(team_.heard_signal());
     return false;
@@ -253,7 +259,10 @@ bool Run::end_epoch() {
   retry();  // whether the best so far is on the disk is known then
   // A run resumed into another folder has no best checkpoint there, whatever the old one reached.
   const double top1 = eval.judged().top1;
-  const bool new_best = top1 > saved_best_ || (folder_ && !std::filesystem::exists(folder_->checkpoint("best")));
+  const bool finite = std::isfinite(eval.judged().loss);
+  if (!finite)
+    warn(concat("the loss of the evaluation is ", eval.judged().loss, ": these weights are of no use, and not saved as the best"));
+  const bool new_best = finite && (top1 > saved_best_ || (folder_ && !std::filesystem::exists(folder_->checkpoint("best"))));
   const bool best = team_.shared("whether the weights are the best so far", new_best ? "yes" : "no") == "yes";
   state_.best_top1 = std::max(state_.best_top1, top1);
   judged_ = top1;
@@ -285,8 +294,9 @@ int Run::stopped_by_bad_steps() {
     return 1;
   }
   wait_for_writer();
+  // Weights that are finite are better than none: no step that was not has changed them. `failed` is never taken up by itself.
   const bool first = !std::filesystem::exists(folder_->checkpoint("last")) && first_bad_parameter(model_.params).empty();
-  const std::string which = first ? "last" : "failed";  // never taken up by itself
+  const std::string which = first ? "last" : "failed";
   const bool saved = save_now(which);
   write_summary();
   warn(concat(state_.bad_in_a_row, " steps in a row were not finite; the run stops. ",
@@ -331,9 +341,9 @@ int Run::finish() {
   const std::string text = concat("done: ", to_string(summary, state_.best_top1));
   folder_->log(text);
   std::fprintf(stderr, "%s\n", (text + "; " + config_.output).c_str());
-  if (saved_ && folder_->complete()) return 0;
-  warn("not everything could be written to " + config_.output);
-  return 1;
+  const bool written = saved_ && folder_->complete();
+  if (!written) warn("not everything could be written to " + config_.output);
+  return written && (state_.evaluated_step < 0 || std::isfinite(state_.eval_loss)) ? 0 : 1;
 }
 
 /// Where rank 0 is lost, so may be whoever reads the stderr of this one: mpirun stands beside rank 0.

@@ -32,7 +32,8 @@ const Args kPictures{"data.kind=image_folder", "data.path=data",     "data.train
 TEST_CASE("mesa-eval: classes and confusion on the terminal, in files and in JSON say the same as the totals") {
   const TinyRun tiny;
   REQUIRE(tiny.train({"data.test_size=53"}).code == 0);
-  const ProcessResult result = tiny.eval({"run/checkpoints/last", "--json", "o.json", "--per-class=c.csv", "--confusion", "c.png", "--batch-size", "7"});
+  const ProcessResult result =
+      tiny.eval({"run/checkpoints/last", "--json", "o.json", "--per-class=c.csv", "--confusion", "c.png", "--batch-size", "7"});
   INFO(result.err);
   REQUIRE(result.code == 0);
   const Json out = tiny.json("o.json");
@@ -102,6 +103,27 @@ TEST_CASE("mesa-eval: reassessed labels, and mirror images") {
   CHECK(flipped["flip"] == true);
   CHECK(flipped["loss"] != plain["loss"]);
   CHECK(flipped["loss"] == by_key["loss"]);
+}
+
+TEST_CASE("mesa-eval: what each picture is taken for") {
+  const TinyRun tiny;
+  write_pictures(tiny);
+  REQUIRE(tiny.train(kPictures).code == 0);
+  const ProcessResult predicted = tiny.eval({"run/checkpoints/last", "--predictions", "p.csv", "--json", "o.json"});
+  INFO(predicted.err);
+  REQUIRE(predicted.code == 0);
+  const auto table = mesa::parse_csv(read_text(tiny.path("p.csv")));
+  REQUIRE(table.size() == 11);
+  REQUIRE((table[0].size() == 9 && table[0][0] == "picture" && table[0][5] == "top1_probability" && table[0][6] == "top2"));
+  int right = 0;
+  for (size_t i = 1; i < table.size(); ++i) {
+    CHECK_THAT(table[i][0], Contains("/" + table[i][2] + "/"));  // its folder is its class
+    CHECK((table[i][3] != table[i][6] && table[i][4] != table[i][7]));
+    const double first = std::stod(table[i][5]), second = std::stod(table[i][8]);
+    CHECK((first >= second && first + second == Approx(1)));
+    right += table[i][1] == table[i][3];
+  }
+  CHECK(10.0 * right == tiny.json("o.json")["top1"]);
 }
 
 TEST_CASE("mesa-eval and mesa-train: weights of a file that does not say its model") {

@@ -266,6 +266,8 @@ TEST_CASE("folders of photos: classes by name, both splits alike", "[data]") {
   CHECK_THAT(open_error(options_for("image_folder", path)), Contains("lacks the class 'eel'"));
   std::filesystem::create_directories(folder.path() / "val/eel");
   CHECK_THAT(open_error(options_for("image_folder", path)), Contains("train/eel: holds no"));
+  std::filesystem::create_directory_symlink("/no/such/disk", folder.path() / "train/fox");
+  CHECK_THAT(open_error(options_for("image_folder", path)), Contains("train/fox: is a link to nothing"));
 }
 
 TEST_CASE("an unsplit folder is split by seed, without overlap", "[data]") {

@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <catch2/catch.hpp>
 #include <cmath>
+#include <numeric>
 
 #include "mesa/kernels/attention.h"
 #include "mesa/train/setup.h"
@@ -76,6 +77,18 @@ std::string pictures_off_kinks(const RunConfig& config) {
   return {};
 }
 
+double norm(const Numbers& x) { return std::sqrt(std::inner_product(x.begin(), x.end(), x.begin(), 0.0)); }
+
+/// By what an error of gradient i counts: all of it, but for a batch norm's bias. What that adds the next norm takes away again, except at
+/// relu and borders between them: the sum can nearly cancel, and is as exact as its terms, which the gradient of the weight shows.
+double share_of_error(const StepResult& step, size_t i) {
+  const auto& [name, g] = step.gradients[i];
+  const bool of_batch_norm = name.find("bn") != std::string::npos || name.find("downsample.1") != std::string::npos;
+  if (!of_batch_norm || !name.ends_with(".bias")) return 1;
+  REQUIRE((i > 0 && step.gradients[i - 1].first == name.substr(0, name.size() - 4) + "weight"));
+  return std::min(1.0, norm(g) / (0.1 * norm(step.gradients[i - 1].second)));
+}
+
 void compare(const RunConfig& config, double tolerance, const std::string& pictures = "images") {
   const StepResult cpu = step_on(kCpu, config, pictures), gpu = step_on(kCuda, config, pictures);
   CHECK(std::abs(gpu.loss - cpu.loss) <= tolerance * std::abs(cpu.loss));
@@ -83,7 +96,8 @@ void compare(const RunConfig& config, double tolerance, const std::string& pictu
   for (size_t i = 0; i < cpu.gradients.size(); ++i) {
     const auto& [name, want] = cpu.gradients[i];
     INFO(name);
-    CHECK(relative_error(without_key_bias(name, gpu.gradients[i].second), without_key_bias(name, want)) <= tolerance);
+    const double error = relative_error(without_key_bias(name, gpu.gradients[i].second), without_key_bias(name, want));
+    CHECK(share_of_error(cpu, i) * error <= tolerance);
   }
 }
 

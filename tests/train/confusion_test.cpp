@@ -6,6 +6,8 @@
 #include <cmath>
 
 #include "mesa/base/files.h"
+#include "mesa/data/dataset.h"
+#include "mesa/train/best_classes.h"
 #include "mesa/train/metrics.h"
 #include "support/data_files.h"
 #include "support/errors.h"
@@ -174,4 +176,52 @@ TEST_CASE("confusion: the picture has a dark cell where a class is taken for ano
     CHECK(dark > 0);
     CHECK((nothing > 0) == (classes > 1));  // rows without images
   }
+}
+
+TEST_CASE("best classes: in order, with probabilities, of whole test sets and of parts of ranks") {
+  DataOptions options;
+  options.kind = "shapes", options.train_size = 20, options.test_size = 20, options.image_size = 8;
+  const auto test = open_datasets(options).test;
+  const std::vector<std::string> names{"cat", "a \"dog\", wet"};
+  const auto table = [&](const std::vector<std::vector<int64_t>>& ranks) {
+    std::vector<double> all;
+    std::string csv;
+    for (size_t pass = 0; pass < 2; ++pass)  // the first finds what others have noted
+      for (const std::vector<int64_t>& pictures : ranks) {
+        BestClasses best(20, 3);
+        std::vector<int64_t> labels;
+        std::vector<float> logits;
+        for (const int64_t i : pictures) {
+          labels.push_back(kLabels[i]);
+          logits.insert(logits.end(), kLogits.begin() + 3 * i, kLogits.begin() + 3 * i + 3);
+        }
+        best.take(batch_of(pictures, labels), Tensor::from<float>({static_cast<int64_t>(pictures.size()), 3}, logits));
+        best.finish([&](std::vector<double>& notes) {
+          if (pass == 1) {
+            notes = all;
+            return;
+          }
+          all.resize(notes.size());
+          for (size_t i = 0; i < notes.size(); ++i) all[i] += notes[i];
+        });
+        csv = best.csv(*test, names);
+      }
+    return parse_csv(csv);
+  };
+  const auto rows = table({{0, 1, 2, 3, 5}});
+  CHECK(rows == table({{2, 5}, {0, 1, 3}}));
+  REQUIRE(rows.size() == 6);
+  CHECK(rows[0] == std::vector<std::string>{"picture", "truth", "truth_name", "top1", "top1_name", "top1_probability", "top2", "top2_name",
+                                            "top2_probability", "top3", "top3_name", "top3_probability"});
+  const auto classes = [&](size_t row) { return std::vector<std::string>{rows[row][1], rows[row][3], rows[row][6], rows[row][9]}; };
+  CHECK(classes(1) == std::vector<std::string>{"0", "0", "2", "1"});
+  CHECK(classes(2) == std::vector<std::string>{"0", "1", "2", "0"});  // of two equals the lower class
+  CHECK(classes(4) == std::vector<std::string>{"1", "0", "1", "2"});
+  CHECK(classes(5) == std::vector<std::string>{"2", "", "", ""});  // NaN
+  CHECK((rows[1][0] == test->describe(0) && rows[5][0] == test->describe(5)));
+  CHECK((rows[1][4] == "cat" && rows[1][7] == "2" && rows[1][10] == "a \"dog\", wet"));
+  const double e = std::exp(-1), sum = 1 + e + std::exp(-2);
+  CHECK(std::stod(rows[1][5]) == Approx(1 / sum));
+  CHECK(std::stod(rows[1][8]) == Approx(e / sum));
+  CHECK(std::stod(rows[4][11]) == Approx(1.0 / 3));
 }

@@ -99,7 +99,7 @@ TEST_CASE("lora: a target or name that nothing matches is refused with its place
                       "blocks.*.mlp.fc2, head"));
   CHECK_THAT(refusal({"lora.rank=2", "lora.targets=[\"*.fc1\", \"*.fc1.weight\"]"}), Contains("no linear matches '*.fc1.weight'"));
   CHECK_THAT(refusal({"lora.rank=2"}, "model: {name: pvt_tiny}\n"),
-             Contains("default: lora.targets: no linear matches '*.attn.qkv'") && Contains("block1.*.attn.kv"));
+             Contains("lora.targets: no linear matches '*.attn.qkv'") && Contains("block1.*.attn.kv"));
   CHECK_THAT(refusal({"lora.rank=2", "lora.train=[norn.*]"}), Contains("lora.train: no parameter matches 'norn.*'"));
   CHECK_THAT(refusal({"lora.rank=2", "lora.targets=[]"}), Contains("lora.targets: is empty"));
   CHECK_THAT(refusal({"lora.rank=-1"}), Contains("lora.rank: must be at least 0"));

@@ -226,12 +226,16 @@ TEST_CASE("progress: on a terminal one line is redrawn, at most ten times a seco
     progress.update(s);
     out += drain(master);
   }
+  now += 1;
+  progress.tell("evaluating 1%");
+  progress.tell("evaluating 2%");  // too soon
   progress.print("a note");
   progress.finish();
   out += drain(master);
   const auto redraws = std::count(out.begin(), out.end(), '\r');
   CHECK(redraws >= 10);
-  CHECK(redraws <= 15);  // eleven, the note's and those that the terminal adds to newlines
+  CHECK(redraws <= 16);  // twelve, the note's and those that the terminal adds to newlines
+  CHECK_THAT(out, Contains("\revaluating 1%\x1b[K") && !Contains("evaluating 2%"));
   size_t from = 0;
   while (from < out.size()) {
     const size_t end = std::min(out.find_first_of("\r\n", from), out.size());

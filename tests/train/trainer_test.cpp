@@ -125,6 +125,10 @@ TEST_CASE("trainer: NaN in a checkpoint's weights is named, stops the run, and s
   CHECK(t.text("run/checkpoints/best/model.safetensors") == best);
   CHECK(read_text(last + "/model.safetensors") == poisoned);
   CHECK_NOTHROW(verify_folder(t.path("run/checkpoints/failed")));
+  RunConfig config = parse_config(kTiny, "tiny.yaml", {"train.weights=" + last});
+  config.output = t.path("other");
+  CHECK_THROWS_WITH(train(config, {"", true}),
+                    Contains("train.weights: ") && Contains("blocks.0.mlp.fc1.weight (element 3) holds NaN or infinity"));
   CHECK(nlohmann::json::parse(t.text("run/checkpoints/failed/state.json"))["bad_steps"] == 4);
   // The last line of the table counts them too.
   const std::string table = t.text("run/metrics.jsonl");

@@ -11,6 +11,9 @@ class Transport;
 /// Pulses go out each second, and half a timeout of silence is a failure.
 inline constexpr double kLeastRankTimeout = 8;
 
+/// The number that a launcher gave this process, before anybody is connected; 0 where none did.
+int64_t launched_rank();
+
 /// One rank alone, unless the process was started as one of several: by mpirun, or by srun with MPI; or by anything that sets RANK,
 /// WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT, which needs no MPI and serves GPUs; rank 0 listens on that port. With WORLD_SIZE 1
 /// these also make a run of one rank that has all that several have, so that its cost can be measured.

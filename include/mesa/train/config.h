@@ -164,10 +164,11 @@ struct RunConfig {
 
   /// "file:line" or "--set key=value" that gave the key its value, or "default".
   std::string where(const std::string& key) const;
-  /// Throws UsageError "<where>: <key>: <text>", for values that only the trainer can judge.
+  /// Throws UsageError "<where>: <key>: <text>" (of a default "<key>: <text>"), for values that only the trainer can judge.
   template <class... Parts>
   [[noreturn]] void refuse(const std::string& key, const Parts&... parts) const {
-    throw UsageError(concat(where(key), ": ", key, ": ", parts...));
+    const std::string place = where(key);
+    throw UsageError(concat(place == "default" ? "" : place + ": ", key, ": ", parts...));
   }
   /// Compares values, not the places where they were set.
   bool operator==(const RunConfig& o) const {

@@ -44,7 +44,8 @@ struct Evaluations {
 };
 /// Both, one after the other; `ema` may be null. `look` sees the batches of the one that is judged.
 Evaluations evaluate_all(const BuiltModel& model, Ema* ema, Loader& loader, const TransformOptions& transform,
-                         const std::function<bool()>& stop, const Look& look = {}, const AddUp& add_up = {});
+                         const std::function<bool()>& stop, const std::function<void(int64_t done)>& progress = {}, const Look& look = {},
+                         const AddUp& add_up = {});
 
 /// Whether fewer than `k` of the K logits are better than the label's: higher, or as high and of a lower class. NaN is never among the
 /// best. Throws Error for a label that is no class.

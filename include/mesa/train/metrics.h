@@ -171,6 +171,8 @@ class Progress {
   ~Progress();
   /// After each step; eta_seconds is filled in here.
   void update(ProgressState state);
+  /// On a terminal, between steps: the live line says this for now.
+  void tell(const std::string& text);
   /// Prints a line above the live one.
   void print(const std::string& text);
   /// Leaves the live line as it stands and goes to the next.
@@ -178,6 +180,7 @@ class Progress {
 
  private:
   void put(const std::string& text);
+  void draw(const std::string& line, double now);
   int fd_;
   bool terminal_, line_open_ = false, broken_ = false;
   int64_t total_steps_, done_steps_, first_step_, log_interval_;
