@@ -17,8 +17,8 @@ Environment:
   MESA_CHECK_SECONDS   time for this call (default 560); another call with --after runs what is left. Less where the machine goes earlier:
                        what is being measured when it goes is lost
   MESA_CHECK_ONLY      groups to run, of: smoke numbers parity kernels models tests sanitizer further more (default: all, in this order)
-Exit codes: 0 all passed and every number that was measured is reached; 1 all has run, and something failed or misses its number;
-            2 wrong usage; 3 something was left out or took too long: call again with --after, whether or not something failed.
+Exit codes: 0 all passed and every number that was measured is reached; 1 something failed or misses its number and nothing is left to
+            run, or nothing could be run (no GPU, a broken bundle); 2 wrong usage; 3 something was left out or took too long: call again with --after, whether or not something failed.
 TEXT
 }
 after=
@@ -65,9 +65,10 @@ settled() {
 complaint() { { grep -E '^==== .*: exit code [1-9]' "$1" || tail -n 1 "$1"; } | cut -c1-160 | head -n 8 | paste -sd' '; }
 
 # attempt STAGE SECONDS command...: runs it within the time that is left, output to STAGE.log. Limits are about twice what is expected, so
-# what has less than half of its limit is left to another call.
+# what has less than half of its limit is left to another call. What took too long before gets twice the time, or as much of that as a call
+# has: it needs three quarters of what it had, and fails if it takes too long again.
 attempt() {
-  local stage=$1 limit=$2 code before start=$SECONDS
+  local stage=$1 limit=$2 enough=$((3 * $2 / 4)) code before start=$SECONDS
   shift 2
   before=$(known "$stage") code=${before% *}
   if settled "$stage"; then
@@ -76,12 +77,12 @@ attempt() {
   fi
   [[ $code != 124 ]] || limit=$((2 * limit))
   local given=$(($(left) < limit ? $(left) : limit))
-  if ((2 * given < limit)); then leave_out "$stage: no time left"; return 1; fi
+  if ((given < (code == 124 ? enough : limit / 2))); then leave_out "$stage: no time left"; return 1; fi
   timeout -k 5 "$given" "$@" >"$logs/$stage.log" 2>&1 </dev/null
   code=$?
-  ((code != 137)) || code=124
+  ((code != 137 || SECONDS - start < given)) || code=124  # else it was killed for another reason, such as memory
   if ((code == 0)) && grep -qE 'No test cases matched|No tests ran' "$logs/$stage.log"; then code=99; fi
-  if ((code == 124 && given < limit)); then leave_out "$stage: cut short after $given s"; return 1; fi
+  if ((code == 124 && given < enough)); then leave_out "$stage: cut short after $given s"; return 1; fi
   ((code != 124)) || [[ $before != "124 $build" ]] || code=125  # a second time: another call would not end it
   echo "$stage $code $build" >>"$logs/stages"
   if ((code == 0)); then say "ok        $stage ($((SECONDS - start)) s)"
@@ -162,11 +163,16 @@ test_files() {  # STAGE SECONDS PATTERN SPEC TOOL...: several side by side
 }
 
 compare() {  # MODEL BATCH ROUND [torch_step.py's options]: Mesa, also with tuned products, then PyTorch eager and compiled, on the same work
-  local model=$1 batch=$2 round=$3
+  local model=$1 batch=$2 round=$3 part need=225
   shift 3
-  if ! settled "torch_${model}_$round"; then  # Mesa's part is of the same minutes on the same machine, or run once more
-    if (($(left) < 225)); then leave_out "${model}_$round: no time left for Mesa and PyTorch together"; return; fi
-    sed -i -E "/^mesa_(tuned_)?${model}_$round 0 /d" "$logs/stages" 2>/dev/null
+  local parts=("mesa_${model}_$round" "mesa_tuned_${model}_$round" "torch_${model}_$round")
+  if ! settled "${parts[0]}" || ! settled "${parts[1]}" || ! settled "${parts[2]}"; then  # all are of the same minutes on the same machine
+    [[ $(known "${parts[2]}") != 124\ * ]] || need=375
+    if (($(left) < need)); then leave_out "${model}_$round: no time left for Mesa and PyTorch together"; return; fi
+    for part in "${parts[@]}"; do
+      sed -i -E "/^$part 0 /d" "$logs/stages" 2>/dev/null
+      rm -f "$logs/$part.json" "$logs/$part.log"
+    done
   fi
   local bench=("${mesa[@]}" "$bin/mesa-bench" --config "bench/$model.yaml" --device cuda --steps 20 --warmup 5 --set "train.batch_size=$batch"
     --set train.precision=bf16)
@@ -256,8 +262,15 @@ run_more() {
   attempt mesa_cudnn_attention 50 "${small[@]}" --storage exact,int8 --set model.attention=cudnn --json "$logs/mesa_cudnn_attention.json"
   attempt mesa_codec_host 50 "${small[@]}" --storage "exact,$logs/host.yaml" --json "$logs/mesa_codec_host.json"
   # One rank alone, and with all that several have: NCCL, buckets, the wire; and with its part, here all, of a shared optimizer.
-  local setup alone=("${mesa[@]}") connected=(RANK=0 LOCAL_RANK=0 WORLD_SIZE=1 MASTER_ADDR=127.0.0.1 MASTER_PORT=29500)
-  for setup in alone connected shared; do
+  local setup port folder here= setups=(alone connected shared)
+  port=$(python3 -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])' 2>/dev/null) || port=29500
+  local alone=("${mesa[@]}") connected=(RANK=0 LOCAL_RANK=0 WORLD_SIZE=1 MASTER_ADDR=127.0.0.1 "MASTER_PORT=$port")
+  for folder in ${libraries//:/ } $(ldconfig -p 2>/dev/null | sed -n 's|.*libnccl.so.2 .* => \(.*\)/[^/]*|\1|p'); do
+    [[ ! -e $folder/libnccl.so.2 ]] || here=1
+  done
+  compgen -G "$bin/../libmesa_nccl.so" >/dev/null || compgen -G "$bin/../*/libmesa_nccl.so" >/dev/null || here=
+  [[ -n $here ]] || { cannot_run "ranks: there is no libnccl.so.2, or the build has no libmesa_nccl.so"; setups=(alone); }
+  for setup in "${setups[@]}"; do
     local mesa=("${alone[@]}")
     [[ $setup == alone ]] || mesa+=("${connected[@]}")
     short_run "rank_$setup" 60 bench/deit_small.yaml train.precision=bf16 train.batch_size=128 data.train_size=7680 train.log_interval=10 \
@@ -273,7 +286,7 @@ for group in $groups; do
 done
 
 # The table; a number that is missed is a failure as well.
-if ! command -v python3 >/dev/null; then leave_out "the table: there is no python3 on this machine"
+if ! command -v python3 >/dev/null; then cannot_run "the table: there is no python3 on this machine"
 else
   table || failed=1
   tee -a "$out/summary.txt" <"$logs/table.txt"

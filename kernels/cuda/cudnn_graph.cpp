@@ -25,9 +25,7 @@ std::string describe(cudnnStatus_t status) {
   return message.empty() ? cudnnGetErrorString(status) : concat(cudnnGetErrorString(status), ", ", message);
 }
 
-bool lacks_memory(cudnnStatus_t status) {
-  return status == CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED || status == CUDNN_STATUS_INTERNAL_ERROR_HOST_ALLOCATION_FAILED;
-}
+bool lacks_memory(cudnnStatus_t status) { return status == CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED; }
 
 }  // namespace
 

@@ -5,8 +5,12 @@
 
 namespace {
 
-const mesa::kernels::cuda::SharedLibrary& library() {
-  static const auto& once = *new mesa::kernels::cuda::SharedLibrary("libcudnn.so.9");
+using mesa::kernels::cuda::SharedLibrary;
+
+/// Its first call opens the part for graphs, and ends the process where that is missing: so it is looked for before.
+const SharedLibrary& library() {
+  static const auto& graphs = *new SharedLibrary("libcudnn_graph.so.9");
+  static const auto& once = graphs.handle != nullptr ? *new SharedLibrary("libcudnn.so.9") : graphs;
   return once;
 }
 

@@ -1,10 +1,12 @@
 // The CUDA runtime behind mesa/base/cuda.h.
 #include <cuda_runtime_api.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <initializer_list>
 #include <mutex>
 #include <utility>
 #include <vector>
@@ -57,11 +59,14 @@ std::string detail::find_device() {
   if (properties.major < 8)
     return concat(properties.name, " has compute capability ", properties.major, ".", properties.minor, "; Mesa needs 8.0 or newer");
   const auto error = static_cast<cudaError_t>(probe_status());  // the first call that starts the GPU for this process
-  if (error == cudaErrorNoKernelImageForDevice || error == cudaErrorInvalidDeviceFunction || error == cudaErrorUnsupportedPtxVersion)
+  const auto any_of = [error](std::initializer_list<cudaError_t> of) { return std::find(of.begin(), of.end(), error) != of.end(); };
+  if (any_of({cudaErrorNoKernelImageForDevice, cudaErrorInvalidDeviceFunction, cudaErrorUnsupportedPtxVersion, cudaErrorInvalidPtx,
+              cudaErrorInvalidKernelImage, cudaErrorJitCompilerNotFound, cudaErrorJitCompilationDisabled}))
     return concat("this build has no code for ", properties.name, " (compute capability ", properties.major, ".", properties.minor,
                   "); build with -DCMAKE_CUDA_ARCHITECTURES=", properties.major, properties.minor, " (", cudaGetErrorString(error), ")");
   if (error != cudaSuccess)
-    return concat(properties.name, " cannot be used: ", cudaGetErrorString(error), "; nvidia-smi says who uses it, and how");
+    return concat(properties.name, " cannot be used: ", cudaGetErrorString(error),
+                  any_of({cudaErrorMemoryAllocation, cudaErrorDevicesUnavailable}) ? "; nvidia-smi says who uses it, and how" : "");
   return find_products();
 }
 

@@ -20,10 +20,11 @@ static std::string default_output(const std::string& name, const ImageConfig& mo
   return concat("runs/", stamp, "-", name, "-", model.image_size);
 }
 
-/// The plan, and on a GPU the memory for it before anything else takes some, but for what NCCL keeps.
-static Plan plan_and_reserve(const RunConfig& config, const NetConfig& model, Communicator& communicator) {
+/// The plan, and on a GPU the memory for it before anything else takes some, but for what NCCL keeps. All ranks must call it.
+static Plan plan_and_reserve(const RunConfig& config, const NetConfig& model, Team& team) {
   const Plan plan = plan_run(config, model);
-  rehearse_collectives(config, communicator);
+  team.shared("that all have opened their data", "");  // which may take one much longer than a collective waits for it
+  rehearse_collectives(config, team.communicator());
   if (const Device device = choose_device(config.device); is_gpu(device)) reserve_memory(plan, device);
   return plan;
 }
@@ -35,7 +36,7 @@ Run::Run(RunConfig config, const TrainOptions& options, World& world)
       data_(make_training_data(config_, model_config(config_, known_classes(config_)).input())),
       net_(model_config(config_, data_.train->classes())),
       transform_(make_transform(config_, net_.input())),
-      plan_(plan_and_reserve(config_, net_, team_.communicator())),
+      plan_(plan_and_reserve(config_, net_, team_)),
       train_loader_(data_.train, transform_, make_loader_options(config_, true, choose_device(config_.device))),
       eval_loader_(data_.test, transform_, make_loader_options(config_, false, choose_device(config_.device))),
       predictions_(data_.test->size(), net_.input().classes, data_.test->class_names()),

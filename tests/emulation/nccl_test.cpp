@@ -175,7 +175,7 @@ TEST_CASE("NCCL: all kinds of collectives have run when a plan takes the GPU's m
   }
 }
 
-TEST_CASE("NCCL: ranks on the CPU of a host may see GPUs of different kinds, or none", "[ranks]") {
+TEST_CASE("NCCL: what ranks are told on a host with fewer GPUs than ranks", "[ranks]") {
   const GpuRun run;
   const auto on_one_gpu = [&](const char* device, Environment env) {
     env["MESA_EMULATION_GPUS"] = "1";
@@ -184,6 +184,7 @@ TEST_CASE("NCCL: ranks on the CPU of a host may see GPUs of different kinds, or 
   };
   CHECK_THAT(on_one_gpu("cpu", {})[0].err, Contains("the CPU engine's ranks talk through MPI"));
   CHECK_THAT(on_one_gpu("auto", {{"CUDA_VISIBLE_DEVICES", ""}})[0].err, Contains("the CPU engine's ranks talk through MPI"));
+  CHECK_THAT(on_one_gpu("auto", {})[0].err, Contains("ranks 0 and 1 differ in device"));
   const auto too_few = on_one_gpu("cuda", {});
   CHECK_THAT(concat(too_few[0].err, too_few[1].err), Contains("rank 1 (") && Contains("no NVIDIA GPU was found") && Contains("is '1'"));
 }
