@@ -141,6 +141,8 @@ void tell(const Arguments& args, bool averaged, bool flip, const mesa::EvalResul
   std::printf("top-1 %.2f %%, top-5 %.2f %%, loss %.4f, %lld images, %.1f images/s%s%s\n", result.top1, result.top5, result.loss,
               static_cast<long long>(result.images), result.images_per_second(), averaged ? ", averaged weights" : "",
               flip ? ", with mirror images" : "");
+  if (!std::isfinite(result.loss))
+    std::fprintf(stderr, "warning: the loss is not finite: logits overflow, and these weights are of no use\n");
   nlohmann::json out{{"checkpoint", args.checkpoint},
                      {"weights", averaged ? "ema" : "raw"},
                      {"top1", result.top1},

@@ -100,6 +100,9 @@ TEST_CASE("apps: a run that ends with weights of no use fails, and does not call
   CHECK_THAT(result.err, Contains("the loss of the evaluation is nan") && !Contains("-nan"));
   CHECK(tiny.exists("run/checkpoints/last"));
   CHECK_FALSE(tiny.exists("run/checkpoints/best"));
+  const ProcessResult evaluated = tiny.eval({"run"});
+  CHECK_THAT(evaluated.out, Contains("loss nan"));
+  CHECK_THAT(evaluated.err, Contains("warning: the loss is not finite"));
 }
 
 TEST_CASE("apps: a run shorter than an interval leaves a line of it") {
