@@ -348,7 +348,6 @@ void start_keys(const Sizes& n, Problem<Seen> p, const Tensor& dk, const Tensor&
   const Deal d = by_keys(n, kWarps, 2, !Seen::windowed);
   p.extent = d.extent;
   const int64_t turns = d.extent.turns;
-  if (p.sums) check(turns == 1 && d.extent.parts == by_queries(n, kWarps, 2).extent.parts, "fused attention: no sums of dk in turns");
   const Tensor sums = turns > 1 ? Tensor::empty({turns, 2, n.batch, n.image.keys, n.channels}, DType::f32, dk.device()) : Tensor();
   launch("fused_attention_grad (dk, dv)", &keys_kernel<head, Seen>, dim3(d.grid), dim3(threads_of(d)),
          shared_bytes<head>(d, p.seen) + d.extent.slots * sizeof(Statistics), p, turns > 1 ? sums.data<float>() : nullptr);
@@ -372,10 +371,11 @@ void fused_attention_grad(const Tensor& d_o, const AttentionOperand& q, const At
                           const Tensor& dv, const WindowBias& windows, const Tensor& sums) {
   const Sizes n = sizes_of(d_o, dk, heads, scale, windows);
   if (lse.defined()) n.check_lines(lse, "lse");
-  if (sums.defined()) {
-    const Shape shape{attention_grad_parts(dq, heads, AttentionBy::engine, windows.windows), 3 * n.channels};
-    check(sums.is_contiguous() && sums.shape() == shape && n.image.queries == n.image.keys, "fused attention: sums of ", sums.shape(),
-          ", not ", shape, ", for ", n.image.queries, " queries and ", n.image.keys, " keys");
+  if (sums.defined()) {  // a row for each block of a head, of dk's, too
+    const Extent of_q = by_queries(n, kWarps, 2).extent, of_k = by_keys(n, kWarps, 2, !windows.defined()).extent;
+    const Shape shape{n.sequences * of_q.parts, 3 * n.channels};
+    check(sums.is_contiguous() && sums.shape() == shape && of_k.parts == of_q.parts && of_k.turns == 1, "fused attention: sums of ",
+          sums.shape(), ", not ", shape, ", for ", n.image.queries, " queries and ", n.image.keys, " keys");
   }
   if (d_o.numel() == 0) {
     for (const Tensor& d : {dk, dv})  // of no queries

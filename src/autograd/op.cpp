@@ -82,6 +82,8 @@ Target Op::gradient(const Var& input) const {
   return target;
 }
 
+bool Op::wants_sums(const Var& x) const { return wants(x) && x.slot_ >= 0 && tape_->slots_[static_cast<size_t>(x.slot_)].wants_sums; }
+
 Var Op::record(const Tensor& y, std::function<Grads(const Tensor& dy)> backward) const {
   return record(std::vector<Tensor>{y}, [backward = std::move(backward)](const std::vector<Tensor>& dy) { return backward(dy[0]); })[0];
 }

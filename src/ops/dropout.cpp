@@ -39,7 +39,7 @@ Var add_drop_path(const Var& x, const Var& branch, double p) {
     if (extras.dx_sums) *extras.dx_sums = extras.dy_sums;
     return {extras.dy, to_x ? dy : Tensor()};
   };
-  return op.record(y, formula, {.products = GradientForm(branch.dtype(), op.keep("factors", factors)), .sums = true});
+  return op.record(y, formula, {.products = GradientForm(branch.dtype(), op.keep("factors", factors)), .sums = op.wants_sums(branch)});
 }
 
 }  // namespace mesa

@@ -120,6 +120,17 @@ TEST_CASE("device: in bf16 within 2e-2") {
   for (const char* storage : kStorages) compare(config_of("bf16", storage, "fused"), 2e-2);
 }
 
+TEST_CASE("device: a ViT with LayerScale agrees as well") {
+  if (test_device() != kCuda) return;
+  INFO(seed_note());
+  const std::string vit =
+      "{name: vit, image_size: 32, patch_size: 8, width: 64, depth: 2, heads: 2, classes: 10, layer_scale: 0.1, drop_path: ";
+  for (const char* drop_path : {"0}", "0.2}"}) {
+    compare(config_of("fp32", kStorages[1], "fused", vit + drop_path), 1e-4);
+    compare(config_of("bf16", kStorages[1], "fused", vit + drop_path), 2e-2);
+  }
+}
+
 TEST_CASE("device: Swin and PVT agree as well, by fused kernels and by products, from exact storage and from codes") {
   if (test_device() != kCuda) return;
   INFO(seed_note());

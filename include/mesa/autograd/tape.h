@@ -27,7 +27,8 @@ struct Extras {
   Tensor dx_copy;       ///< where dx, or that sum, in f32, is wanted in bf16, too; undefined: nowhere
   Tensor copy_factors;  ///< what the samples (axis 0) of that copy are multiplied by, at least two axes of them; undefined: nothing
   Tensor* y = nullptr;  ///< receives the op's result, where that is wanted again
-  Tensor dy_sums;       ///< [any number, dy's last axis] f32: rows that add up to the sum of dy's, if whoever made dy has them
+  Tensor dy_sums;       ///< [any number, dy's last axis] f32: rows that add up to the sum of those of Extras::dy, if whoever made that has
+                        ///< them
   Tensor* dx_sums = nullptr;  ///< receives such rows of dx, or of dx_copy where that is wanted, if the op can make them beside it; null:
                               ///< nobody wants them
 };
@@ -173,6 +174,8 @@ class Op {
   Tensor keep(const char* slot, const Tensor& statistic) const;
   Target gradient(const Var& input) const;
   bool wants(const Var& x) const { return recording() && x.requires_grad(); }
+  /// True if the op that made x makes use of the sums of its gradient's rows (Abilities::sums).
+  bool wants_sums(const Var& x) const;
 
   Var record(const Tensor& y, std::function<Grads(const Tensor& dy)> backward) const;
   Var record(const Tensor& y, std::function<Grads(const Tensor& dy, const Extras& extras)> backward, Abilities abilities) const;
