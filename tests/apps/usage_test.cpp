@@ -22,7 +22,7 @@ TEST_CASE("apps: an argument that nothing takes is named, with what it may have 
   CHECK_THAT(told("mesa-train", {"--config", "tiny.yaml", "more"}), Contains("'more' is one argument too many"));
 }
 
-TEST_CASE("apps: --fit takes bytes with a unit") {
+TEST_CASE("apps: --fit takes bytes with a unit", "[slow]") {
   const TinyRun tiny;
   const auto fits = [&](const std::string& bytes) {
     return tiny.call("mesa-train", {"--config", "tiny.yaml", "--dry-run", "--fit", bytes});
@@ -55,7 +55,7 @@ TEST_CASE("apps: what is to be resumed is looked for where it is said to be") {
   CHECK(tiny.json("run/summary.json")["epochs"] == 2);
 }
 
-TEST_CASE("apps: output that is lost is a failure") {
+TEST_CASE("apps: output that is lost is a failure", "[slow]") {
   const TinyRun tiny;
   REQUIRE(tiny.train({"train.epochs=1"}).code == 0);
   const auto lost = [&](const std::string& command) {
@@ -72,7 +72,7 @@ TEST_CASE("apps: output that is lost is a failure") {
   lost("mesa-report run");
 }
 
-TEST_CASE("apps: what one process is enough for is done by one of several that were started together") {
+TEST_CASE("apps: what one process is enough for is done by one of several that were started together", "[slow]") {
   const TinyRun tiny;
   const auto as_rank = [&](const char* rank, const std::string& program, const Args& args) {
     return run(program, args, {{"OMPI_COMM_WORLD_RANK", rank}, {"OMPI_COMM_WORLD_SIZE", "2"}}, tiny.path("."));

@@ -170,9 +170,8 @@ TEST_CASE("fused attention: the gradient's columns are summed in the same pass",
   const auto parts_of = [](const Form& f) {
     return kernels::attention_grad_parts(Tensor::empty({f.B, f.N, f.H * f.D}, DType::bf16, kCuda), f.H, by, f.windows);
   };
-  std::vector<Form> forms(std::begin(kForms), std::end(kForms));
-  forms.insert(forms.end(), std::begin(kWindowForms), std::end(kWindowForms));
-  for (const Form& f : forms)
+  for (const Form& f : {Form{2, 1, 1, 64}, Form{1, 2, 3, 32}, Form{3, 17, 2, 32}, Form{1, 65, 2, 64}, Form{1, 197, 2, 64}, kWindowForms[0],
+                        kWindowForms[3], kWindowForms[4]})
     for (const bool exact : {true, false}) {
       CAPTURE(f.B, f.N, f.H, f.D, exact);
       Operands x(f, 1.5);
