@@ -1,6 +1,7 @@
 // mesa-train: trains a vision transformer from a config.
 #include <csignal>
 #include <filesystem>
+#include <map>
 
 #include "app.h"
 #include "mesa/dist/world.h"

@@ -18,7 +18,8 @@ Environment:
                        what is being measured when it goes is lost
   MESA_CHECK_ONLY      groups to run, of: smoke numbers parity kernels models tests sanitizer further more (default: all, in this order)
 Exit codes: 0 all passed and every number that was measured is reached; 1 something failed or misses its number and nothing is left to
-            run, or nothing could be run (no GPU, a broken bundle); 2 wrong usage; 3 something was left out or took too long: call again with --after, whether or not something failed.
+            run, or nothing could be run (no GPU, a broken bundle); 2 wrong usage; 3 something was left out or took too long: call again
+            with --after, whether or not something failed.
 TEXT
 }
 after=

@@ -134,7 +134,7 @@ said 'FAILED +torch_deit_small_1'
 check 0 out_apart MESA_CHECK_ONLY=numbers
 [[ $(calls '^mesa-bench') == 2 && $(calls 'torch_step') == 1 ]] || complain "not measured together: $(cat "$STUB/calls")"
 
-# The same where one of Mesa's parts took too long, whose numbers would be of another minute.
+# The same where one of Mesa's parts is run again, whose numbers would be of another minute.
 check 1 out_parts MESA_CHECK_ONLY=numbers STUB_FAIL='autotune'
 said 'FAILED +mesa_tuned_deit_small_1'
 check 0 out_parts MESA_CHECK_ONLY=numbers
